@@ -1,0 +1,62 @@
+"""Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
+
+The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
+first. `ByzantineRobustStrategy` and `ByzantineWorkers` are those of the package that the program uses: the one that is installed, or,
+if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import them from
+`lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Krum, Mean, MultiKrum, TrimmedMean
+from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.attacks import ALIE, IPM, Gaussian, LabelFlip, NotANumber, SignFlip
+from lightning_byz.compressors import Identity, RandK, TopK
+from lightning_byz.transports import AllGather, InProcess
+
+__version__ = "0.1.0"
+
+_installed = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name) is not None]
+if not _installed:
+    raise ImportError(
+        "lightning_byz needs Lightning. Found neither `lightning` nor `pytorch_lightning`. Run: pip install lightning"
+    )
+_imported = [name for name in _installed if name in sys.modules]
+_home = (_imported if len(_imported) == 1 else _installed)[0]
+
+if TYPE_CHECKING:
+    from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+else:
+    _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
+    ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
+    ByzantineWorkers = _glue[_home].ByzantineWorkers
+
+__all__ = [
+    "ALIE",
+    "IPM",
+    "NNM",
+    "AllGather",
+    "ByzEF21SGDM",
+    "ByzantineRobustStrategy",
+    "ByzantineWorkers",
+    "Chain",
+    "CoordinateMedian",
+    "Gaussian",
+    "Identity",
+    "InProcess",
+    "Krum",
+    "LabelFlip",
+    "Mean",
+    "MultiKrum",
+    "NotANumber",
+    "RandK",
+    "RobustSGD",
+    "SignFlip",
+    "TopK",
+    "TrimmedMean",
+]

@@ -1,0 +1,123 @@
+"""The aggregator interface: n rows, of which up to f may be anything, to one vector."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_byz.rows import Rows
+
+RuleT = TypeVar("RuleT", bound="Rule")
+
+
+class TooFewRowsError(ValueError):
+    """The rows that are present are too few for the rule: nothing can be said about this round."""
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """What aggregators and pre-aggregators share: the number f of Byzantine rows that they are to tolerate.
+
+    Args:
+        f: number of Byzantine rows to tolerate. None: not yet known; the strategy fills it in (``num_byzantine``).
+    """
+
+    f: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.f is not None and (isinstance(self.f, bool) or not isinstance(self.f, int) or self.f < 0):
+            raise ValueError(
+                f"`f`, the number of Byzantine rows to tolerate, should be a non-negative integer. Found f={self.f!r}."
+            )
+
+    def most_f(self, n: int) -> int:
+        """The largest f that this rule allows for n rows; below 0 if it cannot take n rows at all."""
+        return (n - 1) // 2
+
+    def with_f(self: RuleT, f: int) -> RuleT:
+        """The same rule for another f."""
+        return dataclasses.replace(self, f=f)
+
+    def check(self, n: int) -> None:
+        """Raises unless this rule can take n rows."""
+        name = type(self).__name__
+        if self.f is None:
+            raise ValueError(f"{name} needs to know f. Found f=None. Write {name}(f=1), or {name}().with_f(1).")
+        if self.f > self.most_f(n):
+            advice = f"Use f <= {self.most_f(n)}" if self.most_f(n) >= 0 else "Use another rule"
+            smallest = next((m for m in range(1, 8 * self.f + 64) if self.most_f(m) >= self.f), None)
+            more = "" if smallest is None else f", or at least {smallest} rows"
+            raise TooFewRowsError(
+                f"{name} with f={self.f} cannot take n={n} rows: for n={n} it tolerates at most f={self.most_f(n)}. {advice}{more}."
+            )
+
+
+@dataclass(frozen=True)
+class Aggregator(Rule):
+    """A rule that makes one vector of n rows. Subclasses implement `aggregate`, or `weights` (see `WeightedAggregator`)."""
+
+    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+        """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
+
+        Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Each of them
+        is one row less that can lie, so f shrinks with them, but never by more than the rule needs it to.
+
+        Args:
+            rows: a matrix ``[n, d]``, or Rows.
+            present: ``[n]`` bool, the rows that count, already known to be finite; None looks for itself.
+
+        Raises:
+            TooFewRowsError: if f is too large for n, or for the rows that are left.
+        """
+        rows = Rows.of(rows)
+        self.check(len(rows))
+        speaking = rows.finite() if present is None else present
+        heard = int(speaking.sum())
+        silent = len(rows) - heard
+        if silent == 0:
+            return self.aggregate(rows)
+        assert self.f is not None
+        f = min(self.f, self.most_f(heard))
+        if heard == 0 or f < max(0, self.f - silent):
+            raise TooFewRowsError(
+                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {heard} rows it "
+                f"tolerates at most f={self.most_f(heard)}. At least {self.f - silent} of them may still be Byzantine."
+            )
+        return self.with_f(f).aggregate(rows.select(speaking))
+
+    @abstractmethod
+    def aggregate(self, rows: Rows) -> Tensor:
+        """The rule itself, on finite rows and with an f that fits: ``Rows [n, d] -> [d]``."""
+
+
+@dataclass(frozen=True)
+class WeightedAggregator(Aggregator):
+    """A rule whose result is a weighted sum of rows. Its weights tell whom it trusted."""
+
+    @abstractmethod
+    def weights(self, rows: Rows) -> Tensor:
+        """``[n]`` float64 weights that sum to 1."""
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        return rows.combine(self.weights(rows))
+
+
+@dataclass(frozen=True)
+class PreAggregator(Rule):
+    """Maps n rows to rows that are easier to aggregate."""
+
+    @abstractmethod
+    def __call__(self, rows: Rows) -> Rows:
+        """The new rows; lazily, by `Rows.mix`."""
+
+
+def equal_weights(chosen: Tensor, n: int) -> Tensor:
+    """``[n]`` float64 weights: equal on the chosen indices, 0 elsewhere."""
+    weights = torch.zeros(n, dtype=torch.float64, device=chosen.device)
+    weights[chosen] = 1 / len(chosen)
+    return weights

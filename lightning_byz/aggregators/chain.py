@@ -1,0 +1,62 @@
+"""Pre-aggregations in front of a rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule
+from lightning_byz.aggregators.coordinate_wise import Mean
+from lightning_byz.rows import Rows
+
+
+@dataclass(frozen=True)
+class Chain(Aggregator):
+    """Pre-aggregations, applied in order, and the rule that aggregates what they make.
+
+    All parts tolerate the same f: give it once, to the chain or to every part.
+
+    Args:
+        pre: pre-aggregations, first to last, such as ``(NNM(),)``.
+        rule: the aggregator at the end.
+    """
+
+    pre: Sequence[PreAggregator] = ()
+    rule: Aggregator = None  # type: ignore[assignment]  # a field without default cannot follow f=None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rule, Aggregator) or not all(isinstance(part, PreAggregator) for part in self.pre):
+            raise ValueError(
+                "Chain takes pre-aggregators and one aggregator, such as Chain(pre=(NNM(),), rule=TrimmedMean()). "
+                f"Found pre={self.pre!r}, rule={self.rule!r}."
+            )
+        given = {part.f for part in (self, *self._counting()) if part.f is not None}
+        if len(given) > 1:
+            raise ValueError(f"All parts of a Chain should tolerate the same f. Found f in {sorted(given)}. Give it once.")
+        f = given.pop() if given else None
+        object.__setattr__(self, "f", f)
+        object.__setattr__(self, "pre", tuple(part if f is None else part.with_f(f) for part in self.pre))
+        object.__setattr__(self, "rule", self.rule if f is None else self.rule.with_f(f))
+
+    def most_f(self, n: int) -> int:
+        return min(part.most_f(n) for part in self._counting())
+
+    def _counting(self) -> tuple[Rule, ...]:
+        """The parts that limit f: all but a mean, which is as robust as the rows that it is given."""
+        return (*self.pre, *(() if self.pre and isinstance(self.rule, Mean) else (self.rule,)))
+
+    def with_f(self, f: int) -> Chain:
+        return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))
+
+    def prepared(self, rows: Rows) -> Rows:
+        """The rows that the rule at the end sees."""
+        for part in self.pre:
+            rows = part(rows)
+        return rows
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        return self.rule.aggregate(self.prepared(rows))

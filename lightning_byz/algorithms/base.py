@@ -1,0 +1,84 @@
+"""The algorithm interface: both halves of a method in one class."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators import Aggregator
+from lightning_byz.compressors import Compressor
+from lightning_byz.rows import Rows
+from lightning_byz.types import Gradients, Payload, Round
+
+AlgorithmT = TypeVar("AlgorithmT", bound="Algorithm")
+
+
+class NoState(NamedTuple):
+    """The state of a half that remembers nothing."""
+
+
+class Algorithm(ABC):
+    """One published method: what a worker sends, and what the server makes of it.
+
+    Subclasses are frozen dataclasses that hold hyperparameters only. All memory goes in and comes out as NamedTuples of
+    tensors, and all randomness comes from the round, so both halves are pure functions.
+
+    Attributes:
+        aggregator: the robust rule at the server.
+        needs_previous: the worker half uses the gradient of the same minibatch at the previous parameters.
+        needs_trusted: the server half uses a gradient on trusted data.
+        stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
+    """
+
+    aggregator: Aggregator
+    needs_previous: ClassVar[bool] = False
+    needs_trusted: ClassVar[bool] = False
+
+    @property
+    def stateless(self) -> bool:
+        """Whether neither half remembers anything between rounds."""
+        return False
+
+    @abstractmethod
+    def with_f(self: AlgorithmT, f: int) -> AlgorithmT:
+        """The same algorithm with a rule that tolerates f Byzantine workers."""
+
+    @abstractmethod
+    def codec(self, round: Round) -> Compressor:
+        """This round's wire format."""
+
+    def cohort(self, round: Round) -> Tensor:
+        """``[n]`` bool: the workers that take part in this round; all of them by default."""
+        return torch.ones(round.n, dtype=torch.bool)
+
+    @abstractmethod
+    def init_worker(self, x: Tensor) -> Any:
+        """A worker's state before its first round. ``x [d]``: the parameters, for their size, dtype and device."""
+
+    @abstractmethod
+    def worker(self, grads: Gradients, state: Any, round: Round) -> tuple[Payload, Any]:
+        """The payload that this worker sends, and its new state."""
+
+    @abstractmethod
+    def init_server(self, x: Tensor, n: int) -> Any:
+        """The server's state before the first round."""
+
+    @abstractmethod
+    def server(self, rows: Rows, state: Any, round: Round) -> tuple[Tensor, Any]:
+        """The gradient estimate ``[d]``, and the server's new state.
+
+        Args:
+            rows: ``[n, d]`` the decoded messages; the rows of workers that are not present are 0.
+            state: as the last round, or `init_server`, returned it.
+            round: with ``present`` set.
+
+        Raises:
+            TooFewRowsError: if nothing can be said about this round; no state has changed then.
+        """
+
+    def seen(self, rows: Rows, state: Any, round: Round) -> Rows:
+        """The rows that the rule saw in this round, given the server's new state; for monitors."""
+        return rows

@@ -1,0 +1,107 @@
+"""Robust SGD: compress, gather, aggregate robustly, with momentum at the workers, at the server, or in the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators import NNM, Aggregator, Chain, TrimmedMean
+from lightning_byz.algorithms.base import Algorithm
+from lightning_byz.compressors import Compressor, Identity
+from lightning_byz.rows import Rows
+from lightning_byz.types import Gradients, Payload, Round
+
+
+class WorkerState(NamedTuple):
+    """What a worker of RobustSGD remembers.
+
+    Attributes:
+        m: momentum, ``[d]``; empty without worker momentum.
+        rounds: rounds that it took part in, a 0-d tensor.
+    """
+
+    m: Tensor
+    rounds: Tensor
+
+
+class ServerState(NamedTuple):
+    """What the server of RobustSGD remembers.
+
+    Attributes:
+        m: momentum, ``[d]``; empty without server momentum.
+        rounds: rounds that gave an estimate, a 0-d tensor.
+    """
+
+    m: Tensor
+    rounds: Tensor
+
+
+def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The new exponential moving average of g, and what it stands for once its start at 0 is corrected for."""
+    m = torch.lerp(g, m, beta)
+    return m, m / (1 - beta ** float(rounds + 1))
+
+
+@dataclass(frozen=True)
+class RobustSGD(Algorithm):
+    """Every worker sends its (compressed) momentum, and the server aggregates with a robust rule.
+
+    ``m_i = beta_w m_i + (1 - beta_w) g_i``; send ``C(m_i)``; ``g = Agg(C(m_1), ..., C(m_n))``; ``m = beta_s m + (1 - beta_s) g``.
+
+    Karimireddy, He, Jaggi, ICML 2021 (arXiv 2012.10333) show that momentum at the workers is what makes a robust rule
+    withstand attacks that hide in the gradients' noise; Farhadkhani et al., ICML 2022 (arXiv 2205.12173), analyse it for any
+    rule. Without momentum and compression, and with `Mean`, this is distributed SGD. Momenta are moving averages (the new
+    gradient has weight 1 - beta) and are corrected for their start at 0, as Adam's are (a deviation from those papers), so
+    that the learning rate keeps its meaning from the first step on. The last momentum of the pipeline may be the optimizer's.
+
+    Args:
+        aggregator: the robust rule.
+        compressor: the wire format. Biased ones (`TopK`) lose what they drop: ByzEF21SGDM makes up for that, this does not.
+        worker_momentum: beta_w, in [0, 1).
+        server_momentum: beta_s, in [0, 1).
+    """
+
+    aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
+    compressor: Compressor = field(default_factory=Identity)
+    worker_momentum: float = 0.0
+    server_momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("worker_momentum", "server_momentum"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"`{name}` is the weight of the past, in [0, 1). Found {name}={value}.")
+
+    @property
+    def stateless(self) -> bool:
+        return self.worker_momentum == 0 and self.server_momentum == 0
+
+    def with_f(self, f: int) -> RobustSGD:
+        return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))
+
+    def codec(self, round: Round) -> Compressor:
+        return self.compressor
+
+    def init_worker(self, x: Tensor) -> WorkerState:
+        return WorkerState(torch.zeros_like(x) if self.worker_momentum else x.new_empty(0), torch.zeros((), dtype=torch.int64))
+
+    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+        g = grads.current
+        if self.worker_momentum:
+            m, g = _momentum(state.m, g, self.worker_momentum, state.rounds)
+            state = WorkerState(m, state.rounds + 1)
+        return self.compressor.encode(g, round.private("compressor", g.device)), state
+
+    def init_server(self, x: Tensor, n: int) -> ServerState:
+        return ServerState(torch.zeros_like(x) if self.server_momentum else x.new_empty(0), torch.zeros((), dtype=torch.int64))
+
+    def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
+        g = self.aggregator(rows, round.present)
+        if self.server_momentum:
+            m, g = _momentum(state.m, g, self.server_momentum, state.rounds)
+            state = ServerState(m, state.rounds + 1)
+        return g, state

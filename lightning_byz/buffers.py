@@ -1,0 +1,124 @@
+"""Buffers (BatchNorm statistics and the like): every worker starts a step from the same ones, and a robust rule merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byz.aggregators import CoordinateMedian, TooFewRowsError
+from lightning_byz.compressors import Field
+from lightning_byz.transports import Transport
+
+
+class WorkerBuffers:
+    """The buffers of a module, and a copy of them for every local worker.
+
+    A process of one worker lets the module's own buffers change. In a process of several, each worker's forward and backward
+    pass see a copy of its own, so that no pass changes in place what another one still needs.
+
+    Args:
+        module: the module; its submodules' buffers included.
+        workers: number of local workers.
+    """
+
+    def __init__(self, module: nn.Module, workers: int) -> None:
+        self._places: list[tuple[nn.Module, str]] = []
+        seen: set[int] = set()
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    self._places.append((owner, name))
+        self._copies: list[list[Tensor]] | None = None
+        self._workers = workers
+        self.start: list[Tensor] = []
+        self.begin()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _read(self) -> list[Tensor]:
+        return [getattr(owner, name) for owner, name in self._places]
+
+    def _write(self, tensors: Sequence[Tensor]) -> None:
+        for (owner, name), tensor in zip(self._places, tensors, strict=True):
+            setattr(owner, name, tensor)
+
+    def begin(self) -> None:
+        """Starts a step: every worker has the module's buffers."""
+        self.start = [buffer.detach().clone() for buffer in self._read()]
+        if self._workers > 1:
+            self._copies = [[buffer.clone() for buffer in self.start] for _ in range(self._workers)]
+
+    @contextmanager
+    def of(self, worker: int) -> Iterator[None]:
+        """The module has the buffers of this local worker inside."""
+        if self._copies is None or not self._places:
+            yield
+            return
+        original = self._read()
+        self._write(self._copies[worker])
+        try:
+            yield
+        finally:
+            self._copies[worker] = self._read()  # a module may have replaced one
+            self._write(original)
+
+    def _now(self, worker: int) -> list[Tensor]:
+        return self._read() if self._copies is None else self._copies[worker]
+
+    def changed(self, worker: int) -> Tensor:
+        """``[B]`` bool: the buffers that this local worker has changed since the step began."""
+        if not self._places:
+            return torch.zeros(0, dtype=torch.bool)
+        return torch.stack(
+            [
+                torch.tensor(True, device=start.device)
+                if now.shape != start.shape
+                else ~torch.isclose(now, start, rtol=0, atol=0, equal_nan=True).all()
+                for now, start in zip(self._now(worker), self.start, strict=True)
+            ]
+        ).cpu()
+
+    @torch.no_grad()
+    def merge(self, transport: Transport, touched: Tensor, present: Tensor, f: int) -> None:
+        """Ends a step: all workers get the same buffers.
+
+        Floating-point ones are the coordinate-wise median over the workers that are present, others come from the first of
+        them. Those that no more than f workers changed are reset.
+
+        Args:
+            transport: the run's transport.
+            touched: ``[B]`` bool, the buffers that more than f workers changed; the same on every rank.
+            present: ``[n]`` bool.
+            f: Byzantine workers to tolerate.
+        """
+        merged = list(self.start)
+        which = touched.nonzero().flatten().tolist()
+        if which:
+            layout = [Field(tuple(self.start[i].shape), self.start[i].dtype) for i in which]
+            messages = [
+                [now[i] if now[i].shape == self.start[i].shape else self.start[i] for i in which]
+                for now in map(self._now, range(self._workers))
+            ]
+            everybody = transport.gather(messages, layout)
+            speaking = [everybody[worker] for worker in present.nonzero().flatten().tolist()]
+            for position, i in enumerate(which):
+                start = self.start[i]
+                if not speaking:
+                    continue
+                if not start.is_floating_point():
+                    merged[i] = speaking[0][position]
+                    continue
+                try:
+                    rows = torch.stack([row[position].reshape(-1) for row in speaking])
+                    merged[i] = CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(rows).view(start.shape)
+                except TooFewRowsError:
+                    merged[i] = start
+        for buffer, value in zip(self._read(), merged, strict=True):
+            if buffer.shape == value.shape:
+                buffer.copy_(value)
+        self.begin()

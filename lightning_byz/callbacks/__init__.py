@@ -1,0 +1,9 @@
+"""Callbacks: some install a fault, others observe; none steers the training.
+
+The classes to use are those of the Lightning package at hand: ``lightning_byz.lightning.ByzantineWorkers`` or
+``lightning_byz.pytorch_lightning.ByzantineWorkers``; ``lightning_byz.ByzantineWorkers`` is one of them.
+"""
+
+from lightning_byz.callbacks.byzantine_workers import ByzantineWorkersCallback
+
+__all__ = ["ByzantineWorkersCallback"]

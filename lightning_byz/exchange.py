@@ -1,0 +1,194 @@
+"""The round: from the local workers' gradients to one robust estimate, over any transport, for any algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators import TooFewRowsError
+from lightning_byz.algorithms import Algorithm
+from lightning_byz.rows import Rows
+from lightning_byz.transports import Message, Transport
+from lightning_byz.types import Gradients, Round
+
+
+class Contribution(NamedTuple):
+    """What a local worker has to say this round.
+
+    Attributes:
+        grads: its gradients, or None if it has none (no batch, no loss).
+        used: ``[P]`` bool, the parameters that its loss depends on.
+    """
+
+    grads: Gradients | None
+    used: Tensor
+
+
+class Outcome(NamedTuple):
+    """The result of a round.
+
+    Attributes:
+        round: the round, with ``present`` set.
+        estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
+        used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
+        rows: the decoded messages ``[n, d]``; absent rows are 0.
+        seen: the rows that the rule saw.
+        bytes_up: bytes of payload that one worker sent.
+        bytes_down: bytes of payload that one worker received.
+        reason: why there is no estimate; empty otherwise.
+    """
+
+    round: Round
+    estimate: Tensor | None
+    used: Tensor
+    rows: Rows
+    seen: Rows
+    bytes_up: int
+    bytes_down: int
+    reason: str = ""
+
+    @property
+    def silent(self) -> list[int]:
+        """The workers whose message did not count."""
+        assert self.round.present is not None
+        return (~self.round.present).nonzero().flatten().tolist()
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether ``x`` holds neither nan nor inf, in one pass without a temporary."""
+    return x.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(x, torch.inf)))
+
+
+class Exchange:
+    """Runs an algorithm round by round and keeps its state: of the local workers, and of the server.
+
+    Args:
+        algorithm: the method, with f known.
+        transport: a connected transport.
+        seed: seed of all random streams.
+    """
+
+    def __init__(self, algorithm: Algorithm, transport: Transport, seed: int) -> None:
+        self.algorithm, self.transport, self.seed = algorithm, transport, seed
+        self.step = 0
+        self.dim: int | None = None
+        self.workers: dict[int, Any] = {}
+        self.server: Any = None
+        self.observers: list[Callable[[Outcome], None]] = []
+
+    def _start(self, like: Tensor) -> None:
+        self.dim = len(like)
+        self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
+        self.server = self.algorithm.init_server(like, self.transport.n)
+
+    @torch.no_grad()
+    def run(self, contributions: Sequence[Contribution], like: Tensor) -> Outcome:
+        """One round.
+
+        Args:
+            contributions: one for each local worker, in order. Gradients are not modified.
+            like: ``[d]``, an example of a gradient, for its size, dtype and device.
+
+        Returns:
+            the outcome. Its estimate is the same on every rank. If it has none, no state has changed.
+        """
+        if self.dim != len(like):
+            self._start(like)
+        round = Round(step=self.step, n=self.transport.n, seed=self.seed)
+        codec = self.algorithm.codec(round)
+
+        messages, new_states = [], {}
+        for worker, contribution in zip(self.transport.workers, contributions, strict=True):
+            grads, message = contribution.grads, None
+            if grads is not None and is_finite(grads.current):
+                payload, new_states[worker] = self.algorithm.worker(grads, self.workers[worker], round._replace(worker=worker))
+                message = Message(_flags(True, contribution.used), payload)
+            if message is None:  # silence has the size of speech
+                empty = tuple(
+                    torch.zeros(field.shape, dtype=field.dtype, device=like.device) for field in codec.layout(len(like), like.dtype)
+                )
+                message = Message(_flags(False, contribution.used), empty)
+            messages.append(message)
+
+        received = self.transport.exchange(messages, codec, len(like), like.dtype, round)
+        present = torch.stack([(flags[0] == 1) & codec.valid(payload, len(like)) for flags, payload in received]).cpu()
+        rows = Rows(
+            torch.stack(
+                [
+                    codec.decode(payload, len(like)) if here else torch.zeros_like(like)
+                    for here, (_, payload) in zip(present.tolist(), received, strict=True)
+                ]
+            ),
+            agree=self.transport.agree,
+        )
+        round = round._replace(present=present)
+
+        flags = torch.stack([flags for flags, _ in received]).cpu()
+        used = (flags[present, 1:] != 0).sum(0) > min(self.algorithm.aggregator.f or 0, max(0, int(present.sum()) - 1))
+        bytes_up = messages[0].nbytes
+        self.step += 1
+        try:
+            estimate, self.server = self.algorithm.server(rows, self.server, round)
+        except TooFewRowsError as error:
+            outcome = Outcome(round, None, used, rows, rows, bytes_up, 0, str(error))
+        else:
+            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
+            outcome = Outcome(
+                round,
+                estimate,
+                used,
+                rows,
+                self.algorithm.seen(rows, self.server, round),
+                bytes_up,
+                self.transport.bytes_down(messages[0], estimate),
+            )
+        for observer in self.observers:
+            observer(outcome)
+        return outcome
+
+    # -- checkpoint ---------------------------------------------------------------------------------------------------
+
+    def server_state(self) -> dict[str, Any]:
+        """The server's half and the round number, as plain containers of tensors."""
+        return {"step": self.step, "dim": self.dim, "server": None if self.dim is None else self.server._asdict()}
+
+    def worker_states(self) -> dict[int, dict[str, Tensor]]:
+        """The local workers' halves, by worker, as plain containers of tensors."""
+        return {worker: state._asdict() for worker, state in self.workers.items()}
+
+    def load(self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor) -> None:
+        """Restores what `server_state` and `worker_states` gave; workers that are missing start afresh.
+
+        Args:
+            server: from `server_state`.
+            workers: from `worker_states` of every rank; only the local ones are read.
+            like: an example of a gradient, for its device.
+        """
+        self.step = server["step"]
+        self.dim, self.workers, self.server = None, {}, None
+        if server["dim"] is None:
+            return
+        self._start(like.new_zeros(server["dim"]))
+        self.server = _restored(self.server, server["server"], "server")
+        for worker in self.transport.workers:
+            if worker in workers:
+                self.workers[worker] = _restored(self.workers[worker], workers[worker], f"worker {worker}")
+
+
+def _flags(present: bool, used: Tensor) -> Tensor:
+    return torch.cat([torch.tensor([present], device=used.device), used]).to(torch.uint8)
+
+
+def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
+    shapes = {name: tuple(value.shape) for name, value in fresh._asdict().items()}
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != found:
+        raise ValueError(
+            f"The checkpoint's state of the {owner} should have the tensors {shapes}. Found {found}. It belongs to another "
+            "algorithm, or to other settings of it. Use the settings that the checkpoint was written with, or start a new run "
+            "from its weights: Model.load_from_checkpoint(path)."
+        )
+    return type(fresh)(*(saved[name].to(getattr(fresh, name)) for name in shapes))

@@ -1,0 +1,83 @@
+"""Between a model's parameters and flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+class FlatParameters:
+    """The trainable parameters of one optimizer, in its order, seen as one vector.
+
+    Args:
+        parameters: the parameters.
+
+    Attributes:
+        dim: d, the length of the vector.
+        dtype: float32, or the parameters' own if it is wider.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = tuple(parameters)
+        self.sizes = [p.numel() for p in self.parameters]
+        self.dim = sum(self.sizes)
+        self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> FlatParameters:
+        """The parameters of an optimizer that are to be trained now."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return cls([p for p in parameters if p.requires_grad or p.grad is not None])
+
+    def same_as(self, other: FlatParameters | None) -> bool:
+        """Whether both are about the same parameters."""
+        return other is not None and [*map(id, self.parameters)] == [*map(id, other.parameters)]
+
+    def like(self) -> Tensor:
+        """An empty vector ``[d]`` of the right dtype and device."""
+        return torch.empty(self.dim, dtype=self.dtype, device=self.device)
+
+    def used(self) -> Tensor:
+        """``[P]`` bool: the parameters that have a gradient."""
+        return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.bool)
+
+    def read_gradients(self, scale: float = 1.0) -> Tensor:
+        """The gradients as a new vector ``[d]``, times ``scale``; 0 where a parameter has none."""
+        flat = self.like()
+        for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
+            if p.grad is None:
+                piece.zero_()
+            elif p.grad.is_sparse:
+                raise ValueError(
+                    f"Gradients should be dense. Found a sparse one of shape {list(p.grad.shape)}. "
+                    "Set sparse=False in the embedding that makes it."
+                )
+            else:
+                piece.view(p.shape).copy_(p.grad)
+        return flat.mul_(scale) if scale != 1 else flat
+
+    def write_gradients(self, flat: Tensor, used: Sequence[bool], scale: float = 1.0) -> None:
+        """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that nobody used."""
+        for piece, p, is_used in zip(torch.split(flat, self.sizes), self.parameters, used, strict=True):
+            if not is_used:
+                p.grad = None
+                continue
+            if p.grad is None:
+                p.grad = torch.empty_like(p)
+            p.grad.copy_(piece.view(p.shape))
+            if scale != 1:
+                p.grad.mul_(scale)
+
+    def clear_gradients(self) -> None:
+        """Sets every ``p.grad`` to None: an optimizer then leaves the parameter as it is."""
+        for p in self.parameters:
+            p.grad = None
+
+    def poison_gradients(self) -> None:
+        """Puts an inf into the gradients, so that a loss scaler skips the step and backs off."""
+        for p in self.parameters:
+            p.grad = torch.full_like(p, torch.inf)

@@ -1,0 +1,34 @@
+"""The strategy and callbacks for the package ``pytorch_lightning``.
+
+``pytorch_lightning`` and ``lightning`` have separate class trees: a Trainer of the one refuses a Strategy of the other. Everything
+is written once, elsewhere; this module only adds the base classes. The launchers are Lightning's private names; they stand here alone.
+"""
+
+from __future__ import annotations
+
+from pytorch_lightning import Callback
+from pytorch_lightning.strategies import ParallelStrategy, StrategyRegistry, launchers
+
+from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.strategy import RobustStrategy
+
+__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers"]
+
+
+class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore[misc]
+    """Robust aggregation of the workers' gradients in place of DDP's all-reduce; see `lightning_byz.strategy.RobustStrategy`."""
+
+    strategy_name = "byzantine_robust"
+    _launchers = launchers
+
+
+class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc]
+    """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
+
+
+if ByzantineRobustStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        ByzantineRobustStrategy.strategy_name,
+        ByzantineRobustStrategy,
+        description="Robust aggregation in place of DDP's all-reduce: survives workers that send garbage",
+    )

@@ -1,0 +1,194 @@
+"""Rows: the n vectors of a round, whole or one rank's slice of them, and the few operations that rules need.
+
+Every rule is either coordinate-wise, and then it is a `map` over blocks of columns, or it looks at an n x n matrix of
+distances and answers with weights, and then it is `squared_distances` and `combine`. A pre-aggregation is a `mix`. A rule
+that is written with these runs unchanged when each rank holds only a slice of the columns, because whatever looks across
+columns goes through `sum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_byz.order_statistics import median_of_rows
+
+_BLOCK = 131_072
+"""Columns that are worked on at a time: 20 float32 rows of a block are 10 MB, and one row of it stays in a core's cache."""
+
+
+def _identity(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """n vectors of d numbers, or the slice of them that this rank holds.
+
+    Attributes:
+        values: ``[n_stored, d_local]``; never modified.
+        index: the stored rows that take part, in order, or None for all. Selecting copies nothing.
+        mixing: ``[n, n_taking_part]`` float64; row i of the result is ``sum_j mixing[i, j] * row_j``, made block by block.
+        total: adds up a small tensor over the ranks that hold the other slices.
+        agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
+    """
+
+    values: Tensor
+    index: Tensor | None = None
+    mixing: Tensor | None = None
+    total: Callable[[Tensor], Tensor] = _identity
+    agree: Callable[[Tensor], Tensor] = _identity
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or not self.values.is_floating_point():
+            raise ValueError(
+                "Rows hold a floating-point matrix [n, d], one row per worker. Found a tensor of shape "
+                f"{list(self.values.shape)} and {self.values.dtype}."
+            )
+
+    @classmethod
+    def of(cls, rows: Tensor | Rows) -> Rows:
+        """Rows as they are, or a matrix ``[n, d]`` as Rows."""
+        return rows if isinstance(rows, Rows) else cls(rows)
+
+    # -- size ---------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        if self.mixing is not None:
+            return len(self.mixing)
+        return len(self.values) if self.index is None else len(self.index)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype that arithmetic runs in: float32 for half-precision rows, else the rows' own."""
+        return torch.float32 if self.values.element_size() < 4 else self.values.dtype
+
+    # -- selecting and mixing -----------------------------------------------------------------------------------------
+
+    def select(self, keep: Tensor) -> Rows:
+        """The rows at ``keep`` (indices, or a bool mask ``[n]``). Nothing is copied."""
+        keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+        if self.mixing is not None:
+            return replace(self, mixing=self.mixing[keep.to(self.mixing.device)])
+        keep = keep.to(self.values.device)
+        return replace(self, index=keep if self.index is None else self.index[keep])
+
+    def mix(self, weights: Tensor) -> Rows:
+        """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
+        weights = weights.to(device=self.values.device, dtype=torch.float64)
+        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing)
+
+    def _base(self, block: Tensor) -> Tensor:
+        return block if self.index is None else block[self.index]
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading only."""
+        for first in range(0, self.values.shape[1], _BLOCK):
+            last = min(first + _BLOCK, self.values.shape[1])
+            block = self._base(self.values[:, first:last]).to(self.work_dtype)
+            yield first, last, block if self.mixing is None else self.mixing.to(block.dtype) @ block
+
+    def dense(self) -> Tensor:
+        """The rows as one matrix ``[n, d_local]`` (a copy where rows are selected or mixed)."""
+        if self.index is None and self.mixing is None:
+            return self.values
+        out = self.values.new_empty(len(self), self.values.shape[1])
+        for first, last, block in self.blocks():
+            out[:, first:last] = block
+        return out
+
+    def columns(self, index: Tensor) -> Tensor:
+        """The given columns of this slice, ``[n, len(index)]``."""
+        picked = self._base(self.values[:, index]).to(self.work_dtype)
+        return picked if self.mixing is None else self.mixing.to(picked.dtype) @ picked
+
+    # -- looking across columns ---------------------------------------------------------------------------------------
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """A small tensor of partial sums over this slice's columns, added up over all slices."""
+        return self.total(partial)
+
+    def finite(self) -> Tensor:
+        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice."""
+        bad = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
+        for _, _, block in self.blocks():
+            bad += (~torch.isfinite(block)).sum(1)
+        return self.sum(bad) == 0
+
+    def gram(self) -> Tensor:
+        """``[n, n]`` float64 inner products, after a shift of all rows that cancels in distances.
+
+        Products are summed in float64, where those of float32 numbers are exact and cannot overflow, so that no row's size
+        costs another row's digits. Rows that are float64 already are first centred by their coordinate-wise median, which f
+        rows cannot move far from the others.
+        """
+        base = replace(self, mixing=None)
+        products = torch.zeros(len(base), len(base), dtype=torch.float64, device=self.values.device)
+        for _, _, block in base.blocks():
+            if block.dtype == torch.float64:
+                block = block - median_of_rows(block)
+            else:
+                block = block.double()
+            products += block @ block.T
+        products = self.sum(products)
+        return products if self.mixing is None else self.mixing @ products @ self.mixing.T
+
+    def squared_distances(self) -> Tensor:
+        """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf`` where it overflows."""
+        base = replace(self, mixing=None).gram()
+        if self.mixing is None:
+            squares = base.diagonal()
+            distances = squares[:, None] + squares[None, :] - 2 * base
+        else:  # ||sum_k (m_ik - m_jk) x_k||^2, from base distances, whose entries depend on two rows each
+            squares = base.diagonal()
+            pairs = squares[:, None] + squares[None, :] - 2 * base
+            pairs = torch.nan_to_num(pairs, nan=torch.inf, posinf=torch.inf)
+            difference = self.mixing[:, None, :] - self.mixing[None, :, :]  # [m, m, k]
+            touched = difference != 0
+            finite = torch.where(torch.isfinite(pairs), pairs, 0.0)
+            distances = -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, finite, difference)
+            infinite = torch.einsum("ijk,kl,ijl->ij", touched.double(), torch.isinf(pairs).double(), touched.double()) > 0
+            distances = torch.where(infinite, torch.inf, distances)
+        distances = torch.nan_to_num(distances, nan=torch.inf, posinf=torch.inf).clamp_min(0)
+        distances = torch.minimum(distances, distances.T).fill_diagonal_(0)
+        return self.agree(distances)
+
+    def squared_norms(self) -> Tensor:
+        """``[n]`` float64 ``||x_i||^2``."""
+        return self.squared_distances_to(None)
+
+    def squared_distances_to(self, center: Tensor | None) -> Tensor:
+        """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the origin)."""
+        squares = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
+        for first, last, block in self.blocks():
+            block = block.double() if center is None else block.double() - center[first:last].double()
+            squares += (block * block).sum(1)
+        return self.agree(self.sum(squares))
+
+    # -- from n vectors to one ----------------------------------------------------------------------------------------
+
+    def map(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``."""
+        out = self.values.new_empty(self.values.shape[1])
+        for first, last, block in self.blocks():
+            out[first:last] = rule(block)
+        return out
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0 * inf is nan."""
+        weights = weights.to(device=self.values.device, dtype=torch.float64)
+        if self.mixing is not None:
+            weights = weights @ self.mixing
+        used = weights.nonzero().flatten()
+        rows, weights = replace(self, mixing=None).select(used), weights[used].to(self.work_dtype)
+
+        def weighted_sum(block: Tensor) -> Tensor:
+            total = torch.zeros_like(block[0])
+            for weight, row in zip(weights.unbind(0), block.unbind(0), strict=True):
+                total.addcmul_(row, weight)
+            return total
+
+        return rows.map(weighted_sum)

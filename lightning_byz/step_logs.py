@@ -1,0 +1,168 @@
+"""What training steps log, and their losses: gathered from all workers, reduced once, logged once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.compressors import Field
+from lightning_byz.transports import Transport
+
+
+class Call(NamedTuple):
+    """One ``self.log(name, value, **kwargs)`` of one worker."""
+
+    name: str
+    value: Any
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class WorkerLog:
+    """What one local worker's training step had to say.
+
+    Attributes:
+        calls: its logged values, in order.
+        loss: its loss, a detached 0-d tensor, or None if it gave none.
+        samples: number of samples of its batch.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    loss: Tensor | None = None
+    samples: int = 0
+
+    def record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Stands in for ``LightningModule.log``."""
+        names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
+        self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
+
+
+def _number(value: Any) -> Tensor | None:
+    """A logged value as a float64 number, or None for what reduces itself (torchmetrics)."""
+    if isinstance(value, (bool, int, float)):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(()).double()
+    return None
+
+
+_NOT_LOGGED = -1.7976931348623157e308
+"""Stands for "this worker did not log it": the lowest float64, which no honest metric takes."""
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": torch.mean,
+    "avg": torch.mean,
+    "sum": torch.sum,
+    "max": torch.max,
+    "amax": torch.max,
+    "min": torch.min,
+    "amin": torch.min,
+}
+
+
+class StepLogs:
+    """Reduces the workers' logged values to one each.
+
+    Every rank says what it logged in one small collective, which all ranks enter after every training step, whether they logged
+    anything or not: a worker that skips a ``self.log`` cannot leave the others waiting. Names travel as JSON, only when they change.
+
+    Attributes:
+        loss: the median of the workers' finite losses in the last step, or None.
+        skipped: logged values that were not finite, and so left out, by name.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._kwargs: dict[str, dict[str, Any]] = {}
+        self.loss: Tensor | None = None
+        self.skipped: dict[str, int] = {}
+
+    def reduce(self, logs: Sequence[WorkerLog], transport: Transport, honest: Sequence[bool], device: torch.device) -> list[Call]:
+        """One call for every name that some worker logged, with the honest workers' reduced value.
+
+        Args:
+            logs: of the local workers.
+            transport: the run's transport.
+            honest: for all n workers, whether they count (a simulation knows; else all do).
+            device: where to gather.
+        """
+        numbers: list[dict[str, Tensor]] = []
+        own: list[Call] = []  # values that reduce themselves
+        for log in logs:
+            numbers.append({})
+            for call in log.calls:
+                number = _number(call.value)
+                if number is None:
+                    own = [other for other in own if other.name != call.name] + [call]
+                else:
+                    numbers[-1][call.name] = number
+                    self._kwargs[call.name] = call.kwargs
+        local = sorted({name for values in numbers for name in values})
+
+        gathered = self._gather(logs, numbers, local, transport, device)
+        if gathered is None:  # somebody logged a name that is new
+            self._names = self._union(local, transport, device)
+            gathered = self._gather(logs, numbers, local, transport, device)
+            assert gathered is not None
+        table, losses, samples = gathered
+
+        finite = losses[torch.isfinite(losses)]
+        self.loss = None if not len(finite) else torch.quantile(finite, 0.5).to(device)
+        counted = torch.tensor(list(honest))
+        batch_size = int(samples[counted].sum()) or 1
+        calls = []
+        for name, column in zip(self._names, table.unbind(1), strict=True):
+            if name not in self._kwargs or bool((column == _NOT_LOGGED).all()):
+                continue
+            kwargs = {key: value for key, value in self._kwargs[name].items() if key != "sync_dist"}
+            said = counted & (column != _NOT_LOGGED)
+            good = said & torch.isfinite(column)
+            if int(said.sum() - good.sum()):
+                self.skipped[name] = self.skipped.get(name, 0) + int(said.sum() - good.sum())
+            reduce_fx = kwargs.get("reduce_fx", "mean")
+            kind = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
+            value = _REDUCTIONS.get(kind, torch.mean)(column[good]) if bool(good.any()) else torch.tensor(torch.nan)
+            calls.append(Call(name, value.float(), {**kwargs, "batch_size": batch_size}))
+        return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
+
+    def _gather(
+        self,
+        logs: Sequence[WorkerLog],
+        numbers: Sequence[dict[str, Tensor]],
+        local: Sequence[str],
+        transport: Transport,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(values ``[n, names]``, losses ``[n]``, samples ``[n]``), or None if not all names are known everywhere."""
+        known = set(local) <= set(self._names)
+        messages = []
+        for log, values in zip(logs, numbers, strict=True):
+            head = torch.tensor([float(known), float(log.samples)], dtype=torch.float64, device=device)
+            loss = torch.nan if log.loss is None else log.loss
+            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names)]
+            numbers_on_device = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(()) for number in body]
+            messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
+        layout = [Field((3 + len(self._names),), torch.float64)]
+        table = torch.stack([row for (row,) in transport.gather(messages, layout)]).cpu()
+        if not bool((table[:, 0] == 1).all()):
+            return None
+        return table[:, 3:], table[:, 2], table[:, 1]
+
+    def _union(self, local: Sequence[str], transport: Transport, device: torch.device) -> list[str]:
+        """All names that any rank knows."""
+        text = json.dumps(sorted({*local, *self._names})).encode()
+        copies = transport.workers_per_process
+        size = torch.tensor([len(text)], dtype=torch.int64, device=device)
+        sizes = [int(length) for (length,) in transport.gather([[size]] * copies, [Field((1,), torch.int64)])]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+        everybody = transport.gather([[padded]] * copies, [Field((max(sizes),), torch.uint8)])
+        names: set[str] = set()
+        for length, (data,) in zip(sizes, everybody, strict=True):
+            names.update(str(name) for name in json.loads(bytes(data[:length].cpu().tolist())))
+        return sorted(names)

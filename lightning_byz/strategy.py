@@ -1,0 +1,725 @@
+"""ByzantineRobustStrategy: Lightning's training loop on one side, a round of a robust algorithm on the other. Glue only.
+
+The seam is `Strategy.optimizer_step`: its closure runs a step's forward and backward passes, and where it ends, DDP's gradients
+would be reduced. There the local workers' gradients go through `Exchange`, and the estimate that comes back is written to
+``p.grad``. Clipping, the optimizer and its schedule are the user's, untouched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
+
+from lightning_byz import rng
+from lightning_byz.aggregators import Mean, TooFewRowsError
+from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.buffers import WorkerBuffers
+from lightning_byz.compressors import Field
+from lightning_byz.exchange import Contribution, Exchange, Outcome
+from lightning_byz.gradients import FlatParameters
+from lightning_byz.step_logs import StepLogs, WorkerLog
+from lightning_byz.transports import AllGather, InProcess, Transport
+from lightning_byz.transports.wire import pack, packed_size, unpack
+from lightning_byz.types import Gradients
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _Base
+else:
+    _Base = object
+
+log = logging.getLogger("lightning_byz")
+
+CHECKPOINT_KEY = "lightning_byz"
+
+
+class UnsupportedSetupError(ValueError):
+    """A combination of settings that cannot keep what the strategy promises."""
+
+
+class RobustStrategy(_Base):
+    """All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+
+    Args:
+        algorithm: what workers send and what is made of it. None: `RobustSGD` with NNM and a trimmed mean, uncompressed; with one
+            or two workers, a plain mean.
+        transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
+        workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
+            n = processes x workers_per_process workers.
+        num_byzantine: f, the number of Byzantine workers to tolerate. None: the most that the rule allows, up to
+            max(1, (n - 1) // 3) for n >= 3.
+        seed: seed of the package's own random streams (compressors, attacks, dropout). None: the seed that ``seed_everything``
+            set, or 0.
+        max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
+            stops with an error.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
+            start_method: as for Lightning's DDPStrategy.
+    """
+
+    _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
+
+    def __init__(
+        self,
+        algorithm: Algorithm | None = None,
+        transport: Transport | None = None,
+        workers_per_process: int = 1,
+        num_byzantine: int | None = None,
+        seed: int | None = None,
+        max_skipped_steps: int = 10,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        if algorithm is not None and not isinstance(algorithm, Algorithm):
+            raise TypeError(
+                f"`algorithm` should be an Algorithm, such as RobustSGD(aggregator=TrimmedMean()). Found {algorithm!r}."
+            )
+        if transport is not None and not isinstance(transport, Transport):
+            raise TypeError(f"`transport` should be a Transport, such as AllGather(). Found {transport!r}.")
+        for name, value, least in (
+            ("workers_per_process", workers_per_process, 1),
+            ("num_byzantine", num_byzantine, 0),
+            ("max_skipped_steps", max_skipped_steps, 0),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"`{name}` should be an integer of at least {least}. Found {name}={value!r}.")
+        self.algorithm = algorithm
+        self.transport = transport
+        self.workers_per_process = workers_per_process
+        self.num_byzantine = num_byzantine
+        self.seed = seed
+        self.max_skipped_steps = max_skipped_steps
+
+        self._num_nodes = 1
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._start_method = start_method
+
+        self.exchanges: list[Exchange] = []
+        self.silences: dict[int, int] = {}
+        """How often each worker's message did not count, since the run began."""
+        self.data_attacks: list[Callable[[int, int, Any], Any]] = []
+        """(worker, step, batch) -> batch; installed by callbacks that simulate faults."""
+        self.liars: list[Callable[[int], Sequence[int]]] = []
+        """step -> the workers that lie in it; installed by callbacks that simulate faults."""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Back to before the first step."""
+        self._micro_step = 0
+        self._skipped_in_a_row = 0
+        self._layouts: list[FlatParameters | None] = [None] * len(self.exchanges)
+        self._exchanged: set[int] = set()
+        self._accumulated: list[Tensor | None] = [None] * self.workers_per_process
+        self._accumulated_used: list[Tensor | None] = [None] * self.workers_per_process
+        self._losses: list[Tensor | None] = [None] * self.workers_per_process
+        self._lossless: list[bool] = [True] * self.workers_per_process
+        self._scale_probe: Tensor | None = None
+        self._step_logs = StepLogs()
+        self._buffers: WorkerBuffers | None = None
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this machine."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 1
+
+    @property
+    def _world(self) -> int:
+        return self.num_nodes * self.num_processes
+
+    @property
+    def n(self) -> int:
+        """Number of workers of the run."""
+        return self._world * self.workers_per_process
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether Lightning is to give every process its own part of the data."""
+        return self._world > 1
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self._world, "rank": self.global_rank}
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """Backend of torch.distributed."""
+        return self._process_group_backend
+
+    def set_world_ranks(self) -> None:
+        """Tells the cluster environment, and everything that logs on rank 0 only, which rank this is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self._world)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._world == 1:
+            self._launcher = None  # one process needs none, and so works in a notebook
+        elif self._start_method == "popen":
+            self._launcher = self._launchers._SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = self._launchers._MultiProcessingLauncher(self, start_method=self._start_method)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self._world > 1:
+            self._connect_processes()
+
+    def _connect_processes(self) -> None:
+        self.set_world_ranks()
+        environment = self.cluster_environment
+        assert environment is not None
+        if self._process_group_backend is None:
+            self._process_group_backend = "nccl" if self.root_device.type == "cuda" else "gloo"
+        if dist.is_initialized():
+            return
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        dist.init_process_group(
+            self._process_group_backend,
+            rank=environment.global_rank(),
+            world_size=environment.world_size(),
+            timeout=self._timeout,
+            device_id=self.root_device if self.root_device.type == "cuda" else None,
+        )
+        atexit.register(_leave_process_group)
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def teardown(self) -> None:
+        vars(self.precision_plugin).pop("clip_gradients", None)
+        super().teardown()
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any) -> None:
+        """Checks that all settings fit together, then gives every process the same model. Nothing is wrapped."""
+        fitting = trainer.state.fn == "fit"
+        if fitting:
+            self._resolved = self._resolve_algorithm()
+        super().setup(trainer)
+        if self._world > 1:
+            self._share_model()
+        if not fitting:
+            return
+        self._check_setup(trainer)
+        transport = self.transport or (AllGather() if self._world > 1 else InProcess())
+        transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        self.exchanges = [Exchange(self._resolved, transport, seed + i) for i in range(len(self.optimizers))]
+        for exchange in self.exchanges:
+            exchange.observers.append(self._note_silence)
+        self._forget()
+        assert self.lightning_module is not None
+        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        if self.n > 1:
+            self._exchange_before_clipping()
+
+    def wrap_transport(self, wrap: Callable[[Transport], Transport]) -> None:
+        """Puts a transport around the run's; for callbacks that simulate faults (in or after ``on_fit_start``)."""
+        for exchange in self.exchanges:
+            exchange.transport = wrap(exchange.transport)
+
+    def _resolve_algorithm(self) -> Algorithm:
+        """The algorithm with its f filled in. Raises if n is too small for it."""
+        n, algorithm = self.n, self.algorithm or RobustSGD()
+        given = {f for f in (self.num_byzantine, algorithm.aggregator.f) if f}
+        if n <= 2 and not given:
+            if n == 2:
+                _warn(
+                    f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
+                    "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
+                )
+            return dataclasses.replace(algorithm, aggregator=Mean())  # type: ignore[type-var]
+        rule = algorithm.aggregator
+        if self.num_byzantine is not None and rule.f not in (None, self.num_byzantine) and not isinstance(rule, Mean):
+            raise ValueError(
+                f"`num_byzantine` and the rule's f should agree. Found num_byzantine={self.num_byzantine} and {rule!r}. "
+                "Give f once."
+            )
+        f = self.num_byzantine if self.num_byzantine is not None else rule.f
+        if f is None or (isinstance(rule, Mean) and self.num_byzantine is None):
+            f = min(max(1, (n - 1) // 3), max(0, rule.most_f(n)))
+            log.info(f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it.")
+        name = type(rule).__name__
+        if f > rule.most_f(n):
+            try:
+                rule.with_f(f).check(n)
+                message = f"{name} tolerates at most f={rule.most_f(n)} for n={n} workers."
+            except TooFewRowsError as error:
+                message = str(error)
+            raise ValueError(
+                f"num_byzantine={f} is too large for n={n} workers (processes x workers_per_process = {self._world} x "
+                f"{self.workers_per_process}). {message}"
+            )
+        if f == 0 and self.num_byzantine != 0:
+            _warn(f"byzantine_robust: {name} tolerates no Byzantine worker among n={n}.")
+        resolved = algorithm.with_f(f)
+        resolved.aggregator.check(n)
+        return resolved
+
+    def _check_setup(self, trainer: Any) -> None:
+        """Refuses what cannot work, before the first step, and says what to do instead."""
+        module, algorithm = self.lightning_module, self._resolved
+        assert module is not None
+        if self.n == 1:
+            return
+        if self._layer_sync is not None:
+            raise UnsupportedSetupError(
+                "Trainer(sync_batchnorm=True) lets every worker's activations into all others' forward passes, where no rule "
+                "can outvote them. Leave it out: byzantine_robust merges BatchNorm statistics by their median."
+            )
+        if self.workers_per_process > 1 and not module.automatic_optimization:
+            raise UnsupportedSetupError(
+                f"In-process workers (workers_per_process={self.workers_per_process}) need automatic optimization: manual "
+                "optimization steps inside training_step, before the other workers have a gradient. Use one worker per process: "
+                "Trainer(devices=n) with workers_per_process=1."
+            )
+        if algorithm.needs_previous and (trainer.accumulate_grad_batches > 1 or not module.automatic_optimization):
+            found = (
+                "manual optimization"
+                if not module.automatic_optimization
+                else (f"accumulate_grad_batches={trainer.accumulate_grad_batches}")
+            )
+            raise UnsupportedSetupError(
+                f"{type(algorithm).__name__} needs the gradient of one minibatch at two iterates. Found {found}. "
+                "Use automatic optimization with Trainer(accumulate_grad_batches=1) and larger batches."
+            )
+        if algorithm.needs_previous or algorithm.needs_trusted:
+            raise UnsupportedSetupError(
+                f"{type(algorithm).__name__} needs "
+                + ("the previous gradient" if algorithm.needs_previous else "a trusted gradient")
+                + ", which this strategy does not compute yet. Use an algorithm that needs neither, such as RobustSGD."
+            )
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers) and not algorithm.stateless:
+            raise UnsupportedSetupError(
+                f"LBFGS evaluates its closure several times a step, and {algorithm!r} remembers every evaluation. Use an algorithm "
+                "without state: RobustSGD(worker_momentum=0, server_momentum=0)."
+            )
+
+    @torch.no_grad()
+    def _share_model(self) -> None:
+        """Rank 0's parameters and buffers for everybody."""
+        assert self.lightning_module is not None
+        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+
+    def _exchange_before_clipping(self) -> None:
+        """In manual optimization ``clip_gradients`` comes before the step: it is to act on the estimate."""
+        clip = self.precision_plugin.clip_gradients
+
+        def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            module = self.lightning_module
+            if module is not None and not module.automatic_optimization:
+                raw = getattr(optimizer, "optimizer", optimizer)
+                if self._index(raw) not in self._exchanged:
+                    self._exchange(raw)
+            clip(optimizer, *args, **kwargs)
+
+        vars(self.precision_plugin)["clip_gradients"] = clip_gradients
+
+    # -- a step: forward and backward ---------------------------------------------------------------------------------
+
+    def _rng_key(self, worker: int) -> tuple[int, int, int]:
+        return (self.exchanges[0].seed if self.exchanges else 0, self._micro_step, worker)
+
+    def liars_at(self, step: int) -> set[int]:
+        """The workers that are known to lie in a step, in a simulation."""
+        return {worker for liars in self.liars for worker in liars(step)}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Every local worker's training step, on its part of the batch; what they log is reduced and logged once."""
+        if self.n == 1 or not self.exchanges:
+            return super().training_step(*args, **kwargs)
+        module, workers, buffers = self.lightning_module, self.exchanges[0].transport.workers, self._buffers
+        assert module is not None and buffers is not None
+        step = self.exchanges[0].step
+        batch, rest = args[0], args[1:]
+        if self.workers_per_process == 1:
+            parts = [batch]
+        else:
+            parts = split_batch(batch, self.workers_per_process)
+            if self._micro_step == 0 and parts[-1] is None:
+                raise ValueError(
+                    f"The first batch should have at least one sample for each of the {self.workers_per_process} in-process "
+                    f"workers. Found {batch_size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
+                )
+
+        logs: list[WorkerLog] = []
+        outputs: list[Any] = []
+        for i, (worker, part) in enumerate(zip(workers, parts, strict=True)):
+            logs.append(WorkerLog(samples=0 if part is None else batch_size(part) or 1))
+            outputs.append(None)
+            if part is None:
+                continue
+            for attack in self.data_attacks:
+                part = attack(worker, step, part)
+            vars(module)["log"] = logs[-1].record
+            try:
+                with buffers.of(i), rng.worker_rng(self.root_device, *self._rng_key(worker)):
+                    outputs[-1] = super().training_step(part, *rest, **kwargs)
+            finally:
+                del vars(module)["log"]
+
+        losses = [output.get("loss") if isinstance(output, Mapping) else output for output in outputs]
+        if module.automatic_optimization:
+            for worker_log, loss in zip(logs, losses, strict=True):
+                worker_log.loss = loss.detach().mean() if isinstance(loss, Tensor) else None
+        self._losses = [loss if isinstance(loss, Tensor) else None for loss in losses]
+        self._lossless = [before and loss is None for before, loss in zip(self._lossless, self._losses, strict=True)]
+
+        liars = self.liars_at(step)
+        honest = [worker not in liars for worker in range(self.n)]
+        transport = self.exchanges[0].transport
+        for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
+            module.log(call.name, call.value, **call.kwargs)
+        self._micro_step += 1
+        if not module.automatic_optimization:
+            return outputs[0] if outputs[0] is not None else {}
+        return self._step_output(outputs)
+
+    def _step_output(self, outputs: list[Any]) -> Any:
+        """What Lightning goes on with: the output of the only worker, or one that stands for all of them."""
+        if self.workers_per_process == 1 and outputs[0] is not None:
+            return outputs[0]
+        # `backward` learns from the probe's gradient by what Lightning and the precision plugin scaled the loss.
+        self._scale_probe = torch.zeros((), device=self.root_device, requires_grad=True)
+        present = [loss.detach().mean() for loss in self._losses if loss is not None]
+        loss = self._scale_probe + (torch.stack(present).mean().float() if present else 0.0)
+        extra = next((output for output in outputs if isinstance(output, Mapping)), None)
+        return loss if extra is None else {**extra, "loss": loss}
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Every local worker's backward pass."""
+        if self.n == 1 or self.workers_per_process == 1 or self._scale_probe is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        module, buffers = self.lightning_module, self._buffers
+        assert module is not None and buffers is not None
+        self.pre_backward(closure_loss)
+        scaled = self.precision_plugin.pre_backward(closure_loss, module)
+        (factor,) = torch.autograd.grad(scaled, self._scale_probe)
+        layout = self._layout(self._index(getattr(optimizer, "optimizer", optimizer)))
+        for i, loss in enumerate(self._losses):
+            if loss is None:
+                continue
+            layout.clear_gradients()
+            with buffers.of(i):
+                self.precision_plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
+            flat, used = layout.read_gradients(), layout.used()
+            before, used_before = self._accumulated[i], self._accumulated_used[i]
+            self._accumulated[i] = flat if before is None else before.add_(flat)
+            self._accumulated_used[i] = used if used_before is None else used_before | used
+        self._losses = [None] * self.workers_per_process
+        self._show_mean(layout)
+        closure_loss = self.precision_plugin.post_backward(scaled, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def _show_mean(self, layout: FlatParameters) -> None:
+        """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
+        rows = [row for row in self._accumulated if row is not None]
+        used = [used for used in self._accumulated_used if used is not None]
+        if rows:
+            layout.write_gradients(sum(rows[1:], start=rows[0].clone()).div_(len(rows)), torch.stack(used).any(0).tolist())
+
+    # -- a step: the exchange -----------------------------------------------------------------------------------------
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """The user's optimizer step, with an exchange at the end of its closure."""
+        if self.n == 1:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def closure_and_exchange() -> Any:
+            loss = closure()
+            if self._index(optimizer) not in self._exchanged:
+                self._exchange(optimizer)
+            return loss if loss is None or self._step_logs.loss is None else self._step_logs.loss.to(loss)
+
+        def several_times() -> Any:  # LBFGS evaluates it again and again
+            self._exchanged.discard(self._index(optimizer))
+            return closure_and_exchange()
+
+        try:
+            repeats = isinstance(optimizer, torch.optim.LBFGS)
+            return super().optimizer_step(optimizer, several_times if repeats else closure_and_exchange, model, **kwargs)
+        finally:
+            self._exchanged.discard(self._index(optimizer))
+
+    def _index(self, optimizer: Any) -> int:
+        return next(i for i, known in enumerate(self.optimizers) if known is optimizer)
+
+    def _layout(self, index: int) -> FlatParameters:
+        now, before = FlatParameters.of(self.optimizers[index]), self._layouts[index]
+        if not now.same_as(before):
+            if before is not None:
+                log.warning(
+                    "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh."
+                )
+                self.exchanges[index].dim = None
+            self._layouts[index] = now
+            return now
+        assert before is not None
+        return before
+
+    def _contributions(self, layout: FlatParameters, unscale: float) -> list[Contribution]:
+        assert self._buffers is not None and self.lightning_module is not None
+        contributions = []
+        for i in range(self.workers_per_process):
+            if self.workers_per_process == 1:
+                used = layout.used()
+                lossless = self.lightning_module.automatic_optimization and self._lossless[0]
+                absent = lossless or not bool(used.any())
+                flat = None if absent else layout.read_gradients(unscale)
+            else:
+                accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
+                flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated
+                used = layout.used().fill_(False) if accumulated_used is None else accumulated_used
+            touched = torch.cat([used, self._buffers.changed(i)]).to(self.root_device)
+            contributions.append(Contribution(None if flat is None else Gradients(flat), touched))
+        return contributions
+
+    def _exchange(self, optimizer: Any) -> None:
+        """From the local workers' gradients to the estimate in ``p.grad``."""
+        index = self._index(optimizer)
+        layout, exchange = self._layout(index), self.exchanges[index]
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        contributions = self._contributions(layout, 1 / scale)
+        outcome = exchange.run(contributions, layout.like())
+
+        parameters = len(layout.parameters)
+        overflow = scale != 1.0 and 2 * len(outcome.silent) > self.n
+        if overflow:
+            layout.poison_gradients()
+        elif outcome.estimate is None:
+            # A loss scaler wants to see a gradient for every step; an inf makes it skip this one.
+            layout.poison_gradients() if scaler is not None else layout.clear_gradients()
+        else:
+            layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale)
+        assert self._buffers is not None and outcome.round.present is not None
+        self._buffers.merge(
+            exchange.transport, outcome.used[parameters:], outcome.round.present, exchange.algorithm.aggregator.f or 0
+        )
+        self._accumulated = [None] * self.workers_per_process
+        self._accumulated_used = [None] * self.workers_per_process
+        self._lossless = [True] * self.workers_per_process
+        self._exchanged.add(index)
+        self._count_skips(outcome, overflow)
+
+    def _count_skips(self, outcome: Outcome, overflow: bool) -> None:
+        if overflow:
+            return
+        if outcome.estimate is not None:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        _warn(f"byzantine_robust: step {outcome.round.step} is skipped. {outcome.reason}")
+        if self._skipped_in_a_row > self.max_skipped_steps:
+            raise RuntimeError(
+                f"{self._skipped_in_a_row} steps in a row had too few finite gradients (max_skipped_steps="
+                f"{self.max_skipped_steps}). {outcome.reason} Silent in the last one: workers {outcome.silent}. Look for nan or "
+                "inf in their data or losses, or lower the learning rate."
+            )
+
+    def _note_silence(self, outcome: Outcome) -> None:
+        for worker in outcome.silent:
+            count = self.silences[worker] = self.silences.get(worker, 0) + 1
+            if count in (1, 10, 100, 1000, 10_000, 100_000):
+                _warn(
+                    f"byzantine_robust: worker {worker} gave no finite gradient in step {outcome.round.step}; the step went on "
+                    f"without it. This was time {count}."
+                )
+
+    # -- collectives that Lightning asks for --------------------------------------------------------------------------
+
+    def _interrupted(self) -> bool:
+        """Whether this rank is on its way out, so that the others may not follow it into a collective."""
+        module = self.lightning_module
+        trainer = None if module is None else getattr(module, "_trainer", None)
+        return trainer is not None and bool(trainer.interrupted)
+
+    def barrier(self, name: str | None = None) -> None:
+        if self._world == 1 or not dist.is_initialized() or self._interrupted():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """An object of rank ``src``, which is one of the run's own processes, for everybody."""
+        if self._world == 1 or not dist.is_initialized():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others."""
+        if not isinstance(tensor, Tensor) or self._world == 1 or not dist.is_initialized():
+            return tensor
+        name = str(getattr(reduce_op, "name", reduce_op)).lower().removeprefix("redoptype.").rpartition(".")[2]
+        if name not in ("mean", "avg", "sum", "max", "min", "product"):
+            raise ValueError(f"`reduce_op` should be one of mean, sum, max, min, product. Found {reduce_op!r}.")
+        ranks = dist.get_world_size(group)
+        received = [torch.empty_like(tensor) for _ in range(ranks)]
+        dist.all_gather(received, tensor.contiguous(), group=group)
+        values = torch.stack(received)
+        finite = torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
+        if not bool(finite.all()):
+            _warn(f"byzantine_robust: {int((~finite).sum())} of {ranks} values of a reduction were not finite and left out.")
+        count = finite.sum(0)
+        neutral = {"max": -torch.inf, "min": torch.inf, "product": 1.0}.get(name, 0.0)
+        kept = torch.where(finite, values, torch.full_like(values, neutral)) if not bool(finite.all()) else values
+        if name in ("mean", "avg"):
+            total = kept.sum(0)
+            return total / count if total.is_floating_point() else total // ranks
+        result = _REDUCTIONS[name](kept)
+        return torch.where(count > 0, result, values[0]).to(tensor.dtype)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
+        if self.exchanges and "optimizer_states" in checkpoint:
+            local = [exchange.worker_states() for exchange in self.exchanges]
+            workers, states = self._collected(local)
+            checkpoint[CHECKPOINT_KEY] = {
+                "version": 1,
+                "n": self.n,
+                "workers_per_process": self.workers_per_process,
+                "algorithm": repr(self._resolved),
+                "server": [exchange.server_state() for exchange in self.exchanges],
+                "workers": workers,
+                "rng": states,
+                "micro_step": self._micro_step,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "silences": dict(self.silences),
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
+        """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""
+        random_states = rng.snapshot(self.root_device)
+        if self._world == 1 or self._interrupted():
+            return local, {self.global_rank: random_states}
+        keys = [(i, w, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
+        tensors = [*random_states, *(local[i][w][name] for i, w, name in keys)]
+        layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        device = torch.device("cpu") if dist.get_backend() == "gloo" else self.root_device
+        sent = torch.zeros(packed_size(layout), dtype=torch.uint8, device=device)
+        pack([tensor.to(device) for tensor in tensors], layout, sent)
+        zero = self.is_global_zero
+        received = [torch.empty_like(sent) for _ in range(self._world)] if zero else None
+        dist.gather(sent, received, dst=0)
+        if received is None:
+            return local, {self.global_rank: random_states}
+        everybody: list[dict[int, Any]] = [{} for _ in local]
+        states: dict[int, Any] = {}
+        for rank, buffer in enumerate(received):
+            unpacked = [tensor.cpu() for tensor in unpack(buffer, layout)]
+            states[rank] = tuple(unpacked[: len(random_states)])
+            for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
+                everybody[i].setdefault(w + rank * self.workers_per_process, {})[name] = tensor
+        return everybody, states
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        super().load_optimizer_state_dict(checkpoint)
+        if self.exchanges:
+            self._restore(checkpoint.get(CHECKPOINT_KEY))
+
+    def _restore(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None:
+            if self.n > 1:
+                log.info("The checkpoint holds no state of byzantine_robust: the algorithm starts afresh from its weights.")
+            return
+        if saved["n"] != self.n:
+            raise ValueError(
+                f"The checkpoint was written by a run of n={saved['n']} workers. Found n={self.n} (processes x workers_per_process "
+                f"= {self._world} x {self.workers_per_process}). Resume with {saved['n']} workers, or start a new run from its "
+                "weights: Model.load_from_checkpoint(path)."
+            )
+        if len(saved["server"]) != len(self.exchanges):
+            raise ValueError(
+                f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found {len(self.exchanges)}. "
+                "Resume with the same optimizers, or start a new run from its weights: Model.load_from_checkpoint(path)."
+            )
+        self._forget()
+        assert self.lightning_module is not None
+        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        for i, exchange in enumerate(self.exchanges):
+            exchange.load(saved["server"][i], saved["workers"][i], FlatParameters.of(self.optimizers[i]).like())
+        missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        if missing:
+            _warn(f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with a fresh state.")
+        self._micro_step = saved["micro_step"]
+        self._skipped_in_a_row = saved["skipped_in_a_row"]
+        self.silences = dict(saved["silences"])
+        if self.global_rank in saved["rng"]:
+            rng.restore(self.root_device, saved["rng"][self.global_rank])
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda values: values.sum(0),
+    "max": lambda values: values.amax(0),
+    "min": lambda values: values.amin(0),
+    "product": lambda values: values.prod(0),
+}
+
+
+def is_robust(strategy: Any) -> bool:
+    """Whether a strategy is a ByzantineRobustStrategy, of either Lightning package."""
+    return isinstance(strategy, RobustStrategy)
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

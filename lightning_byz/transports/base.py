@@ -1,0 +1,74 @@
+"""The transport interface: the only place where processes meet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.compressors import Compressor, Field
+from lightning_byz.types import Payload, Round
+
+
+class Message(NamedTuple):
+    """What one worker contributes to a round.
+
+    Attributes:
+        flags: uint8 ``[1 + P]``: whether the worker takes part, then for each of P parameters whether it has a gradient.
+        payload: the encoded vector.
+    """
+
+    flags: Tensor
+    payload: Payload
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload."""
+        return sum(tensor.nbytes for tensor in self.payload)
+
+
+class Transport(ABC):
+    """Moves the messages of a round from all workers to wherever they are aggregated.
+
+    A worker is one of ``workers_per_process`` in one of ``world_size`` processes; worker ``rank * workers_per_process + i`` is
+    the i-th of its process.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    workers_per_process: int = 1
+
+    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+        """Called once the processes know each other, before the first round."""
+        self.rank, self.world_size, self.workers_per_process = rank, world_size, workers_per_process
+
+    @property
+    def n(self) -> int:
+        """Number of workers of the run."""
+        return self.world_size * self.workers_per_process
+
+    @property
+    def workers(self) -> range:
+        """The workers of this process."""
+        return range(self.rank * self.workers_per_process, (self.rank + 1) * self.workers_per_process)
+
+    @abstractmethod
+    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
+        """One tuple of tensors of this layout from every local worker, to those of all n workers, in order."""
+
+    @abstractmethod
+    def agree(self, tensor: Tensor) -> Tensor:
+        """Rank 0's copy of a small tensor that decisions depend on."""
+
+    @abstractmethod
+    def bytes_down(self, message: Message, estimate: Tensor) -> int:
+        """Bytes of payload that a worker receives in a round in which each sends ``message``."""
+
+    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
+        """The messages of all n workers, in order, given those of the local ones."""
+        layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
+        everybody = self.gather([(message.flags, *message.payload) for message in messages], layout)
+        return [Message(flags, tuple(payload)) for flags, *payload in everybody]

@@ -1,0 +1,69 @@
+"""The small vocabulary that every layer shares: gradients, rounds, payloads and keyed random streams."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Payload: TypeAlias = tuple[Tensor, ...]
+"""What one worker puts on the wire in one round: tensors whose shapes and dtypes the compressor's layout fixes."""
+
+State: TypeAlias = "NamedTuple"
+"""All that an algorithm remembers between rounds: a NamedTuple of tensors. ``state._asdict()`` is its checkpoint."""
+
+
+def keyed_seed(use: str, *key: int) -> int:
+    """A 63-bit seed that depends on a use and a key only, the same in every process and on every machine."""
+    text = ":".join([use, *(str(int(part)) for part in key)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def keyed_generator(use: str, *key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random stream of its own for a use ("coin", "compressor", ...) and a key (seed, step, worker, ...)."""
+    return torch.Generator(device).manual_seed(keyed_seed(use, *key))
+
+
+class Gradients(NamedTuple):
+    """One worker's gradients of this round, flattened.
+
+    Attributes:
+        current: the gradient at the current parameters, ``[d]``.
+        previous: the gradient of the same minibatch at the previous parameters, ``[d]``, for algorithms
+            that declare ``needs_previous``.
+    """
+
+    current: Tensor
+    previous: Tensor | None = None
+
+
+class Round(NamedTuple):
+    """All that both halves of an algorithm may know about a round besides the gradients.
+
+    Attributes:
+        step: number of this round, counted from 0.
+        n: number of workers of the run.
+        worker: index of the worker that this round is seen from (0 on the server).
+        seed: seed of the run's random streams.
+        drift: ``||x_k - x_{k-1}||``, a 0-d tensor, or None in the first round.
+        present: ``[n]`` bool, the workers whose message counts this round, or None for all.
+        trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``needs_trusted``.
+    """
+
+    step: int
+    n: int
+    worker: int = 0
+    seed: int = 0
+    drift: Tensor | None = None
+    present: Tensor | None = None
+    trusted: Tensor | None = None
+
+    def shared(self, use: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """The stream that is the same on every worker and on the server: coins, cohorts, bucket permutations."""
+        return keyed_generator(use, self.seed, self.step, device=device)
+
+    def private(self, use: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """This worker's own stream: its compressor's randomness."""
+        return keyed_generator(use, self.seed, self.step, 1 + self.worker, device=device)
