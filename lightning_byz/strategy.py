@@ -581,8 +581,12 @@ class RobustStrategy(_Base):
         trainer = None if module is None else getattr(module, "_trainer", None)
         return trainer is not None and bool(trainer.interrupted)
 
+    def _alone(self) -> bool:
+        """Whether this rank may not enter a collective: there is no other rank, or they cannot be expected to follow."""
+        return self._world == 1 or not dist.is_initialized() or self._interrupted()
+
     def barrier(self, name: str | None = None) -> None:
-        if self._world == 1 or not dist.is_initialized() or self._interrupted():
+        if self._alone():
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
@@ -591,7 +595,7 @@ class RobustStrategy(_Base):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object of rank ``src``, which is one of the run's own processes, for everybody."""
-        if self._world == 1 or not dist.is_initialized():
+        if self._alone():
             return obj
         objects = [obj]
         dist.broadcast_object_list(objects, src)
@@ -599,7 +603,7 @@ class RobustStrategy(_Base):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others."""
-        if not isinstance(tensor, Tensor) or self._world == 1 or not dist.is_initialized():
+        if not isinstance(tensor, Tensor) or self._alone():
             return tensor
         name = str(getattr(reduce_op, "name", reduce_op)).lower().removeprefix("redoptype.").rpartition(".")[2]
         if name not in ("mean", "avg", "sum", "max", "min", "product"):
@@ -619,6 +623,9 @@ class RobustStrategy(_Base):
             return total / count if total.is_floating_point() else total // ranks
         result = _REDUCTIONS[name](kept)
         return torch.where(count > 0, result, values[0]).to(tensor.dtype)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return decision if self._alone() else super().reduce_boolean_decision(decision, all=all)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -644,7 +651,7 @@ class RobustStrategy(_Base):
     def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
         """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""
         random_states = rng.snapshot(self.root_device)
-        if self._world == 1 or self._interrupted():
+        if self._alone():
             return local, {self.global_rank: random_states}
         keys = [(i, w, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
         tensors = [*random_states, *(local[i][w][name] for i, w, name in keys)]
@@ -660,7 +667,7 @@ class RobustStrategy(_Base):
         everybody: list[dict[int, Any]] = [{} for _ in local]
         states: dict[int, Any] = {}
         for rank, buffer in enumerate(received):
-            unpacked = [tensor.cpu() for tensor in unpack(buffer, layout)]
+            unpacked = [tensor.cpu().clone() for tensor in unpack(buffer, layout)]
             states[rank] = tuple(unpacked[: len(random_states)])
             for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
                 everybody[i].setdefault(w + rank * self.workers_per_process, {})[name] = tensor
