@@ -1,7 +1,7 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
 The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy` and `ByzantineWorkers` are those of the package that the program uses: the one that is installed, or,
+first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the program uses: the one that is installed, or,
 if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import them from
 `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
 """
@@ -17,6 +17,7 @@ from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Krum, Mean, 
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Gaussian, LabelFlip, NotANumber, SignFlip
 from lightning_byz.compressors import Identity, RandK, TopK
+from lightning_byz.data import WorkerSampler
 from lightning_byz.transports import AllGather, InProcess
 
 __version__ = "0.1.0"
@@ -30,11 +31,12 @@ _imported = [name for name in _installed if name in sys.modules]
 _home = (_imported if len(_imported) == 1 else _installed)[0]
 
 if TYPE_CHECKING:
-    from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+    from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, DigitsDataModule
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
     ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
     ByzantineWorkers = _glue[_home].ByzantineWorkers
+    DigitsDataModule = _glue[_home].DigitsDataModule
 
 __all__ = [
     "ALIE",
@@ -46,6 +48,7 @@ __all__ = [
     "ByzantineWorkers",
     "Chain",
     "CoordinateMedian",
+    "DigitsDataModule",
     "Gaussian",
     "Identity",
     "InProcess",
@@ -59,4 +62,5 @@ __all__ = [
     "SignFlip",
     "TopK",
     "TrimmedMean",
+    "WorkerSampler",
 ]

@@ -1,4 +1,4 @@
-"""The strategy and callbacks for the package ``lightning`` (``import lightning as L``).
+"""The strategy, callbacks and data modules for the package ``lightning`` (``import lightning as L``).
 
 ``pytorch_lightning`` and ``lightning`` have separate class trees: a Trainer of the one refuses a Strategy of the other. Everything
 is written once, elsewhere; this module only adds the base classes. The launchers are Lightning's private names; they stand here alone.
@@ -6,13 +6,14 @@ is written once, elsewhere; this module only adds the base classes. The launcher
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry, launchers
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
 from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.data import DigitsData
 from lightning_byz.strategy import RobustStrategy
 
-__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers"]
+__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers", "DigitsDataModule"]
 
 
 class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
@@ -25,6 +26,14 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):
     """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
 
+
+class DigitsDataModule(DigitsData, LightningDataModule):
+    """Handwritten digits, every worker its own part; see `lightning_byz.data.DigitsData`."""
+
+
+# Lightning trains a torch.compile'd module with an instance of a short list of its own strategies only. Ours leaves the module as
+# unwrapped as this one of them does.
+SingleDeviceStrategy.register(ByzantineRobustStrategy)
 
 if ByzantineRobustStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(

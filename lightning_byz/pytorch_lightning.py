@@ -1,4 +1,4 @@
-"""The strategy and callbacks for the package ``pytorch_lightning``.
+"""The strategy, callbacks and data modules for the package ``pytorch_lightning``.
 
 ``pytorch_lightning`` and ``lightning`` have separate class trees: a Trainer of the one refuses a Strategy of the other. Everything
 is written once, elsewhere; this module only adds the base classes. The launchers are Lightning's private names; they stand here alone.
@@ -6,13 +6,14 @@ is written once, elsewhere; this module only adds the base classes. The launcher
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback
-from pytorch_lightning.strategies import ParallelStrategy, StrategyRegistry, launchers
+from pytorch_lightning import Callback, LightningDataModule
+from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
 from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.data import DigitsData
 from lightning_byz.strategy import RobustStrategy
 
-__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers"]
+__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers", "DigitsDataModule"]
 
 
 class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore[misc]
@@ -25,6 +26,14 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc]
     """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
 
+
+class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]
+    """Handwritten digits, every worker its own part; see `lightning_byz.data.DigitsData`."""
+
+
+# Lightning trains a torch.compile'd module with an instance of a short list of its own strategies only. Ours leaves the module as
+# unwrapped as this one of them does.
+SingleDeviceStrategy.register(ByzantineRobustStrategy)
 
 if ByzantineRobustStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(

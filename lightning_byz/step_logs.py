@@ -154,8 +154,8 @@ class StepLogs:
         return table[:, 3:], table[:, 2], table[:, 1]
 
     def _union(self, local: Sequence[str], transport: Transport, device: torch.device) -> list[str]:
-        """All names that any rank knows."""
-        text = json.dumps(sorted({*local, *self._names})).encode()
+        """All names that any rank knows. A rank that has not logged one itself learns how the others log it."""
+        text = json.dumps({name: _plain(self._kwargs[name]) for name in sorted({*local, *self._names} & self._kwargs.keys())}).encode()
         copies = transport.workers_per_process
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
         sizes = [int(length) for (length,) in transport.gather([[size]] * copies, [Field((1,), torch.int64)])]
@@ -164,5 +164,14 @@ class StepLogs:
         everybody = transport.gather([[padded]] * copies, [Field((max(sizes),), torch.uint8)])
         names: set[str] = set()
         for length, (data,) in zip(sizes, everybody, strict=True):
-            names.update(str(name) for name in json.loads(bytes(data[:length].cpu().tolist())))
+            theirs: dict[str, dict[str, Any]] = json.loads(bytes(data[:length].cpu().tolist()))
+            names.update(theirs)
+            self._kwargs = {**theirs, **self._kwargs}
         return sorted(names)
+
+
+def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a ``self.log`` call that are numbers, strings or flags, as JSON can carry them."""
+    plain = {key: value for key, value in kwargs.items() if value is None or isinstance(value, (bool, int, float, str))}
+    reduce_fx = kwargs.get("reduce_fx", "mean")
+    return {**plain, "reduce_fx": reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")}

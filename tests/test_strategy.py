@@ -1,0 +1,471 @@
+"""What the strategy does when a worker fails it, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import pytest
+import torch
+from harness import QUIET, assert_equal, averaging, cpu_amp, fit
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping
+from lightning.pytorch.strategies import StrategyRegistry, launchers
+from models import GAN, Plain, blobs, loader
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_byz import (
+    ALIE,
+    IPM,
+    AllGather,
+    ByzEF21SGDM,
+    CoordinateMedian,
+    Gaussian,
+    InProcess,
+    Krum,
+    LabelFlip,
+    Mean,
+    MultiKrum,
+    NotANumber,
+    RobustSGD,
+    SignFlip,
+    TrimmedMean,
+)
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+
+
+def in_process(n: int = 4, **kwargs: Any) -> ByzantineRobustStrategy:
+    return ByzantineRobustStrategy(workers_per_process=n, **kwargs)
+
+
+def on_ranks(**kwargs: Any) -> ByzantineRobustStrategy:
+    return ByzantineRobustStrategy(start_method="fork", **kwargs)
+
+
+BOTH = [pytest.param(1, id="in-process"), pytest.param(4, id="ranks", marks=pytest.mark.processes)]
+
+
+def strategy_for(devices: int, **kwargs: Any) -> ByzantineRobustStrategy:
+    return in_process(4, **kwargs) if devices == 1 else on_ranks(**kwargs)
+
+
+# -- a worker that fails ----------------------------------------------------------------------------------------------
+
+
+class Faulty(Plain):
+    """Worker ``bad`` has no loss, a nan loss, or skips its log, in some steps."""
+
+    def __init__(self, fault: str, bad: int = 2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fault, self.bad, self.calls = fault, bad, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        strategy = self.trainer.strategy
+        worker = strategy.global_rank * strategy.workers_per_process + self.calls % strategy.workers_per_process
+        self.calls += 1
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        if worker == self.bad and batch_idx % 2:
+            if self.fault == "none":
+                return None
+            if self.fault == "nan":
+                loss = loss * torch.nan
+            if self.fault == "inf weights":
+                loss = loss + torch.inf * self.net[0].weight.sum()
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
+        if not (worker == self.bad and self.fault == "silent log"):
+            self.log("extra", float(worker), sync_dist=True)
+        return loss
+
+
+@pytest.mark.parametrize("devices", BOTH)
+@pytest.mark.parametrize("fault", ["none", "nan", "inf weights", "silent log"])
+def test_a_failing_worker_is_absent_and_hurts_nobody(fault: str, devices: int, tmp_path: Path) -> None:
+    stop = EarlyStopping("loss_epoch", patience=50, check_finite=True, check_on_train_epoch_end=True)
+    silences = lambda trainer, module: trainer.strategy.silences  # noqa: E731
+    reports = fit(
+        tmp_path, Faulty(fault), strategy_for(devices), devices=devices, data=loader(24 if devices == 1 else 6),
+        max_epochs=3, callbacks=[stop], extra=silences,
+    )  # fmt: skip
+    for report in reports:
+        assert_equal(reports[0], report)
+        assert report["steps"] == 30
+        assert all(torch.isfinite(v).all() for v in report["weights"].values())
+        assert report["metrics"]["loss_epoch"] < 1.0
+        assert report["metrics"]["extra"] == pytest.approx({"silent log": (0 + 1 + 3) / 3, "none": (0 + 1 + 3) / 3}.get(fault, 1.5))
+        assert report["extra"] == ({} if fault == "silent log" else {2: 15})
+
+
+@pytest.mark.parametrize("devices", BOTH)
+def test_silence_is_named_in_the_log(devices: int, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="worker 2 gave no finite gradient in step 1"):
+        L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process()).fit(Faulty("nan"), loader())
+
+
+class AlwaysNan(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1]) * (torch.nan if batch_idx >= 2 else 1)
+
+
+@pytest.mark.parametrize("devices", BOTH)
+def test_steps_without_enough_workers_are_skipped_then_stop_the_run(devices: int, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match=r"4 steps in a row had too few finite gradients \(max_skipped_steps=3\)"):
+        fit(
+            tmp_path,
+            AlwaysNan(),
+            strategy_for(devices, max_skipped_steps=3),
+            devices=devices,
+            data=loader(24 if devices == 1 else 6),
+        )
+
+
+def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
+    (short,) = fit(tmp_path, AlwaysNan(optimizer="adamw"), in_process(max_skipped_steps=20), max_steps=2)
+    torch.manual_seed(0)
+    start = AlwaysNan(optimizer="adamw")
+    runs = []
+    for steps in (2, 6):
+        model = AlwaysNan(optimizer="adamw")
+        model.load_state_dict(start.state_dict())
+        runs += fit(tmp_path, model, in_process(max_skipped_steps=20), max_steps=steps)
+    assert_equal(*runs)
+    assert runs[1]["steps"] == 6
+    assert short["steps"] == 2
+
+
+def test_overflow_of_most_workers_backs_the_loss_scale_off(tmp_path: Path) -> None:
+    """The scaler starts far too high; every worker overflows until it has come down, and nothing is counted as skipped."""
+    plugin = cpu_amp()["plugins"][0]
+    plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    (report,) = fit(tmp_path, Plain(), in_process(max_skipped_steps=0), plugins=[plugin], max_epochs=6)
+    assert plugin.scaler.get_scale() < 2.0**30
+    assert report["metrics"]["loss_epoch"] < 1.05
+    assert all(torch.isfinite(v).all() for v in report["weights"].values())
+
+
+# -- what is logged ---------------------------------------------------------------------------------------------------
+
+
+class LogsWorker(Plain):
+    """Every worker logs its own index, and how many samples it has."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        strategy = self.trainer.strategy
+        self.calls = getattr(self, "calls", -1) + 1
+        worker = strategy.global_rank * strategy.workers_per_process + self.calls % strategy.workers_per_process
+        self.log("worker", float(worker), on_step=True, on_epoch=True)
+        self.log_dict({"most": float(worker), "all": 1.0}, reduce_fx="max")
+        self.log("count", 1.0, reduce_fx="sum", on_step=True, on_epoch=False)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("devices", BOTH)
+def test_a_logged_value_is_the_honest_workers_mean_once_a_step(devices: int, tmp_path: Path) -> None:
+    lie = ByzantineWorkers(IPM(0.1), workers=[0])
+    for report in fit(tmp_path, LogsWorker(), strategy_for(devices), devices=devices, callbacks=[lie]):
+        assert report["metrics"]["worker_step"] == report["metrics"]["worker_epoch"] == 2.0
+        assert report["metrics"]["most"] == 3.0
+        assert report["metrics"]["count"] == 3.0
+
+
+@pytest.mark.parametrize("devices", BOTH)
+def test_what_an_attack_did_is_logged(devices: int, tmp_path: Path) -> None:
+    lie = ByzantineWorkers(IPM(10.0), workers=[3], start=2, stop=4)
+    steps: list[dict[str, float]] = []
+
+    class Seen(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            steps.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")})
+
+    reports = fit(
+        tmp_path, Plain(), strategy_for(devices, algorithm=RobustSGD(aggregator=Mean())), devices=devices, data=loader(24),
+        callbacks=[lie, Seen()], extra=lambda *_: steps,
+    )  # fmt: skip
+    for report in reports:
+        seen = report["extra"]
+        assert seen[0] == seen[1] == {}
+        parameters = sum(p.numel() for p in Plain().parameters())
+        assert seen[2]["byz/cosine"] == pytest.approx(-1)
+        assert seen[2]["byz/relative_error"] == pytest.approx(11 / 4)
+        assert seen[2]["byz/byzantine_weight"] == pytest.approx(1 / 4)
+        assert seen[2]["byz/bytes_up"] == 4 * parameters
+        assert seen[2]["byz/bytes_down"] == 4 * parameters * (1 if devices == 1 else 3)
+
+
+# -- buffers ----------------------------------------------------------------------------------------------------------
+
+
+class Garbage(LabelFlip):
+    """Feeds a worker noise instead of its batch."""
+
+    def __call__(self, batch: Any) -> Any:
+        return [torch.full_like(batch[0], 1e3), *batch[1:]]
+
+
+@pytest.mark.parametrize("devices", BOTH)
+def test_garbage_in_one_worker_leaves_batchnorm_statistics_sane(devices: int, tmp_path: Path) -> None:
+    attack = ByzantineWorkers(Garbage(num_classes=3), workers=[0])
+    runs = []
+    for callbacks in ([], [attack]):
+        torch.manual_seed(1)
+        data = loader(24 if devices == 1 else 6)
+        runs.append(fit(tmp_path, Plain(norm=True), strategy_for(devices), devices=devices, data=data, callbacks=callbacks))
+        for report in runs[-1]:
+            assert_equal(runs[-1][0], report)
+            assert int(report["weights"]["net.1.num_batches_tracked"]) == report["steps"] == 10
+    clean, attacked = (run[0]["weights"] for run in runs)
+    for name in ("net.1.running_mean", "net.1.running_var"):
+        assert (attacked[name] - clean[name]).abs().max() < 1.0
+    assert abs(float(attacked["net.1.running_mean"].abs().max())) < 10
+
+
+# -- f ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "f"), [(3, 1), (4, 1), (7, 2), (10, 3), (20, 6)])
+def test_f_defaults_to_the_most_up_to_a_third(n: int, f: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lightning_byz")
+    fs = fit(tmp_path, Plain(), in_process(n), extra=lambda trainer, _: trainer.strategy.exchanges[0].algorithm.aggregator.f)
+    assert fs[0]["extra"] == f
+    said = [record.message for record in caplog.records if f"n={n} workers, tolerating f={f}" in record.message]
+    assert len(said) == 1
+
+
+def test_f_defaults_to_what_the_rule_allows(tmp_path: Path) -> None:
+    strategy = in_process(5, algorithm=RobustSGD(aggregator=Krum()))
+    (report,) = fit(tmp_path, Plain(), strategy, extra=lambda t, _: t.strategy.exchanges[0].algorithm.aggregator.f)
+    assert report["extra"] == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_two_workers_run_as_ddp_and_warn(n: int, tmp_path: Path) -> None:
+    runs = []
+    for strategy in ("auto", in_process(n)):
+        torch.manual_seed(1)
+        runs += fit(tmp_path, Plain(), strategy)
+    for name, value in runs[0]["weights"].items():
+        torch.testing.assert_close(value, runs[1]["weights"][name], rtol=1e-5, atol=1e-6)
+    if n == 2:
+        with pytest.warns(UserWarning, match="n=2 workers: nothing can be outvoted"):
+            L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process(2)).fit(Plain())
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NeedsPrevious(RobustSGD):
+    needs_previous: ClassVar[bool] = True
+
+
+REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "f too large": (lambda: in_process(4, num_byzantine=2), Plain, {}, r"num_byzantine=2 is too large for n=4.*at most f=1"),
+    "f too large for Krum": (
+        lambda: in_process(4, num_byzantine=1, algorithm=RobustSGD(aggregator=Krum())), Plain, {},
+        r"num_byzantine=1 is too large for n=4.*Krum.*at least 5",
+    ),
+    "f too large in the rule": (
+        lambda: in_process(4, algorithm=RobustSGD(aggregator=MultiKrum(f=1))), Plain, {}, r"too large for n=4",
+    ),
+    "f given twice": (
+        lambda: in_process(10, num_byzantine=2, algorithm=RobustSGD(aggregator=TrimmedMean(f=1))), Plain, {}, "should agree",
+    ),
+    "f for two workers": (lambda: in_process(2, num_byzantine=1), Plain, {}, "num_byzantine=1 is too large for n=2"),
+    "sync_batchnorm": (in_process, Plain, {"sync_batchnorm": True}, "sync_batchnorm=True.*Leave it out"),
+    "gan in-process": (in_process, GAN, {}, "manual optimization.*one worker per process"),
+    "lbfgs with momentum": (
+        lambda: in_process(algorithm=ByzEF21SGDM()), lambda: Plain(optimizer="lbfgs"), {}, "LBFGS.*worker_momentum=0",
+    ),
+    "previous gradient with accumulation": (
+        lambda: in_process(algorithm=NeedsPrevious()), Plain, {"accumulate_grad_batches": 2},
+        r"NeedsPrevious.*accumulate_grad_batches=2.*accumulate_grad_batches=1",
+    ),
+    "first batch too small": (lambda: in_process(30), Plain, {}, "first batch.*30 in-process workers. Found 24"),
+    "in-process transport on ranks": (lambda: on_ranks(transport=InProcess()), Plain, {"devices": 3}, "Use transport=AllGather"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_first_step_with_a_way_out(case: str, tmp_path: Path) -> None:
+    strategy, module, trainer, message = REFUSED[case]
+    with pytest.raises(Exception, match=f"(?s){message}"):
+        fit(tmp_path, module(), strategy(), data=Plain().train_dataloader(), **trainer)
+    assert not list(tmp_path.glob("rank*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ByzantineRobustStrategy(num_byzantine=-1), "`num_byzantine` should be an integer of at least 0. Found num_byzantine=-1"),
+        (lambda: ByzantineRobustStrategy(workers_per_process=0), "`workers_per_process` should be an integer of at least 1"),
+        (lambda: ByzantineRobustStrategy(algorithm=TrimmedMean()), "`algorithm` should be an Algorithm"),
+        (lambda: ByzantineRobustStrategy(transport="nccl"), "`transport` should be a Transport"),
+        (lambda: TrimmedMean(f=-1), "`f`.*non-negative integer. Found f=-1"),
+        (lambda: RobustSGD(worker_momentum=1.0), "`worker_momentum`.*Found worker_momentum=1.0"),
+        (lambda: ByzantineWorkers("sign_flip", count=1), "Known ones: ALIE, Gaussian, IPM, LabelFlip, NotANumber, SignFlip"),
+        (lambda: ByzantineWorkers(SignFlip()), "either `workers`.*or `count`"),
+        (lambda: ByzantineWorkers(SignFlip(), workers=[0], count=1), "either `workers`.*or `count`"),
+        (lambda: ByzantineWorkers(SignFlip(), count=1, start=3, stop=3), "start=3, stop=3"),
+        (lambda: ByzantineWorkers(SignFlip(), workers=[0, 4]).indices(4), r"indices in 0 .. n - 1 = 3.*Found \[4\]"),
+        (lambda: ByzantineWorkers(SignFlip(), count=4).indices(4), "Found count=4"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(make: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
+
+
+def test_byzantine_workers_needs_the_strategy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs Trainer\\(strategy='byzantine_robust'\\). Found SingleDeviceStrategy"):
+        fit(tmp_path, Plain(), "auto", callbacks=[ByzantineWorkers(SignFlip(), count=1)])
+
+
+def test_a_later_short_batch_leaves_some_workers_absent(tmp_path: Path) -> None:
+    """The last batch has two samples for four workers: two of them are absent, and too few are left to be sure of."""
+    data = loader(24, blobs(24 * 3 + 3))
+    (report,) = fit(tmp_path, Plain(), in_process(4), data=data, extra=lambda trainer, _: trainer.strategy.silences)
+    assert report["steps"] == 4
+    assert report["extra"] == {3: 1}
+
+
+def test_a_batch_that_cannot_be_split_says_so(tmp_path: Path) -> None:
+    class Ragged(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.zeros(8, 10), torch.zeros(5)
+
+    with pytest.raises(ValueError, match="same first dimension. Found shapes starting with 8 and 5"):
+        fit(tmp_path, Plain(), in_process(4), data=torch.utils.data.DataLoader(Ragged(), batch_size=None))
+
+
+# -- the rest of Lightning --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+def test_validate_test_and_predict_on_ranks(tmp_path: Path) -> None:
+    """The same numbers as on one device, from every rank."""
+    model, data = Plain(), loader(20)
+    expected = L.Trainer(**QUIET, devices=1).validate(model, data, verbose=False)[0]["val_loss"]
+    for run in ("validate", "test"):
+        trainer = L.Trainer(**QUIET, devices=3, strategy=on_ranks())
+        (metrics,) = getattr(trainer, run)(model, data, verbose=False)
+        assert metrics["val_loss"] == pytest.approx(expected, rel=1e-5)
+    predictions = L.Trainer(**QUIET, devices=1, strategy=in_process(4)).predict(model, data)
+    assert torch.equal(torch.cat(predictions), model(blobs().tensors[0]).argmax(1))
+
+
+def test_batch_size_finder_works_in_process(tmp_path: Path) -> None:
+    finder = BatchSizeFinder("power", steps_per_trial=1, init_val=8, max_trials=2)
+    (report,) = fit(
+        tmp_path, Plain(batch_size=8), in_process(4), val=loader(), callbacks=[finder], default_root_dir=tmp_path, enable_checkpointing=True,
+        extra=lambda _, module: module.batch_size,
+    )  # fmt: skip
+    assert report["extra"] == 16
+    assert report["steps"] == 240 // 16
+
+
+@pytest.mark.processes
+def test_batch_size_finder_is_refused_on_ranks(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="not supported with distributed strategies"):
+        fit(tmp_path, Plain(), on_ranks(), devices=3, callbacks=[BatchSizeFinder()])
+
+
+def test_torch_compile(tmp_path: Path) -> None:
+    runs = []
+    for wrap in (lambda module: module, lambda module: torch.compile(module, backend="aot_eager")):
+        torch.manual_seed(1)
+        runs += fit(tmp_path, wrap(Plain(norm=True)), in_process(4))
+    for (name, a), b in zip(runs[0]["weights"].items(), runs[1]["weights"].values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
+    class Sparse(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 3, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.table(batch[1]).sum()
+
+    with pytest.raises(ValueError, match="Gradients should be dense.*sparse=False"):
+        fit(tmp_path, Sparse(), in_process(4))
+
+
+class Thaws(Plain):
+    """Trains one layer more from step 3 on."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.net[0].requires_grad_(batch_idx >= 3)
+
+
+def test_state_starts_afresh_when_other_parameters_are_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(tmp_path, Thaws(), in_process(4, algorithm=ByzEF21SGDM()))
+    assert "set of trained parameters has changed" in caplog.text
+
+
+def test_the_names_that_are_registered() -> None:
+    import pytorch_lightning as pl
+
+    assert "byzantine_robust" in StrategyRegistry
+    assert "byzantine_robust" in pl.strategies.StrategyRegistry
+
+
+def test_lightnings_private_names_that_we_use_are_where_we_expect_them() -> None:
+    """If this fails, Lightning has moved them: change `lightning_byz.lightning`, `.pytorch_lightning` and RobustStrategy."""
+    import pytorch_lightning as pl
+
+    for package in (launchers, pl.strategies.launchers):
+        assert hasattr(package, "_SubprocessScriptLauncher")
+        assert hasattr(package, "_MultiProcessingLauncher")
+    for base in (L.pytorch.strategies.ParallelStrategy, pl.strategies.ParallelStrategy):
+        assert "_configure_launcher" in dir(base)
+        strategy = averaging()
+        assert hasattr(strategy, "_layer_sync")
+        assert hasattr(strategy, "_launcher")
+
+
+# -- robustness, end to end -------------------------------------------------------------------------------------------
+
+ATTACKS = [SignFlip(5.0), IPM(0.1), IPM(10.0), ALIE(1.5), Gaussian(std=100.0), NotANumber(), LabelFlip(num_classes=3)]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=repr)
+@pytest.mark.parametrize("devices", BOTH)
+def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path) -> None:
+    accuracy = []
+    x, y = blobs(600, seed=5).tensors
+    for callbacks in ([], [ByzantineWorkers(attack, count=1)]):
+        torch.manual_seed(1)
+        model = Plain()
+        data = loader(40 if devices == 1 else 10, blobs(480), shuffle=True)
+        report = fit(tmp_path, model, strategy_for(devices), devices=devices, data=data, max_epochs=15, callbacks=callbacks)[0]
+        model.load_state_dict(report["weights"])
+        accuracy.append(float((model(x).argmax(1) == y).float().mean()))
+    assert accuracy[0] > 0.9
+    assert accuracy[1] > accuracy[0] - 0.04
+
+
+@pytest.mark.parametrize("attack", [SignFlip(10.0), IPM(10.0), Gaussian(std=100.0), NotANumber()], ids=repr)
+def test_averaging_does_not(attack: Any, tmp_path: Path) -> None:
+    x, y = blobs(600, seed=5).tensors
+    torch.manual_seed(1)
+    model = Plain()
+    strategy = averaging(workers_per_process=4)
+    callbacks = [ByzantineWorkers(attack, count=1)]
+    (report,) = fit(tmp_path, model, strategy, data=loader(40, blobs(480), shuffle=True), max_epochs=15, callbacks=callbacks)
+    model.load_state_dict(report["weights"])
+    accuracy = float((model(x).argmax(1) == y).float().mean())
+    if isinstance(attack, NotANumber):  # the border stops it, whatever the rule
+        assert accuracy > 0.9
+    else:
+        assert accuracy < 0.6
+
+
+def test_transports_say_who_they_are() -> None:
+    assert AllGather().n == InProcess().n == 1
+    assert CoordinateMedian().most_f(5) == 2

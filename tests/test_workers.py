@@ -1,0 +1,103 @@
+"""In-process workers: the same run as ranks, the same run as plain Lightning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from harness import assert_close, assert_equal, averaging, cpu_amp, fit
+from models import Manual, Plain, blobs
+from torch.utils.data import DataLoader
+
+from lightning_byz import ALIE, IPM, NNM, ByzEF21SGDM, Chain, Krum, NotANumber, RandK, RobustSGD, TopK, TrimmedMean
+from lightning_byz.data import WorkerSampler
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+
+N = 4
+
+PARITY: dict[str, tuple[dict[str, Any], Any]] = {
+    "32-true": ({}, dict),
+    "adamw": ({"optimizer": "adamw"}, dict),
+    "lbfgs": ({"optimizer": "lbfgs"}, lambda: {"precision": "64-true"}),
+    "bf16-mixed": ({}, lambda: {"precision": "bf16-mixed"}),
+    "16-mixed": ({}, cpu_amp),
+    "accumulate": ({}, lambda: {"accumulate_grad_batches": 2}),
+    "accumulate 16-mixed": ({}, lambda: {"accumulate_grad_batches": 2, **cpu_amp()}),
+    "clip norm": ({}, lambda: {"gradient_clip_val": 0.05}),
+    "clip value": ({}, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "unused": ({"unused": True}, dict),
+    "frozen": ({"frozen": True}, dict),
+    "gradient checkpointing": ({"checkpointing": True}, dict),
+    "swa": ({}, lambda: {"max_epochs": 3, "callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.05, 1)]}),
+    "early stopping": ({}, lambda: {"max_epochs": 4, "callbacks": [L.pytorch.callbacks.EarlyStopping("loss", 9, 0)]}),
+}
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_mean_of_in_process_workers_is_plain_lightning(case: str, tmp_path: Path) -> None:
+    options, trainer = PARITY[case]
+    runs = []
+    for strategy in ("auto", averaging(workers_per_process=N)):
+        torch.manual_seed(1)
+        runs += fit(tmp_path, Plain(**options), strategy, **trainer())
+    assert runs[0]["steps"] == runs[1]["steps"] > 0
+    assert_close(*runs, 2e-3 if "16" in case else 1e-5)
+    assert runs[0]["metrics"]["loss_step"] == pytest.approx(runs[1]["metrics"]["loss_step"], rel=2e-2 if "16" in case else 1e-4)
+
+
+ALGORITHMS = {
+    "default": None,
+    "momentum": RobustSGD(aggregator=TrimmedMean(), worker_momentum=0.9, server_momentum=0.5),
+    "rand-k": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()), compressor=RandK(ratio=0.3), worker_momentum=0.9),
+    "krum": RobustSGD(aggregator=Krum(f=0)),
+    "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+}
+
+
+class Streams(Plain):
+    """Every worker draws from its own sampler stream, in-process and across ranks alike."""
+
+    def train_dataloader(self) -> DataLoader:
+        strategy = self.trainer.strategy
+        local, ranks = strategy.workers_per_process, self.trainer.world_size
+        sampler = WorkerSampler(blobs(), 6, local, num_replicas=ranks, rank=strategy.global_rank, seed=3)
+        return DataLoader(blobs(), batch_size=6 * local, sampler=sampler)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("name", "attack"),
+    [
+        (name, attack)
+        for name in ALGORITHMS
+        for attack in (None, ALIE(z=1.5), IPM(10.0), NotANumber())
+        if name != "krum" or not attack
+    ],
+    ids=repr,
+)
+def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) -> None:
+    """The same seed with n workers in one process, in n ranks, and in between: the same bits."""
+    runs = []
+    for devices in (1, 2, 4):
+        torch.manual_seed(1)
+        strategy = ByzantineRobustStrategy(
+            algorithm=ALGORITHMS[name], workers_per_process=N // devices, start_method="fork", seed=7
+        )
+        callbacks = [] if attack is None else [ByzantineWorkers(attack, workers=[1])]
+        options = {"norm": True, "dropout": 0.2}
+        runs.append(fit(tmp_path, Streams(**options), strategy, devices=devices, callbacks=callbacks, max_epochs=2))
+    for run in runs:
+        for report in run:
+            assert_equal(runs[0][0], report)
+            for metric in ("loss", "byz/cosine", "byz/relative_error", "byz/byzantine_weight"):
+                assert report["metrics"].get(metric) == pytest.approx(runs[0][0]["metrics"].get(metric), nan_ok=True)
+    assert runs[0][0]["steps"] == 20
+
+
+@pytest.mark.parametrize("module", [Manual], ids=["manual"])
+def test_manual_optimization_is_refused_in_process(module: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"workers_per_process=4.*manual.*Use one worker per process"):
+        fit(tmp_path, module(), averaging(workers_per_process=N))
