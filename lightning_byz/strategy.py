@@ -11,6 +11,7 @@ import atexit
 import dataclasses
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -29,7 +30,7 @@ from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
-from lightning_byz.step_logs import StepLogs, WorkerLog
+from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients
@@ -139,6 +140,7 @@ class RobustStrategy(_Base):
         self._lossless: list[bool] = [True] * self.workers_per_process
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
+        self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
@@ -415,11 +417,21 @@ class RobustStrategy(_Base):
         honest = [worker not in liars for worker in range(self.n)]
         transport = self.exchanges[0].transport
         for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
-            module.log(call.name, call.value, **call.kwargs)
+            self._log_once(call)
         self._micro_step += 1
         if not module.automatic_optimization:
             return outputs[0] if outputs[0] is not None else {}
         return self._step_output(outputs)
+
+    def _log_once(self, call: Call) -> None:
+        """Logs a value that is the same on every rank already."""
+        assert self.lightning_module is not None
+        if call.name not in self._logged:
+            self._logged.add(call.name)
+            warnings.filterwarnings(
+                "ignore", message=rf"It is recommended to use `self\.log\('{re.escape(call.name)}'.*sync_dist=True"
+            )
+        self.lightning_module.log(call.name, call.value, **call.kwargs)
 
     def _step_output(self, outputs: list[Any]) -> Any:
         """What Lightning goes on with: the output of the only worker, or one that stands for all of them."""

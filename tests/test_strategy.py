@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from harness import QUIET, assert_equal, averaging, cpu_amp, fit
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import StrategyRegistry, launchers
 from models import GAN, Plain, blobs, loader
 from torch import nn
@@ -369,16 +369,32 @@ def test_batch_size_finder_works_in_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+def test_learning_rate_finder_on_ranks(tmp_path: Path) -> None:
+    """It leaves no trace in the algorithm's state, and every rank takes the same rate."""
+    finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
+    reports = fit(
+        tmp_path, Plain(), on_ranks(algorithm=ByzEF21SGDM()), devices=3, callbacks=[finder], default_root_dir=tmp_path,
+        enable_checkpointing=True, extra=lambda trainer, module: (module.lr, trainer.strategy.exchanges[0].step),
+    )  # fmt: skip
+    assert reports[0]["extra"][0] != Plain().lr
+    for report in reports:
+        assert_equal(reports[0], report)
+        assert report["extra"] == reports[0]["extra"]
+        assert report["extra"][1] == report["steps"] == 4
+
+
+@pytest.mark.processes
 def test_batch_size_finder_is_refused_on_ranks(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="not supported with distributed strategies"):
         fit(tmp_path, Plain(), on_ranks(), devices=3, callbacks=[BatchSizeFinder()])
 
 
-def test_torch_compile(tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", BOTH)
+def test_torch_compile(devices: int, tmp_path: Path) -> None:
     runs = []
     for wrap in (lambda module: module, lambda module: torch.compile(module, backend="aot_eager")):
         torch.manual_seed(1)
-        runs += fit(tmp_path, wrap(Plain(norm=True)), in_process(4))
+        runs.append(fit(tmp_path, wrap(Plain(norm=True)), strategy_for(devices), devices=devices, max_steps=3)[0])
     for (name, a), b in zip(runs[0]["weights"].items(), runs[1]["weights"].values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
