@@ -44,6 +44,9 @@ log = logging.getLogger("lightning_byz")
 
 CHECKPOINT_KEY = "lightning_byz"
 
+DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.5)
+"""NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+
 
 class UnsupportedSetupError(ValueError):
     """A combination of settings that cannot keep what the strategy promises."""
@@ -53,8 +56,8 @@ class RobustStrategy(_Base):
     """All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
 
     Args:
-        algorithm: what workers send and what is made of it. None: `RobustSGD` with NNM and a trimmed mean, uncompressed; with one
-            or two workers, a plain mean.
+        algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.5)``, which is NNM and a trimmed mean,
+            uncompressed; with one or two workers, a plain mean without momentum.
         transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
         workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
             n = processes x workers_per_process workers.
@@ -267,7 +270,7 @@ class RobustStrategy(_Base):
 
     def _resolve_algorithm(self) -> Algorithm:
         """The algorithm with its f filled in. Raises if n is too small for it."""
-        n, algorithm = self.n, self.algorithm or RobustSGD()
+        n, algorithm = self.n, self.algorithm or DEFAULT_ALGORITHM
         given = {f for f in (self.num_byzantine, algorithm.aggregator.f) if f}
         if n <= 2 and not given:
             if n == 2:
@@ -275,7 +278,8 @@ class RobustStrategy(_Base):
                     f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
                     "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
                 )
-            return dataclasses.replace(algorithm, aggregator=Mean())  # type: ignore[type-var]
+            averaging = RobustSGD(aggregator=Mean())
+            return averaging if self.algorithm is None else dataclasses.replace(algorithm, aggregator=Mean())  # type: ignore[type-var]
         rule = algorithm.aggregator
         if self.num_byzantine is not None and rule.f not in (None, self.num_byzantine) and not isinstance(rule, Mean):
             raise ValueError(

@@ -373,14 +373,14 @@ def test_learning_rate_finder_on_ranks(tmp_path: Path) -> None:
     """It leaves no trace in the algorithm's state, and every rank takes the same rate."""
     finder = LearningRateFinder(num_training_steps=30, early_stop_threshold=None)
     reports = fit(
-        tmp_path, Plain(), on_ranks(algorithm=ByzEF21SGDM()), devices=3, callbacks=[finder], default_root_dir=tmp_path,
+        tmp_path, Plain(batch_size=2), on_ranks(algorithm=ByzEF21SGDM()), devices=3, callbacks=[finder], default_root_dir=tmp_path,
         enable_checkpointing=True, extra=lambda trainer, module: (module.lr, trainer.strategy.exchanges[0].step),
     )  # fmt: skip
     assert reports[0]["extra"][0] != Plain().lr
     for report in reports:
         assert_equal(reports[0], report)
         assert report["extra"] == reports[0]["extra"]
-        assert report["extra"][1] == report["steps"] == 4
+        assert report["extra"][1] == report["steps"] == 40
 
 
 @pytest.mark.processes
