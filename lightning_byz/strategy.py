@@ -30,6 +30,7 @@ from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.roll_call import RollCall
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
@@ -70,6 +71,9 @@ class RobustStrategy(_Base):
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
             start_method: as for Lightning's DDPStrategy.
     """
+
+    roll_call_patience = 60.0
+    """Seconds that a rank that saves a checkpoint waits for the others, before it saves alone."""
 
     _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
 
@@ -122,6 +126,8 @@ class RobustStrategy(_Base):
         self._timeout = timeout
         self._start_method = start_method
 
+        self._roll_call: RollCall | None = None
+        self._saved_alone = False
         self.exchanges: list[Exchange] = []
         self.silences: dict[int, int] = {}
         """How often each worker's message did not count, since the run began."""
@@ -229,6 +235,9 @@ class RobustStrategy(_Base):
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
         atexit.register(_leave_process_group)
+        self._roll_call = RollCall(
+            environment.main_address, environment.global_rank(), environment.world_size(), self._timeout or timedelta(minutes=30)
+        )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -604,6 +613,9 @@ class RobustStrategy(_Base):
     def barrier(self, name: str | None = None) -> None:
         if self._alone():
             return
+        if name == "Trainer.save_checkpoint" and self._saved_alone:
+            self._saved_alone = False
+            return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
@@ -647,6 +659,7 @@ class RobustStrategy(_Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
+        self._saved_alone = not self._all_save(checkpoint, filepath)
         if self.exchanges and "optimizer_states" in checkpoint:
             local = [exchange.worker_states() for exchange in self.exchanges]
             workers, states = self._collected(local)
@@ -664,10 +677,23 @@ class RobustStrategy(_Base):
             }
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
+    def _all_save(self, checkpoint: Mapping[str, Any], filepath: Any) -> bool:
+        """Whether all ranks are here to save this checkpoint, so that they may enter collectives."""
+        if self._alone() or self._roll_call is None:
+            return not self._interrupted()
+        here = self._roll_call.everybody(f"save {checkpoint.get('global_step')} {filepath}", self.roll_call_patience)
+        if not here:
+            warnings.warn(
+                f"Rank {self.global_rank} saves {filepath} without all others. The checkpoint holds no worker state of theirs. "
+                "Call trainer.save_checkpoint on every rank.",
+                stacklevel=2,
+            )
+        return here
+
     def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
         """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""
         random_states = rng.snapshot(self.root_device)
-        if self._alone():
+        if self._alone() or self._saved_alone:
             return local, {self.global_rank: random_states}
         keys = [(i, w, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
         tensors = [*random_states, *(local[i][w][name] for i, w, name in keys)]

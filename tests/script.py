@@ -18,6 +18,7 @@ parser.add_argument("--start-method", default=None)
 parser.add_argument("--devices", type=int, default=4)
 parser.add_argument("--num-nodes", type=int, default=1)
 parser.add_argument("--fail-rank", type=int, default=None)
+parser.add_argument("--saves-alone", type=int, default=None)
 arguments = parser.parse_args()
 
 if arguments.first == "lightning_byz":
@@ -42,6 +43,10 @@ class Model(pl.LightningModule):
     def on_train_batch_end(self, *args):
         if self.trainer.global_step == 3 and self.trainer.global_rank == arguments.fail_rank:
             raise RuntimeError("planted")
+        if self.trainer.global_step == 2 and self.trainer.global_rank == arguments.saves_alone:
+            self.trainer.strategy.roll_call_patience = 2.0
+            self.trainer.save_checkpoint(arguments.folder / "alone.ckpt")
+            self.trainer.strategy.roll_call_patience = 60.0
 
     def on_train_end(self):
         torch.save(

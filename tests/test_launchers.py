@@ -109,3 +109,16 @@ def test_a_checkpoint_that_one_rank_alone_asks_for_starts_no_collective(tmp_path
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["lightning_byz"]
     assert list(saved["workers"][0]) == [0]
     assert list(saved["rng"]) == [0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_guarded_save_on_one_rank_does_not_hang_the_run(rank: int, tmp_path: Path) -> None:
+    """``if trainer.is_global_zero: trainer.save_checkpoint(...)`` would leave DDP's ranks waiting for one another."""
+    done = run(sys.executable, SCRIPT, str(tmp_path), "--saves-alone", str(rank), "--devices", "3")
+    assert f"Rank {rank} saves" in done.stderr
+    assert_ranks_agree(tmp_path, 3)
+    assert (tmp_path / "alone.ckpt").exists() == (rank == 0)
+    if rank == 0:
+        assert list(torch.load(tmp_path / "alone.ckpt", weights_only=True)["lightning_byz"]["rng"]) == [0]
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["lightning_byz"]
+    assert sorted(saved["rng"]) == sorted(saved["workers"][0]) == [0, 1, 2]
