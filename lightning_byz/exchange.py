@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_byz.aggregators import TooFewRowsError
 from lightning_byz.algorithms import Algorithm
+from lightning_byz.compressors import Compressor
+from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
 from lightning_byz.transports import Message, Transport
 from lightning_byz.types import Gradients, Round
@@ -34,7 +36,7 @@ class Outcome(NamedTuple):
         round: the round, with ``present`` set.
         estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
-        rows: the decoded messages ``[n, d]``; absent rows are 0.
+        rows: the decoded messages ``[n, d]``, until the next round; absent rows are 0.
         seen: the rows that the rule saw.
         bytes_up: bytes of payload that one worker sent.
         bytes_down: bytes of payload that one worker received.
@@ -57,11 +59,6 @@ class Outcome(NamedTuple):
         return (~self.round.present).nonzero().flatten().tolist()
 
 
-def is_finite(x: Tensor) -> bool:
-    """Whether ``x`` holds neither nan nor inf, in one pass without a temporary."""
-    return x.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(x, torch.inf)))
-
-
 class Exchange:
     """Runs an algorithm round by round and keeps its state: of the local workers, and of the server.
 
@@ -77,6 +74,7 @@ class Exchange:
         self.dim: int | None = None
         self.workers: dict[int, Any] = {}
         self.server: Any = None
+        self._rows: Tensor | None = None
         self.observers: list[Callable[[Outcome], None]] = []
 
     def _start(self, like: Tensor) -> None:
@@ -103,7 +101,7 @@ class Exchange:
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
             grads, message = contribution.grads, None
-            if grads is not None and is_finite(grads.current):
+            if grads is not None and bool(all_finite(grads.current)):
                 payload, new_states[worker] = self.algorithm.worker(grads, self.workers[worker], round._replace(worker=worker))
                 message = Message(_flags(True, contribution.used), payload)
             if message is None:  # silence has the size of speech
@@ -115,15 +113,7 @@ class Exchange:
 
         received = self.transport.exchange(messages, codec, len(like), like.dtype, round)
         present = torch.stack([(flags[0] == 1) & codec.valid(payload, len(like)) for flags, payload in received]).cpu()
-        rows = Rows(
-            torch.stack(
-                [
-                    codec.decode(payload, len(like)) if here else torch.zeros_like(like)
-                    for here, (_, payload) in zip(present.tolist(), received, strict=True)
-                ]
-            ),
-            agree=self.transport.agree,
-        )
+        rows = Rows(self._decoded(received, present, codec, like), agree=self.transport.agree)
         round = round._replace(present=present)
 
         flags = torch.stack([flags for flags, _ in received]).cpu()
@@ -148,6 +138,17 @@ class Exchange:
         for observer in self.observers:
             observer(outcome)
         return outcome
+
+    def _decoded(self, received: Sequence[Message], present: Tensor, codec: Compressor, like: Tensor) -> Tensor:
+        """The messages as rows ``[n, d]``, in memory that the next round uses again; absent rows are 0."""
+        if self._rows is None or self._rows.shape != (len(received), len(like)) or self._rows.dtype != like.dtype:
+            self._rows = like.new_empty(len(received), len(like))
+        for row, here, message in zip(self._rows, present.tolist(), received, strict=True):
+            if here:
+                row.copy_(codec.decode(message.payload, len(like)))
+            else:
+                row.zero_()
+        return self._rows
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 

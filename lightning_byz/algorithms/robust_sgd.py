@@ -43,7 +43,8 @@ class ServerState(NamedTuple):
 def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor) -> tuple[Tensor, Tensor]:
     """The new exponential moving average of g, and what it stands for once its start at 0 is corrected for."""
     m = torch.lerp(g, m, beta)
-    return m, m / (1 - beta ** float(rounds + 1))
+    correction = 1 - beta ** float(rounds + 1)
+    return m, m if correction == 1 else m / correction
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_byz.finite import all_finite
 from lightning_byz.types import Payload
 
 
@@ -49,7 +50,7 @@ class Compressor(ABC):
         The payload comes from a worker that may be an adversary: every claim it makes about indices or lengths is checked
         here. By default every floating-point number must be finite.
         """
-        return torch.stack([torch.isfinite(t).all() for t in payload if t.is_floating_point()]).all()
+        return torch.stack([all_finite(t) for t in payload if t.is_floating_point()]).all()
 
     def nbytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one payload."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.finite import all_finite
 from lightning_byz.types import Payload
 
 
@@ -71,7 +72,7 @@ class _Sparse(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         values, index = payload
         inside = (index[0] >= 0) & (index[-1] < dim)
-        return torch.isfinite(values).all() & inside & (index[1:] > index[:-1]).all()
+        return all_finite(values) & inside & (index[1:] > index[:-1]).all()
 
 
 @dataclass(frozen=True)
