@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -141,13 +142,17 @@ class Exchange:
 
     def _decoded(self, received: Sequence[Message], present: Tensor, codec: Compressor, like: Tensor) -> Tensor:
         """The messages as rows ``[n, d]``, in memory that the next round uses again; absent rows are 0."""
-        if self._rows is None or self._rows.shape != (len(received), len(like)) or self._rows.dtype != like.dtype:
-            self._rows = like.new_empty(len(received), len(like))
-        for row, here, message in zip(self._rows, present.tolist(), received, strict=True):
-            if here:
-                row.copy_(codec.decode(message.payload, len(like)))
-            else:
-                row.zero_()
+        dim = len(like)
+        vectors = [
+            codec.decode(payload, dim) if here else None for here, (_, payload) in zip(present.tolist(), received, strict=True)
+        ]
+        together = _side_by_side(vectors)
+        if together is not None:
+            return together
+        if self._rows is None or self._rows.shape != (len(vectors), dim) or self._rows.dtype != like.dtype:
+            self._rows = like.new_empty(len(vectors), dim)
+        for row, vector in zip(self._rows, vectors, strict=True):
+            row.zero_() if vector is None else row.copy_(vector)
         return self._rows
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
@@ -177,6 +182,22 @@ class Exchange:
         for worker in self.transport.workers:
             if worker in workers:
                 self.workers[worker] = _restored(self.workers[worker], workers[worker], f"worker {worker}")
+
+
+def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    """Vectors that lie in one storage at equal distances, as a matrix without a copy; else None."""
+    first = vectors[0]
+    if first is None or len(vectors) < 2:
+        return None
+    starts = []
+    for vector in vectors:
+        if vector is None or vector.stride() != (1,) or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        starts.append(vector.storage_offset())
+    gap = starts[1] - starts[0]
+    if gap < len(first) or any(b - a != gap for a, b in itertools.pairwise(starts)):
+        return None
+    return torch.as_strided(first, (len(vectors), len(first)), (gap, 1))
 
 
 def _flags(present: bool, used: Tensor) -> Tensor:
