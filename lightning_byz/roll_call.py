@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 class RollCall:
@@ -23,11 +24,11 @@ class RollCall:
         self._calls: dict[str, int] = {}
         port = [0]
         if rank == 0:
-            self._store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
             port = [self._store.port]
         dist.broadcast_object_list(port, src=0)
         if rank != 0:
-            self._store = dist.TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
 
     def everybody(self, place: str, patience: float) -> bool:
         """Whether all ranks have come to this place; the same answer for all that have.
@@ -44,10 +45,10 @@ class RollCall:
             while present < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.002)
                 present = self._store.add(key, 0)
-            self._store.set(f"{key}/all", b"1" if present >= self.world_size else b"0")
+            self._store.set(f"{key}/all", "all" if present >= self.world_size else "not all")
             return present >= self.world_size
         while time.monotonic() < deadline + 1:
             if self._store.check([f"{key}/all"]):
-                return self._store.get(f"{key}/all") == b"1"
+                return self._store.get(f"{key}/all") == b"all"
             time.sleep(0.002)
         return False

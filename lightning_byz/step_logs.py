@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class WorkerLog:
     loss: Tensor | None = None
     samples: int = 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training_step leaves its graph here, as it does for Lightning's own log
     def record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Stands in for ``LightningModule.log``."""
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
@@ -44,7 +46,7 @@ class WorkerLog:
 
 def _number(value: Any) -> Tensor | None:
     """A logged value as a float64 number, or None for what reduces itself (torchmetrics)."""
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, numbers.Real):  # bool, int, float, and numpy's
         return torch.tensor(float(value), dtype=torch.float64)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().reshape(()).double()
@@ -155,7 +157,9 @@ class StepLogs:
 
     def _union(self, local: Sequence[str], transport: Transport, device: torch.device) -> list[str]:
         """All names that any rank knows. A rank that has not logged one itself learns how the others log it."""
-        text = json.dumps({name: _plain(self._kwargs[name]) for name in sorted({*local, *self._names} & self._kwargs.keys())}).encode()
+        text = json.dumps(
+            {name: _plain(self._kwargs[name]) for name in sorted({*local, *self._names} & self._kwargs.keys())}
+        ).encode()
         copies = transport.workers_per_process
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
         sizes = [int(length) for (length,) in transport.gather([[size]] * copies, [Field((1,), torch.int64)])]

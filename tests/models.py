@@ -144,6 +144,15 @@ class GAN(L.LightningModule):
         return [torch.optim.Adam(self.generator.parameters(), 0.01), torch.optim.SGD(self.critic.parameters(), 0.1)]
 
 
+class CountsBatches(L.Callback):
+    """Lightning leaves its callbacks out while it looks for a learning rate."""
+
+    batches = 0
+
+    def on_train_batch_end(self, *args: object) -> None:
+        self.batches += 1
+
+
 class StatefulLoader:
     """A loader that shuffles by epoch and can say, and be told, where it is: what torchdata's StatefulDataLoader does."""
 

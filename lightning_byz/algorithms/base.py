@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,15 @@ class Algorithm(ABC):
     """
 
     aggregator: Aggregator
-    needs_previous: ClassVar[bool] = False
-    needs_trusted: ClassVar[bool] = False
+    needs_previous: bool = False  # no ClassVar: LightningCLI reads subclasses' annotations where that name may be unknown
+    needs_trusted: bool = False
+
+    def check_parts(self) -> None:
+        """Raises unless the rule is a rule and the compressor a compressor."""
+        for name, kind in (("aggregator", Aggregator), ("compressor", Compressor)):
+            part = getattr(self, name)
+            if not isinstance(part, kind):
+                raise TypeError(f"`{name}` of {type(self).__name__} should be an instance of {kind.__name__}. Found {part!r}.")
 
     @property
     def stateless(self) -> bool:

@@ -62,6 +62,7 @@ class ByzEF21SGDM(Algorithm):
     eta: float = 0.1
 
     def __post_init__(self) -> None:
+        self.check_parts()
         if not 0 < self.eta <= 1:
             raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
         if self.compressor.contraction(1000) is None:

@@ -73,6 +73,7 @@ class RobustSGD(Algorithm):
     server_momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        self.check_parts()
         for name in ("worker_momentum", "server_momentum"):
             value = getattr(self, name)
             if not 0 <= value < 1:
@@ -105,5 +106,6 @@ class RobustSGD(Algorithm):
         g = self.aggregator(rows, round.present)
         if self.server_momentum:
             m, g = _momentum(state.m, g, self.server_momentum, state.rounds)
+            g = g.clone() if g is m else g  # who writes into the estimate changes no state
             state = ServerState(m, state.rounds + 1)
         return g, state

@@ -1,0 +1,34 @@
+# make demo    train with lying workers, in less than a minute; the picture lands in this folder
+# make test    run the tests
+# make lint    style, types, import layers
+# make check   lint and test
+#
+# Needs Python 3.10 or newer with pip, nothing else: everything is installed into .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint check clean
+
+demo: .venv/demo-installed
+	$(BIN)/lightning-byz demo
+
+test: .venv/dev-installed
+	$(BIN)/python -m pytest
+
+lint: .venv/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/%-installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --editable '.[$*]'
+	touch $@

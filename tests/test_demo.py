@@ -1,0 +1,54 @@
+"""The demo, from the command line: averaging breaks down under attack, byzantine_robust does not."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_byz.demo import quickstart
+from lightning_byz.demo.scoreboard import Scoreboard
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A shorter demo: what it printed, and its picture."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "lightning_byz.cli", "demo", "--epochs", "6", "--output", "pictures/demo.png"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    return done, folder / "pictures" / "demo.png"
+
+
+def test_averaging_breaks_down_and_byzantine_robust_does_not(demo):
+    done, _ = demo
+    table = done.stdout[done.stdout.index("lost, in points") :]
+    accuracy = {name: float(value) for name, value in re.findall(r"│ (\w.*?) +│ +([\d.]+)% │", table)}
+    assert len(accuracy) == 3
+    clean = accuracy["averaging, all 10 honest"]
+    assert clean > 85
+    assert clean - accuracy["averaging, 3 of 10 lie"] >= 30
+    assert clean - accuracy["byzantine_robust, 3 of 10 lie"] <= 6
+
+
+def test_it_writes_a_picture_and_says_where(demo):
+    done, picture = demo
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert str(picture.resolve()) in done.stdout
+
+
+def test_it_keeps_the_screen_clean(demo):
+    done, _ = demo
+    assert done.stderr == ""
+
+
+def test_the_example_is_the_demo():
+    assert EXAMPLE.read_text() == Path(quickstart.__file__).read_text()
+
+
+def test_a_full_board_says_so():
+    with Scoreboard(["only"], epochs=0) as board, pytest.raises(RuntimeError, match="1 runs of 0 epochs"):
+        board.record(None, None)
