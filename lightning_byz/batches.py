@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -69,9 +70,11 @@ def _cut(item: Any, first: int, last: int, size: int) -> Any:
             return cut
         return _rebuilt_mapping(item, cut)
     if isinstance(item, (list, tuple)):
-        is_leaf_list = len(item) == size and not any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in item)
+        is_record = hasattr(item, "_fields")  # a named tuple has one entry per field, never one per sample
+        nested = any(isinstance(part, (Tensor, Mapping, list, tuple)) for part in item) or next(_tensors(item), None) is not None
+        is_leaf_list = len(item) == size and not is_record and not nested
         parts = list(item[first:last]) if is_leaf_list else [_cut(value, first, last, size) for value in item]
-        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+        return type(item)(*parts) if is_record else type(item)(parts)
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
         changed = {
             field.name: _cut(getattr(item, field.name), first, last, size) for field in dataclasses.fields(item) if field.init
@@ -81,9 +84,8 @@ def _cut(item: Any, first: int, last: int, size: int) -> Any:
 
 
 def _rebuilt_mapping(item: Mapping[Any, Any], cut: dict[Any, Any]) -> Any:
-    if isinstance(item, MutableMapping):
+    if isinstance(item, (dict, UserDict)):  # whose copies share no entries, and keep attributes and default factories
         rebuilt = copy.copy(item)
-        for key, value in cut.items():
-            rebuilt[key] = value
+        rebuilt.update(cut)
         return rebuilt
     return type(item)(cut)  # type: ignore[call-arg]

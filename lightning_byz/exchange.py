@@ -149,7 +149,12 @@ class Exchange:
         together = _side_by_side(vectors)
         if together is not None:
             return together
-        if self._rows is None or self._rows.shape != (len(vectors), dim) or self._rows.dtype != like.dtype:
+        if (
+            self._rows is None
+            or self._rows.shape != (len(vectors), dim)
+            or self._rows.dtype != like.dtype
+            or self._rows.device != like.device
+        ):
             self._rows = like.new_empty(len(vectors), dim)
         for row, vector in zip(self._rows, vectors, strict=True):
             row.zero_() if vector is None else row.copy_(vector)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -109,7 +109,14 @@ class WeightedAggregator(Aggregator):
 
 @dataclass(frozen=True)
 class PreAggregator(Rule):
-    """Maps n rows to rows that are easier to aggregate."""
+    """Maps n rows to rows that are easier to aggregate.
+
+    Attributes:
+        bounds_rows: whether f rows can move the mean of the new rows by a bounded amount only, as clipping does; a chain may then
+            end in `Mean`.
+    """
+
+    bounds_rows: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, rows: Rows) -> Rows:

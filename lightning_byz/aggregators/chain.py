@@ -17,7 +17,8 @@ from lightning_byz.rows import Rows
 class Chain(Aggregator):
     """Pre-aggregations, applied in order, and the rule that aggregates what they make.
 
-    All parts tolerate the same f: give it once, to the chain or to every part.
+    All parts tolerate the same f: give it once, to the chain or to every part. A `Mean` at the end tolerates nobody, unless a
+    pre-aggregation in front of it bounds the rows (`PreAggregator.bounds_rows`); NNM does not.
 
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.
@@ -34,7 +35,8 @@ class Chain(Aggregator):
                 "Chain takes pre-aggregators and one aggregator, such as Chain(pre=(NNM(),), rule=TrimmedMean()). "
                 f"Found pre={self.pre!r}, rule={self.rule!r}."
             )
-        given = {part.f for part in (self, *self._counting()) if part.f is not None}
+        counting = self.pre if self.pre and isinstance(self.rule, Mean) else (*self.pre, self.rule)
+        given = {part.f for part in (self, *counting) if part.f is not None}
         if len(given) > 1:
             raise ValueError(f"All parts of a Chain should tolerate the same f. Found f in {sorted(given)}. Give it once.")
         f = given.pop() if given else None
@@ -43,11 +45,9 @@ class Chain(Aggregator):
         object.__setattr__(self, "rule", self.rule if f is None else self.rule.with_f(f))
 
     def most_f(self, n: int) -> int:
-        return min(part.most_f(n) for part in self._counting())
-
-    def _counting(self) -> tuple[Rule, ...]:
-        """The parts that limit f: all but a mean, which is as robust as the rows that it is given."""
-        return (*self.pre, *(() if self.pre and isinstance(self.rule, Mean) else (self.rule,)))
+        bounded = isinstance(self.rule, Mean) and any(part.bounds_rows for part in self.pre)
+        counting: list[Rule] = [*self.pre] if bounded else [*self.pre, self.rule]
+        return min(part.most_f(n) for part in counting)
 
     def with_f(self, f: int) -> Chain:
         return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))

@@ -13,21 +13,28 @@ from lightning_byz.attacks.base import DataAttack
 
 @dataclass(frozen=True)
 class LabelFlip(DataAttack):
-    """Trains on labels y -> num_classes - 1 - y (labels -1 and +1 change sign).
+    """Trains on labels y -> num_classes - 1 - y. Labels below 0 (such as -100, which losses ignore) stay as they are.
 
     Args:
-        num_classes: number of classes; labels are 0 .. num_classes - 1, or -1 and +1 if it is 2.
+        num_classes: number of classes; labels are 0 .. num_classes - 1.
         key: where a batch keeps its labels: the index in a tuple or list, or the key in a dict.
+        signed: the two classes are -1 and +1, and change sign. A batch may hold only one of them, so nobody can tell from the labels.
     """
 
     num_classes: int
     key: int | str = 1
+    signed: bool = False
 
     def flip(self, labels: Tensor) -> Tensor:
         """The flipped labels."""
-        if self.num_classes == 2 and bool((labels < 0).any()):
+        if self.signed:
             return -labels
-        return self.num_classes - 1 - labels
+        if self.num_classes == 2 and bool((labels == -1).any()):
+            raise ValueError(
+                "LabelFlip(num_classes=2) flips labels 0 and 1. Found a label -1. If they are -1 and +1, write "
+                "LabelFlip(num_classes=2, signed=True)."
+            )
+        return torch.where(labels < 0, labels, self.num_classes - 1 - labels)
 
     def __call__(self, batch: Any) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Field
@@ -33,8 +34,8 @@ def pack(message: Sequence[Tensor], layout: Sequence[Field], out: Tensor) -> Non
                 f"A message should hold {field}. Found shape {tuple(tensor.shape)}, {tensor.dtype}. "
                 "A compressor's encode must follow its layout."
             )
-        flat = out[offset : offset + field.nbytes]
-        flat.view(field.dtype).copy_(tensor.reshape(-1))
+        if field.nbytes:  # an empty slice may start anywhere, and cannot be viewed as another dtype
+            out[offset : offset + field.nbytes].view(field.dtype).copy_(tensor.reshape(-1))
 
 
 def unpack(buffer: Tensor, layout: Sequence[Field]) -> tuple[Tensor, ...]:
@@ -42,5 +43,7 @@ def unpack(buffer: Tensor, layout: Sequence[Field]) -> tuple[Tensor, ...]:
     offsets, _ = _offsets(layout)
     return tuple(
         buffer[offset : offset + field.nbytes].view(field.dtype).view(field.shape)
+        if field.nbytes
+        else torch.empty(field.shape, dtype=field.dtype, device=buffer.device)
         for field, offset in zip(layout, offsets, strict=True)
     )

@@ -1,0 +1,268 @@
+"""Plants known bugs in a copy of the package, one at a time, and shows which test catches each.
+
+Run from the repository's root: ``python tests/plant_bugs.py [part of a name ...]``. Exit status 1 if a bug survives, or if its place in
+the source is gone. A bug that a test let through belongs in this list, with the law that now catches it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Bug(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # names of test files, without "test_" and ".py"
+
+
+BUGS = [
+    # rows
+    Bug(
+        "distances by the float32 Gram identity",
+        "rows.py",
+        "            else:\n                block = block.double()\n",
+        "",
+        "rows",
+    ),
+    Bug("float64 rows not centred", "rows.py", "block = block - median_of_rows(block)", "block = block + 0", "rows"),
+    Bug("rows centred by their mean", "rows.py", "block = block - median_of_rows(block)", "block = block - block.mean(0)", "rows"),
+    Bug("clipped rows' distances from base distances", "rows.py", "None or not self._keeps_shifts()", "None", "rows"),
+    Bug(
+        "combine reads rows of weight 0",
+        "rows.py",
+        "used = weights.nonzero().flatten()",
+        "used = torch.arange(len(weights))",
+        "rows",
+    ),
+    Bug("only the last block counts in distances", "rows.py", "products += block @ block.T", "products = block @ block.T", "rows"),
+    Bug("only the last block is looked at for nan", "rows.py", "bad += (~torch", "bad = (~torch", "aggregators"),
+    Bug("distances not agreed on", "rows.py", "return self.agree(distances)", "return distances", "rows"),
+    Bug("sums over this slice only", "rows.py", "return self.total(partial)", "return partial", "aggregators"),
+    Bug("selecting from selected rows", "rows.py", "keep if self.index is None else self.index[keep]", "keep", "rows"),
+    # rules
+    Bug(
+        "median takes the lower middle",
+        "order_statistics.py",
+        "middle[0].clone() if n % 2 else middle[0] / 2 + middle[1] / 2",
+        "middle[0].clone()",
+        "rows",
+    ),
+    Bug(
+        "a comparator missing",
+        "order_statistics.py",
+        "for i in range(min(k, n - j - k)):",
+        "for i in range(min(k, n - j - k - 1)):",
+        "rows",
+    ),
+    Bug(
+        "trimmed mean off by one",
+        "aggregators/coordinate_wise.py",
+        "n, f = len(rows), self.f\n",
+        "n, f = len(rows), max(self.f - 1, 0)\n",
+        "aggregators",
+    ),
+    Bug("Krum counts n - f - 1 neighbours", "aggregators/krum.py", "1 : 1 + n - f - 2]", "1 : 1 + n - f - 1]", "aggregators"),
+    Bug("Krum counts the row itself", "aggregators/krum.py", "1 : 1 + n - f - 2]", "0 : n - f - 2]", "aggregators"),
+    Bug(
+        "Multi-Krum averages n - f rows", "aggregators/krum.py", "self.m or n - self.f - 2]", "self.m or n - self.f]", "aggregators"
+    ),
+    Bug(
+        "NNM leaves the row itself out",
+        "aggregators/nearest_neighbor_mixing.py",
+        "[:, : n - self.f]",
+        "[:, 1 : 1 + n - self.f]",
+        "aggregators",
+    ),
+    Bug(
+        "a nan row is not removed",
+        "aggregators/base.py",
+        "rows.finite() if present is None",
+        "torch.ones(len(rows)).bool() if present is None",
+        "aggregators",
+    ),
+    Bug("f not reduced for silent rows", "aggregators/base.py", "f = min(self.f, self.most_f(heard))", "f = self.f", "aggregators"),
+    Bug(
+        "f reduced for every silent row",
+        "aggregators/base.py",
+        "f = min(self.f, self.most_f(heard))",
+        "f = max(0, self.f - silent)",
+        "aggregators",
+    ),
+    Bug("n = 2f accepted", "aggregators/base.py", "return (n - 1) // 2", "return n // 2", "aggregators"),
+    Bug(
+        "NNM and a mean claim to be robust",
+        "aggregators/chain.py",
+        "isinstance(self.rule, Mean) and any(part.bounds_rows for part in self.pre)",
+        "isinstance(self.rule, Mean) and len(self.pre) > 0",
+        "aggregators",
+    ),
+    # compressors
+    Bug("Rand-K without d / K", "compressors/sparse.py", "dim / self.count(dim) if self.scaled else 1.0", "1.0", "compressors"),
+    Bug(
+        "Rand-K prefers small indices",
+        "compressors/sparse.py",
+        "picked = picked[first.sort().values]",
+        "picked = values",
+        "compressors",
+    ),
+    Bug("Top-K without magnitudes", "compressors/sparse.py", "x.abs().topk(", "x.topk(", "compressors"),
+    Bug("repeated indices are valid", "compressors/sparse.py", "index[1:] > index[:-1]", "index[1:] >= index[:-1]", "compressors"),
+    Bug(
+        "negative indices are valid",
+        "compressors/sparse.py",
+        "(index[0] >= 0) & (index[-1] < dim)",
+        "index[-1] < dim",
+        "compressors",
+    ),
+    Bug("nan values are valid", "compressors/sparse.py", "all_finite(values) & inside", "inside", "compressors"),
+    Bug(
+        "minus inf passes for finite",
+        "finite.py",
+        "torch.isfinite(low) & torch.isfinite(high)",
+        "torch.isfinite(high)",
+        "compressors",
+    ),
+    # attacks
+    Bug(
+        "ALIE with the other sign", "attacks/messages.py", "honest.mean(0) - self.factor", "honest.mean(0) + self.factor", "attacks"
+    ),
+    Bug("ALIE with the biased deviation", "attacks/messages.py", "honest.std(0) if", "honest.std(0, unbiased=False) if", "attacks"),
+    Bug("ALIE with one supporter less", "attacks/messages.py", "n // 2 + 1 - f", "n // 2 - f", "attacks"),
+    Bug("IPM forgets its sign", "attacks/messages.py", "everyone(-self.epsilon", "everyone(self.epsilon", "attacks"),
+    Bug("colluders share memory", "attacks/base.py", "message.expand_as(own).clone()", "message.expand_as(own)", "attacks"),
+    # algorithms
+    Bug(
+        "EF21 server without its mirror",
+        "algorithms/byz_ef21_sgdm.py",
+        "Rows(state.g + rows.dense(),",
+        "Rows(rows.dense(),",
+        "algorithms",
+    ),
+    Bug(
+        "EF21 aggregates the differences",
+        "algorithms/byz_ef21_sgdm.py",
+        "self.aggregator(g, torch",
+        "self.aggregator(rows, torch",
+        "algorithms",
+    ),
+    Bug("EF21 worker compresses v", "algorithms/byz_ef21_sgdm.py", "encode(v - state.g,", "encode(v,", "algorithms"),
+    Bug(
+        "eta weighs the past",
+        "algorithms/byz_ef21_sgdm.py",
+        "lerp(state.v, grads.current,",
+        "lerp(grads.current, state.v,",
+        "algorithms",
+    ),
+    Bug("an overflowing mirror is kept", "algorithms/byz_ef21_sgdm.py", "if not finite.all():", "if False:", "algorithms"),
+    Bug(
+        "momentum not corrected for its start",
+        "algorithms/robust_sgd.py",
+        "m if correction == 1 else m / correction",
+        "m.clone()",
+        "algorithms",
+    ),
+    Bug(
+        "the estimate is the momentum's memory", "algorithms/robust_sgd.py", "g = g.clone() if g is m else g", "g = g", "algorithms"
+    ),
+    # the round
+    Bug(
+        "state committed although its message did not count",
+        "exchange.py",
+        "in new_states.items() if present[worker]}",
+        "in new_states.items()}",
+        "exchange",
+    ),
+    Bug(
+        "messages are not checked", "exchange.py", "(flags[0] == 1) & codec.valid(payload, len(like))", "flags[0] == 1", "exchange"
+    ),
+    Bug("f gradients make a parameter used", "exchange.py", ".sum(0) > min(", ".sum(0) >= min(", "exchange"),
+    Bug("a resumed run starts at round 0", "exchange.py", 'self.step = server["step"]', "self.step = 0", "exchange"),
+    Bug(
+        "the attack sees its own side as honest", "transports/byzantine.py", "if w not in self.byzantine and (", "if (", "exchange"
+    ),
+    Bug("absent liars stay silent", "transports/byzantine.py", "flags[0] = 1", "pass", "exchange"),
+    Bug("a checkpoint of other shapes is loaded", "exchange.py", "if shapes != found:", "if False:", "exchange"),
+    Bug("all workers draw the same coordinates", "types.py", "self.step, 1 + self.worker,", "self.step, 1,", "exchange"),
+    Bug("tensors are not aligned on the wire", "transports/wire.py", "_ALIGNMENT = 8", "_ALIGNMENT = 1", "exchange"),
+    Bug("a record is cut like samples", "batches.py", "and not is_record and not nested", "and not nested", "exchange"),
+    Bug("restore leaves numpy's stream alone", "rng.py", 'np.random.set_state(("MT19937"', 'print(("MT19937"', "exchange"),
+    Bug("the last samples get lost", "batches.py", "(i * size) // parts", "i * (size // parts)", "exchange"),
+    Bug("Byzantine workers' logs count", "step_logs.py", "said = counted & (column", "said = (column", "exchange"),
+]
+
+
+def run_tests(copy: Path, tests: str, log: Path) -> tuple[int, str]:
+    """(exit code of pytest, first test that failed), in a child of its own that imports the package from the copy."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            with log.open("w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+                files = [f"tests/test_{name}.py" for name in tests.split()]
+                status = int(pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *files]))
+                used = getattr(sys.modules.get("lightning_byz"), "__file__", "")
+                print(f"\nUSED {used}", flush=True)
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    lines = log.read_text().splitlines()
+    if not any(line.startswith(f"USED {copy}") for line in lines):
+        return 99, "the tests did not run the copy"
+    failed = next((line.split(" ")[1].removeprefix("tests/") for line in lines if line.startswith("FAILED ")), "")
+    return status, failed or lines[-2]
+
+
+def main(wanted: list[str]) -> int:
+    bugs = [bug for bug in BUGS if not wanted or any(part in bug.name for part in wanted)]
+    started, bad = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for part in ("lightning_byz", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for bug in bugs:
+            path, began = copy / "lightning_byz" / bug.file, time.monotonic()
+            source = path.read_text()
+            if source.count(bug.old) != 1:
+                caught, verdict = False, f"ITS PLACE IS GONE: found {source.count(bug.old)} times in {bug.file}"
+            else:
+                path.write_text(source.replace(bug.old, bug.new))
+                status, failed = run_tests(copy, bug.tests, copy / "log.txt")
+                path.write_text(source)
+                caught = status == 1  # tests ran and failed; anything else is no verdict
+                verdict = failed if caught else f"SURVIVED (pytest: {status}, {failed})"
+            bad += not caught
+            print(f"{bug.name:52s} | {time.monotonic() - began:4.1f} s | {verdict}", flush=True)
+    print(f"{len(bugs) - bad} of {len(bugs)} bugs caught in {time.monotonic() - started:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.dont_write_bytecode = True
+    # Loaded once and inherited by every child: all that is slow to import, but nothing of the package itself.
+    import importlib.util
+
+    import hypothesis  # noqa: F401
+    import pytest
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        if importlib.util.find_spec(name.split(".")[0]):
+            importlib.import_module(name)
+    sys.exit(main(sys.argv[1:]))

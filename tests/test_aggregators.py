@@ -1,0 +1,458 @@
+"""Laws over every rule in the zoo."""
+
+import dataclasses
+import threading
+
+import oracles
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import FROZEN_ROWS, JUNK, PRE_AGGREGATORS, ROBUST_RULES, RULES, RuleCase, each, laws, rows_for
+
+from lightning_byz import rows as rows_module
+from lightning_byz.aggregators import (
+    NNM,
+    Chain,
+    CoordinateMedian,
+    Krum,
+    Mean,
+    MultiKrum,
+    TooFewRowsError,
+    TrimmedMean,
+    WeightedAggregator,
+)
+from lightning_byz.rows import Rows
+
+N, F, D = 11, 3, 13
+
+
+def set_up(case: RuleCase, n: int = N, f: int = F):
+    """The case's rule for the largest f up to the given one that it allows for n rows."""
+    return case.rule.with_f(max(0, min(f, case.rule.most_f(n))))
+
+
+def close(found, expected, tolerance=1e-10):
+    size = float(expected.double().abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * max(size, 1e-30))
+
+
+# -- the definition -------------------------------------------------------------------------------------------------------
+
+
+@each(RULES)
+def test_frozen_values(case):
+    out = case.rule(torch.tensor(FROZEN_ROWS, dtype=torch.float64))
+    assert out.tolist() == pytest.approx(case.frozen, rel=1e-12, abs=1e-12)
+
+
+@each(RULES)
+@laws
+@given(st.data())
+def test_equals_the_slow_loop(case, data):
+    n = data.draw(st.integers(1, 14).filter(lambda n: case.rule.most_f(n) >= 0))
+    rule = case.rule.with_f(data.draw(st.integers(0, case.rule.most_f(n))))
+    x = rows_for(n, data.draw(st.integers(1, 6)), data.draw(st.integers(0, 10**6)), scale=10.0 ** data.draw(st.integers(-6, 6)))
+    close(rule(x), torch.tensor(case.oracle(x.tolist(), rule.f), dtype=torch.float64))
+
+
+@each([case for case in RULES if case.exact_ties])
+@laws
+@given(st.data())
+def test_equals_the_slow_loop_where_values_tie(case, data):
+    n = data.draw(st.integers(1, 10).filter(lambda n: case.rule.most_f(n) >= 0))
+    rule = case.rule.with_f(data.draw(st.integers(0, case.rule.most_f(n))))
+    d = data.draw(st.integers(1, 3))
+    x = torch.tensor(data.draw(st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=n, max_size=n))).double()
+    close(rule(x), torch.tensor(case.oracle(x.tolist(), rule.f), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("part", "oracle"), [pytest.param(part, oracle, id=name) for name, part, oracle in PRE_AGGREGATORS])
+@laws
+@given(st.data())
+def test_pre_aggregations_equal_the_slow_loop(part, oracle, data):
+    n = data.draw(st.integers(1, 12))
+    part = part.with_f(data.draw(st.integers(0, part.most_f(n))))
+    x = rows_for(n, data.draw(st.integers(1, 6)), data.draw(st.integers(0, 10**6)))
+    close(part(Rows(x)).dense(), torch.tensor(oracle(x.tolist(), part.f), dtype=torch.float64))
+
+
+@each([case for case in RULES if isinstance(case.rule, WeightedAggregator)])
+def test_weights_say_whom_a_rule_trusts(case):
+    x = rows_for(N, D)
+    rule = set_up(case)
+    weights = rule.weights(Rows(x))
+    assert weights.shape == (N,)
+    assert weights.sum() == pytest.approx(1)
+    assert (weights >= 0).all()
+    close(rule(x), weights @ x)
+
+
+def test_krum_chooses_one_of_its_rows_and_the_first_of_several_that_tie():
+    x = rows_for(7, D, dtype=torch.float32)
+    assert any(torch.equal(Krum(f=2)(x), row) for row in x)
+    square = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert Krum(f=0)(square).tolist() == [1, 0]
+
+
+def test_the_median_of_an_even_number_is_the_middle():
+    assert CoordinateMedian(f=1)(torch.tensor([[1.0], [2.0], [4.0], [100.0]])).item() == 3
+
+
+# -- symmetries -----------------------------------------------------------------------------------------------------------
+
+
+@each(RULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_unanimity_and_dtype(case, dtype):
+    row = rows_for(1, D, seed=4, scale=100.0, dtype=dtype)
+    x = row.repeat(N, 1)
+    out = set_up(case)(x)
+    assert out.dtype == dtype
+    assert out.shape == (D,)
+    torch.testing.assert_close(out, row[0], rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@each(RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes_agree_with_float64(case, dtype):
+    x = rows_for(N, D, seed=6, dtype=dtype)
+    close(set_up(case)(x), set_up(case)(x.double()), 4 * torch.finfo(dtype).eps)
+
+
+@each(RULES)
+@laws
+@given(seed=st.integers(0, 10**6), n=st.integers(5, 13))
+def test_the_order_of_the_rows_does_not_matter(case, seed, n):
+    x = rows_for(n, D, seed)
+    permutation = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    rule = set_up(case, n)
+    close(rule(x[permutation]), rule(x), 1e-12)
+
+
+@each([case for case in RULES if case.translation_equivariant])
+@pytest.mark.parametrize("shift", [-3.0, 1e4])
+def test_translation_equivariance(case, shift):
+    x, v = rows_for(N, D), shift * rows_for(1, D, seed=9)[0]
+    close(set_up(case)(x + v), set_up(case)(x) + v)
+
+
+@each([case for case in RULES if case.scale_equivariant])
+@pytest.mark.parametrize("factor", [-1.0, 0.0, 1e-12, -7.0, 1e20])
+def test_scale_equivariance(case, factor):
+    x = rows_for(N, D)
+    close(set_up(case)(factor * x), factor * set_up(case)(x))
+
+
+@each(RULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_input_is_not_touched_and_not_returned(case, dtype):
+    x = rows_for(N, D, dtype=dtype)
+    before = x.clone()
+    out = set_up(case)(x)
+    assert torch.equal(x, before)
+    out.fill_(7)
+    assert torch.equal(x, before)
+
+
+@each(RULES)
+def test_same_input_same_bits(case):
+    x = rows_for(N, 50, dtype=torch.float32)
+    assert torch.equal(set_up(case)(x), set_up(case)(x.clone()))
+
+
+@each(RULES)
+def test_one_row_is_its_own_aggregate_where_a_rule_takes_one(case):
+    if case.rule.most_f(1) < 0:
+        with pytest.raises(TooFewRowsError):
+            case.rule.with_f(0)(rows_for(1, D))
+    else:
+        close(case.rule.with_f(0)(rows_for(1, D)), rows_for(1, D)[0])
+
+
+# -- robustness -----------------------------------------------------------------------------------------------------------
+
+
+def assert_near_the_honest(out, honest, n):
+    """Within a constant of the honest spread: what Krum, the loosest of the rules, keeps for every n, f and d."""
+    mean = honest.double().mean(0)
+    diameter = torch.cdist(honest.double(), honest.double(), compute_mode="donot_use_mm_for_euclid_dist").max()
+    rounding = 1e-5 * float(honest.abs().max())
+    assert out.isfinite().all()
+    assert torch.linalg.vector_norm(out.double() - mean) <= (1 + n**0.5) * diameter + rounding
+
+
+@each(ROBUST_RULES)
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_f_rows_of_junk_leave_the_result_near_the_honest_rows(case, junk, dtype):
+    f = case.rule.most_f(N)
+    honest = rows_for(N - f, D, mean=5.0, dtype=dtype)
+    bad = JUNK[junk](f, D, dtype)
+    for x in (torch.cat([bad, honest]), torch.cat([honest, bad]), torch.cat([honest[:2], bad, honest[2:]])):
+        assert_near_the_honest(case.rule.with_f(f)(x), honest, N)
+
+
+@each(ROBUST_RULES)
+@laws
+@given(st.data())
+def test_f_arbitrary_rows_leave_the_result_near_the_honest_rows(case, data):
+    n = data.draw(st.integers(5, 14))
+    f = data.draw(st.integers(1, case.rule.most_f(n)))
+    d = data.draw(st.integers(1, 8))
+    honest = rows_for(n - f, d, data.draw(st.integers(0, 10**6)), mean=3.0, dtype=torch.float32)
+    value = st.one_of(st.floats(width=32), st.floats(-10, 10, width=32))
+    bad = torch.tensor(data.draw(st.lists(st.lists(value, min_size=d, max_size=d), min_size=f, max_size=f)), dtype=torch.float32)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
+    assert_near_the_honest(case.rule.with_f(f)(torch.cat([honest, bad])[order]), honest, n)
+
+
+@each([case for case in ROBUST_RULES if not isinstance(case.rule, WeightedAggregator)])
+def test_far_junk_stays_out_of_every_coordinates_honest_range(case):
+    honest = rows_for(N - F, D)
+    out = set_up(case)(torch.cat([honest, torch.full((F, D), 1e30, dtype=torch.float64)]))
+    assert (out >= honest.min(0).values - 1e-9).all()
+    assert (out <= honest.max(0).values + 1e-9).all()
+
+
+@each(RULES)
+@pytest.mark.parametrize(("mean", "scale"), [(1e3, 1e-2), (-1e4, 1.0), (1.0, 1e-5)])
+def test_nearly_equal_float32_rows_agree_with_float64(case, mean, scale):
+    """Decisions are the same, and values are right to a few units in the last place of the common mean."""
+    x = rows_for(N, 40, mean=mean, scale=scale, dtype=torch.float32)
+    expected = torch.tensor(case.oracle(x.double().tolist(), set_up(case).f), dtype=torch.float64)
+    assert (set_up(case)(x).double() - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * abs(mean)
+
+
+# -- how many rows, and which ---------------------------------------------------------------------------------------------
+
+
+@each(ROBUST_RULES)
+@pytest.mark.parametrize("n", [2, 4, 10])
+def test_n_equal_to_2f_is_refused(case, n):
+    with pytest.raises(TooFewRowsError, match=rf"with f={n // 2} cannot take n={n} rows: .* tolerates at most f="):
+        case.rule.with_f(n // 2)(rows_for(n, D))
+
+
+@each(RULES)
+def test_no_rows_are_refused(case):
+    with pytest.raises(TooFewRowsError):
+        case.rule.with_f(0)(torch.empty(0, D))
+
+
+@each(ROBUST_RULES)
+@pytest.mark.parametrize("n", range(1, 16))
+def test_the_largest_f_is_taken_and_one_more_is_refused_with_advice_that_works(case, n):
+    most = case.rule.most_f(n)
+    assert 2 * most < n
+    if most >= 0:
+        case.rule.with_f(most)(rows_for(n, D))
+    with pytest.raises(TooFewRowsError, match=r"at least \d+ rows") as error:
+        case.rule.with_f(max(most, -1) + 1)(rows_for(n, D))
+    enough = int(str(error.value).split("at least ")[1].split()[0])
+    case.rule.with_f(max(most, -1) + 1)(rows_for(enough, D))
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "most"),
+    [
+        (CoordinateMedian(), 5, 2),
+        (TrimmedMean(), 6, 2),
+        (Krum(), 6, 1),
+        (Krum(), 7, 2),
+        (MultiKrum(), 7, 2),
+        (MultiKrum(m=4), 8, 2),
+    ],
+)
+def test_the_largest_f_of_the_literature(rule, n, most):
+    assert rule.most_f(n) == most
+
+
+@pytest.mark.parametrize("f", [-1, 1.0, True, "2"])
+def test_f_is_a_non_negative_integer(f):
+    with pytest.raises(ValueError, match="non-negative integer"):
+        CoordinateMedian(f=f)
+
+
+@pytest.mark.parametrize("rule", [CoordinateMedian(), Krum(), Chain(pre=(NNM(),), rule=TrimmedMean())])
+def test_an_unknown_f_is_refused(rule):
+    with pytest.raises(ValueError, match="needs to know f"):
+        rule(rows_for(5, D))
+
+
+@each(RULES)
+def test_absent_rows_are_as_if_they_were_not_there(case):
+    x = rows_for(N, D)
+    present = torch.ones(N, dtype=torch.bool)
+    present[[1, 6]] = False
+    rule = set_up(case, f=2)
+    expected = rule(x[present])
+    assert torch.equal(rule(x, present), expected)
+    x[~present] = torch.nan  # they are never read
+    assert torch.equal(rule(x, present), expected)
+    assert torch.equal(rule(x), expected)  # and found to be silent where nobody says so
+    assert torch.equal(rule(Rows(x)), expected)
+
+
+@each(ROBUST_RULES)
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("n", range(3, 14))
+def test_nobody_can_stop_the_training_by_sending_nan(case, n, junk):
+    """However many of the f send nan, the rule answers, and the rest of the f may still lie."""
+    f = case.rule.most_f(n)
+    if f < 1:
+        return
+    honest = rows_for(n - f, D, mean=5.0)
+    for silent in range(f + 1):
+        bad = torch.full((f, D), 1e30, dtype=torch.float64)
+        bad[:silent, 3] = junk
+        assert_near_the_honest(case.rule.with_f(f)(torch.cat([bad, honest])), honest, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(CoordinateMedian):
+    """A rule that needs n >= 2f + 3 and tells which f it ran with."""
+
+    def most_f(self, n):
+        return (n - 3) // 2
+
+    def aggregate(self, rows):
+        return torch.tensor([float(self.f), len(rows)])
+
+
+@pytest.mark.parametrize(
+    ("n", "f", "silent", "f_used"),
+    [(7, 2, 0, 2), (7, 2, 1, 1), (7, 2, 2, 1), (9, 2, 2, 2), (9, 2, 3, 1), (9, 3, 1, 2), (9, 3, 3, 1), (9, 3, 4, 1), (9, 3, 6, 0)],
+)
+def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_used):
+    x = rows_for(n, D)
+    x[:silent] = torch.nan
+    assert Spy(f=f)(x).tolist() == [f_used, n - silent]
+
+
+def test_the_step_is_refused_where_silence_leaves_too_few_rows():
+    x = rows_for(7, D)
+    x[:5] = torch.nan
+    with pytest.raises(TooFewRowsError, match="heard 2 of n=7 rows"):
+        Krum(f=2)(x)
+    with pytest.raises(TooFewRowsError, match="heard 0 of n=7"):
+        CoordinateMedian(f=2)(torch.full_like(x, torch.nan))
+
+
+@pytest.mark.parametrize("f", [0, 1, 4])
+def test_a_mean_never_claims_to_tolerate_anybody(f):
+    assert Mean().with_f(f).f == 0
+    assert Mean().most_f(9) == 0
+
+
+# -- chains ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_has_one_f():
+    assert Chain(pre=(NNM(),), rule=TrimmedMean(), f=2) == Chain(pre=(NNM(f=2),), rule=TrimmedMean(f=2))
+    assert Chain(pre=[NNM()], rule=Krum(f=1)).pre == (NNM(f=1),)
+    assert Chain(pre=(NNM(f=1),), rule=Krum(f=1)).with_f(3) == Chain(pre=(NNM(f=3),), rule=Krum(f=3), f=3)
+    with pytest.raises(ValueError, match=r"same f.*\[1, 2\]"):
+        Chain(pre=(NNM(f=1),), rule=TrimmedMean(f=2))
+
+
+@pytest.mark.parametrize("arguments", [{"pre": (NNM(),)}, {"pre": (Krum(),), "rule": Krum()}, {"pre": (NNM(),), "rule": NNM()}])
+def test_a_chain_of_other_things_is_refused(arguments):
+    with pytest.raises(ValueError, match="pre-aggregators and one aggregator"):
+        Chain(**arguments)
+
+
+def test_a_chain_that_is_not_robust_does_not_claim_to_be():
+    """NNM gives a Byzantine row back as a mixture of itself and others, and a mean takes all of it."""
+    x = torch.cat([rows_for(8, D), torch.full((2, D), 1e30, dtype=torch.float64)])
+    with pytest.raises(TooFewRowsError, match="at most f=0"):
+        Chain(pre=(NNM(f=2),), rule=Mean())(x)
+
+    class Clip(NNM):
+        bounds_rows = True
+
+    assert Chain(pre=(Clip(f=2),), rule=Mean()).most_f(10) == 4
+    assert Chain(rule=Mean()).f == Chain(rule=Mean()).most_f(10) == 0
+
+
+# -- slices and threads ---------------------------------------------------------------------------------------------------
+
+
+def on_slices(rule, x, bounds, present=None):
+    """What ranks that hold a slice of the columns each make of a rule, side by side; every rank is a thread."""
+    ranks = len(bounds) - 1
+    barrier, box, out, errors = threading.Barrier(ranks, timeout=20), [None] * ranks, [None] * ranks, []
+
+    def rank_main(rank):
+        def meet(tensor, answer):
+            box[rank] = tensor.clone()
+            barrier.wait()
+            result = answer()
+            barrier.wait()
+            return result
+
+        try:
+            rows = Rows(
+                x[:, bounds[rank] : bounds[rank + 1]],
+                total=lambda t: meet(t, lambda: torch.stack(box).sum(0)),
+                agree=lambda t: meet(t, lambda: box[0].clone()),
+            )
+            out[rank] = rule(rows, present)
+        except Exception as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+    return torch.cat(out)
+
+
+@each(RULES)
+@pytest.mark.parametrize("bounds", [(0, 40), (0, 1, 40), (0, 13, 26, 40), (0, 20, 20, 40)], ids=str)
+@pytest.mark.parametrize("bad", ["none", "1e30", "nan in one slice"])
+def test_slices_of_the_columns_give_what_the_whole_rows_give(case, bounds, bad):
+    x = rows_for(N, 40, mean=10.0, dtype=torch.float32)
+    if bad == "1e30":
+        x[2] = 1e30
+    elif bad == "nan in one slice":
+        x[2, 5] = torch.nan
+    rule = set_up(case)
+    whole = rule(x)
+    close(on_slices(rule, x, bounds), whole, 1e-6)
+    if bad == "nan in one slice":
+        present = torch.arange(N) != 2
+        close(on_slices(rule, x, bounds, present), whole, 1e-6)
+
+
+@each(RULES)
+def test_blocks_of_columns_change_nothing(case, monkeypatch):
+    x = rows_for(N, 40, mean=10.0, dtype=torch.float32)
+    whole = set_up(case)(x)
+    monkeypatch.setattr(rows_module, "_BLOCK", 7)
+    close(set_up(case)(x), whole, 1e-6)
+    x[4, 2] = torch.nan
+    close(set_up(case)(x), set_up(case)(x, torch.arange(N) != 4), 1e-6)
+
+
+@each(RULES)
+def test_the_number_of_threads_changes_no_bit(case):
+    x = rows_for(N, 100_000, dtype=torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(set_up(case)(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_oracles_agree_with_values_from_the_literature():
+    x = [[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert oracles.trimmed_mean(x, 1) == oracles.median(x, 1) == oracles.mean(x, 0) == [4, 5, 6]

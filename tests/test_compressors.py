@@ -1,0 +1,241 @@
+"""Laws over every compressor in the zoo."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import COMPRESSORS, each, laws, rows_for
+
+from lightning_byz.compressors import Field, Identity, RandK, TopK
+
+D = 20
+SPARSE = [case for case in COMPRESSORS if case.sparse]
+RANDOM = [case for case in COMPRESSORS if case.random]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def stream(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def round_trips(compressor, x, times, seed=0):
+    generator = stream(seed)
+    return torch.stack([compressor.decode(compressor.encode(x, generator), len(x)) for _ in range(times)])
+
+
+# -- the wire -------------------------------------------------------------------------------------------------------------
+
+
+@each(COMPRESSORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 2, 7, 20, 1000])
+def test_the_layout_is_what_encode_gives_and_bytes_are_those_on_the_wire(case, dtype, dim):
+    for x in (rows_for(1, dim, dtype=dtype)[0], torch.zeros(dim, dtype=dtype), torch.ones(dim, dtype=dtype)):
+        payload = case.compressor.encode(x, stream())
+        layout = case.compressor.layout(dim, dtype)
+        assert tuple(Field(tuple(t.shape), t.dtype) for t in payload) == layout
+        assert sum(t.nbytes for t in payload) == case.compressor.nbytes(dim, dtype) == sum(field.nbytes for field in layout)
+        assert case.compressor.valid(payload, dim)
+        decoded = case.compressor.decode(payload, dim)
+        assert decoded.shape == (dim,)
+        assert decoded.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("compressor", "dim", "nbytes"),
+    [(Identity(), 100, 400), (TopK(ratio=0.1), 100, 80), (TopK(k=5), 100, 40), (RandK(ratio=0.01), 50, 8), (TopK(k=500), 100, 800)],
+)
+def test_bytes(compressor, dim, nbytes):
+    assert compressor.nbytes(dim, torch.float32) == nbytes
+
+
+def test_indices_are_64_bit_only_where_32_do_not_suffice():
+    assert TopK(k=1).layout(2**31 - 1, torch.float32)[1].dtype == torch.int32
+    assert TopK(k=1).layout(2**31, torch.float32)[1].dtype == torch.int64
+
+
+@each(COMPRESSORS)
+def test_same_generator_same_payload_and_the_input_is_untouched(case):
+    x = rows_for(1, D)[0]
+    before = x.clone()
+    payloads = [case.compressor.encode(x, stream(5)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*payloads, strict=True))
+    decoded = case.compressor.decode(payloads[0], D)
+    assert torch.equal(decoded, case.compressor.decode(payloads[0], D))
+    assert torch.equal(x, before)
+
+
+@each(COMPRESSORS)
+def test_the_global_generator_is_neither_used_nor_moved(case):
+    torch.manual_seed(1)
+    first, state = case.compressor.encode(rows_for(1, D)[0], stream(5)), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, case.compressor.encode(rows_for(1, D)[0], stream(5)), strict=True))
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@each([case for case in RANDOM if case.compressor.count(D) < D])
+def test_another_generator_draws_other_coordinates(case):
+    picks = {tuple(case.compressor.encode(torch.ones(D), stream(seed))[1].tolist()) for seed in range(10)}
+    assert len(picks) > 5
+
+
+# -- the operator ---------------------------------------------------------------------------------------------------------
+
+
+@each([case for case in COMPRESSORS if case.compressor.contraction(D) is not None])
+@pytest.mark.parametrize("x", [rows_for(1, D, seed)[0] for seed in range(3)] + [torch.ones(D).double(), torch.eye(D).double()[3]])
+def test_contraction_is_at_least_what_is_declared(case, x):
+    alpha = case.compressor.contraction(D)
+    errors = ((round_trips(case.compressor, x, 600 if case.random else 1) - x) ** 2).sum(1) / (x**2).sum()
+    slack = 3 * float(errors.std()) / math.sqrt(len(errors)) if case.random else 0.0
+    assert 0 < alpha <= 1
+    assert errors.mean() <= 1 - alpha + slack + 1e-12
+
+
+@each([case for case in COMPRESSORS if case.compressor.variance(D) is not None])
+@pytest.mark.parametrize("d", [D, 6])
+def test_unbiased_with_the_declared_variance(case, d):
+    x, times = rows_for(1, d, seed=2)[0], 4000 if case.random else 2
+    omega = case.compressor.variance(d)
+    out = round_trips(case.compressor, x, times)
+    standard_error = math.sqrt(omega * float((x**2).sum()) / times)
+    assert torch.linalg.vector_norm(out.mean(0) - x) <= 3 * standard_error + 1e-12
+    assert float(((out - x) ** 2).sum(1).mean()) == pytest.approx(omega * float((x**2).sum()), rel=0.06, abs=1e-12)
+
+
+@each(COMPRESSORS)
+def test_nothing_is_declared_both_biased_and_unbiased_wrongly(case):
+    """Scaled Rand-K blows up in an EF21 recursion, so it must not call itself contractive."""
+    scaled = case.random and case.compressor.scale(D) != 1
+    assert (case.compressor.contraction(D) is None) == (scaled or (case.random and case.compressor.scaled))
+    assert case.compressor.variance(D) is None or case.compressor.variance(D) == pytest.approx(
+        D / case.compressor.count(D) - 1 if case.sparse else 0
+    )
+
+
+@each(SPARSE)
+@laws
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 60))
+def test_sparse_messages_hold_k_scaled_values_of_x_in_increasing_order(case, seed, d):
+    x = rows_for(1, d, seed)[0]
+    values, index = case.compressor.encode(x, stream(seed))
+    k = case.compressor.count(d)
+    assert len(index) == len(index.unique()) == k
+    assert torch.equal(index, index.sort().values)
+    scale = d / k if case.random and case.compressor.scaled else 1
+    torch.testing.assert_close(values, scale * x[index.long()])
+    expected = torch.zeros(d, dtype=x.dtype)
+    for value, i in zip(values.tolist(), index.tolist(), strict=True):
+        expected[i] = value
+    assert torch.equal(case.compressor.decode((values, index), d), expected)
+
+
+@laws
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 40), k=st.integers(1, 40))
+def test_top_k_keeps_the_largest_and_exactly_k_of_them_also_among_ties(seed, d, k):
+    x = rows_for(1, d, seed, scale=2.0)[0].round()
+    out = TopK(k=k).decode(TopK(k=k).encode(x), d)
+    kept = x.abs().sort(descending=True).values[: min(k, d)].sum()
+    assert out.abs().sum() == kept
+    assert len(TopK(k=k).encode(x)[1]) == min(k, d)
+
+
+@pytest.mark.parametrize(("k", "d"), [(3, 20), (1, 8), (5, 7), (2, 16), (10, 40), (9, 36)])
+def test_rand_k_picks_every_coordinate_and_every_pair_equally_often(k, d):
+    times, generator = 3000, stream(7)
+    picked = torch.zeros(times, d)
+    for row in picked:
+        row[RandK(k=k).encode(torch.ones(d), generator)[1].long()] = 1
+    p = k / d
+    assert (picked.mean(0) - p).abs().max() <= 4.5 * math.sqrt(p * (1 - p) / times)
+    pairs, q = (picked.T @ picked / times)[~torch.eye(d, dtype=torch.bool)], k * (k - 1) / (d * (d - 1))
+    assert (pairs - q).abs().max() <= 5 * math.sqrt(q * (1 - q) / times) + 1e-9
+
+
+# -- what an adversary may send -------------------------------------------------------------------------------------------
+
+D_WIRE, K_WIRE = 10, 3
+
+
+@pytest.mark.parametrize("compressor", [TopK(k=K_WIRE), RandK(k=K_WIRE)])
+@pytest.mark.parametrize(
+    ("index", "valid"),
+    [
+        ([0, 4, 9], True),
+        ([7, 8, 9], True),
+        ([-1, 4, 9], False),
+        ([0, 4, 10], False),
+        ([0, 4, 2**31 - 1], False),
+        ([-(2**31), 4, 9], False),
+        ([4, 4, 9], False),
+        ([0, 9, 9], False),
+        ([0, 9, 4], False),
+        ([9, 4, 0], False),
+        ([0, 12, 4], False),
+    ],
+)
+def test_valid_refuses_indices_that_are_outside_repeated_or_unsorted(compressor, index, valid):
+    payload = torch.ones(K_WIRE), torch.tensor(index, dtype=torch.int32)
+    assert bool(compressor.valid(payload, D_WIRE)) == valid
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@each(COMPRESSORS)
+def test_valid_refuses_numbers_that_are_not_finite(case, bad):
+    for position in (0, -1):
+        payload = [tensor.clone() for tensor in case.compressor.encode(torch.ones(D), stream())]
+        assert case.compressor.valid(tuple(payload), D)
+        payload[0][position] = bad
+        verdict = case.compressor.valid(tuple(payload), D)
+        assert verdict.shape == ()
+        assert verdict.dtype == torch.bool
+        assert not verdict
+
+
+@laws
+@given(
+    st.lists(st.integers(-3, D_WIRE + 3), min_size=K_WIRE, max_size=K_WIRE), st.lists(st.floats(width=32), min_size=3, max_size=3)
+)
+def test_whatever_is_valid_can_be_decoded_and_says_what_it_claims(index, values):
+    payload = torch.tensor(values, dtype=torch.float32), torch.tensor(index, dtype=torch.int32)
+    expected = all(map(math.isfinite, values)) and 0 <= index[0] < index[1] < index[2] < D_WIRE
+    assert bool(TopK(k=K_WIRE).valid(payload, D_WIRE)) == expected
+    if expected:
+        out = TopK(k=K_WIRE).decode(payload, D_WIRE)
+        assert torch.equal(out[payload[1].long()], payload[0])
+        assert out.count_nonzero() == payload[0].count_nonzero()
+
+
+# -- settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TopK, RandK])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"ratio": 0.1, "k": 3}, "exactly one of"),
+        ({"ratio": 0.0}, r"in \(0, 1\]"),
+        ({"ratio": 1.5}, r"in \(0, 1\]"),
+        ({"ratio": -0.1}, r"in \(0, 1\]"),
+        ({"k": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+
+
+def test_rand_k_without_a_generator_is_refused():
+    with pytest.raises(ValueError, match="generator"):
+        RandK(k=1).encode(torch.ones(3))
+
+
+@each(COMPRESSORS)
+def test_compressors_are_values(case):
+    assert hash(case.compressor) == hash(case.compressor)
+    assert eval(repr(case.compressor), {"Identity": Identity, "TopK": TopK, "RandK": RandK}) == case.compressor

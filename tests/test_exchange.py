@@ -1,0 +1,722 @@
+"""The round in one process, without Lightning: who counts, what is kept, what is restored, and what travels."""
+
+import copy
+import dataclasses
+import random
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import MutableMapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import ALGORITHMS, each, laws, robust, rows_for
+
+from lightning_byz.aggregators import CoordinateMedian, Krum, Mean, TrimmedMean
+from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.attacks import NotANumber, SignFlip
+from lightning_byz.attacks.base import Attack
+from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.compressors import Field, Identity, TopK
+from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.finite import all_finite
+from lightning_byz.rng import restore, snapshot, worker_rng
+from lightning_byz.step_logs import StepLogs, WorkerLog
+from lightning_byz.transports import ByzantineTransport, InProcess, Message
+from lightning_byz.transports.wire import pack, packed_size, unpack
+from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
+
+N, D, P = 5, 8, 3
+CPU = torch.device("cpu")
+LIKE = torch.zeros(D, dtype=torch.float64)
+ALL_USED = torch.ones(P, dtype=torch.bool)
+
+
+def connected(n=N, transport=None):
+    transport = transport or InProcess()
+    transport.connect(0, 1, n, CPU)
+    return transport
+
+
+def grads_of(step=0, n=N, d=D):
+    return rows_for(n, d, seed=step)
+
+
+def contributions(grads, absent=(), used=None):
+    return [
+        Contribution(None if worker in absent else Gradients(g), ALL_USED if used is None else used[worker])
+        for worker, g in enumerate(grads)
+    ]
+
+
+def frozen(exchange):
+    server = [] if exchange.server is None else [*exchange.server]
+    return [t.clone() for state in [server, *exchange.workers.values()] for t in state]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+# -- who counts -----------------------------------------------------------------------------------------------------------
+
+
+def test_absent_workers_are_silent_and_the_rule_sees_the_others():
+    grads = grads_of()
+    outcome = Exchange(RobustSGD(CoordinateMedian(f=2)), connected(), 0).run(contributions(grads, absent=(1, 3)), LIKE)
+    assert outcome.silent == [1, 3]
+    assert outcome.round.present.tolist() == [True, False, True, False, True]
+    assert torch.equal(outcome.estimate, grads[[0, 2, 4]].median(0).values)
+    assert not outcome.rows.dense()[[1, 3]].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_gradient_that_is_not_finite_is_silence(bad):
+    grads = grads_of()
+    grads[2, 5] = bad
+    exchange = Exchange(RobustSGD(CoordinateMedian(f=2), worker_momentum=0.5), connected(), 0)
+    outcome = exchange.run(contributions(grads), LIKE)
+    assert outcome.silent == [2]
+    assert exchange.workers[2].rounds == 0
+    assert not exchange.workers[2].m.any()
+    assert [int(exchange.workers[worker].rounds) for worker in (0, 1, 3, 4)] == [1] * 4
+
+
+class Corrupting(InProcess):
+    """A wire that damages what one worker sends."""
+
+    def __init__(self, worker, damage):
+        self.worker, self.damage = worker, damage
+
+    def gather(self, messages, layout):
+        everybody = super().gather(messages, layout)
+        everybody[self.worker] = self.damage(*(tensor.clone() for tensor in everybody[self.worker]))
+        return everybody
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda flags, values, index: (flags, values * torch.nan, index),
+        lambda flags, values, index: (flags, values, index + D),
+        lambda flags, values, index: (flags, values, index.flip(0)),
+        lambda flags, values, index: (flags * 0, values, index),
+        lambda flags, values, index: (flags + 1, values, index),
+    ],
+    ids=["nan", "outside", "unsorted", "silent", "another flag"],
+)
+@pytest.mark.parametrize(
+    "algorithm",
+    [ByzEF21SGDM(robust(1), TopK(k=3)), RobustSGD(robust(1), TopK(k=3), worker_momentum=0.9)],
+    ids=["ef21", "momentum"],
+)
+def test_a_message_that_does_not_count_leaves_its_worker_and_its_mirror_as_they_were(algorithm, damage):
+    wire = connected(transport=Corrupting(2, lambda *message: message))
+    exchange = Exchange(algorithm, wire, 0)
+    exchange.run(contributions(grads_of(0)), LIKE)
+    worker = [t.clone() for t in exchange.workers[2]]
+    mirror = [t[2].clone() for t in exchange.server if t.ndim == 2]
+    wire.damage = damage
+    outcome = exchange.run(contributions(grads_of(1)), LIKE)
+    assert outcome.silent == [2]
+    assert outcome.estimate.isfinite().all()
+    assert same(worker, [*exchange.workers[2]])
+    assert same(mirror, [t[2] for t in exchange.server if t.ndim == 2])
+    assert int(exchange.workers[0].rounds) == 2
+
+
+def test_a_parameter_is_used_if_more_than_f_present_workers_have_a_gradient_of_it():
+    used = [torch.tensor(flags) for flags in ([1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [1, 0, 1])]
+    used = [flags.bool() for flags in used]
+
+    def run(f, absent=()):
+        exchange = Exchange(RobustSGD(CoordinateMedian(f=f)), connected(), 0)
+        return exchange.run(contributions(grads_of(), absent, used), LIKE).used.tolist()
+
+    assert run(0) == [True, True, True]
+    assert run(1) == [True, True, True]
+    assert run(2) == [True, False, False]
+    assert run(1, absent=(2,)) == [True, True, False]
+    assert run(2, absent=(0, 1, 2, 3)) == [True, False, True]  # f shrinks: one present worker is enough
+
+
+def test_nobody_present_gives_no_estimate_and_changes_nothing():
+    exchange = Exchange(RobustSGD(TrimmedMean(f=1), worker_momentum=0.5, server_momentum=0.5), connected(), 0)
+    exchange.run(contributions(grads_of(0)), LIKE)
+    before = frozen(exchange)
+    outcome = exchange.run(contributions(grads_of(1), absent=range(N)), LIKE)
+    assert outcome.estimate is None
+    assert "heard 0 of n=5" in outcome.reason
+    assert outcome.silent == [*range(N)]
+    assert same(before, frozen(exchange))
+    assert exchange.step == 2  # the round has passed, and its random streams with it
+    assert exchange.run(contributions(grads_of(2)), LIKE).estimate is not None
+
+
+def test_too_few_rows_leave_the_workers_that_spoke_as_they_were():
+    exchange = Exchange(RobustSGD(Krum(f=1), worker_momentum=0.5), connected(), 0)
+    exchange.run(contributions(grads_of(0)), LIKE)
+    before = frozen(exchange)
+    assert exchange.run(contributions(grads_of(1), absent=(0, 1, 2)), LIKE).estimate is None
+    assert same(before, frozen(exchange))
+
+
+@each(ALGORITHMS)
+def test_bytes_are_those_of_the_payload_also_of_silence(case):
+    for absent in ((), (0,)):
+        algorithm = case.algorithm.with_f(1)
+        exchange = Exchange(algorithm, connected(), 0)
+        if absent and algorithm.aggregator.f == 0:
+            continue
+        outcome = exchange.run(contributions(grads_of(), absent), LIKE)
+        assert outcome.bytes_up == algorithm.codec(outcome.round).nbytes(D, torch.float64)
+        assert outcome.bytes_down == D * 8
+
+
+def test_gradients_are_not_modified_and_the_dtype_is_kept():
+    for dtype in (torch.float32, torch.float64):
+        grads = grads_of().to(dtype)
+        before = grads.clone()
+        outcome = Exchange(ByzEF21SGDM(robust(1)), connected(), 0).run(contributions(grads), LIKE.to(dtype))
+        assert outcome.estimate.dtype == dtype
+        assert torch.equal(grads, before)
+
+
+def test_observers_see_every_outcome_and_rounds_are_counted():
+    exchange, seen = Exchange(RobustSGD(Mean()), connected(), 0), []
+    exchange.observers.append(seen.append)
+    outcomes = [exchange.run(contributions(grads_of(step)), LIKE) for step in range(3)]
+    assert all(a is b for a, b in zip(seen, outcomes, strict=True))
+    assert [outcome.round.step for outcome in seen] == [0, 1, 2]
+
+
+def test_another_dimension_starts_afresh():
+    exchange = Exchange(ByzEF21SGDM(robust(1)), connected(), 0)
+    exchange.run(contributions(grads_of()), LIKE)
+    outcome = exchange.run(contributions(grads_of(1, d=D + 2)), torch.zeros(D + 2, dtype=torch.float64))
+    assert outcome.estimate.shape == (D + 2,)
+    assert exchange.server.g.shape == (N, D + 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "finite"), [(0.0, True), (3e38, True), (torch.nan, False), (torch.inf, False), (-torch.inf, False)]
+)
+def test_all_finite(value, finite):
+    x = torch.ones(1000)
+    x[500] = value
+    assert all_finite(x) == finite
+    assert all_finite(torch.empty(0))
+
+
+# -- checkpoint -----------------------------------------------------------------------------------------------------------
+
+
+@each(ALGORITHMS)
+def test_saved_and_loaded_goes_on_bit_for_bit(case, tmp_path):
+    algorithm = case.algorithm.with_f(1)
+    straight = Exchange(algorithm, connected(), seed=4)
+    for step in range(3):
+        straight.run(contributions(grads_of(step)), LIKE)
+    torch.save({"server": straight.server_state(), "workers": straight.worker_states()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    resumed = Exchange(algorithm, connected(), seed=4)
+    resumed.load(saved["server"], saved["workers"], LIKE)
+    assert resumed.step == 3
+    assert same(frozen(straight), frozen(resumed))
+    for step in range(3, 6):
+        a, b = (exchange.run(contributions(grads_of(step)), LIKE) for exchange in (straight, resumed))
+        assert torch.equal(a.estimate, b.estimate)
+    assert same(frozen(straight), frozen(resumed))
+
+
+def test_a_checkpoint_from_before_the_first_round_is_a_clean_start():
+    exchange, fresh = (Exchange(ByzEF21SGDM(robust(1)), connected(), 0) for _ in range(2))
+    clean = copy.deepcopy((fresh.server_state(), fresh.worker_states()))
+    exchange.run(contributions(grads_of()), LIKE)
+    exchange.load(*clean, LIKE)
+    assert exchange.step == 0
+    assert torch.equal(
+        exchange.run(contributions(grads_of(1)), LIKE).estimate, fresh.run(contributions(grads_of(1)), LIKE).estimate
+    )
+
+
+def test_workers_that_a_checkpoint_does_not_know_start_afresh():
+    exchange = Exchange(RobustSGD(robust(1), worker_momentum=0.5), connected(), 0)
+    exchange.run(contributions(grads_of()), LIKE)
+    states = exchange.worker_states()
+    del states[2]
+    exchange.load(exchange.server_state(), states, LIKE)
+    assert [int(exchange.workers[worker].rounds) for worker in range(N)] == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by", "n", "owner"),
+    [
+        (RobustSGD(robust(1)), ByzEF21SGDM(robust(1)), N, "server"),
+        (ByzEF21SGDM(robust(1)), RobustSGD(robust(1)), N, "server"),
+        (ByzEF21SGDM(robust(1)), ByzEF21SGDM(robust(1)), N + 2, "server"),
+        (RobustSGD(robust(1)), RobustSGD(robust(1), server_momentum=0.9), N, "server"),
+        (RobustSGD(robust(1), worker_momentum=0.0), RobustSGD(robust(1), worker_momentum=0.9), N, "worker 0"),
+    ],
+)
+def test_a_checkpoint_of_other_shapes_is_refused(saved_by, loaded_by, n, owner):
+    exchange = Exchange(saved_by, connected(), 0)
+    exchange.run(contributions(grads_of()), LIKE)
+    with pytest.raises(ValueError, match=f"checkpoint's state of the {owner} should have .* another algorithm"):
+        Exchange(loaded_by, connected(n), 0).load(exchange.server_state(), exchange.worker_states(), LIKE)
+
+
+# -- the transport that lies ----------------------------------------------------------------------------------------------
+
+
+class Recording(Attack):
+    def __init__(self, answer=lambda honest, own: torch.full_like(own, 5.0)):
+        self.calls, self.answer = [], answer
+
+    def __call__(self, honest, own, generator):
+        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=generator).item()))
+        return self.answer(honest, own)
+
+
+def lying(attack, workers, active=lambda step: True, codec=None, used=None):
+    transport = ByzantineTransport(connected(), attack, workers, active)
+    return Exchange(RobustSGD(Mean() if codec is None else CoordinateMedian(f=2), codec or Identity()), transport, 0)
+
+
+def test_byzantine_workers_send_the_attack_and_honest_ones_what_they_computed():
+    attack, grads = Recording(), grads_of()
+    outcome = lying(attack, [4, 1]).run(contributions(grads), LIKE)
+    rows = outcome.rows.dense()
+    assert torch.equal(rows[[0, 2, 3]], grads[[0, 2, 3]])
+    assert (rows[[1, 4]] == 5).all()
+    honest, own, _ = attack.calls[0]
+    assert torch.equal(honest, grads[[0, 2, 3]])
+    assert torch.equal(own, grads[[1, 4]])
+
+
+def test_inactive_rounds_are_honest():
+    attack, grads = Recording(), grads_of()
+    exchange = lying(attack, [0], active=lambda step: step == 1)
+    assert torch.equal(exchange.run(contributions(grads), LIKE).rows.dense(), grads)
+    assert not attack.calls
+    assert (exchange.run(contributions(grads), LIKE).rows.dense()[0] == 5).all()
+    assert torch.equal(exchange.run(contributions(grads), LIKE).rows.dense(), grads)
+
+
+def test_the_attack_sees_neither_absent_nor_broken_messages_and_speaks_for_absent_liars():
+    attack, grads = Recording(), grads_of()
+    grads[2, 0] = torch.nan
+    outcome = lying(attack, [0, 1]).run(contributions(grads, absent=(1, 3)), LIKE)
+    honest, own, _ = attack.calls[0]
+    assert torch.equal(honest, grads[[4]])
+    assert torch.equal(own, torch.stack([grads[0], torch.zeros(D, dtype=torch.float64)]))
+    assert outcome.silent == [2, 3]
+    assert (outcome.rows.dense()[1] == 5).all()
+
+
+def test_without_honest_messages_there_is_nothing_to_attack():
+    attack, grads = Recording(), grads_of()
+    outcome = lying(attack, [0, 1]).run(contributions(grads, absent=(2, 3, 4)), LIKE)
+    assert not attack.calls
+    assert torch.equal(outcome.rows.dense()[:2], grads[:2])
+
+
+def test_lies_go_through_the_codec():
+    attack = Recording(lambda honest, own: torch.arange(1.0, D + 1).double().expand_as(own))
+    outcome = lying(attack, [2], codec=TopK(k=3)).run(contributions(grads_of()), LIKE)
+    assert outcome.rows.dense()[2].tolist() == [0, 0, 0, 0, 0, 6, 7, 8]
+    assert (attack.calls[0][0] != 0).sum(1).tolist() == [3] * 4  # and honest messages are seen as the server decodes them
+
+
+@pytest.mark.parametrize("codec", [Identity(), TopK(k=2)])
+def test_a_lie_that_is_not_finite_is_silence(codec):
+    assert lying(NotANumber(), [1, 2], codec=codec).run(contributions(grads_of()), LIKE).silent == [1, 2]
+
+
+def test_every_process_tells_the_same_lies_and_every_round_others():
+    attacks = [Recording() for _ in range(2)]
+    for attack in attacks:
+        exchange = lying(attack, [0])
+        torch.rand(3)
+        for step in range(2):
+            exchange.run(contributions(grads_of(step)), LIKE)
+    assert [call[2] for call in attacks[0].calls] == [call[2] for call in attacks[1].calls]
+    assert attacks[0].calls[0][2] != attacks[0].calls[1][2]
+
+
+def test_a_lying_transport_is_in_all_else_the_one_inside():
+    inner = connected(3)
+    outer = ByzantineTransport(inner, SignFlip(), [0], lambda step: True)
+    assert (outer.n, outer.workers, outer.rank, outer.world_size) == (3, range(3), 0, 1)
+    tensor = torch.ones(2)
+    assert outer.agree(tensor) is tensor
+    message = Message(torch.ones(1, dtype=torch.uint8), (tensor,))
+    assert outer.bytes_down(message, tensor) == inner.bytes_down(message, tensor) == message.nbytes == 8
+    assert outer.gather([[tensor]], [Field((2,), torch.float32)])[0][0] is tensor
+
+
+def test_in_process_refuses_several_processes():
+    with pytest.raises(ValueError, match="world_size=2"):
+        InProcess().connect(0, 2, 1, CPU)
+
+
+# -- the wire -------------------------------------------------------------------------------------------------------------
+
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.int8,
+    torch.bool,
+]
+FIELDS = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(DTYPES)), max_size=6)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+@laws
+@given(FIELDS, st.integers(1, 4), st.integers(0, 10**6))
+def test_what_is_packed_is_unpacked_bit_for_bit_from_any_row_of_a_buffer(fields, copies, seed):
+    layout = [Field(tuple(shape), dtype) for shape, dtype in fields]
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(field):
+        if field.dtype == torch.bool:
+            return torch.rand(field.shape, generator=generator) < 0.5
+        raw = torch.randint(0, 256, (field.nbytes,), generator=generator, dtype=torch.uint8)  # nan, inf and subnormals too
+        return raw.view(field.dtype).view(field.shape)
+
+    messages = [[noise(field) for field in layout] for _ in range(copies)]
+    buffer = torch.zeros(copies, packed_size(layout), dtype=torch.uint8)
+    for message, out in zip(messages, buffer, strict=True):
+        pack(message, layout, out)
+    assert packed_size(layout) % 8 == 0
+    assert sum(field.nbytes for field in layout) <= packed_size(layout) <= sum(field.nbytes + 7 for field in layout)
+    for message, row in zip(messages, buffer.clone(), strict=True):
+        for sent, received in zip(message, unpack(row, layout), strict=True):
+            assert sent.shape == received.shape
+            assert sent.dtype == received.dtype
+            assert torch.equal(bits(sent), bits(received))
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(3, 1)])
+def test_a_message_of_another_layout_is_not_packed(tensor):
+    layout = [Field((3,), torch.float32)]
+    with pytest.raises(ValueError, match="must follow its layout"):
+        pack([tensor], layout, torch.zeros(packed_size(layout), dtype=torch.uint8))
+
+
+# -- splitting batches ----------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    x: object
+    y: object
+
+
+@dataclasses.dataclass
+class Sample:
+    x: object
+    name: object = "sample"
+
+
+class Bag(OrderedDict):
+    pass
+
+
+def nestings(size):
+    tensors = st.sampled_from([(), (2,), (1, 3)]).map(
+        lambda shape: torch.arange(size).float().view(-1, *[1] * len(shape)).expand(size, *shape)
+    )
+    leaves = st.one_of(
+        tensors,
+        st.just([f"id{i}" for i in range(size)]),
+        st.just(torch.tensor(3.0)),
+        st.sampled_from([None, 1.5, "text", True]),
+    )
+    return st.recursive(
+        leaves,
+        lambda inner: st.one_of(
+            st.lists(inner, min_size=1, max_size=3).map(tuple),
+            st.lists(inner, min_size=1, max_size=3),
+            st.dictionaries(st.sampled_from("abc"), inner, min_size=1),
+            st.dictionaries(st.sampled_from("abc"), inner, min_size=1).map(Bag),
+            st.tuples(inner, inner).map(lambda pair: Item(*pair)),
+            st.tuples(inner, inner).map(lambda pair: Sample(*pair)),
+        ),
+        max_leaves=8,
+    ).map(lambda nested: (torch.arange(size), {"nested": nested}))
+
+
+def samples(part, whole, size):
+    """Walks a part next to the whole batch; yields, for every leaf that is cut, which samples the part holds."""
+    assert type(part) is type(whole)
+    if isinstance(whole, torch.Tensor):
+        if whole.ndim:
+            assert part.shape[1:] == whole.shape[1:]
+            yield part.reshape(len(part), -1)[:, 0].long().tolist()
+        else:
+            assert part is whole
+    elif isinstance(whole, list) and whole and all(isinstance(leaf, str) and leaf.startswith("id") for leaf in whole):
+        yield [int(leaf[2:]) for leaf in part]
+    elif isinstance(whole, dict):
+        assert part.keys() == whole.keys()
+        for key in whole:
+            yield from samples(part[key], whole[key], size)
+    elif isinstance(whole, (list, tuple)) and not (len(part) != len(whole) and len(whole) == size):
+        for a, b in zip(part, whole, strict=True):
+            yield from samples(a, b, size)
+    elif isinstance(whole, Sample):
+        yield from samples(part.x, whole.x, size)
+        yield from samples(part.name, whole.name, size)
+    elif not isinstance(whole, (list, tuple)):
+        assert part is whole
+
+
+@laws
+@given(st.data(), st.integers(4, 11), st.integers(1, 6))
+def test_parts_hold_every_sample_once_in_order_whatever_the_nesting(data, size, parts):
+    batch = data.draw(nestings(size))
+    cut = split_batch(batch, parts)
+    assert len(cut) == parts
+    held = [part for part in cut if part is not None]
+    assert len(held) == min(size, parts)
+    owners = []
+    for part in held:
+        assert batch_size(part) in (size // len(held), size // len(held) + 1)
+        leaves = list(samples(part, batch, size))
+        assert all(leaf == leaves[0] for leaf in leaves)
+        owners += leaves[0]
+    assert owners == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "sizes"), [(10, 4, [2, 3, 2, 3]), (2, 4, [1, 1, None, None]), (0, 2, [None, None]), (3, 1, [3])]
+)
+def test_sizes_of_parts(size, parts, sizes):
+    assert [None if part is None else len(part) for part in split_batch(torch.zeros(size, 2), parts)] == sizes
+
+
+def test_parts_are_views_and_the_batch_is_untouched():
+    x = torch.arange(6.0)
+    batch = {"x": x, "names": ["a"] * 6}
+    first, second = split_batch(batch, 2)
+    assert first["x"].data_ptr() == x.data_ptr()
+    assert second["x"].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert len(batch["names"]) == 6
+    assert len(batch["x"]) == 6
+
+
+def test_a_record_as_long_as_the_batch_is_not_cut():
+    """Two samples, and a named tuple of two numbers: it has two fields, not one field per sample."""
+    first, second = split_batch((torch.zeros(2, 3), Item(0.5, "sgd")), 2)
+    assert first[1] == second[1] == Item(0.5, "sgd")
+
+
+def test_a_list_of_objects_that_hold_tensors_is_not_a_list_of_samples():
+    views = [Sample(torch.arange(2)), Sample(torch.arange(2))]
+    first, second = split_batch(views, 2)
+    assert [view.x.tolist() for view in first] == [[0], [0]]
+    assert [view.x.tolist() for view in second] == [[1], [1]]
+
+
+class Box(MutableMapping):
+    """A mapping whose shallow copies share their entries."""
+
+    def __init__(self, entries):
+        self.entries = dict(entries)
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def __delitem__(self, key):
+        del self.entries[key]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, Box, MappingProxyType, lambda x: defaultdict(list, x)])
+def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
+    batch = kind({"x": torch.arange(4), "n": 3})
+    parts = split_batch(batch, 2)
+    assert [type(part) for part in parts] == [type(batch)] * 2
+    assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3]]
+    assert batch["x"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (["a", "b"], "Found none in a batch of type list"),
+        (torch.tensor(1.0), "Found none"),
+        ((torch.zeros(4), torch.zeros(3)), "starting with 4 and 3"),
+    ],
+)
+def test_batches_that_cannot_be_split_are_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        split_batch(batch, 2)
+
+
+# -- what workers log -----------------------------------------------------------------------------------------------------
+
+
+def logs(*workers):
+    out = []
+    for values in workers:
+        log = WorkerLog(samples=2)
+        for name, value in values.items():
+            if name == "loss":
+                log.loss = torch.tensor(value)
+            else:
+                log.record(name, value, prog_bar=True, sync_dist=True)
+        out.append(log)
+    return out
+
+
+def reduced(step_logs, worker_logs, honest=None):
+    n = len(worker_logs)
+    calls = step_logs.reduce(worker_logs, connected(n), [True] * n if honest is None else honest, CPU)
+    return {call.name: float(call.value) for call in calls}, calls
+
+
+def test_logs_are_averaged_over_the_workers_that_logged():
+    values, calls = reduced(StepLogs(), logs({"a": 1.0, "b": torch.tensor(4.0)}, {"a": 3}, {"a": np.float32(2.0), "b": True}))
+    assert values == {"a": 2.0, "b": 2.5}
+    assert calls[0].kwargs == {"prog_bar": True, "batch_size": 6}  # sync_dist is done
+
+
+def test_new_and_forgotten_names():
+    step_logs = StepLogs()
+    assert reduced(step_logs, logs({}, {}))[0] == {}
+    assert reduced(step_logs, logs({"a": 1.0}, {}))[0] == {"a": 1.0}
+    assert reduced(step_logs, logs({"b": 1.0}, {"c": 2.0}))[0] == {"b": 1.0, "c": 2.0}
+    assert reduced(step_logs, logs({"a": 1.0, "c": 3.0}, {"a": 5.0}))[0] == {"a": 3.0, "c": 3.0}
+
+
+def test_the_last_of_several_calls_counts():
+    log = WorkerLog(samples=1)
+    log.record("a", 1.0)
+    log.record("a", 2.0)
+    assert reduced(StepLogs(), [log])[0] == {"a": 2.0}
+
+
+def test_only_honest_workers_are_logged_and_their_samples_counted():
+    values, calls = reduced(StepLogs(), logs({"a": 1.0}, {"a": 1e9}, {"a": 3.0}), honest=[True, False, True])
+    assert values == {"a": 2.0}
+    assert calls[0].kwargs["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("mean", 3.0), ("sum", 9.0), ("max", 6.0), ("min", 1.0), (torch.sum, 9.0), (max, 6.0)]
+)
+def test_reductions(kind, expected):
+    worker_logs = logs({}, {}, {})
+    for log, value in zip(worker_logs, (1.0, 2.0, 6.0), strict=True):
+        log.record("a", value, reduce_fx=kind)
+    assert reduced(StepLogs(), worker_logs)[0] == {"a": expected}
+
+
+def test_values_that_are_not_finite_are_left_out_and_counted():
+    step_logs = StepLogs()
+    values, _ = reduced(step_logs, logs({"a": 1.0, "b": torch.nan}, {"a": torch.inf}, {"a": 3.0}))
+    assert values["a"] == 2.0
+    assert np.isnan(values["b"])
+    assert step_logs.skipped == {"a": 1, "b": 1}
+
+
+def test_the_loss_is_the_median_of_the_finite_ones():
+    step_logs = StepLogs()
+    reduced(step_logs, logs({"loss": 1.0}, {"loss": 1e9}, {"loss": 2.0}, {"loss": torch.nan}, {}))
+    assert step_logs.loss == 2.0
+    reduced(step_logs, logs({"loss": torch.nan}, {}))
+    assert step_logs.loss is None
+
+
+def test_positional_arguments_of_log_are_named():
+    log = WorkerLog(samples=1)
+    log.record("a", 1.0, True, False, on_epoch=True)
+    assert log.calls[0].kwargs == {"prog_bar": True, "logger": False, "on_epoch": True}
+
+
+# -- random streams -------------------------------------------------------------------------------------------------------
+
+
+def draw():
+    return torch.rand(2).tolist(), np.random.rand(2).tolist(), np.random.randn(), random.random(), random.gauss(0, 1)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_snapshot_and_restore_bring_back_every_global_stream(odd):
+    outside = snapshot(CPU)
+    try:
+        torch.manual_seed(1), np.random.seed(2), random.seed(3)
+        for _ in range(odd):  # both gaussian streams now hold a spare number
+            random.gauss(0, 1), np.random.randn()
+        states = snapshot(CPU)
+        first = draw()
+        assert draw() != first
+        restore(CPU, states)
+        assert draw() == first
+        restore(CPU, tuple(state.clone() for state in states))
+        assert draw() == first
+    finally:
+        restore(CPU, outside)
+
+
+def test_a_snapshots_shapes_do_not_depend_on_the_state():
+    outside, shapes = snapshot(CPU), set()
+    for _ in range(3):
+        random.gauss(0, 1), np.random.randn(), torch.randn(1)
+        shapes.add(tuple((tuple(state.shape), state.dtype) for state in snapshot(CPU)))
+    restore(CPU, outside)
+    assert len(shapes) == 1
+
+
+def test_a_workers_stream_is_its_own_and_leaves_the_outer_one_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3).tolist()
+    torch.manual_seed(0)
+    found, inside = [], {}
+    for key in [(0, 0), (0, 1), (1, 0)]:
+        with worker_rng(CPU, *key):
+            inside[key] = torch.rand(1).item()
+        found.append(torch.rand(1).item())
+    assert found == pytest.approx(expected)
+    assert len(set(inside.values())) == 3
+    with worker_rng(CPU, 0, 1):
+        assert torch.rand(1).item() == inside[0, 1]
+
+
+def test_keyed_streams_depend_on_use_seed_step_and_worker_alone():
+    base = Round(step=3, n=5, worker=2, seed=1)
+    private = {
+        torch.rand(1, generator=round.private("a")).item() for round in [base, base._replace(step=4), base._replace(worker=3)]
+    }
+    private |= {
+        torch.rand(1, generator=g).item() for g in [base._replace(seed=2).private("a"), base.private("b"), base.shared("a")]
+    }
+    assert len(private) == 6
+    assert torch.rand(1, generator=base.shared("a")) == torch.rand(1, generator=base._replace(worker=4, n=9).shared("a"))
+    assert torch.rand(1, generator=keyed_generator("a", 1, 3)) == torch.rand(1, generator=base.shared("a"))
+
+
+def test_seeds_are_the_same_on_every_machine():
+    assert keyed_seed("coin", 1, 2) == 2790703710520139026
+    assert keyed_seed("coin", 12) != keyed_seed("coin", 1, 2)

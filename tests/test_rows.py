@@ -1,0 +1,224 @@
+"""Rows: honest distances survive whatever f others send, lazy operations equal dense ones, and networks sort."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import JUNK, laws, rows_for
+
+from lightning_byz import rows as rows_module
+from lightning_byz.order_statistics import median_of_rows, pruned_network, sorted_rows
+from lightning_byz.rows import Rows
+
+
+def true_squared_distances(x):
+    x = x.double()
+    return ((x[:, None, :] - x[None, :, :]) ** 2).sum(-1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(rows_module, "_BLOCK", 7)
+
+
+# -- distances ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("junk", [name for name in JUNK if "nan" not in name and "inf" not in name])  # the border removes those
+@pytest.mark.parametrize("n", [5, 26, 100])
+def test_honest_distances_are_right_whatever_the_others_hold(n, junk, dtype):
+    f, d = (n - 1) // 2, 40
+    honest = rows_for(n - f, d, seed=n, mean=100.0, scale=0.1, dtype=dtype)
+    x = torch.cat([JUNK[junk](f, d, dtype), honest])
+    found = Rows(x).squared_distances()[f:, f:]
+    torch.testing.assert_close(found, true_squared_distances(honest), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("huge", [1e100, 1e160, 1e308])
+def test_honest_distances_survive_huge_float64_rows(huge):
+    honest = rows_for(4, 9)
+    x = torch.cat([honest, torch.full((3, 9), huge, dtype=torch.float64)])
+    found = Rows(x).squared_distances()
+    torch.testing.assert_close(found[:4, :4], true_squared_distances(honest), rtol=1e-6, atol=0)
+    assert not found.isnan().any()
+    assert (found[:4, 4:] > 1e100).all()
+
+
+@pytest.mark.parametrize("junk", ["+1e30", "1e6, all the same", "+3e38", "a different size each"])
+def test_distances_of_mixed_honest_rows_are_right_whatever_the_others_hold(junk):
+    n, f, d = 11, 5, 20
+    x = torch.cat([JUNK[junk](f, d, torch.float32), rows_for(n - f, d, mean=100.0, scale=0.1, dtype=torch.float32)])
+    weights = torch.zeros(n, n, dtype=torch.float64)
+    weights[:f, 0] = 1
+    weights[f:, f:] = torch.softmax(rows_for(n - f, n - f, seed=3), 1)
+    found = Rows(x).mix(weights).squared_distances()[f:, f:]
+    torch.testing.assert_close(found, true_squared_distances(weights[f:, f:] @ x[f:].double()), rtol=1e-3, atol=0)
+
+
+def test_distances_of_clipped_rows_are_those_of_the_clipped_rows():
+    """Weights that do not add up to 1: a shift of the rows does not cancel."""
+    x = torch.cat([torch.full((2, 20), 1e30), rows_for(5, 20, mean=10.0, dtype=torch.float32)])
+    clipped = (1 / torch.linalg.vector_norm(x.double(), dim=1)).clamp_max(1)[:, None] * x.double()
+    factors = (1 / torch.linalg.vector_norm(x.double(), dim=1)).clamp_max(1)
+    torch.testing.assert_close(
+        Rows(x).mix(factors.diag()).squared_distances(), true_squared_distances(clipped), rtol=1e-5, atol=1e-9
+    )
+    halves = torch.tensor([1, 1, 1, 0.5, 1, 1, 1], dtype=torch.float64)
+    found = Rows(x).mix(halves.diag()).squared_distances()
+    torch.testing.assert_close(found, true_squared_distances(halves[:, None] * x.double()), rtol=1e-5, atol=1e-9)
+
+
+def test_nearly_equal_float32_rows_keep_their_distances():
+    x = rows_for(9, 50, mean=1e3, scale=1e-2, dtype=torch.float32)
+    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0)
+
+
+def test_nearly_equal_float64_rows_keep_their_distances():
+    x = rows_for(9, 50, mean=1e8, scale=1e-2)
+    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("n", [3, 27])
+def test_colluding_rows_have_distance_zero_and_none_is_negative(n):
+    x = torch.cat([rows_for(1, 1000, scale=1e3, dtype=torch.float32).expand(n, -1), rows_for(2, 1000, dtype=torch.float32)])
+    distances = Rows(x).squared_distances()
+    assert (distances >= 0).all()
+    assert distances[:n, :n].max() <= 1e-9 * distances.max()
+
+
+@pytest.mark.parametrize("n", [2, 7, 30])
+def test_distances_are_symmetric_with_a_zero_diagonal(n):
+    x = rows_for(n, 33, dtype=torch.float32)
+    x[0] *= 1e25
+    distances = Rows(x).squared_distances()
+    assert torch.equal(distances, distances.T)
+    assert not distances.diagonal().any()
+
+
+def test_norms_and_distances_to_a_center_are_float64_and_do_not_overflow():
+    x = torch.cat([rows_for(3, 20, dtype=torch.float32), torch.full((1, 20), 3e38)])
+    center = rows_for(1, 20, seed=5, dtype=torch.float32)[0]
+    torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1))
+    torch.testing.assert_close(Rows(x).squared_distances_to(center), ((x.double() - center.double()) ** 2).sum(1))
+
+
+def test_decisions_go_through_agree():
+    """What unlike machines could round differently is rank 0's."""
+    rank_0 = torch.full((3, 3), 7.0, dtype=torch.float64)
+    rows = Rows(rows_for(3, 4), agree=lambda t: rank_0 if t.ndim == 2 else rank_0[0])
+    assert torch.equal(rows.squared_distances(), rank_0)
+    assert torch.equal(rows.squared_norms(), rank_0[0])
+    assert torch.equal(rows.select(torch.tensor([0, 1, 2])).squared_distances(), rank_0)
+
+
+# -- lazy operations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_blocks")
+@laws
+@given(st.data())
+def test_lazy_selecting_and_mixing_equal_dense_matrices(data):
+    n, d, seed = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 20)), data.draw(st.integers(0, 10**6))
+    dense = rows_for(n, d, seed)
+    lazy = Rows(dense.clone())
+    for kind in data.draw(st.lists(st.sampled_from(["mask", "index", "mix"]), max_size=4)):
+        if kind == "mask":
+            keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense)).filter(any)))
+            lazy, dense = lazy.select(keep), dense[keep]
+        elif kind == "index":
+            keep = torch.tensor(data.draw(st.lists(st.integers(0, len(dense) - 1), min_size=1, max_size=6, unique=True)))
+            lazy, dense = lazy.select(keep), dense[keep]
+        else:
+            weights = rows_for(data.draw(st.integers(1, 6)), len(dense), seed + 1)
+            lazy, dense = lazy.mix(weights), weights @ dense
+    assert len(lazy) == len(dense)
+    weights = rows_for(1, len(dense), seed + 2)[0]
+    columns = torch.tensor(data.draw(st.lists(st.integers(0, d - 1), min_size=1, max_size=5)))
+    size = float((dense**2).sum()) + 1
+    close = {"rtol": 1e-9, "atol": 1e-9 * size}
+    torch.testing.assert_close(lazy.dense(), dense, **close)
+    torch.testing.assert_close(lazy.columns(columns), dense[:, columns], **close)
+    torch.testing.assert_close(lazy.combine(weights), weights @ dense, **close)
+    torch.testing.assert_close(lazy.map(lambda block: block.max(0).values), dense.max(0).values, **close)
+    torch.testing.assert_close(lazy.squared_norms(), (dense**2).sum(1), **close)
+    torch.testing.assert_close(lazy.squared_distances_to(dense[0]), ((dense - dense[0]) ** 2).sum(1), **close)
+    torch.testing.assert_close(lazy.squared_distances(), true_squared_distances(dense), **close)
+    assert lazy.finite().all()
+
+
+def test_a_lazy_row_that_needs_a_nan_is_not_finite():
+    x = rows_for(3, 10)
+    x[1, 4] = torch.nan
+    assert Rows(x).finite().tolist() == [True, False, True]
+    assert Rows(x).select(torch.tensor([2, 0])).finite().tolist() == [True, True]
+
+
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
+def test_combine_never_reads_rows_of_weight_zero(junk):
+    x = rows_for(4, 10, dtype=torch.float32)
+    x[2] = junk
+    out = Rows(x).combine(torch.tensor([0.5, 0.25, 0.0, 0.25]))
+    torch.testing.assert_close(out, 0.5 * x[0] + 0.25 * x[1] + 0.25 * x[3])
+
+
+def test_combine_of_one_row_is_that_row_exactly():
+    x = rows_for(4, 300, scale=1e5, dtype=torch.float32)
+    assert torch.equal(Rows(x).combine(torch.tensor([0, 0, 1.0, 0])), x[2])
+
+
+def test_operations_leave_the_values_alone():
+    x = rows_for(5, 30, dtype=torch.float32)
+    before = x.clone()
+    rows = Rows(x).select(torch.tensor([4, 2, 0])).mix(torch.full((2, 3), 1 / 3))
+    rows.squared_distances(), rows.dense(), rows.combine(torch.ones(2)), rows.map(median_of_rows), rows.finite()
+    Rows(x).map(median_of_rows), Rows(x).squared_distances(), Rows(x.double()).squared_distances()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)])
+def test_only_floating_point_matrices_are_rows(bad):
+    with pytest.raises(ValueError, match=r"matrix \[n, d\]"):
+        Rows(bad)
+
+
+# -- order statistics -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 34))
+def test_the_sorting_network_is_a_sort(n):
+    x = rows_for(n, 60, seed=n, dtype=torch.float32)
+    x[:, :10] = x[:, :10].round()  # ties
+    expected = x.sort(0).values
+    assert torch.equal(torch.stack(sorted_rows(x, 0, n)), expected)
+    for first, last in {(0, 1), (n - 1, n), (n // 2, n // 2 + 1), (n // 3, n - n // 3)}:
+        assert torch.equal(torch.stack(sorted_rows(x, first, last)), expected[first:last])
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_the_sorting_network_sorts_every_sequence_of_zeros_and_ones(n):
+    """By the 0-1 principle it then sorts everything."""
+    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=n))).T
+    assert torch.equal(torch.stack(sorted_rows(x, 0, n)), x.sort(0).values)
+
+
+@pytest.mark.parametrize("n", range(1, 34))
+def test_the_median_is_torchs_for_odd_n_and_the_mean_of_the_middle_two_for_even_n(n):
+    x = rows_for(n, 200, seed=n, scale=1e3, dtype=torch.float32)
+    if n % 2:
+        assert torch.equal(median_of_rows(x), x.median(0).values)
+    else:
+        middle = x.sort(0).values[n // 2 - 1 : n // 2 + 1].double()
+        torch.testing.assert_close(median_of_rows(x).double(), middle.mean(0), rtol=3e-7, atol=0)
+        assert not torch.equal(median_of_rows(x), x.median(0).values)  # torch takes the lower one
+
+
+def test_pruning_drops_comparators_that_nothing_depends_on():
+    assert len(pruned_network(25, 12, 13)) < len(pruned_network(25, 0, 25))
+    assert pruned_network(1, 0, 1) == ()
+
+
+def test_the_median_of_the_largest_numbers_does_not_overflow():
+    assert median_of_rows(torch.full((4, 2), 3e38)).tolist() == torch.full((2,), 3e38).tolist()

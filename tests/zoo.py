@@ -1,0 +1,250 @@
+"""One instance of everything, one line each, with the properties that it claims; the laws in ``test_*.py`` run over all of them.
+
+A new rule, compressor, attack or algorithm adds its line here and is tested by every law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from lightning_byz.aggregators import NNM, Aggregator, Chain, CoordinateMedian, Krum, Mean, MultiKrum, PreAggregator, TrimmedMean
+from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
+from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, NotANumber, SignFlip
+from lightning_byz.compressors import Compressor, Identity, RandK, TopK
+
+laws = settings(
+    derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+"""Hypothesis without chance: the same examples in every run."""
+
+
+# -- rules ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    """A rule, its definition as a slow loop, and what it claims.
+
+    Attributes:
+        robust: f arbitrary rows move it by no more than a constant of the honest spread.
+        exact_ties: equal rows and equal distances are told apart as in the definition (the first row wins), also after rounding.
+        frozen: its value on `FROZEN_ROWS`, with f = 2.
+    """
+
+    name: str
+    rule: Aggregator
+    oracle: oracles.Oracle
+    frozen: tuple[float, ...]
+    robust: bool = True
+    exact_ties: bool = True
+    translation_equivariant: bool = True
+    scale_equivariant: bool = True
+
+
+def nnm(rule: Aggregator, times: int = 1) -> Chain:
+    return Chain(pre=(NNM(),) * times, rule=rule)
+
+
+RULES = [
+    RuleCase("mean", Mean(), oracles.mean, (7 / 6, -23 / 18, 5 / 3), robust=False),
+    RuleCase("median", CoordinateMedian(f=2), oracles.median, (1.5, -1.0, 2.0)),
+    RuleCase("trimmed_mean", TrimmedMean(f=2), oracles.trimmed_mean, (1.25, -1.2, 2.0)),
+    RuleCase("krum", Krum(f=2), oracles.krum, (0.5, -1.25, 2.0)),
+    RuleCase("multi_krum", MultiKrum(f=2), oracles.multi_krum(), (1.35, -0.7, 2.55)),
+    RuleCase("multi_krum_of_2", MultiKrum(f=2, m=2), oracles.multi_krum(2), (1.125, -1.875, 1.625)),
+    RuleCase(
+        "nnm+median", nnm(CoordinateMedian(f=2)), oracles.chain(oracles.nnm, rule=oracles.median), (17 / 14, -17 / 14, 25 / 14)
+    ),
+    RuleCase(
+        "nnm+trimmed_mean",
+        nnm(TrimmedMean(f=2)),
+        oracles.chain(oracles.nnm, rule=oracles.trimmed_mean),
+        (37 / 35, -79 / 70, 69 / 35),
+    ),
+    RuleCase(
+        "nnm+krum", nnm(Krum(f=2)), oracles.chain(oracles.nnm, rule=oracles.krum), (17 / 14, -17 / 14, 25 / 14), exact_ties=False
+    ),
+    RuleCase(
+        "nnm+multi_krum",
+        nnm(MultiKrum(f=2)),
+        oracles.chain(oracles.nnm, rule=oracles.multi_krum()),
+        (37 / 35, -79 / 70, 69 / 35),
+        exact_ties=False,
+    ),
+    RuleCase(
+        "nnm+nnm+median",
+        nnm(CoordinateMedian(f=2), times=2),
+        oracles.chain(oracles.nnm, oracles.nnm, rule=oracles.median),
+        (209 / 196, -58 / 49, 94 / 49),
+        exact_ties=False,
+    ),
+]
+ROBUST_RULES = [case for case in RULES if case.robust]
+PRE_AGGREGATORS: list[tuple[str, PreAggregator, Callable[[oracles.Matrix, int], oracles.Matrix]]] = [("nnm", NNM(f=2), oracles.nnm)]
+
+FROZEN_ROWS = (
+    (0.5, -1.25, 2.0),
+    (3.0, -0.75, 1.5),
+    (0.25, -4.0, 2.25),
+    (1.5, -1.0, -2.5),
+    (-0.75, 1.5, 3.0),
+    (2.25, -0.5, 5.0),
+    (1.75, -2.5, 1.25),
+    (-4.0, 2.0, 4.0),
+    (6.0, -5.0, -1.5),
+)
+
+
+def rows_for(n: int, d: int, seed: int = 0, mean: float = 1.0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Honest-looking rows ``[n, d]``: a common mean and a spread."""
+    generator = torch.Generator().manual_seed(seed)
+    return (mean + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+JUNK: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
+    "+1e30": lambda f, d, dtype: torch.full((f, d), 1e30, dtype=dtype),
+    "-1e30": lambda f, d, dtype: torch.full((f, d), -1e30, dtype=dtype),
+    "+inf": lambda f, d, dtype: torch.full((f, d), torch.inf, dtype=dtype),
+    "-inf": lambda f, d, dtype: torch.full((f, d), -torch.inf, dtype=dtype),
+    "nan": lambda f, d, dtype: torch.full((f, d), torch.nan, dtype=dtype),
+    "one nan": lambda f, d, dtype: torch.cat([torch.zeros(f, d - 1), torch.full((f, 1), torch.nan)], 1).to(dtype),
+    "+3e38": lambda f, d, dtype: torch.full((f, d), 3e38, dtype=dtype),
+    "-3e38": lambda f, d, dtype: torch.full((f, d), -3e38, dtype=dtype),
+    "3e38, signs alternate": lambda f, d, dtype: (3e38 * (-1.0) ** torch.arange(f)[:, None].expand(f, d)).to(dtype),
+    "1e20": lambda f, d, dtype: torch.full((f, d), 1e20, dtype=dtype),
+    "1e6, all the same": lambda f, d, dtype: rows_for(1, d, 99, 0.0, 1e6, dtype).expand(f, d),
+    "30, all the same": lambda f, d, dtype: rows_for(1, d, 98, 0.0, 30.0, dtype).expand(f, d),
+    "zeros": lambda f, d, dtype: torch.zeros(f, d, dtype=dtype),
+    "one large coordinate": lambda f, d, dtype: torch.cat([torch.full((f, 1), 1e15), torch.ones(f, d - 1)], 1).to(dtype),
+    "a different size each": lambda f, d, dtype: (
+        (10.0 ** (5 * torch.arange(f, dtype=torch.float64) - 2))[:, None].expand(f, d).to(dtype)
+    ),
+    "nan and 1e30": lambda f, d, dtype: torch.where(torch.arange(f)[:, None] % 2 == 0, torch.nan, 1e30).expand(f, d).to(dtype),
+}
+
+
+# -- compressors ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompressorCase:
+    name: str
+    compressor: Compressor
+    sparse: bool = False
+    random: bool = False
+
+
+COMPRESSORS = [
+    CompressorCase("identity", Identity()),
+    CompressorCase("top_k_ratio", TopK(ratio=0.2), sparse=True),
+    CompressorCase("top_3", TopK(k=3), sparse=True),
+    CompressorCase("rand_k_ratio", RandK(ratio=0.4), sparse=True, random=True),  # drawn from a permutation
+    CompressorCase("rand_3", RandK(k=3), sparse=True, random=True),  # drawn one by one where d >= 12
+    CompressorCase("rand_3_contractive", RandK(k=3, scaled=False), sparse=True, random=True),
+    CompressorCase("rand_k_everything", RandK(ratio=1.0), sparse=True, random=True),
+]
+
+
+# -- attacks --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A rule and a setting that an attack must damage: b of n workers, honest rows of mean 1 and the given spread.
+
+    Attributes:
+        error: ``||result - honest mean|| / ||honest mean||`` is at least this.
+        reverses: the result points away from the honest mean, and along it if nobody lies. If False, the error is twice what it is if
+            nobody lies, or more.
+    """
+
+    rule: Callable[[Tensor], Tensor]
+    n: int
+    b: int
+    spread: float
+    error: float
+    reverses: bool = False
+
+
+@dataclass(frozen=True)
+class AttackCase:
+    name: str
+    attack: Attack
+    damage: Damage
+    formula: Callable[[Tensor], Tensor] | None = None  # the common message, from the honest rows; None: see the tests
+    random: bool = False
+
+
+def without_border(rows: Tensor) -> Tensor:
+    """An average that looks at nothing before it adds up."""
+    return rows.mean(0)
+
+
+ATTACKS = [
+    AttackCase("sign_flip", SignFlip(), Damage(Mean(), 10, 3, 0.5, 0.5), lambda h: -h.mean(0)),
+    AttackCase("sign_flip_x10", SignFlip(scale=10), Damage(Mean(), 10, 3, 0.5, 3.0, True), lambda h: -10 * h.mean(0)),
+    AttackCase("ipm_0.1", IPM(), Damage(Krum(f=8), 20, 8, 2.0, 1.05, True), lambda h: -0.1 * h.mean(0)),
+    AttackCase("ipm_0.1_median", IPM(0.1), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5), lambda h: -0.1 * h.mean(0)),
+    AttackCase("ipm_3", IPM(3.0), Damage(Mean(), 10, 3, 0.5, 1.1, True), lambda h: -3 * h.mean(0)),
+    AttackCase("alie_1.5", ALIE(z=1.5), Damage(Krum(f=8), 20, 8, 4.0, 3.5, True), lambda h: h.mean(0) - 1.5 * h.std(0)),
+    AttackCase(
+        "alie_1.5_median", ALIE(z=1.5), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.8), lambda h: h.mean(0) - 1.5 * h.std(0)
+    ),
+    AttackCase("alie_formula", ALIE(), Damage(CoordinateMedian(f=9), 20, 9, 1.0, 0.6)),
+    AttackCase("gaussian", Gaussian(std=100.0), Damage(Mean(), 10, 3, 0.5, 5.0), random=True),
+    AttackCase("gaussian_shifted", Gaussian(mean=-10.0), Damage(Mean(), 10, 3, 0.5, 2.0, True), random=True),
+    AttackCase("not_a_number", NotANumber(), Damage(without_border, 10, 1, 0.5, torch.inf)),
+]
+
+
+# -- algorithms -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AlgorithmCase:
+    """An algorithm for 9 workers.
+
+    Attributes:
+        tolerates: the attacks, by name, of 2 of 9 workers under which it reaches the optimum of a quadratic; None: all.
+    """
+
+    name: str
+    algorithm: Algorithm
+    tolerates: Sequence[str] | None = None
+
+
+def robust(f: int = 2) -> Chain:
+    return Chain(pre=(NNM(),), rule=TrimmedMean(), f=f)
+
+
+ALGORITHMS = [
+    AlgorithmCase("sgd", RobustSGD(Mean()), tolerates=()),
+    AlgorithmCase("robust_sgd", RobustSGD(robust())),
+    AlgorithmCase("robust_sgd_half_worker_momentum", RobustSGD(robust(), worker_momentum=0.5)),
+    AlgorithmCase("robust_sgd_median", RobustSGD(CoordinateMedian(f=2))),
+    AlgorithmCase("robust_sgd_worker_momentum", RobustSGD(robust(), worker_momentum=0.9)),
+    AlgorithmCase("robust_sgd_server_momentum", RobustSGD(robust(), server_momentum=0.9)),
+    AlgorithmCase("robust_sgd_both", RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5)),
+    AlgorithmCase("robust_sgd_rand_k", RobustSGD(robust(), RandK(ratio=0.5)), tolerates=()),
+    AlgorithmCase("ef21_identity", ByzEF21SGDM(robust(), Identity(), eta=0.2)),
+    AlgorithmCase("ef21_top_k", ByzEF21SGDM(robust(), TopK(ratio=0.3), eta=0.2)),
+    AlgorithmCase("ef21_top_1_no_momentum", ByzEF21SGDM(robust(), TopK(k=1), eta=1.0), tolerates=()),
+    AlgorithmCase("ef21_rand_k", ByzEF21SGDM(robust(), RandK(ratio=0.5, scaled=False), eta=0.2)),
+    AlgorithmCase("ef21_mean", ByzEF21SGDM(Mean(), TopK(ratio=0.3), eta=0.2), tolerates=()),
+]
+
+
+# -- for parametrize ------------------------------------------------------------------------------------------------------
+
+
+def each(cases: Sequence[Any]) -> pytest.MarkDecorator:
+    """``@each(RULES)``: the test runs with every ``case``."""
+    return pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in cases])
