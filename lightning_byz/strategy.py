@@ -487,8 +487,12 @@ class RobustStrategy(_Base):
         """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
         rows = [row for row in self._accumulated if row is not None]
         used = [used for used in self._accumulated_used if used is not None]
-        if rows:
-            layout.write_gradients(sum(rows[1:], start=rows[0].clone()).div_(len(rows)), torch.stack(used).any(0).tolist())
+        if not rows:
+            return
+        mean = rows[0].clone()
+        for row in rows[1:]:
+            mean += row
+        layout.write_gradients(mean.div_(len(rows)), torch.stack(used).any(0).tolist())
 
     # -- a step: the exchange -----------------------------------------------------------------------------------------
 
