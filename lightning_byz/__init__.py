@@ -13,7 +13,23 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Krum, Mean, MultiKrum, TrimmedMean
+from lightning_byz.aggregators import (
+    ARC,
+    CGE,
+    FABA,
+    NNM,
+    Aksel,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MeaMed,
+    Mean,
+    MultiKrum,
+    Phocas,
+    StaticClipping,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Gaussian, LabelFlip, NotANumber, SignFlip
 from lightning_byz.compressors import Identity, RandK, TopK
@@ -40,8 +56,12 @@ else:
 
 __all__ = [
     "ALIE",
+    "ARC",
+    "CGE",
+    "FABA",
     "IPM",
     "NNM",
+    "Aksel",
     "AllGather",
     "ByzEF21SGDM",
     "ByzantineRobustStrategy",
@@ -50,16 +70,20 @@ __all__ = [
     "CoordinateMedian",
     "DigitsDataModule",
     "Gaussian",
+    "GeometricMedian",
     "Identity",
     "InProcess",
     "Krum",
     "LabelFlip",
+    "MeaMed",
     "Mean",
     "MultiKrum",
     "NotANumber",
+    "Phocas",
     "RandK",
     "RobustSGD",
     "SignFlip",
+    "StaticClipping",
     "TopK",
     "TrimmedMean",
     "WorkerSampler",

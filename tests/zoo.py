@@ -15,7 +15,25 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-from lightning_byz.aggregators import NNM, Aggregator, Chain, CoordinateMedian, Krum, Mean, MultiKrum, PreAggregator, TrimmedMean
+from lightning_byz.aggregators import (
+    ARC,
+    CGE,
+    FABA,
+    NNM,
+    Aggregator,
+    Aksel,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    MeaMed,
+    Mean,
+    MultiKrum,
+    Phocas,
+    PreAggregator,
+    StaticClipping,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, NotANumber, SignFlip
 from lightning_byz.compressors import Compressor, Identity, RandK, TopK
@@ -36,6 +54,9 @@ class RuleCase:
     Attributes:
         robust: f arbitrary rows move it by no more than a constant of the honest spread.
         exact_ties: equal rows and equal distances are told apart as in the definition (the first row wins), also after rounding.
+        unanimous: equal rows give that row.
+        unique_from: the number of rows and columns from which its definition has one solution.
+        tolerance: how closely it and the slow loop, both exact to rounding unless they iterate, agree.
         frozen: its value on `FROZEN_ROWS`, with f = 2.
     """
 
@@ -47,6 +68,9 @@ class RuleCase:
     exact_ties: bool = True
     translation_equivariant: bool = True
     scale_equivariant: bool = True
+    unanimous: bool = True
+    unique_from: tuple[int, int] = (1, 1)
+    tolerance: float = 1e-10
 
 
 def nnm(rule: Aggregator, times: int = 1) -> Chain:
@@ -60,6 +84,47 @@ RULES = [
     RuleCase("krum", Krum(f=2), oracles.krum, (0.5, -1.25, 2.0)),
     RuleCase("multi_krum", MultiKrum(f=2), oracles.multi_krum(), (1.35, -0.7, 2.55)),
     RuleCase("multi_krum_of_2", MultiKrum(f=2, m=2), oracles.multi_krum(2), (1.125, -1.875, 1.625)),
+    RuleCase("meamed", MeaMed(f=2), oracles.meamed, (17 / 14, -17 / 14, 19 / 7)),
+    RuleCase("phocas", Phocas(f=2), oracles.phocas, (17 / 14, -17 / 14, 19 / 7), exact_ties=False),
+    RuleCase("cge", CGE(f=2), oracles.cge, (17 / 14, -17 / 14, 25 / 14), translation_equivariant=False, exact_ties=False),
+    RuleCase("faba", FABA(f=2), oracles.faba, (17 / 14, -17 / 14, 25 / 14), exact_ties=False),
+    RuleCase("aksel", Aksel(f=2), oracles.aksel(half=False), (17 / 14, -17 / 14, 25 / 14), exact_ties=False),
+    RuleCase("aksel_half", Aksel(f=2, half=True), oracles.aksel(half=True), (31 / 20, -9 / 5, 12 / 5), exact_ties=False),
+    RuleCase(
+        "geometric_median",
+        GeometricMedian(f=2),
+        oracles.geometric_median,
+        (1.1048819001057253, -1.4103082321751594, 1.8080911627671001),
+        exact_ties=False,
+        unique_from=(3, 2),
+        tolerance=1e-5,
+    ),
+    RuleCase(
+        "rfa",
+        GeometricMedian(f=2, iterations=8, nu=0.1, start="zero"),
+        oracles.rfa(8, 0.1),
+        (1.104678971314744, -1.4102051018538337, 1.8081878026132487),
+        robust=False,
+        translation_equivariant=False,
+        scale_equivariant=False,
+    ),
+    RuleCase(
+        "clipping+median",
+        Chain(pre=(StaticClipping(f=2, c=2.0),), rule=CoordinateMedian(f=2)),
+        oracles.chain(oracles.clipped_to(lambda rows, f: 2.0), rule=oracles.median),
+        (0.8173378965356998, -0.6488856845230502, 0.9790709277967582),
+        translation_equivariant=False,
+        scale_equivariant=False,
+        unanimous=False,
+    ),
+    RuleCase(
+        "arc+nnm+trimmed_mean",
+        Chain(pre=(ARC(f=2), NNM(f=2)), rule=TrimmedMean(f=2)),
+        oracles.chain(oracles.clipped_to(oracles.arc_limit), oracles.nnm, rule=oracles.trimmed_mean),
+        (1.3091214176444004, -1.4341704148954237, 1.6990528186842682),
+        translation_equivariant=False,
+        exact_ties=False,
+    ),
     RuleCase(
         "nnm+median", nnm(CoordinateMedian(f=2)), oracles.chain(oracles.nnm, rule=oracles.median), (17 / 14, -17 / 14, 25 / 14)
     ),

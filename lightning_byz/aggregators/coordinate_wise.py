@@ -56,6 +56,63 @@ class TrimmedMean(Aggregator):
         return rows.map(lambda block: _running_sum(sorted_rows(block, f, n - f)) / (n - 2 * f))
 
 
+@dataclass(frozen=True)
+class MeaMed(Aggregator):
+    """The mean, in every coordinate, of the n - f values nearest to the median.
+
+    Xie, Koyejo, Gupta 2018 (arXiv 1802.10116), mean around median. Needs n > 2f. Of two values at the same distance the smaller one
+    counts as nearer.
+    """
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n, f = len(rows), self.f
+
+        def rule(block: Tensor) -> Tensor:
+            ordered = sorted_rows(block, 0, n)
+            middle = ordered[n // 2] if n % 2 else ordered[n // 2 - 1] / 2 + ordered[n // 2] / 2
+            return mean_of_nearest(ordered, middle, n - f)
+
+        return rows.map(rule)
+
+
+@dataclass(frozen=True)
+class Phocas(Aggregator):
+    """The mean, in every coordinate, of the n - f values nearest to the trimmed mean.
+
+    Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the smaller one counts as nearer.
+    """
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n, f = len(rows), self.f
+
+        def rule(block: Tensor) -> Tensor:
+            ordered = sorted_rows(block, 0, n)
+            return mean_of_nearest(ordered, _running_sum(ordered[f : n - f]) / (n - 2 * f), n - f)
+
+        return rows.map(rule)
+
+
+def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
+    """The mean of the ``keep`` values nearest to ``center [c]``, column by column, of rows ``[c]`` in ascending order.
+
+    The nearest values stand side by side in the order. A window of them moves up by one as long as the value that enters is nearer than
+    the one that leaves.
+    """
+    n = len(ordered)
+    start = torch.zeros_like(center, dtype=torch.int16)
+    for k in range(n - keep):
+        start += ordered[k + keep] - center < center - ordered[k]
+    total = torch.zeros_like(center)
+    for i, row in enumerate(ordered):
+        if n - keep <= i < keep:  # in every window
+            total += row
+        else:
+            total += torch.where((start <= i) & (i < start + keep), row, 0)
+    return total / keep
+
+
 def _running_sum(rows: Tensor | list[Tensor]) -> Tensor:
     total = rows[0].clone()
     for row in rows[1:]:

@@ -1,0 +1,63 @@
+"""Rules that average the n - f rows which belong together best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
+from lightning_byz.order_statistics import median_of_rows
+from lightning_byz.rows import Rows
+
+
+@dataclass(frozen=True)
+class CGE(WeightedAggregator):
+    """The mean of the n - f rows of smallest norm: comparative gradient elimination.
+
+    Gupta, Liu, Vaidya 2020 (arXiv 2008.04699), whose authors sum where later work, and this, averages. Needs n > 2f. Not translation
+    equivariant: it holds rows near the origin for honest.
+    """
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n = len(rows)
+        return equal_weights(rows.squared_norms().sort(stable=True).indices[: n - self.f], n)
+
+
+@dataclass(frozen=True)
+class FABA(WeightedAggregator):
+    """Deletes, f times, the row farthest from the mean of those that are left; averages the rest.
+
+    Xia, Tao, Hao, Li, IJCAI 2019. Needs n > 2f.
+    """
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n = len(rows)
+        distances = rows.squared_distances()
+        left = torch.arange(n, device=distances.device)
+        for _ in range(self.f):
+            # ||x_i - mean||^2 is the mean of row i of the squared distances, less a constant.
+            left = left[torch.arange(len(left), device=left.device) != distances[left][:, left].mean(1).argmax()]
+        return equal_weights(left, n)
+
+
+@dataclass(frozen=True)
+class Aksel(WeightedAggregator):
+    """The mean of the rows nearest to the coordinate-wise median.
+
+    Boussetta, El-Mhamdi, Guerraoui, Maurer, Rouault, OPODIS 2020 (arXiv 2008.12632). Needs n > 2f.
+
+    Args:
+        half: average ceil(n / 2) rows instead of n - f.
+    """
+
+    half: bool = False
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n = len(rows)
+        distances = rows.squared_distances_to(rows.map(median_of_rows))
+        return equal_weights(distances.sort(stable=True).indices[: -(-n // 2) if self.half else n - self.f], n)
