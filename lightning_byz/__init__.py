@@ -32,7 +32,18 @@ from lightning_byz.aggregators import (
 )
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Gaussian, LabelFlip, NotANumber, SignFlip
-from lightning_byz.compressors import Identity, RandK, TopK
+from lightning_byz.compressors import (
+    QSGD,
+    BFloat16,
+    Contractive,
+    Float16,
+    Identity,
+    NaturalCompression,
+    RandK,
+    Sign,
+    TernGrad,
+    TopK,
+)
 from lightning_byz.data import WorkerSampler
 from lightning_byz.transports import AllGather, InProcess
 
@@ -61,14 +72,18 @@ __all__ = [
     "FABA",
     "IPM",
     "NNM",
+    "QSGD",
     "Aksel",
     "AllGather",
+    "BFloat16",
     "ByzEF21SGDM",
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
     "Chain",
+    "Contractive",
     "CoordinateMedian",
     "DigitsDataModule",
+    "Float16",
     "Gaussian",
     "GeometricMedian",
     "Identity",
@@ -78,12 +93,15 @@ __all__ = [
     "MeaMed",
     "Mean",
     "MultiKrum",
+    "NaturalCompression",
     "NotANumber",
     "Phocas",
     "RandK",
     "RobustSGD",
+    "Sign",
     "SignFlip",
     "StaticClipping",
+    "TernGrad",
     "TopK",
     "TrimmedMean",
     "WorkerSampler",

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import COMPRESSORS, each, laws, rows_for
 
-from lightning_byz.compressors import Field, Identity, RandK, TopK
+from lightning_byz import compressors
+from lightning_byz.compressors import QSGD, Field, Float16, Identity, NaturalCompression, RandK, Sign, TernGrad, TopK
+from lightning_byz.compressors.bits import pack_bits, packed_bytes, unpack_bits
 
 D = 20
 SPARSE = [case for case in COMPRESSORS if case.sparse]
@@ -77,7 +79,7 @@ def test_the_global_generator_is_neither_used_nor_moved(case):
     assert torch.equal(state, torch.get_rng_state())
 
 
-@each([case for case in RANDOM if case.compressor.count(D) < D])
+@each([case for case in SPARSE if case.random and case.compressor.count(D) < D])
 def test_another_generator_draws_other_coordinates(case):
     picks = {tuple(case.compressor.encode(torch.ones(D), stream(seed))[1].tolist()) for seed in range(10)}
     assert len(picks) > 5
@@ -104,17 +106,51 @@ def test_unbiased_with_the_declared_variance(case, d):
     out = round_trips(case.compressor, x, times)
     standard_error = math.sqrt(omega * float((x**2).sum()) / times)
     assert torch.linalg.vector_norm(out.mean(0) - x) <= 3 * standard_error + 1e-12
-    assert float(((out - x) ** 2).sum(1).mean()) == pytest.approx(omega * float((x**2).sum()), rel=0.06, abs=1e-12)
+    variance, declared = float(((out - x) ** 2).sum(1).mean()), omega * float((x**2).sum())
+    assert variance == pytest.approx(declared, rel=0.06, abs=1e-12) if case.tight else variance <= 1.06 * declared
 
 
-@each(COMPRESSORS)
+@each(SPARSE)
 def test_nothing_is_declared_both_biased_and_unbiased_wrongly(case):
     """Scaled Rand-K blows up in an EF21 recursion, so it must not call itself contractive."""
-    scaled = case.random and case.compressor.scale(D) != 1
-    assert (case.compressor.contraction(D) is None) == (scaled or (case.random and case.compressor.scaled))
-    assert case.compressor.variance(D) is None or case.compressor.variance(D) == pytest.approx(
-        D / case.compressor.count(D) - 1 if case.sparse else 0
-    )
+    assert (case.compressor.contraction(D) is None) == (case.random and case.compressor.scaled)
+    assert case.compressor.variance(D) is None or case.compressor.variance(D) == pytest.approx(D / case.compressor.count(D) - 1)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "bits"),
+    [(Sign(), 1), (Sign(scaled=False), 1), (TernGrad(), 2), (QSGD(levels=7), 4), (QSGD(levels=127), 8), (NaturalCompression(), 9)],
+    ids=repr,
+)
+def test_bits_of_a_coordinate_on_the_wire(compressor, bits):
+    assert 0 <= compressor.nbytes(32_000, torch.float32) - 4000 * bits <= 4
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@laws
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 100))
+def test_bits_pack_and_unpack(width, seed, count):
+    values = torch.randint(2**width, (count,), generator=stream(seed)).to(torch.uint8)
+    packed = pack_bits(values, width)
+    assert len(packed) == packed_bytes(count, width) == 4 * math.ceil(count * width / 32)
+    assert torch.equal(unpack_bits(packed, width, count), values)
+
+
+def test_signs_of_zeros_are_plus_one_and_the_scale_is_the_mean_magnitude():
+    x = torch.tensor([0.0, -0.0, -3.0, 5.0])
+    assert Sign(scaled=False).decode(Sign(scaled=False).encode(x), 4).tolist() == [1, 1, -1, 1]
+    assert Sign().decode(Sign().encode(x), 4).tolist() == [2, 2, -2, 2]
+
+
+def test_natural_compression_gives_the_powers_of_two_around_a_number():
+    x = torch.tensor([3.0, -0.3, 4.0, 0.0, 1e-45, -3.3e38]).repeat(500)
+    out = round_trips(NaturalCompression(), x, 1)[0].view(500, 6)
+    assert [sorted(column.unique().tolist()) for column in out.T] == [[2, 4], [-0.5, -0.25], [4], [0], [0], [-(2.0**127)]]
+
+
+def test_float16_does_not_overflow():
+    x = torch.tensor([1e30, -2e30, 1e27])
+    torch.testing.assert_close(Float16().decode(Float16().encode(x), 3), x, rtol=2**-10, atol=0)
 
 
 @each(SPARSE)
@@ -189,11 +225,32 @@ def test_valid_refuses_numbers_that_are_not_finite(case, bad):
     for position in (0, -1):
         payload = [tensor.clone() for tensor in case.compressor.encode(torch.ones(D), stream())]
         assert case.compressor.valid(tuple(payload), D)
-        payload[0][position] = bad
+        number = next((t for t in payload if t.is_floating_point() and t.numel()), None)
+        if number is None:  # every bit pattern is a number
+            return
+        number[position] = bad
         verdict = case.compressor.valid(tuple(payload), D)
         assert verdict.shape == ()
         assert verdict.dtype == torch.bool
         assert not verdict
+
+
+@each(COMPRESSORS)
+@laws
+@given(seed=st.integers(0, 10**6), d=st.integers(1, 40))
+def test_whatever_bytes_are_valid_decode_to_finite_numbers(case, seed, d):
+    """An adversary chooses the bytes; what passes the check must not bring an inf into a rule."""
+    generator = stream(seed)
+    for largest in (256, 4):  # anything, and mostly small codes, so that some pass
+        payload = []
+        for field in case.compressor.layout(d, torch.float32):
+            noise = torch.randint(largest, (field.nbytes,), generator=generator).to(torch.uint8)
+            tensor = noise.view(field.dtype).view(field.shape)
+            if tensor.is_floating_point():
+                tensor = torch.where(torch.rand(field.shape, generator=generator) < 0.3, torch.finfo(field.dtype).max, tensor)
+            payload.append(tensor)
+        if case.compressor.valid(tuple(payload), d):
+            assert torch.isfinite(case.compressor.decode(tuple(payload), d)).all()
 
 
 @laws
@@ -238,4 +295,4 @@ def test_rand_k_without_a_generator_is_refused():
 @each(COMPRESSORS)
 def test_compressors_are_values(case):
     assert hash(case.compressor) == hash(case.compressor)
-    assert eval(repr(case.compressor), {"Identity": Identity, "TopK": TopK, "RandK": RandK}) == case.compressor
+    assert eval(repr(case.compressor), vars(compressors)) == case.compressor

@@ -36,7 +36,19 @@ from lightning_byz.aggregators import (
 )
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, NotANumber, SignFlip
-from lightning_byz.compressors import Compressor, Identity, RandK, TopK
+from lightning_byz.compressors import (
+    QSGD,
+    BFloat16,
+    Compressor,
+    Contractive,
+    Float16,
+    Identity,
+    NaturalCompression,
+    RandK,
+    Sign,
+    TernGrad,
+    TopK,
+)
 
 laws = settings(
     derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -205,6 +217,7 @@ class CompressorCase:
     compressor: Compressor
     sparse: bool = False
     random: bool = False
+    tight: bool = True  # its variance is what it declares, not only bounded by it
 
 
 COMPRESSORS = [
@@ -215,6 +228,17 @@ COMPRESSORS = [
     CompressorCase("rand_3", RandK(k=3), sparse=True, random=True),  # drawn one by one where d >= 12
     CompressorCase("rand_3_contractive", RandK(k=3, scaled=False), sparse=True, random=True),
     CompressorCase("rand_k_everything", RandK(ratio=1.0), sparse=True, random=True),
+    CompressorCase("sign", Sign()),
+    CompressorCase("sign_pure", Sign(scaled=False)),
+    CompressorCase("qsgd_1", QSGD(levels=1), random=True, tight=False),
+    CompressorCase("qsgd_7", QSGD(levels=7), random=True, tight=False),
+    CompressorCase("qsgd_100", QSGD(levels=100), random=True, tight=False),
+    CompressorCase("terngrad", TernGrad(), random=True, tight=False),
+    CompressorCase("natural", NaturalCompression(), random=True, tight=False),
+    CompressorCase("float16", Float16()),
+    CompressorCase("bfloat16", BFloat16()),
+    CompressorCase("contractive_qsgd", Contractive(QSGD(levels=7)), random=True),
+    CompressorCase("contractive_rand_k", Contractive(RandK(k=3)), random=True),
 ]
 
 

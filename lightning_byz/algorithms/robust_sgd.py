@@ -33,10 +33,12 @@ class ServerState(NamedTuple):
 
     Attributes:
         m: momentum, ``[d]``; empty without server momentum.
+        a: the last aggregate of the workers' moving averages, ``[d]``; empty unless worker momentum is undone.
         rounds: rounds that gave an estimate, a 0-d tensor.
     """
 
     m: Tensor
+    a: Tensor
     rounds: Tensor
 
 
@@ -59,18 +61,26 @@ class RobustSGD(Algorithm):
     gradient has weight 1 - beta) and are corrected for their start at 0, as Adam's are (a deviation from those papers), so
     that the learning rate keeps its meaning from the first step on. The last momentum of the pipeline may be the optimizer's.
 
+    Worker momentum in front of the optimizer's own is a delay too many: it makes learning rates unstable that DDP trains well with.
+    With ``undo_worker_momentum`` the server takes it out again, after the rule has used it to tell liars from noise:
+    ``a = Agg(m_1, ..., m_n)``; ``g = (a - beta_w a_previous) / (1 - beta_w)``. With `Mean` that is the mean gradient, whatever
+    beta_w is; and an optimizer with heavy-ball momentum beta_w makes of it ``a / (1 - beta_w)``, which is the algorithm of both
+    papers, where momentum is at the workers instead of in the optimizer. (An addition of this package.)
+
     Args:
         aggregator: the robust rule.
         compressor: the wire format. Biased ones (`TopK`) lose what they drop: ByzEF21SGDM makes up for that, this does not.
         worker_momentum: beta_w, in [0, 1). It adds to the optimizer's own momentum: 0.5 is the strategy's default
             (docs/default-algorithm.md); 0.9 in front of SGD with momentum 0.9 is unstable at learning rates that are not.
         server_momentum: beta_s, in [0, 1).
+        undo_worker_momentum: the server gives the optimizer gradients again, instead of momenta.
     """
 
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     compressor: Compressor = field(default_factory=Identity)
     worker_momentum: float = 0.0
     server_momentum: float = 0.0
+    undo_worker_momentum: bool = False
 
     def __post_init__(self) -> None:
         self.check_parts()
@@ -99,13 +109,23 @@ class RobustSGD(Algorithm):
             state = WorkerState(m, state.rounds + 1)
         return self.compressor.encode(g, round.private("compressor", g.device)), state
 
+    @property
+    def _undoes(self) -> bool:
+        return self.undo_worker_momentum and self.worker_momentum > 0
+
     def init_server(self, x: Tensor, n: int) -> ServerState:
-        return ServerState(torch.zeros_like(x) if self.server_momentum else x.new_empty(0), torch.zeros((), dtype=torch.int64))
+        empty = x.new_empty(0)
+        m, a = (torch.zeros_like(x) if kept else empty for kept in (self.server_momentum, self._undoes))
+        return ServerState(m, a, torch.zeros((), dtype=torch.int64))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
         g = self.aggregator(rows, round.present)
+        m, a, rounds = state
+        if self._undoes:
+            beta = self.worker_momentum
+            a = g * (1 - beta ** float(rounds + 1))  # as it is without the correction for its start at 0
+            g = (a - beta * state.a) / (1 - beta)
         if self.server_momentum:
-            m, g = _momentum(state.m, g, self.server_momentum, state.rounds)
+            m, g = _momentum(m, g, self.server_momentum, rounds)
             g = g.clone() if g is m else g  # who writes into the estimate changes no state
-            state = ServerState(m, state.rounds + 1)
-        return g, state
+        return g, ServerState(m, a, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1)
