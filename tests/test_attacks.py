@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ATTACKS, each, laws, rows_for
 
-from lightning_byz.attacks import ALIE, Gaussian, LabelFlip
+from lightning_byz.attacks import ALIE, BitFlip, Gaussian, LabelFlip, MinMax, MinSum, RandomSign
 from lightning_byz.metrics import cosine_to_honest_mean, relative_error
 
 
@@ -178,3 +178,44 @@ def test_label_flip_damages_a_mean_that_it_outvotes():
 
     assert accuracy(0) > 0.9
     assert accuracy(3) < 0.4  # worse than a guess
+
+
+@pytest.mark.parametrize("direction", ["std", "sign", "unit"])
+@pytest.mark.parametrize("kind", ["max", "sum min", "sum max"])
+@pytest.mark.parametrize("h", [2, 5, 12])
+def test_hiding_attacks_go_as_far_as_they_may_and_no_farther(kind, direction, h):
+    """Against the definition, by bisection over gamma with explicit distances."""
+    honest = rows_for(h, 40, seed=h)
+    attack = MinMax(direction) if kind == "max" else MinSum(direction, bound=kind.split()[1])
+    mean = honest.mean(0)
+    p = {"std": honest.std(0), "sign": mean.sign(), "unit": mean / mean.norm()}[direction]
+    squares = torch.stack([((honest - row) ** 2).sum(1) for row in honest])
+
+    def hidden(gamma):
+        distances = ((mean - gamma * p - honest) ** 2).sum(1)
+        if kind == "max":
+            return bool(distances.max() <= squares.max())
+        sums = squares.sum(1)
+        return bool(distances.sum() <= (sums.min() if kind == "sum min" else sums.max()))
+
+    low, high = 0.0, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if hidden(middle) else (low, middle)
+    lies = attack(honest, torch.zeros(2, 40).double(), stream())
+    assert low > 0
+    torch.testing.assert_close(lies, (mean - low * p).expand(2, -1), rtol=1e-8, atol=1e-8)
+
+
+def test_bit_flip_and_random_sign_are_about_ones_own_message():
+    honest, own = rows_for(4, 2000), rows_for(3, 2000, seed=9)
+    assert torch.equal(BitFlip()(honest, own, stream()), -own)
+    lies = RandomSign()(honest, own, stream())
+    assert torch.equal(lies.abs(), own.abs())
+    assert 0.45 < float((lies == own).double().mean()) < 0.55
+    assert not torch.equal(lies[0] == own[0], lies[1] == own[1])
+
+
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ValueError, match="one of std, sign, unit. Found 'up'"):
+        MinMax("up")

@@ -35,7 +35,21 @@ from lightning_byz.aggregators import (
     TrimmedMean,
 )
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
-from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, NotANumber, SignFlip
+from lightning_byz.attacks import (
+    ALIE,
+    IPM,
+    Attack,
+    BitFlip,
+    Gaussian,
+    Huge,
+    Infinity,
+    MinMax,
+    MinSum,
+    NotANumber,
+    RandomSign,
+    SignFlip,
+    Zero,
+)
 from lightning_byz.compressors import (
     QSGD,
     BFloat16,
@@ -290,6 +304,18 @@ ATTACKS = [
     AttackCase("alie_formula", ALIE(), Damage(CoordinateMedian(f=9), 20, 9, 1.0, 0.6)),
     AttackCase("gaussian", Gaussian(std=100.0), Damage(Mean(), 10, 3, 0.5, 5.0), random=True),
     AttackCase("gaussian_shifted", Gaussian(mean=-10.0), Damage(Mean(), 10, 3, 0.5, 2.0, True), random=True),
+    AttackCase("zero", Zero(), Damage(Mean(), 10, 3, 0.5, 0.28), lambda h: 0 * h[0]),
+    AttackCase("bit_flip", BitFlip(), Damage(Mean(), 10, 3, 0.5, 0.5)),
+    AttackCase("random_sign", RandomSign(), Damage(Mean(), 10, 3, 0.5, 0.3), random=True),
+    AttackCase("min_max_std", MinMax(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.3, True)),
+    AttackCase("min_max_sign", MinMax("sign"), Damage(TrimmedMean(f=8), 20, 8, 2.0, 1.2, True)),
+    AttackCase("min_max_unit", MinMax("unit"), Damage(Krum(f=8), 20, 8, 2.0, 1.6, True)),
+    AttackCase("min_sum_std", MinSum(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.2, True)),
+    AttackCase("min_sum_unit", MinSum("unit"), Damage(Krum(f=8), 20, 8, 2.0, 1.3, True)),
+    AttackCase("min_sum_max", MinSum("unit", bound="max"), Damage(TrimmedMean(f=8), 20, 8, 2.0, 1.0, True)),
+    AttackCase("huge", Huge(), Damage(without_border, 10, 1, 0.5, 1e28), lambda h: 0 * h[0] + 1e30),
+    AttackCase("infinity", Infinity(), Damage(without_border, 10, 1, 0.5, 1e300)),
+    AttackCase("minus_infinity", Infinity(negative=True), Damage(without_border, 10, 1, 0.5, 1e300)),
     AttackCase("not_a_number", NotANumber(), Damage(without_border, 10, 1, 0.5, torch.inf)),
 ]
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_byz.attacks.base import Attack, everyone
+from lightning_byz.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,132 @@ class NotANumber(Attack):
 
     def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
         return torch.full_like(own, torch.nan)
+
+
+@dataclass(frozen=True)
+class Infinity(Attack):
+    """All inf, or all -inf: a test of the border, where such a row becomes silence.
+
+    Args:
+        negative: send -inf.
+    """
+
+    negative: bool = False
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.full_like(own, -torch.inf if self.negative else torch.inf)
+
+
+@dataclass(frozen=True)
+class Huge(Attack):
+    """The same huge finite number everywhere: a test of rules' arithmetic.
+
+    Args:
+        value: the number; finite in the dtype of the messages, or it is `Infinity`.
+    """
+
+    value: float = 1e30
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.full_like(own, self.value)
+
+
+@dataclass(frozen=True)
+class Zero(Attack):
+    """Zeros: a worker that contributes nothing, and shortens the mean."""
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.zeros_like(own)
+
+
+@dataclass(frozen=True)
+class BitFlip(Attack):
+    """Minus what each would have sent had it been honest: ``-own_i``. No collusion, no knowledge of others.
+
+    The "bit flip" of Karimireddy et al. (arXiv 2006.09365) and of Byz-VR-MARINA, and the sign inversion of signSGD's experiments.
+    """
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        return -own
+
+
+@dataclass(frozen=True)
+class RandomSign(Attack):
+    """Each worker's own message with a random sign at every coordinate: the randomising adversary of signSGD (arXiv 1810.05291)."""
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        heads = torch.rand(own.shape, generator=generator, device=generator.device) < 0.5
+        return torch.where(heads.to(own.device), own, -own)
+
+
+_DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "std": lambda honest, mean: honest.std(0) if len(honest) > 1 else torch.zeros_like(mean),
+    "sign": lambda honest, mean: mean.sign(),
+    "unit": lambda honest, mean: mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny),
+}
+
+
+@dataclass(frozen=True)
+class _Hiding(Attack):
+    """``mean(honest) - gamma * p`` with the largest gamma that still hides among the honest messages.
+
+    Args:
+        direction: p: "std", the honest standard deviation; "sign" of the mean; "unit", the mean at length 1.
+    """
+
+    direction: Literal["std", "sign", "unit"] = "std"
+
+    def __post_init__(self) -> None:
+        if self.direction not in _DIRECTIONS:
+            raise ValueError(f"`direction` should be one of {', '.join(_DIRECTIONS)}. Found {self.direction!r}.")
+
+    @abstractmethod
+    def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
+        """The largest gamma.
+
+        Args:
+            pairs: ``[h, h]`` squared distances of the honest messages.
+            to_mean: ``[h]`` ``||mean - h_i||^2``.
+            along: ``[h]`` ``<p, mean - h_i>``.
+            square: ``||p||^2``.
+        """
+
+    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+        mean = honest.mean(0)
+        p = _DIRECTIONS[self.direction](honest, mean)
+        offsets, wide = (mean - honest).double(), p.double()
+        square = wide @ wide
+        if not square > 0:
+            return everyone(mean, own)
+        gamma = self.gamma(Rows(honest).squared_distances(), (offsets**2).sum(1), offsets @ wide, square)
+        return everyone(mean - gamma.to(mean.dtype) * p, own)
+
+
+@dataclass(frozen=True)
+class MinMax(_Hiding):
+    """As far from the honest mean as no farther from any honest message than two of these are from each other.
+
+    Shejwalkar, Houmansadr, NDSS 2021. The largest gamma is computed exactly, where the authors' code halves steps until it is known to 1e-5.
+    """
+
+    def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
+        # ||mean - gamma p - h_i||^2 = to_mean_i - 2 gamma along_i + gamma^2 square <= max pairs
+        return ((along + (along**2 + square * (pairs.max() - to_mean).clamp_min(0)).sqrt()) / square).min()
+
+
+@dataclass(frozen=True)
+class MinSum(_Hiding):
+    """As far from the honest mean as its summed squared distance to the honest messages is no larger than an honest message's.
+
+    Shejwalkar, Houmansadr, NDSS 2021. The largest gamma is computed exactly.
+
+    Args:
+        bound: the honest message to stay below: "min", the one with the smallest sum, as in the authors' code; or "max".
+    """
+
+    bound: Literal["min", "max"] = "min"
+
+    def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
+        # sum_i ||mean - gamma p - h_i||^2 = sum to_mean + h gamma^2 square, because the offsets from the mean add up to 0
+        limit = pairs.sum(1).min() if self.bound == "min" else pairs.sum(1).max()
+        return ((limit - to_mean.sum()).clamp_min(0) / (len(to_mean) * square)).sqrt()
