@@ -114,7 +114,7 @@ class Exchange:
 
         received = self.transport.exchange(messages, codec, len(like), like.dtype, round)
         present = torch.stack([(flags[0] == 1) & codec.valid(payload, len(like)) for flags, payload in received]).cpu()
-        rows = Rows(self._decoded(received, present, codec, like), agree=self.transport.agree)
+        rows = Rows(self._decoded(received, present, codec, like), agree=self.transport.agree, generator=round.shared("rule"))
         round = round._replace(present=present)
 
         flags = torch.stack([flags for flags, _ in received]).cpu()

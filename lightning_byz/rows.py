@@ -34,6 +34,7 @@ class Rows:
         mixing: ``[n, n_taking_part]`` float64; row i of the result is ``sum_j mixing[i, j] * row_j``, made block by block.
         total: adds up a small tensor over the ranks that hold the other slices.
         agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
+        generator: the round's random stream, the same on every rank, for rules that shuffle.
     """
 
     values: Tensor
@@ -41,6 +42,7 @@ class Rows:
     mixing: Tensor | None = None
     total: Callable[[Tensor], Tensor] = _identity
     agree: Callable[[Tensor], Tensor] = _identity
+    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Callable
 
+import torch
+
 Matrix = list[list[float]]
 Oracle = Callable[[Matrix, int], list[float]]
 
@@ -168,3 +170,13 @@ def clipped_to(limits: Callable[[Matrix, int], float]) -> Callable[[Matrix, int]
 def arc_limit(rows: Matrix, f: int) -> float:
     n = len(rows)
     return sorted((norm(row) for row in rows), reverse=True)[math.floor(2 * f / n * (n - f) + 1e-9)]
+
+
+def bucketing(s: int) -> Callable[[Matrix, int], Matrix]:
+    """Means of buckets of s, in the order in which a fresh generator of seed 0 shuffles."""
+
+    def rule(rows: Matrix, f: int) -> Matrix:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        return [mean([rows[i] for i in order[first : first + s]], f) for first in range(0, len(rows), s)]
+
+    return rule

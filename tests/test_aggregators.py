@@ -125,7 +125,7 @@ def test_narrow_dtypes_agree_with_float64(case, dtype):
     close(set_up(case)(x), set_up(case)(x.double()), 4 * torch.finfo(dtype).eps)
 
 
-@each(RULES)
+@each([case for case in RULES if case.symmetric])
 @laws
 @given(seed=st.integers(0, 10**6), n=st.integers(5, 13))
 def test_the_order_of_the_rows_does_not_matter(case, seed, n):
@@ -214,8 +214,9 @@ def test_f_arbitrary_rows_leave_the_result_near_the_honest_rows(case, data):
 
 @each([case for case in ROBUST_RULES if not isinstance(case.rule, WeightedAggregator)])
 def test_far_junk_stays_out_of_every_coordinates_honest_range(case):
-    honest = rows_for(N - F, D)
-    out = set_up(case)(torch.cat([honest, torch.full((F, D), 1e30, dtype=torch.float64)]))
+    rule = set_up(case)
+    honest = rows_for(N - rule.f, D)
+    out = rule(torch.cat([honest, torch.full((rule.f, D), 1e30, dtype=torch.float64)]))
     assert (out >= honest.min(0).values - 1e-9).all()
     assert (out <= honest.max(0).values + 1e-9).all()
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
-from lightning_byz.aggregators import CoordinateMedian, Krum, Mean, TrimmedMean
+from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import NotANumber, SignFlip
 from lightning_byz.attacks.base import Attack
@@ -720,3 +720,21 @@ def test_keyed_streams_depend_on_use_seed_step_and_worker_alone():
 def test_seeds_are_the_same_on_every_machine():
     assert keyed_seed("coin", 1, 2) == 2790703710520139026
     assert keyed_seed("coin", 12) != keyed_seed("coin", 1, 2)
+
+
+def test_rules_that_shuffle_do_so_anew_in_every_round_and_alike_on_every_rank():
+    """Bucketing draws from the round's shared stream, which depends on the seed and the step alone."""
+    x = rows_for(9, 30, dtype=torch.float32)
+    everybody = [Contribution(Gradients(row), torch.ones(1, dtype=torch.bool)) for row in x]
+
+    def estimates(seed):
+        transport = InProcess()
+        transport.connect(0, 1, 9, torch.device("cpu"))
+        rule = Chain(pre=(Bucketing(f=1),), rule=CoordinateMedian(f=1))
+        exchange = Exchange(RobustSGD(aggregator=rule), transport, seed)
+        return [exchange.run(everybody, x[0]).estimate.clone() for _ in range(3)]
+
+    first, again, other = estimates(0), estimates(0), estimates(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])

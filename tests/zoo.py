@@ -22,6 +22,7 @@ from lightning_byz.aggregators import (
     NNM,
     Aggregator,
     Aksel,
+    Bucketing,
     Chain,
     CoordinateMedian,
     GeometricMedian,
@@ -81,6 +82,7 @@ class RuleCase:
         robust: f arbitrary rows move it by no more than a constant of the honest spread.
         exact_ties: equal rows and equal distances are told apart as in the definition (the first row wins), also after rounding.
         unanimous: equal rows give that row.
+        symmetric: the order of the rows does not matter.
         unique_from: the number of rows and columns from which its definition has one solution.
         tolerance: how closely it and the slow loop, both exact to rounding unless they iterate, agree.
         frozen: its value on `FROZEN_ROWS`, with f = 2.
@@ -95,6 +97,7 @@ class RuleCase:
     translation_equivariant: bool = True
     scale_equivariant: bool = True
     unanimous: bool = True
+    symmetric: bool = True
     unique_from: tuple[int, int] = (1, 1)
     tolerance: float = 1e-10
 
@@ -150,6 +153,13 @@ RULES = [
         (1.3091214176444004, -1.4341704148954237, 1.6990528186842682),
         translation_equivariant=False,
         exact_ties=False,
+    ),
+    RuleCase(
+        "bucketing+median",
+        Chain(pre=(Bucketing(f=2),), rule=CoordinateMedian(f=2)),
+        oracles.chain(oracles.bucketing(2), rule=oracles.median),
+        (7 / 8, -5 / 2, 5 / 4),
+        symmetric=False,
     ),
     RuleCase(
         "nnm+median", nnm(CoordinateMedian(f=2)), oracles.chain(oracles.nnm, rule=oracles.median), (17 / 14, -17 / 14, 25 / 14)

@@ -1,6 +1,7 @@
 """Aggregators: robust rules from n vectors to one, and the pre-aggregations that go before them."""
 
 from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule, TooFewRowsError, WeightedAggregator
+from lightning_byz.aggregators.bucketing import Bucketing
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.aggregators.clipping import ARC, StaticClipping
 from lightning_byz.aggregators.coordinate_wise import CoordinateMedian, MeaMed, Mean, Phocas, TrimmedMean
@@ -16,6 +17,7 @@ __all__ = [
     "NNM",
     "Aggregator",
     "Aksel",
+    "Bucketing",
     "Chain",
     "CoordinateMedian",
     "GeometricMedian",

@@ -118,6 +118,10 @@ class PreAggregator(Rule):
 
     bounds_rows: ClassVar[bool] = False
 
+    def count(self, n: int) -> int:
+        """How many rows it makes of n."""
+        return n
+
     @abstractmethod
     def __call__(self, rows: Rows) -> Rows:
         """The new rows; lazily, by `Rows.mix`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule
+from lightning_byz.aggregators.base import Aggregator, PreAggregator
 from lightning_byz.aggregators.coordinate_wise import Mean
 from lightning_byz.rows import Rows
 
@@ -46,8 +46,11 @@ class Chain(Aggregator):
 
     def most_f(self, n: int) -> int:
         bounded = isinstance(self.rule, Mean) and any(part.bounds_rows for part in self.pre)
-        counting: list[Rule] = [*self.pre] if bounded else [*self.pre, self.rule]
-        return min(part.most_f(n) for part in counting)
+        limits = []
+        for part in self.pre:
+            limits.append(part.most_f(n))
+            n = part.count(n)
+        return min(limits if bounded else [*limits, self.rule.most_f(n)])
 
     def with_f(self, f: int) -> Chain:
         return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))

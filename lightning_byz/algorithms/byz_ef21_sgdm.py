@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -72,7 +71,7 @@ class ByzEF21SGDM(Algorithm):
             )
 
     def with_f(self, f: int) -> ByzEF21SGDM:
-        return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))
+        return replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.compressor
@@ -90,11 +89,11 @@ class ByzEF21SGDM(Algorithm):
         return ServerState(x.new_zeros(n, len(x)))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
-        g = Rows(state.g + rows.dense(), total=rows.total, agree=rows.agree)
+        g = replace(rows, values=state.g + rows.dense(), index=None, mixing=None)
         finite = g.finite()  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
         if not finite.all():
             g.values[~finite] = state.g[~finite]
         return self.aggregator(g, torch.ones_like(finite)), ServerState(g.values)
 
     def seen(self, rows: Rows, state: ServerState, round: Round) -> Rows:
-        return Rows(state.g, total=rows.total, agree=rows.agree)
+        return replace(rows, values=state.g, index=None, mixing=None)
