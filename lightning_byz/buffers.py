@@ -53,6 +53,13 @@ class WorkerBuffers:
         if self._workers > 1:
             self._copies = [[buffer.clone() for buffer in self.start] for _ in range(self._workers)]
 
+    def refresh(self) -> None:
+        """Takes over buffers that somebody changed between steps (a callback, a loaded checkpoint)."""
+        if self._copies is not None and any(
+            not torch.equal(now, start) for now, start in zip(self._read(), self.start, strict=True)
+        ):
+            self.begin()
+
     @contextmanager
     def of(self, worker: int) -> Iterator[None]:
         """The module has the buffers of this local worker inside."""
@@ -119,6 +126,6 @@ class WorkerBuffers:
                 except TooFewRowsError:
                     merged[i] = start
         for buffer, value in zip(self._read(), merged, strict=True):
-            if buffer.shape == value.shape:
+            if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.begin()

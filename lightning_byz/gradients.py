@@ -72,6 +72,10 @@ class FlatParameters:
             if scale != 1:
                 p.grad.mul_(scale)
 
+    def is_cleared(self) -> bool:
+        """Whether every ``p.grad`` is None or 0."""
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self.parameters)
+
     def clear_gradients(self) -> None:
         """Sets every ``p.grad`` to None: an optimizer then leaves the parameter as it is."""
         for p in self.parameters:

@@ -45,10 +45,14 @@ class RollCall:
             while present < self.world_size and time.monotonic() < deadline:
                 time.sleep(0.002)
                 present = self._store.add(key, 0)
-            self._store.set(f"{key}/all", "all" if present >= self.world_size else "not all")
-            return present >= self.world_size
-        while time.monotonic() < deadline + 1:
-            if self._store.check([f"{key}/all"]):
-                return self._store.get(f"{key}/all") == b"all"
+            return self._decide(key, present >= self.world_size)
+        while time.monotonic() < deadline:
+            if self._store.check([f"{key}/decision"]):
+                return self._decide(key, False)
             time.sleep(0.002)
-        return False
+        return self._decide(key, False)
+
+    def _decide(self, key: str, everybody: bool) -> bool:
+        """The first decision counts, whoever makes it; it is the same for all."""
+        decision = self._store.compare_set(f"{key}/decision", "", "all" if everybody else "not all")
+        return bool(decision == b"all")

@@ -42,6 +42,7 @@ class WorkerLog:
         """Stands in for ``LightningModule.log``."""
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
+        self.samples = kwargs.get("batch_size") or self.samples
 
 
 def _number(value: Any) -> Tensor | None:
@@ -96,14 +97,15 @@ class StepLogs:
         numbers: list[dict[str, Tensor]] = []
         own: list[Call] = []  # values that reduce themselves
         for log in logs:
-            numbers.append({})
+            spoken: dict[str, list[Tensor]] = {}
             for call in log.calls:
                 number = _number(call.value)
                 if number is None:
                     own = [other for other in own if other.name != call.name] + [call]
                 else:
-                    numbers[-1][call.name] = number
+                    spoken.setdefault(call.name, []).append(number.cpu())
                     self._kwargs[call.name] = call.kwargs
+            numbers.append({name: _reduction(self._kwargs[name])(torch.stack(values)) for name, values in spoken.items()})
         local = sorted({name for values in numbers for name in values})
 
         gathered = self._gather(logs, numbers, local, transport, device)
@@ -126,9 +128,7 @@ class StepLogs:
             good = said & torch.isfinite(column)
             if int(said.sum() - good.sum()):
                 self.skipped[name] = self.skipped.get(name, 0) + int(said.sum() - good.sum())
-            reduce_fx = kwargs.get("reduce_fx", "mean")
-            kind = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")
-            value = _REDUCTIONS.get(kind, torch.mean)(column[good]) if bool(good.any()) else torch.tensor(torch.nan)
+            value = _reduction(kwargs)(column[good]) if bool(good.any()) else torch.tensor(torch.nan)
             calls.append(Call(name, value.float(), {**kwargs, "batch_size": batch_size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
 
@@ -172,6 +172,11 @@ class StepLogs:
             names.update(theirs)
             self._kwargs = {**theirs, **self._kwargs}
         return sorted(names)
+
+
+def _reduction(kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """How a ``self.log`` call wants its values reduced."""
+    return _REDUCTIONS.get(_plain(kwargs)["reduce_fx"], torch.mean)
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -266,6 +266,8 @@ class RobustStrategy(_Base):
         self.exchanges = [Exchange(self._resolved, transport, seed + i) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
+        self.data_attacks.clear()
+        self.liars.clear()
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
@@ -333,6 +335,23 @@ class RobustStrategy(_Base):
                 "optimization steps inside training_step, before the other workers have a gradient. Use one worker per process: "
                 "Trainer(devices=n) with workers_per_process=1."
             )
+        sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
+        if sparse:
+            raise UnsupportedSetupError(
+                f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set sparse=False there."
+            )
+        unreal = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+        if unreal:
+            raise UnsupportedSetupError(
+                f"Parameters should be real numbers, because rules order them. Found {', '.join(unreal)}. Keep them as real and imaginary "
+                "parts (torch.view_as_real)."
+            )
+        averages = any(type(callback).__name__ == "StochasticWeightAveraging" for callback in trainer.callbacks)
+        if self.workers_per_process > 1 and averages and any(b.is_floating_point() for b in module.buffers()):
+            raise UnsupportedSetupError(
+                "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an optimizer step, which in-process workers "
+                f"(workers_per_process={self.workers_per_process}) do not merge. Use one worker per process, or GroupNorm."
+            )
         if algorithm.needs_previous and (trainer.accumulate_grad_batches > 1 or not module.automatic_optimization):
             found = (
                 "manual optimization"
@@ -360,7 +379,10 @@ class RobustStrategy(_Base):
         """Rank 0's parameters and buffers for everybody."""
         assert self.lightning_module is not None
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+            shared = tensor.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(shared, src=0)
+            if self.global_rank != 0 and not torch.equal(shared, tensor):
+                tensor.copy_(shared)
 
     def _exchange_before_clipping(self) -> None:
         """In manual optimization ``clip_gradients`` comes before the step: it is to act on the estimate."""
@@ -368,10 +390,9 @@ class RobustStrategy(_Base):
 
         def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             module = self.lightning_module
-            if module is not None and not module.automatic_optimization:
-                raw = getattr(optimizer, "optimizer", optimizer)
-                if self._index(raw) not in self._exchanged:
-                    self._exchange(raw)
+            manual = module is not None and not module.automatic_optimization
+            if manual and self._index(optimizer) not in self._exchanged:
+                self._exchange(optimizer)
             clip(optimizer, *args, **kwargs)
 
         vars(self.precision_plugin)["clip_gradients"] = clip_gradients
@@ -393,6 +414,7 @@ class RobustStrategy(_Base):
         assert module is not None and buffers is not None
         step = self.exchanges[0].step
         batch, rest = args[0], args[1:]
+        buffers.refresh()
         if self.workers_per_process == 1:
             parts = [batch]
         else:
@@ -452,13 +474,17 @@ class RobustStrategy(_Base):
             return outputs[0]
         # `backward` learns from the probe's gradient by what Lightning and the precision plugin scaled the loss.
         self._scale_probe = torch.zeros((), device=self.root_device, requires_grad=True)
-        present = [loss.detach().mean() for loss in self._losses if loss is not None]
-        loss = self._scale_probe + (torch.stack(present).mean().float() if present else 0.0)
+        loss = self._scale_probe + (0.0 if self._step_logs.loss is None else self._step_logs.loss.float())
         extra = next((output for output in outputs if isinstance(output, Mapping)), None)
         return loss if extra is None else {**extra, "loss": loss}
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Every local worker's backward pass."""
+        if self._exchanged and len(self.optimizers) == 1:
+            raise RuntimeError(
+                "self.clip_gradients exchanges the gradients between the workers, and the optimizer's step should come next. Found "
+                "another backward pass. When you accumulate, call clip_gradients only right before optimizer.step()."
+            )
         if self.n == 1 or self.workers_per_process == 1 or self._scale_probe is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         module, buffers = self.lightning_module, self._buffers
@@ -466,7 +492,10 @@ class RobustStrategy(_Base):
         self.pre_backward(closure_loss)
         scaled = self.precision_plugin.pre_backward(closure_loss, module)
         (factor,) = torch.autograd.grad(scaled, self._scale_probe)
-        layout = self._layout(self._index(getattr(optimizer, "optimizer", optimizer)))
+        layout = self._layout(self._index(optimizer))
+        if any(row is not None for row in self._accumulated) and layout.is_cleared():
+            self._accumulated = [None] * self.workers_per_process  # the user, or Lightning, has zeroed the gradients
+            self._accumulated_used = [None] * self.workers_per_process
         for i, loss in enumerate(self._losses):
             if loss is None:
                 continue
@@ -518,7 +547,12 @@ class RobustStrategy(_Base):
             self._exchanged.discard(self._index(optimizer))
 
     def _index(self, optimizer: Any) -> int:
-        return next(i for i, known in enumerate(self.optimizers) if known is optimizer)
+        """Which of the run's optimizers it is, as it is or in Lightning's wrapper."""
+        for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+            for i, known in enumerate(self.optimizers):
+                if known is candidate:
+                    return i
+        raise ValueError(f"The optimizer should be one that configure_optimizers returned. Found {optimizer!r}.")
 
     def _layout(self, index: int) -> FlatParameters:
         now, before = FlatParameters.of(self.optimizers[index]), self._layouts[index]
@@ -556,11 +590,13 @@ class RobustStrategy(_Base):
         layout, exchange = self._layout(index), self.exchanges[index]
         scaler = getattr(self.precision_plugin, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-        contributions = self._contributions(layout, 1 / scale)
-        outcome = exchange.run(contributions, layout.like())
+        # In manual optimization this runs inside the precision plugin's autocast, which is not for aggregation.
+        with torch.autocast(self.root_device.type, enabled=False):
+            contributions = self._contributions(layout, 1 / scale)
+            outcome = exchange.run(contributions, layout.like())
 
-        parameters = len(layout.parameters)
-        overflow = scale != 1.0 and 2 * len(outcome.silent) > self.n
+        parameters, f = len(layout.parameters), exchange.algorithm.aggregator.f or 0
+        overflow = scale > 1.0 and len(outcome.silent) > f
         if overflow:
             layout.poison_gradients()
         elif outcome.estimate is None:
@@ -569,9 +605,7 @@ class RobustStrategy(_Base):
         else:
             layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale)
         assert self._buffers is not None and outcome.round.present is not None
-        self._buffers.merge(
-            exchange.transport, outcome.used[parameters:], outcome.round.present, exchange.algorithm.aggregator.f or 0
-        )
+        self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         self._accumulated = [None] * self.workers_per_process
         self._accumulated_used = [None] * self.workers_per_process
         self._lossless = [True] * self.workers_per_process

@@ -328,12 +328,24 @@ class Spy(CoordinateMedian):
 
 @pytest.mark.parametrize(
     ("n", "f", "silent", "f_used"),
-    [(7, 2, 0, 2), (7, 2, 1, 1), (7, 2, 2, 1), (9, 2, 2, 2), (9, 2, 3, 1), (9, 3, 1, 2), (9, 3, 3, 1), (9, 3, 4, 1), (9, 3, 6, 0)],
+    [(7, 2, 0, 2), (7, 2, 1, 1), (7, 2, 2, 1), (9, 2, 2, 2), (11, 2, 3, 2), (9, 3, 1, 2), (9, 3, 3, 1)],
 )
 def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_used):
     x = rows_for(n, D)
     x[:silent] = torch.nan
     assert Spy(f=f)(x).tolist() == [f_used, n - silent]
+
+
+@pytest.mark.parametrize(("n", "f", "silent"), [(9, 2, 3), (9, 3, 4), (9, 3, 6), (10, 3, 9)])
+def test_more_silence_than_f_leaves_all_liars_speaking(n, f, silent):
+    """Honest workers are silent then, so f does not shrink: else f liars and a few honest rows would be taken for honest."""
+    x = rows_for(n, D)
+    x[:silent] = torch.nan
+    with pytest.raises(TooFewRowsError, match=f"heard {n - silent} of n={n}"):
+        Spy(f=f)(x)
+    x[-f:] = 1e6  # ten workers of which three lie, and six honest ones have no batch
+    with pytest.raises(TooFewRowsError):
+        TrimmedMean(f=f)(torch.cat([x[: n - f], x[-f:]]).index_fill(0, torch.arange(n - f - 1), torch.nan))
 
 
 def test_the_step_is_refused_where_silence_leaves_too_few_rows():

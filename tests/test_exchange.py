@@ -610,11 +610,18 @@ def test_new_and_forgotten_names():
     assert reduced(step_logs, logs({"a": 1.0, "c": 3.0}, {"a": 5.0}))[0] == {"a": 3.0, "c": 3.0}
 
 
-def test_the_last_of_several_calls_counts():
+@pytest.mark.parametrize(("reduce_fx", "value"), [("mean", 1.5), ("sum", 3.0), ("max", 2.0), (torch.min, 1.0)])
+def test_several_calls_of_one_worker_are_reduced_as_the_call_says(reduce_fx, value):
     log = WorkerLog(samples=1)
-    log.record("a", 1.0)
-    log.record("a", 2.0)
-    assert reduced(StepLogs(), [log])[0] == {"a": 2.0}
+    log.record("a", 1.0, reduce_fx=reduce_fx)
+    log.record("a", 2.0, reduce_fx=reduce_fx)
+    assert reduced(StepLogs(), [log])[0] == {"a": value}
+
+
+def test_the_batch_size_that_a_worker_gives_counts():
+    log = WorkerLog(samples=1)
+    log.record("a", 1.0, batch_size=50)
+    assert reduced(StepLogs(), [log])[1][0].kwargs["batch_size"] == 50
 
 
 def test_only_honest_workers_are_logged_and_their_samples_counted():

@@ -13,7 +13,7 @@ import torch
 from harness import QUIET, assert_equal, averaging, cpu_amp, fit
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import StrategyRegistry, launchers
-from models import GAN, CountsBatches, Plain, blobs, loader
+from models import GAN, CountsBatches, Manual, Plain, blobs, loader
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,6 +24,7 @@ from lightning_byz import (
     ByzEF21SGDM,
     CoordinateMedian,
     Gaussian,
+    Huge,
     InProcess,
     Krum,
     LabelFlip,
@@ -260,6 +261,12 @@ class NeedsPrevious(RobustSGD):
     needs_previous: ClassVar[bool] = True
 
 
+class WithTable(Plain):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=sparse)
+
+
 REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "f too large": (lambda: in_process(4, num_byzantine=2), Plain, {}, r"num_byzantine=2 is too large for n=4.*at most f=1"),
     "f too large for Krum": (
@@ -282,6 +289,12 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         lambda: in_process(algorithm=NeedsPrevious()), Plain, {"accumulate_grad_batches": 2},
         r"NeedsPrevious.*accumulate_grad_batches=2.*accumulate_grad_batches=1",
     ),
+    "sparse gradients": (in_process, lambda: WithTable(sparse=True), {}, "Found sparse=True in table. Set sparse=False"),
+    "averaged BatchNorm in-process": (
+        in_process, lambda: Plain(norm=True), {"callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.1)]},
+        "StochasticWeightAveraging recomputes BatchNorm",
+    ),
+    "all-gather in one process": (lambda: in_process(transport=AllGather()), Plain, {}, "AllGather connects several processes"),
     "first batch too small": (lambda: in_process(30), Plain, {}, "first batch.*30 in-process workers. Found 24"),
     "in-process transport on ranks": (lambda: on_ranks(transport=InProcess()), Plain, {"devices": 3}, "Use transport=AllGather"),
 }  # fmt: skip
@@ -400,19 +413,6 @@ def test_torch_compile(devices: int, tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_sparse_gradients_are_refused(tmp_path: Path) -> None:
-    class Sparse(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(5, 3, sparse=True)
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.table(batch[1]).sum()
-
-    with pytest.raises(ValueError, match="Gradients should be dense.*sparse=False"):
-        fit(tmp_path, Sparse(), in_process(4))
-
-
 class Thaws(Plain):
     """Trains one layer more from step 3 on."""
 
@@ -444,6 +444,90 @@ def test_lightnings_private_names_that_we_use_are_where_we_expect_them() -> None
         strategy = averaging()
         assert hasattr(strategy, "_layer_sync")
         assert hasattr(strategy, "_launcher")
+
+
+# -- defects that were found by review -----------------------------------------------------------------------------------
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_manual_optimization_aggregates_outside_of_autocast(precision: str, tmp_path: Path) -> None:
+    """In bfloat16 the mixing matrix times 3.4e38 would be inf, and 0 * inf nan."""
+    lie = ByzantineWorkers(Huge(3.4e38), workers=[1])
+    for report in fit(tmp_path, Manual(), on_ranks(), devices=3, data=loader(8), callbacks=[lie], precision=precision):
+        assert all(torch.isfinite(v).all() for v in report["weights"].values())
+        assert report["metrics"]["loss"] < 1.3
+
+
+def test_gradients_that_the_user_zeroes_are_gone_in_process(tmp_path: Path) -> None:
+    class Restarts(Plain):
+        """Throws the first half of every accumulation window away."""
+
+        def on_after_backward(self) -> None:
+            if self.trainer.fit_loop.epoch_loop.batch_idx % 2 == 0:
+                self.zero_grad()
+
+    runs = []
+    for strategy in ("auto", averaging(workers_per_process=4)):
+        torch.manual_seed(1)
+        runs += fit(tmp_path, Restarts(), strategy, accumulate_grad_batches=2)
+    for name, value in runs[0]["weights"].items():
+        torch.testing.assert_close(value, runs[1]["weights"][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.processes
+def test_clipping_without_a_step_is_refused(tmp_path: Path) -> None:
+    class ClipsAlways(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            self.clip_gradients(self.optimizers(), 0.1, "norm")
+            if batch_idx % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    with pytest.raises(Exception, match="call clip_gradients only right before optimizer.step"):
+        fit(tmp_path, ClipsAlways(), on_ranks(), devices=3, data=loader(8))
+
+
+def test_buffers_changed_between_steps_stay_changed_in_process(tmp_path: Path) -> None:
+    class Cools(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("temperature", torch.ones(1))
+            self.register_buffer("mask", torch.zeros(1).expand(5))  # overlaps itself
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.temperature *= 0.5
+
+    (report,) = fit(tmp_path, Cools(), in_process(4), max_steps=4)
+    assert report["weights"]["temperature"].item() == 0.5**4
+
+
+def test_an_optimizer_in_a_wrapper_of_the_users_own_is_stepped(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, 0.1)
+            self.optimizer = torch.optim.Adam(self.param_groups[0]["params"])  # as lookahead wrappers have
+
+    class Wraps(Plain):
+        def configure_optimizers(self) -> Any:
+            return Wrapper(list(self.parameters()))
+
+    (report,) = fit(tmp_path, Wraps(), in_process(4))
+    assert report["steps"] == 10
+
+
+def test_a_second_fit_does_not_attack_twice(tmp_path: Path) -> None:
+    strategy = in_process(4)
+    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=strategy, callbacks=[ByzantineWorkers(LabelFlip(3), count=1)])
+    for _ in range(2):
+        trainer.fit(Plain(), loader())
+        assert len(strategy.data_attacks) == len(strategy.liars) == 1
+
+
+def test_nan_under_a_loss_scaler_stops_the_run_too(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="steps in a row had too few finite gradients"):
+        fit(tmp_path, AlwaysNan(), in_process(max_skipped_steps=3), max_epochs=20, **cpu_amp())
 
 
 # -- robustness, end to end -------------------------------------------------------------------------------------------

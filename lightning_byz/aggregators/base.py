@@ -65,7 +65,8 @@ class Aggregator(Rule):
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Each of them
-        is one row less that can lie, so f shrinks with them, but never by more than the rule needs it to.
+        may be one row less that can lie, so f shrinks with them, but never by more than the rule needs it to, and not at all once more
+        than f rows are silent.
 
         Args:
             rows: a matrix ``[n, d]``, or Rows.
@@ -83,10 +84,13 @@ class Aggregator(Rule):
             return self.aggregate(rows)
         assert self.f is not None
         f = min(self.f, self.most_f(heard))
-        if heard == 0 or f < max(0, self.f - silent):
+        # With at most f silent rows, all of them may be Byzantine ones, and f - silent are left. With more, honest ones are silent,
+        # and all f Byzantine ones may be among those that speak.
+        least = self.f - silent if silent <= self.f else self.f
+        if heard == 0 or f < least:
             raise TooFewRowsError(
                 f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {heard} rows it "
-                f"tolerates at most f={self.most_f(heard)}. At least {self.f - silent} of them may still be Byzantine."
+                f"tolerates at most f={self.most_f(heard)}. {least} of them may be Byzantine."
             )
         return self.with_f(f).aggregate(rows.select(speaking))
 

@@ -24,7 +24,7 @@ class GeometricMedian(WeightedAggregator):
         iterations: at most so many. None: until the weights move by less than ``tolerance``, at most 1000.
         tolerance: largest change of a weight at which the iteration ends.
         nu: smoothing, in the units of the rows; None: 1e-6 of the median distance to the start.
-        start: "medoid": the row with the smallest summed distance to the others, which f rows cannot move far (ours);
+        start: "medoid": the row with the smallest summed distance to its n - f nearest, which f rows cannot move far (ours);
             "mean"; or "zero": the origin, which makes the rule depend on where the origin is.
             ``GeometricMedian(iterations=8, nu=0.1, start="zero")`` is the RFA of Byz-VR-MARINA's and Byz-EF21-SGDM's code, and
             ``GeometricMedian(iterations=3, nu=0.1, start="zero")`` is ByzFL's.
@@ -43,11 +43,21 @@ class GeometricMedian(WeightedAggregator):
             raise ValueError(f"`start` should be 'medoid', 'mean' or 'zero'. Found {self.start!r}.")
 
     def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
         n = len(rows)
         distances = rows.squared_distances().sqrt()
-        medoid = int(distances.sum(1).argmin())
+        medoid = int(distances.sort(dim=1).values[:, : n - self.f].sum(1).argmin())
+        near = (
+            torch.isfinite(distances[medoid]).nonzero().flatten()
+        )  # what is infinitely far (in float64, beyond 1e154) weighs nothing
+        weights = torch.zeros(n, dtype=torch.float64, device=distances.device)
+        weights[near] = self._weiszfeld(rows.select(near), distances[medoid][near], int((near == medoid).nonzero()))
+        return weights
+
+    def _weiszfeld(self, rows: Rows, to_medoid: Tensor, medoid: int) -> Tensor:
+        n = len(rows)
         if self.start == "medoid":
-            to_z = distances[medoid]
+            to_z = to_medoid
         elif self.start == "zero":
             to_z = rows.squared_norms().sqrt()
         else:
@@ -57,7 +67,7 @@ class GeometricMedian(WeightedAggregator):
         centred = products - products[medoid] - products[:, medoid : medoid + 1] + products[medoid, medoid]
 
         nu = self.nu if self.nu is not None else max(1e-6 * float(to_z.median()), 1e-300)
-        before = None
+        weights, before = torch.full_like(to_z, 1 / n), None
         for _ in range(self.iterations or 1000):
             beta = 1 / to_z.clamp_min(nu)
             weights = beta / beta.sum()

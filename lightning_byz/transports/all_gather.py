@@ -22,6 +22,11 @@ class AllGather(Transport):
     """
 
     def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+        if world_size == 1:
+            raise ValueError(
+                "AllGather connects several processes. Found one. Use Trainer(devices=n), or leave `transport` out to hold all workers in "
+                "this process."
+            )
         super().connect(rank, world_size, workers_per_process, device)
         self._gloo = dist.get_backend() == "gloo"
         self._device = torch.device("cpu") if self._gloo else device
