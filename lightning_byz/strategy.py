@@ -45,7 +45,7 @@ log = logging.getLogger("lightning_byz")
 
 CHECKPOINT_KEY = "lightning_byz"
 
-DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.5)
+DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)
 """NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
 
 
@@ -57,8 +57,8 @@ class RobustStrategy(_Base):
     """All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
 
     Args:
-        algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.5)``, which is NNM and a trimmed mean,
-            uncompressed; with one or two workers, a plain mean without momentum.
+        algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
+            which is NNM and a trimmed mean, uncompressed; with one or two workers, a plain mean without momentum.
         transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
         workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
             n = processes x workers_per_process workers.

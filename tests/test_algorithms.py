@@ -392,3 +392,29 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3):
         outcome = exchange.run(contributions(grads), x)
         x = x - 0.15 * outcome.estimate
     return float(torch.linalg.vector_norm(x - optimum) / torch.linalg.vector_norm(optimum))
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_undone_worker_momentum_gives_the_mean_gradient_with_a_mean(beta):
+    """From the first round on, whatever the gradients: what the workers' moving averages delay, the server takes out."""
+    algorithm = RobustSGD(Mean(), worker_momentum=beta, undo_worker_momentum=True)
+    workers, server = start(algorithm)
+    for step in range(6):
+        g = gradients(step)
+        estimate, workers, server, _ = play(algorithm, g, workers, server, step)
+        torch.testing.assert_close(estimate, g.mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_heavy_ball_momentum_of_undone_momentum_is_the_aggregated_momentum():
+    """Karimireddy et al.: sum_k beta^(t-k) g_k = a_t / (1 - beta), for any rule."""
+    beta = 0.9
+    undone = RobustSGD(robust(), worker_momentum=beta, undo_worker_momentum=True)
+    plain = RobustSGD(robust(), worker_momentum=beta)
+    states, buffer = [start(undone), start(plain)], torch.zeros(D).double()
+    for step in range(6):
+        g = gradients(step)
+        estimate, *states[0], _ = play(undone, g, *states[0], step)
+        aggregated, *states[1], _ = play(plain, g, *states[1], step)
+        buffer = beta * buffer + estimate
+        corrected = aggregated * (1 - beta ** (step + 1))
+        torch.testing.assert_close(buffer, corrected / (1 - beta), rtol=1e-8, atol=1e-8)

@@ -358,6 +358,10 @@ ALGORITHMS = [
     AlgorithmCase("robust_sgd_worker_momentum", RobustSGD(robust(), worker_momentum=0.9)),
     AlgorithmCase("robust_sgd_server_momentum", RobustSGD(robust(), server_momentum=0.9)),
     AlgorithmCase("robust_sgd_both", RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5)),
+    AlgorithmCase("robust_sgd_undone", RobustSGD(robust(), worker_momentum=0.9, undo_worker_momentum=True)),
+    AlgorithmCase(
+        "robust_sgd_undone_then_server", RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5, undo_worker_momentum=True)
+    ),
     AlgorithmCase("robust_sgd_rand_k", RobustSGD(robust(), RandK(ratio=0.5)), tolerates=()),
     AlgorithmCase("ef21_identity", ByzEF21SGDM(robust(), Identity(), eta=0.2)),
     AlgorithmCase("ef21_top_k", ByzEF21SGDM(robust(), TopK(ratio=0.3), eta=0.2)),

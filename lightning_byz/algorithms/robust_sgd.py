@@ -70,10 +70,11 @@ class RobustSGD(Algorithm):
     Args:
         aggregator: the robust rule.
         compressor: the wire format. Biased ones (`TopK`) lose what they drop: ByzEF21SGDM makes up for that, this does not.
-        worker_momentum: beta_w, in [0, 1). It adds to the optimizer's own momentum: 0.5 is the strategy's default
-            (docs/default-algorithm.md); 0.9 in front of SGD with momentum 0.9 is unstable at learning rates that are not.
+        worker_momentum: beta_w, in [0, 1). It adds to the optimizer's own momentum, unless it is undone: 0.9 in front of SGD with
+            momentum 0.9 is unstable at learning rates that are safe for DDP (docs/default-algorithm.md).
         server_momentum: beta_s, in [0, 1).
-        undo_worker_momentum: the server gives the optimizer gradients again, instead of momenta.
+        undo_worker_momentum: the server gives the optimizer gradients again, instead of momenta. The strategy's default, with
+            ``worker_momentum=0.9``.
     """
 
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))

@@ -1,0 +1,210 @@
+"""The table that chooses the default algorithm: candidates, with and without attack, against plain averaging.
+
+    python benchmarks/defaults.py --data DIR [--output runs/defaults] [--jobs 2]
+
+Every round is the package's own `Exchange` over in-process workers; plain averaging is RobustSGD(aggregator=Mean()), whose
+trajectory is that of DDP. DIR holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2; the digits come with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _runs import Run, a9a, machine, markdown, mean_by, run_all
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Mean, TrimmedMean
+from lightning_byz.algorithms import RobustSGD
+from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
+from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.transports import ByzantineTransport, InProcess
+from lightning_byz.types import Gradients
+
+RULES = {
+    "TrimmedMean": TrimmedMean(),
+    "CoordinateMedian": CoordinateMedian(),
+    "NNM + TrimmedMean": Chain(pre=(NNM(),), rule=TrimmedMean()),
+    "NNM + CoordinateMedian": Chain(pre=(NNM(),), rule=CoordinateMedian()),
+}
+MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")  # at the workers; undone: undo_worker_momentum
+SEEDS = range(2)
+CLEAN_POINTS, ATTACKED_POINTS = 1.0, 2.0  # that a candidate may lose
+CLEAN = "none"
+SUBTLE = {"SignFlip(1)": SignFlip(1.0), "IPM(0.1)": IPM(0.1), "ALIE(1.5)": ALIE(z=1.5), "LabelFlip": LabelFlip}
+BLATANT = {
+    "SignFlip(10)": SignFlip(10.0),  # IPM(10) is the same attack
+    "Gaussian(1)": Gaussian(std=1.0),
+    "Gaussian(100)": Gaussian(std=100.0),
+    "NotANumber": NotANumber(),
+}
+ATTACKS = {CLEAN: None, **SUBTLE, **BLATANT}
+
+
+class Setting(NamedTuple):
+    """A task, its workers, and how it is trained."""
+
+    data: str
+    n: int
+    f: int
+    batch: int  # of one worker
+    steps: int
+    rates: dict[str, float]
+
+
+SETTINGS = {
+    "digits, 1 of 4": Setting("digits", 4, 1, 32, 300, {"SGD": 0.1, "AdamW": 5e-3}),
+    "digits, 3 of 10": Setting("digits", 10, 3, 32, 300, {"SGD": 0.1, "AdamW": 5e-3}),
+    "a9a, 6 of 20": Setting("a9a", 20, 6, 32, 300, {"SGD": 0.1, "AdamW": 1e-2}),
+}
+OPTIMIZERS = {"SGD": partial(torch.optim.SGD, momentum=0.9), "AdamW": torch.optim.AdamW}
+
+
+@cache
+def load(name: str, data: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test samples; the digits are split anew for every seed, into two thirds and one third."""
+    if name == "a9a":
+        return a9a(data)
+    from sklearn.datasets import load_digits
+
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    x, order = x.float() / 16, torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:1200], order[1200:]
+    return x[train], y[train], x[test], y[test]
+
+
+def train(run: Run, data: str) -> Run:
+    """The test accuracy, in percent, at the end of one run."""
+    torch.set_num_threads(1)
+    setting = SETTINGS[run["setting"]]
+    x, y, x_test, y_test = load(setting.data, data, run["seed"])
+    torch.manual_seed(run["seed"])
+    classes = int(y.max()) + 1
+    sizes = [x.shape[1], classes] if setting.data == "a9a" else [x.shape[1], 64, classes]
+    w = torch.nn.Parameter(initial(sizes))
+    optimizer = OPTIMIZERS[run["optimizer"]]([w], lr=setting.rates[run["optimizer"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.steps)
+
+    n, liars = setting.n, list(range(setting.n - setting.f, setting.n))
+    rule = Mean() if run["rule"] == "Mean" else RULES[run["rule"]].with_f(setting.f)
+    transport: Any = InProcess()
+    transport.connect(0, 1, n, torch.device("cpu"))
+    attack = ATTACKS[run["attack"]]
+    if isinstance(attack, Attack):
+        transport = ByzantineTransport(transport, attack, liars, lambda step: True)
+    momentum, _, undone = run["worker_momentum"].partition(", ")
+    algorithm = RobustSGD(aggregator=rule, worker_momentum=float(momentum), undo_worker_momentum=bool(undone))
+    exchange = Exchange(algorithm, transport, run["seed"])
+
+    used = torch.ones(1, dtype=torch.uint8)
+    order, place = torch.empty(0, dtype=torch.int64), 0
+    for _ in range(setting.steps):
+        if place + n * setting.batch > len(order):
+            order, place = torch.randperm(len(x)), 0
+        picked = order[place : place + n * setting.batch]
+        place += len(picked)
+        inputs, labels = x[picked].unflatten(0, (n, -1)), y[picked].unflatten(0, (n, -1)).clone()
+        if attack is LabelFlip:
+            labels[liars] = LabelFlip(classes).flip(labels[liars])
+        copies = w.detach().expand(n, -1).clone().requires_grad_()
+        loss = functional.cross_entropy(mlp(copies, inputs, sizes).flatten(0, 1), labels.flatten(), reduction="sum")
+        (rows,) = torch.autograd.grad(loss / setting.batch, copies)  # [n, d]
+        w.grad = exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0]).estimate
+        if w.grad is None:  # no finite gradient is left: averaging under attack
+            break
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return {"accuracy": 100 * (mlp(w, x_test, sizes).argmax(1) == y_test).double().mean().item()}
+
+
+def initial(sizes: list[int]) -> Tensor:
+    """The flat parameters of an MLP, as torch.nn.Linear starts them."""
+    return torch.cat([torch.empty((a + 1) * b).uniform_(-(a**-0.5), a**-0.5) for a, b in pairwise(sizes)])
+
+
+def mlp(w: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
+    """Logits ``[..., batch, classes]`` of an MLP with flat parameters ``w [..., d]`` for ``x [..., batch, inputs]``."""
+    for layer, (a, b) in enumerate(pairwise(sizes)):
+        weight, bias, w = w.split([a * b, b, w.shape[-1] - (a + 1) * b], -1)
+        x = (x if layer == 0 else x.relu()) @ weight.unflatten(-1, (a, b)) + bias.unsqueeze(-2)
+    return x
+
+
+Candidate = tuple[str, str]
+AVERAGING: Candidate = ("Mean", "0")
+CANDIDATES: list[Candidate] = [(rule, momentum) for rule in RULES for momentum in MOMENTA]
+TABLES = [(setting, optimizer) for setting in SETTINGS for optimizer in OPTIMIZERS]
+
+
+def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
+    """Every seed of these candidates under these attacks."""
+    return [
+        {"setting": setting, "optimizer": optimizer, "rule": rule, "worker_momentum": momentum, "attack": attack, "seed": seed}
+        | {"trained": f"batch {SETTINGS[setting].batch}, {SETTINGS[setting].steps} steps, lr {SETTINGS[setting].rates[optimizer]}"}
+        for seed in SEEDS
+        for setting, optimizer in TABLES
+        for rule, momentum in candidates
+        for attack in attacks
+    ]
+
+
+def measure(work: Callable[[Run], Run], output: Path, jobs: int) -> str:
+    """Runs what is missing, in stages: a candidate that has lost too much is not run any further. Returns Markdown tables."""
+
+    def stage(candidates: list[Candidate], attacks: Sequence[str]) -> dict[tuple[Any, ...], float]:
+        names = ("rule", "worker_momentum", "setting", "optimizer", "attack")
+        return mean_by(run_all(all_runs(candidates, attacks), work, output, jobs), *names)
+
+    accuracy = stage([AVERAGING, *CANDIDATES], [CLEAN])
+    ddp = {table: accuracy[(*AVERAGING, *table, CLEAN)] for table in TABLES}
+    below = {c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in CANDIDATES}
+    lost: dict[Candidate, dict[tuple[str, str, str], float]] = {c: {} for c in CANDIDATES}
+    kept = [c for c in CANDIDATES if min(below[c].values()) >= -CLEAN_POINTS]
+    for attacks in (SUBTLE, BLATANT):
+        accuracy |= stage(kept, attacks)
+        for c in kept:
+            for table in TABLES:
+                lost[c] |= {(a, *table): accuracy[(*c, *table, a)] - accuracy[(*c, *table, CLEAN)] for a in attacks}
+        kept = [c for c in kept if min(lost[c].values()) >= -ATTACKED_POINTS]
+
+    rows, details = [], []
+    for c in CANDIDATES:
+        worst = min(TABLES, key=lambda table: below[c][table])
+        row = [*c, f"{below[c][worst]:+.2f} ({', '.join(worst)})", "not run", "yes" if c in kept else "no"]
+        if lost[c]:
+            where = min(lost[c], key=lambda key: lost[c][key])
+            row[3] = f"{lost[c][where]:+.2f} ({', '.join(where)})"
+        rows.append(row)
+        for table in TABLES if lost[c] else ():
+            clean = f"{accuracy[(*c, *table, CLEAN)]:.2f} ({below[c][table]:+.2f})"
+            changes = [f"{lost[c][(a, *table)]:+.2f}" if (a, *table) in lost[c] else "" for a in (*SUBTLE, *BLATANT)]
+            details.append([*c, *table, clean, *changes])
+    first = ["rule", "worker momentum", "clean against DDP, worst", "attacked against own clean, worst", "within both"]
+    second = ["rule", "worker momentum", "setting", "optimizer", "clean (against DDP)", *SUBTLE, *BLATANT]
+    plain = markdown(["setting", "optimizer", "DDP, clean"], [[*table, f"{ddp[table]:.2f}"] for table in TABLES])
+    return f"{markdown(first, rows)}\n{plain}\n{markdown(second, details)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measures the candidates for the default algorithm.")
+    parser.add_argument("--data", required=True, help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2")
+    parser.add_argument("--output", type=Path, default=Path("runs/defaults"), help="where results are kept; a rerun goes on there")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    tables = measure(partial(train, data=arguments.data), arguments.output, arguments.jobs)
+    text = f"{tables}\n{machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
+    (arguments.output / "report.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
