@@ -474,3 +474,13 @@ def test_the_number_of_threads_changes_no_bit(case):
 def test_the_oracles_agree_with_values_from_the_literature():
     x = [[1.0, 2, 3], [4, 5, 6], [7, 8, 9]]
     assert oracles.trimmed_mean(x, 1) == oracles.median(x, 1) == oracles.mean(x, 0) == [4, 5, 6]
+
+
+@pytest.mark.parametrize("size", [1e160, 1e200, 1e300])
+@each([case for case in ROBUST_RULES if case.rule.most_f(N) >= F and case.scale_equivariant])
+def test_float64_rows_whose_squares_overflow_hurt_nobody(case, size):
+    honest = rows_for(N - F, D)
+    bad = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[:F, None].expand(F, D)
+    out = case.rule.with_f(F)(torch.cat([bad[:1], honest, bad[1:]]))
+    assert torch.isfinite(out).all()
+    assert (out - honest.mean(0)).abs().max() < 20
