@@ -67,9 +67,40 @@ BUGS = [
     Bug(
         "trimmed mean off by one",
         "aggregators/coordinate_wise.py",
-        "n, f = len(rows), self.f\n",
-        "n, f = len(rows), max(self.f - 1, 0)\n",
+        "_running_sum(sorted_rows(block, f, n - f)) / (n - 2 * f)",
+        "_running_sum(sorted_rows(block, f, n - f + 1)) / (n - 2 * f + 1)",
         "aggregators",
+    ),
+    Bug(
+        "f shrinks although more than f rows are silent",
+        "aggregators/base.py",
+        "self.f - silent if silent <= self.f else self.f",
+        "max(0, self.f - silent)",
+        "aggregators",
+    ),
+    Bug(
+        "the window of nearest values never moves",
+        "aggregators/coordinate_wise.py",
+        "for k in range(n - keep):",
+        "for k in ():",
+        "aggregators",
+    ),
+    Bug(
+        "quantized codes beyond the levels are valid",
+        "compressors/quantization.py",
+        "<= 2 * self.levels).all()",
+        ">= 0).all()",
+        "compressors",
+    ),
+    Bug(
+        "MinMax stops at the mean distance", "attacks/messages.py", "(pairs.max() - to_mean)", "(pairs.mean() - to_mean)", "attacks"
+    ),
+    Bug(
+        "undone momentum forgets the last aggregate",
+        "algorithms/robust_sgd.py",
+        "(a - beta * state.a)",
+        "(a - beta * a)",
+        "algorithms",
     ),
     Bug("Krum counts n - f - 1 neighbours", "aggregators/krum.py", "1 : 1 + n - f - 2]", "1 : 1 + n - f - 1]", "aggregators"),
     Bug("Krum counts the row itself", "aggregators/krum.py", "1 : 1 + n - f - 2]", "0 : n - f - 2]", "aggregators"),
@@ -136,7 +167,13 @@ BUGS = [
     Bug(
         "ALIE with the other sign", "attacks/messages.py", "honest.mean(0) - self.factor", "honest.mean(0) + self.factor", "attacks"
     ),
-    Bug("ALIE with the biased deviation", "attacks/messages.py", "honest.std(0) if", "honest.std(0, unbiased=False) if", "attacks"),
+    Bug(
+        "ALIE with the biased deviation",
+        "attacks/messages.py",
+        "spread = honest.std(0) if",
+        "spread = honest.std(0, unbiased=False) if",
+        "attacks",
+    ),
     Bug("ALIE with one supporter less", "attacks/messages.py", "n // 2 + 1 - f", "n // 2 - f", "attacks"),
     Bug("IPM forgets its sign", "attacks/messages.py", "everyone(-self.epsilon", "everyone(self.epsilon", "attacks"),
     Bug("colluders share memory", "attacks/base.py", "message.expand_as(own).clone()", "message.expand_as(own)", "attacks"),
@@ -144,8 +181,8 @@ BUGS = [
     Bug(
         "EF21 server without its mirror",
         "algorithms/byz_ef21_sgdm.py",
-        "Rows(state.g + rows.dense(),",
-        "Rows(rows.dense(),",
+        "values=state.g + rows.dense(),",
+        "values=rows.dense(),",
         "algorithms",
     ),
     Bug(
