@@ -55,9 +55,7 @@ class WorkerBuffers:
 
     def refresh(self) -> None:
         """Takes over buffers that somebody changed between steps (a callback, a loaded checkpoint)."""
-        if self._copies is not None and any(
-            not torch.equal(now, start) for now, start in zip(self._read(), self.start, strict=True)
-        ):
+        if self._copies is not None and any(map(_differs, self._read(), self.start)):
             self.begin()
 
     @contextmanager
@@ -81,14 +79,7 @@ class WorkerBuffers:
         """``[B]`` bool: the buffers that this local worker has changed since the step began."""
         if not self._places:
             return torch.zeros(0, dtype=torch.bool)
-        return torch.stack(
-            [
-                torch.tensor(True, device=start.device)
-                if now.shape != start.shape
-                else ~torch.isclose(now, start, rtol=0, atol=0, equal_nan=True).all()
-                for now, start in zip(self._now(worker), self.start, strict=True)
-            ]
-        ).cpu()
+        return torch.stack(list(map(_differs, self._now(worker), self.start))).cpu()
 
     @torch.no_grad()
     def merge(self, transport: Transport, touched: Tensor, present: Tensor, f: int) -> None:
@@ -129,3 +120,10 @@ class WorkerBuffers:
             if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.begin()
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Whether two buffers differ, a 0-d bool tensor; nan is equal to nan."""
+    if a.shape != b.shape:
+        return torch.ones((), dtype=torch.bool, device=b.device)
+    return ((a != b) & ~((a != a) & (b != b))).any()

@@ -62,5 +62,10 @@ def sorted_rows(block: Tensor, first: int, last: int) -> list[Tensor]:
 def median_of_rows(block: Tensor) -> Tensor:
     """The median of every column of ``block [n, c]``; for even n the mean of the two middle values."""
     n = len(block)
-    middle = sorted_rows(block, (n - 1) // 2, n // 2 + 1)
-    return middle[0].clone() if n % 2 else middle[0] / 2 + middle[1] / 2
+    return middle_of(sorted_rows(block, (n - 1) // 2, n // 2 + 1))
+
+
+def middle_of(ordered: list[Tensor]) -> Tensor:
+    """The middle one of rows in ascending order; for an even number the mean of the two middle ones."""
+    n = len(ordered)
+    return ordered[n // 2].clone() if n % 2 else ordered[n // 2 - 1] / 2 + ordered[n // 2] / 2

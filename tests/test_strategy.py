@@ -503,6 +503,22 @@ def test_buffers_changed_between_steps_stay_changed_in_process(tmp_path: Path) -
     assert report["weights"]["temperature"].item() == 0.5**4
 
 
+def test_a_nan_in_a_buffer_does_not_undo_what_others_learn_between_micro_batches(tmp_path: Path) -> None:
+    class Counts(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("broken", torch.full((2,), torch.nan))
+            self.register_buffer("flags", torch.tensor([True, False]))
+            self.register_buffer("batches", torch.zeros(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.batches += 1
+            return super().training_step(batch, batch_idx)
+
+    (report,) = fit(tmp_path, Counts(), in_process(4), accumulate_grad_batches=5)
+    assert report["weights"]["batches"].item() == 10
+
+
 def test_an_optimizer_in_a_wrapper_of_the_users_own_is_stepped(tmp_path: Path) -> None:
     class Wrapper(torch.optim.SGD):
         def __init__(self, parameters: Any) -> None:

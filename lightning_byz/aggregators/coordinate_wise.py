@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators.base import Aggregator, WeightedAggregator
-from lightning_byz.order_statistics import median_of_rows, sorted_rows
+from lightning_byz.order_statistics import median_of_rows, middle_of, sorted_rows
 from lightning_byz.rows import Rows
 
 
@@ -70,8 +70,7 @@ class MeaMed(Aggregator):
 
         def rule(block: Tensor) -> Tensor:
             ordered = sorted_rows(block, 0, n)
-            middle = ordered[n // 2] if n % 2 else ordered[n // 2 - 1] / 2 + ordered[n // 2] / 2
-            return mean_of_nearest(ordered, middle, n - f)
+            return mean_of_nearest(ordered, middle_of(ordered), n - f)
 
         return rows.map(rule)
 
