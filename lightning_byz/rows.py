@@ -9,7 +9,7 @@ columns goes through `sum`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,12 @@ class Rows:
         mixing: ``[n, n_taking_part]`` float64; row i of the result is ``sum_j mixing[i, j] * row_j``, made block by block.
         total: adds up a small tensor over the ranks that hold the other slices.
         agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
-        generator: the round's random stream, the same on every rank, for rules that shuffle.
+        generator: the round's random stream, the same on every rank, for rules that shuffle or sample.
+        offset: where this slice begins in the whole vectors.
+        dim: columns of the whole vectors; None: this slice is all there is.
+        last: ``[d_local]``, the rule's last result, for rules that remember it (`Aggregator.remembers`); None in the first round.
+        shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
+            the same. They come from the run's configuration, never from a worker.
     """
 
     values: Tensor
@@ -43,6 +48,12 @@ class Rows:
     total: Callable[[Tensor], Tensor] = _identity
     agree: Callable[[Tensor], Tensor] = _identity
     generator: torch.Generator | None = None
+    offset: int = 0
+    dim: int | None = None
+    last: Tensor | None = None
+    shares: Tensor | None = None
+    _cache: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list, repr=False)
+    """Values, index and the inner products of these base rows, once somebody asked for them."""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -73,15 +84,16 @@ class Rows:
     def select(self, keep: Tensor) -> Rows:
         """The rows at ``keep`` (indices, or a bool mask ``[n]``). Nothing is copied."""
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+        shares = None if self.shares is None else self.shares[keep.to(self.shares.device)]
         if self.mixing is not None:
-            return replace(self, mixing=self.mixing[keep.to(self.mixing.device)])
+            return replace(self, mixing=self.mixing[keep.to(self.mixing.device)], shares=shares)
         keep = keep.to(self.values.device)
-        return replace(self, index=keep if self.index is None else self.index[keep])
+        return replace(self, index=keep if self.index is None else self.index[keep], shares=shares)
 
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
         weights = weights.to(device=self.values.device, dtype=torch.float64)
-        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing)
+        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None)
 
     def _base(self, block: Tensor) -> Tensor:
         return block if self.index is None else block[self.index]
@@ -102,10 +114,22 @@ class Rows:
             out[:, first:last] = block
         return out
 
-    def columns(self, index: Tensor) -> Tensor:
-        """The given columns of this slice, ``[n, len(index)]``."""
-        picked = self._base(self.values[:, index]).to(self.work_dtype)
-        return picked if self.mixing is None else self.mixing.to(picked.dtype) @ picked
+    @property
+    def stream(self) -> torch.Generator:
+        """The round's random stream; rows without one (a plain matrix) always get the same."""
+        return self.generator or torch.Generator().manual_seed(0)
+
+    def columns(self, index: Tensor) -> Rows:
+        """The rows in some columns of the whole vectors only, given by their indices; a slice keeps those that it holds."""
+        local = index.to(self.values.device) - self.offset
+        local = local[(local >= 0) & (local < self.values.shape[1])]
+        return replace(self, values=self.values[:, local], last=None, dim=None, offset=0)
+
+    def span(self, first: int, last: int) -> Rows:
+        """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that it holds. Nothing is copied."""
+        width = self.values.shape[1]
+        first, last = (min(max(column - self.offset, 0), width) for column in (first, last))
+        return replace(self, values=self.values[:, first:last], last=None, dim=None, offset=0)
 
     # -- looking across columns ---------------------------------------------------------------------------------------
 
@@ -138,6 +162,9 @@ class Rows:
         base = replace(self, mixing=None)
         if self.mixing is not None and self._keeps_shifts():
             return self.mixing @ base.gram() @ self.mixing.T
+        for values, index, products in self._cache if self.mixing is None else []:
+            if values is self.values and index is self.index:
+                return products
         products = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.values.device)
         for _, _, block in base.blocks():
             if self.mixing is not None:
@@ -147,7 +174,10 @@ class Rows:
             else:
                 block = block.double()
             products += block @ block.T
-        return self.sum(products)
+        products = self.sum(products)
+        if self.mixing is None:
+            self._cache[:] = [(self.values, self.index, products)]
+        return products
 
     def squared_distances(self) -> Tensor:
         """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf`` where it overflows."""

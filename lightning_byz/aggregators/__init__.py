@@ -2,32 +2,47 @@
 
 from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule, TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.bucketing import Bucketing
+from lightning_byz.aggregators.centered_clipping import CenteredClip
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.aggregators.clipping import ARC, StaticClipping
 from lightning_byz.aggregators.coordinate_wise import CoordinateMedian, MeaMed, Mean, Phocas, TrimmedMean
-from lightning_byz.aggregators.geometric_median import GeometricMedian
-from lightning_byz.aggregators.krum import Krum, MultiKrum
+from lightning_byz.aggregators.geometric_median import AutoGM, GeometricMedian
+from lightning_byz.aggregators.krum import Bulyan, Krum, MultiKrum
+from lightning_byz.aggregators.majority_vote import MajorityVote
 from lightning_byz.aggregators.nearest_neighbor_mixing import NNM
-from lightning_byz.aggregators.subsets import CGE, FABA, Aksel
+from lightning_byz.aggregators.sign_guard import SignGuard
+from lightning_byz.aggregators.spectral import CAF, DnC
+from lightning_byz.aggregators.subset_search import MDA, SMEA
+from lightning_byz.aggregators.subsets import CGE, FABA, Aksel, MoNNA
 
 __all__ = [
     "ARC",
+    "CAF",
     "CGE",
     "FABA",
+    "MDA",
     "NNM",
+    "SMEA",
     "Aggregator",
     "Aksel",
+    "AutoGM",
     "Bucketing",
+    "Bulyan",
+    "CenteredClip",
     "Chain",
     "CoordinateMedian",
+    "DnC",
     "GeometricMedian",
     "Krum",
+    "MajorityVote",
     "MeaMed",
     "Mean",
+    "MoNNA",
     "MultiKrum",
     "Phocas",
     "PreAggregator",
     "Rule",
+    "SignGuard",
     "StaticClipping",
     "TooFewRowsError",
     "TrimmedMean",

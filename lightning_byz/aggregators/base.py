@@ -61,6 +61,16 @@ class Rule(ABC):
 class Aggregator(Rule):
     """A rule that makes one vector of n rows. Subclasses implement `aggregate`, or `weights` (see `WeightedAggregator`)."""
 
+    @property
+    def weighted(self) -> bool:
+        """Whether it takes ``rows.shares`` into account, how much of the data each row stands for."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the result depends on the last round's, which algorithms then keep and give it as ``rows.last``."""
+        return False
+
     def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
@@ -74,9 +84,11 @@ class Aggregator(Rule):
 
         Raises:
             TooFewRowsError: if f is too large for n, or for the rows that are left.
+            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it.
         """
         rows = Rows.of(rows)
         self.check(len(rows))
+        self._check_shares(rows)
         speaking = rows.finite() if present is None else present
         heard = int(speaking.sum())
         silent = len(rows) - heard
@@ -94,6 +106,21 @@ class Aggregator(Rule):
             )
         return self.with_f(f).aggregate(rows.select(speaking))
 
+    def _check_shares(self, rows: Rows) -> None:
+        if rows.shares is None:
+            return
+        name, largest = type(self).__name__, rows.shares.sort(descending=True).values[: self.f]
+        if not self.weighted:
+            raise ValueError(
+                f"{name} counts every row alike. Found rows that stand for different shares of the data. Use CoordinateMedian, "
+                "GeometricMedian or Mean, which weigh them, or no weights."
+            )
+        if self.f and 2 * float(largest.sum()) >= float(rows.shares.sum()):
+            raise ValueError(
+                f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} with "
+                f"{100 * float(largest.sum() / rows.shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
+            )
+
     @abstractmethod
     def aggregate(self, rows: Rows) -> Tensor:
         """The rule itself, on finite rows and with an f that fits: ``Rows [n, d] -> [d]``."""
@@ -105,7 +132,7 @@ class WeightedAggregator(Aggregator):
 
     @abstractmethod
     def weights(self, rows: Rows) -> Tensor:
-        """``[n]`` float64 weights that sum to 1."""
+        """``[n]`` float64 weights >= 0 that sum to 1, or to less where a rule clips rows."""
 
     def aggregate(self, rows: Rows) -> Tensor:
         return rows.combine(self.weights(rows))

@@ -40,8 +40,7 @@ class Bucketing(PreAggregator):
 
     def __call__(self, rows: Rows) -> Rows:
         n = len(rows)
-        generator = rows.generator or torch.Generator().manual_seed(0)
-        order = torch.randperm(n, generator=generator, device=generator.device).cpu()
+        order = torch.randperm(n, generator=rows.stream, device=rows.stream.device).cpu()
         weights = torch.zeros(self.count(n), n, dtype=torch.float64)
         for i, bucket in enumerate(torch.split(order, self.s)):
             weights[i, bucket] = 1 / len(bucket)

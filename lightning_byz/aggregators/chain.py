@@ -44,6 +44,14 @@ class Chain(Aggregator):
         object.__setattr__(self, "pre", tuple(part if f is None else part.with_f(f) for part in self.pre))
         object.__setattr__(self, "rule", self.rule if f is None else self.rule.with_f(f))
 
+    @property
+    def weighted(self) -> bool:
+        return not self.pre and self.rule.weighted
+
+    @property
+    def remembers(self) -> bool:
+        return self.rule.remembers
+
     def most_f(self, n: int) -> int:
         bounded = isinstance(self.rule, Mean) and any(part.bounds_rows for part in self.pre)
         limits = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +26,18 @@ class Mean(WeightedAggregator):
     def with_f(self, f: int) -> Mean:
         return self
 
+    @property
+    def weighted(self) -> bool:
+        return True
+
     def weights(self, rows: Rows) -> Tensor:
+        if rows.shares is not None:
+            return rows.shares / rows.shares.sum()
         return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.values.device)
 
     def aggregate(self, rows: Rows) -> Tensor:
+        if rows.shares is not None:
+            return super().aggregate(rows)
         return rows.map(lambda block: _running_sum(block) / len(block))
 
 
@@ -35,11 +45,45 @@ class Mean(WeightedAggregator):
 class CoordinateMedian(Aggregator):
     """The median of every coordinate; for even n the mean of the two middle values (``torch.median`` takes the lower one).
 
-    Yin et al., ICML 2018 (arXiv 1803.01498). Needs n > 2f, and does not use f otherwise.
+    Yin et al., ICML 2018 (arXiv 1803.01498). Needs n > 2f, and does not use f otherwise. Where rows stand for unequal shares of the data:
+    the weighted median, the middle of all values that have at most half of the weight below them and at most half above.
+
+    Args:
+        middle: what an even number gives: "mean" of the two middle values, or the "lower" one of them, as in code built on
+            ``torch.median`` (docs/definitions.md). With "lower", -x does not give minus the result of x.
     """
 
+    middle: Literal["mean", "lower"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.middle not in ("mean", "lower"):
+            raise ValueError(f"`middle` should be 'mean' or 'lower'. Found {self.middle!r}.")
+
+    @property
+    def weighted(self) -> bool:
+        return True
+
     def aggregate(self, rows: Rows) -> Tensor:
+        if rows.shares is not None:
+            return rows.map(self._weighted_median(rows.shares))
+        if self.middle == "lower":
+            low = (len(rows) - 1) // 2
+            return rows.map(lambda block: sorted_rows(block, low, low + 1)[0])
         return rows.map(median_of_rows)
+
+    def _weighted_median(self, shares: Tensor) -> Callable[[Tensor], Tensor]:
+        shares = shares / shares.sum()
+
+        def rule(block: Tensor) -> Tensor:
+            ordered, order = block.sort(dim=0)
+            below = shares.to(block.device)[order].cumsum(0)  # [n, c] weight of all values up to this one
+            low = (below < 0.5 - 1e-12).sum(0, keepdim=True)
+            high = (below < 0.5 + 1e-12).sum(0, keepdim=True)
+            lower = ordered.gather(0, low)[0]
+            return lower if self.middle == "lower" else lower / 2 + ordered.gather(0, high)[0] / 2
+
+        return rule
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,54 @@
-"""Krum and Multi-Krum: trust the rows whose neighbours are near."""
+"""Krum, Multi-Krum and Bulyan: trust the rows whose neighbours are near."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
+from lightning_byz.aggregators.base import Aggregator, WeightedAggregator, equal_weights
+from lightning_byz.aggregators.coordinate_wise import mean_of_nearest
+from lightning_byz.order_statistics import middle_of, sorted_rows
 from lightning_byz.rows import Rows
 
 
-def krum_scores(squared_distances: Tensor, f: int) -> Tensor:
-    """``[n]``: for every row the sum of its squared distances to its n - f - 2 nearest others."""
+class KrumDefinition(NamedTuple):
+    """What an implementation of Krum computes.
+
+    Attributes:
+        fewer: the score of a row counts its n - f - fewer nearest others.
+        power: to which its distances to them are raised.
+        kept: Multi-Krum averages n - f - kept rows.
+        margin: needs n >= 2f + margin.
+    """
+
+    fewer: int
+    power: int
+    kept: int
+    margin: int
+
+
+DEFINITIONS = {
+    "blanchard2017": KrumDefinition(fewer=2, power=2, kept=2, margin=3),
+    "byzfl": KrumDefinition(fewer=1, power=2, kept=0, margin=1),
+    "byzantine_momentum": KrumDefinition(fewer=1, power=1, kept=2, margin=3),
+    "vr_byzantine": KrumDefinition(fewer=2, power=4, kept=2, margin=3),
+    "signsgd": KrumDefinition(fewer=2, power=1, kept=0, margin=3),
+}
+"""The paper's; ByzFL's; LPD-EPFL/ByzantineMomentum's; that of SamuelHorvath/VR_Byzantine, which squares squared distances; and that of
+PermiJW/signSGD-with-Majority-Vote, whose n - f - 1 nearest include the row itself."""
+
+Definition = Literal["blanchard2017", "byzfl", "byzantine_momentum", "vr_byzantine", "signsgd"]
+
+
+def krum_scores(squared_distances: Tensor, f: int, definition: KrumDefinition = DEFINITIONS["blanchard2017"]) -> Tensor:
+    """``[n]``: for every row the sum of its squared (or so) distances to its nearest others."""
     n = len(squared_distances)
-    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + n - f - 2]  # column 0 is the row itself
+    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + n - f - definition.fewer]  # column 0 is the row itself
+    if definition.power != 2:
+        nearest = nearest.pow(definition.power / 2)
     return nearest.sum(1)
 
 
@@ -25,25 +60,28 @@ class MultiKrum(WeightedAggregator):
     nearest others. Needs n >= 2f + 3.
 
     Args:
-        m: rows that are averaged, 1 <= m <= n - f - 2; None takes n - f - 2. ByzFL takes n - f, and n - f - 1 neighbours.
+        m: rows that are averaged, 1 <= m <= n - f - 2 (the paper's bound); None takes n - f - 2, or what the definition says.
+        definition: whose Krum it is (docs/definitions.md); the paper's by default.
     """
 
     m: int | None = None
+    definition: Definition = "blanchard2017"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_definition(self.definition)
         if self.m is not None and self.m < 1:
             raise ValueError(f"`m`, the number of rows to average, should be at least 1. Found m={self.m}.")
 
     def most_f(self, n: int) -> int:
-        m = self.m or 1
-        return min((n - 3) // 2, n - 2 - m)
+        definition = DEFINITIONS[self.definition]
+        return min((n - definition.margin) // 2, n - definition.kept - (self.m or 1))
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        n = len(rows)
-        scores = krum_scores(rows.squared_distances(), self.f)
-        return equal_weights(scores.sort(stable=True).indices[: self.m or n - self.f - 2], n)
+        n, definition = len(rows), DEFINITIONS[self.definition]
+        scores = krum_scores(rows.squared_distances(), self.f, definition)
+        return equal_weights(scores.sort(stable=True).indices[: self.m or n - self.f - definition.kept], n)
 
 
 @dataclass(frozen=True)
@@ -51,12 +89,62 @@ class Krum(WeightedAggregator):
     """The one row with the smallest Krum score (the first of them if several tie).
 
     Blanchard et al., NeurIPS 2017 (arXiv 1703.02757), with the paper's n - f - 2 neighbours. Needs n >= 2f + 3.
+
+    Args:
+        definition: whose Krum it is (docs/definitions.md); the paper's by default.
     """
 
+    definition: Definition = "blanchard2017"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_definition(self.definition)
+
     def most_f(self, n: int) -> int:
-        return (n - 3) // 2
+        return (n - DEFINITIONS[self.definition].margin) // 2
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        scores = krum_scores(rows.squared_distances(), self.f)
+        scores = krum_scores(rows.squared_distances(), self.f, DEFINITIONS[self.definition])
         return equal_weights(scores.sort(stable=True).indices[:1], len(rows))
+
+
+def _check_definition(name: str) -> None:
+    if name not in DEFINITIONS:
+        raise ValueError(f"`definition` should be one of {', '.join(DEFINITIONS)}. Found {name!r}.")
+
+
+@dataclass(frozen=True)
+class Bulyan(Aggregator):
+    """Krum picks n - 2f rows, one after the other; in every coordinate, the n - 4f picked values nearest to their median are averaged.
+
+    El Mhamdi, Guerraoui, Rouault, ICML 2018 (arXiv 1802.07927). Needs n >= 4f + 3. Every pick is the Krum winner of the rows that are
+    left, m of them, with m - f - 2 neighbours. The last picks have one neighbour or none, where Krum scores tie by definition (two
+    rows that are each other's nearest); the paper leaves open who wins, and here it is the row that is nearer to the rest: one more
+    neighbour is counted until the scores differ, so that the order of the rows does not matter.
+    """
+
+    def most_f(self, n: int) -> int:
+        return (n - 3) // 4
+
+    def picked(self, rows: Rows) -> Tensor:
+        """The indices of the n - 2f rows that Krum picks."""
+        assert self.f is not None
+        distances = rows.squared_distances().cpu()
+        left, picked = list(range(len(rows))), []
+        for _ in range(len(rows) - 2 * self.f):
+            nearest = distances[left][:, left].sort(dim=1).values[:, 1:]
+            sums = nearest.cumsum(1)[:, max(0, len(left) - self.f - 3) :]
+            winner = min(range(len(left)), key=lambda i: sums[i].tolist())
+            picked.append(left.pop(winner))
+        return torch.tensor(sorted(picked), device=rows.values.device)
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n, f = len(rows), self.f
+
+        def rule(block: Tensor) -> Tensor:
+            ordered = sorted_rows(block, 0, n - 2 * f)
+            return mean_of_nearest(ordered, middle_of(ordered), n - 4 * f)
+
+        return rows.select(self.picked(rows)).map(rule)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
+from lightning_byz.aggregators.base import TooFewRowsError, WeightedAggregator, equal_weights
 from lightning_byz.order_statistics import median_of_rows
 from lightning_byz.rows import Rows
 
@@ -64,3 +64,37 @@ class Aksel(WeightedAggregator):
         n = len(rows)
         distances = rows.squared_distances_to(rows.map(median_of_rows))
         return equal_weights(distances.sort(stable=True).indices[: -(-n // 2) if self.half else n - self.f], n)
+
+
+@dataclass(frozen=True)
+class MoNNA(WeightedAggregator):
+    """The mean of the n - f rows nearest to a trusted worker's, its own included.
+
+    Farhadkhani et al., ICML 2023 (arXiv 2302.05865), where every worker of a decentralised run trusts itself. Needs n > 2f. Without the trusted
+    row there is no result: the step is skipped.
+
+    Args:
+        trusted: index of the worker whose row is trusted.
+    """
+
+    trusted: int = 0
+
+    def check(self, n: int) -> None:
+        super().check(n)
+        if not 0 <= self.trusted < n:
+            raise ValueError(f"`trusted` should be the index of one of n={n} workers. Found {self.trusted}.")
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n, trusted = len(rows), self._position(rows)
+        distances = rows.squared_distances()[trusted]
+        return equal_weights(distances.sort(stable=True).indices[: n - self.f], n)
+
+    def _position(self, rows: Rows) -> int:
+        """Where the trusted row is among those that take part."""
+        if rows.index is None:
+            return self.trusted
+        here = (rows.index == self.trusted).nonzero()
+        if len(here) == 0:
+            raise TooFewRowsError(f"MoNNA trusts worker {self.trusted}, whose row is silent in this round.")
+        return int(here)

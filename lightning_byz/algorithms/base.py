@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -85,6 +86,23 @@ class Algorithm(ABC):
         Raises:
             TooFewRowsError: if nothing can be said about this round; no state has changed then.
         """
+
+    def aggregate(self, rows: Rows, last: Tensor, round: Round) -> tuple[Tensor, Tensor]:
+        """The rule's result, and what to keep of it as ``last`` for the next round.
+
+        Args:
+            rows: what the rule aggregates.
+            last: ``[d]`` the rule's last result; empty for a rule that remembers nothing.
+            round: with ``present`` set.
+        """
+        if not self.aggregator.remembers:
+            return self.aggregator(rows, round.present), last
+        result = self.aggregator(replace(rows, last=last), round.present)
+        return result, result.clone()  # who writes into the estimate changes no state
+
+    def init_last(self, x: Tensor) -> Tensor:
+        """``last`` before the first round: 0 for rules that remember, as the papers start; else empty."""
+        return torch.zeros_like(x) if self.aggregator.remembers else x.new_empty(0)
 
     def seen(self, rows: Rows, state: Any, round: Round) -> Rows:
         """The rows that the rule saw in this round, given the server's new state; for monitors."""

@@ -34,9 +34,11 @@ class ServerState(NamedTuple):
 
     Attributes:
         g: a mirror of every worker's estimate, Byzantine workers included, ``[n, d]``.
+        last: the rule's last result, ``[d]``; empty unless the rule remembers it.
     """
 
     g: Tensor
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,15 @@ class ByzEF21SGDM(Algorithm):
         return c, WorkerState(v, g, state.rounds + 1)
 
     def init_server(self, x: Tensor, n: int) -> ServerState:
-        return ServerState(x.new_zeros(n, len(x)))
+        return ServerState(x.new_zeros(n, len(x)), self.init_last(x))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
         g = replace(rows, values=state.g + rows.dense(), index=None, mixing=None)
         finite = g.finite()  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
         if not finite.all():
             g.values[~finite] = state.g[~finite]
-        return self.aggregator(g, torch.ones_like(finite)), ServerState(g.values)
+        estimate, last = self.aggregate(g, state.last, round._replace(present=torch.ones_like(finite)))
+        return estimate, ServerState(g.values, last)
 
     def seen(self, rows: Rows, state: ServerState, round: Round) -> Rows:
         return replace(rows, values=state.g, index=None, mixing=None)

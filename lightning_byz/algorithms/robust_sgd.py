@@ -34,11 +34,13 @@ class ServerState(NamedTuple):
     Attributes:
         m: momentum, ``[d]``; empty without server momentum.
         a: the last aggregate of the workers' moving averages, ``[d]``; empty unless worker momentum is undone.
+        last: the rule's last result, ``[d]``; empty unless the rule remembers it.
         rounds: rounds that gave an estimate, a 0-d tensor.
     """
 
     m: Tensor
     a: Tensor
+    last: Tensor
     rounds: Tensor
 
 
@@ -92,7 +94,7 @@ class RobustSGD(Algorithm):
 
     @property
     def stateless(self) -> bool:
-        return self.worker_momentum == 0 and self.server_momentum == 0
+        return self.worker_momentum == 0 and self.server_momentum == 0 and not self.aggregator.remembers
 
     def with_f(self, f: int) -> RobustSGD:
         return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))
@@ -117,11 +119,11 @@ class RobustSGD(Algorithm):
     def init_server(self, x: Tensor, n: int) -> ServerState:
         empty = x.new_empty(0)
         m, a = (torch.zeros_like(x) if kept else empty for kept in (self.server_momentum, self._undoes))
-        return ServerState(m, a, torch.zeros((), dtype=torch.int64))
+        return ServerState(m, a, self.init_last(x), torch.zeros((), dtype=torch.int64))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
-        g = self.aggregator(rows, round.present)
-        m, a, rounds = state
+        g, last = self.aggregate(rows, state.last, round)
+        m, a, rounds = state.m, state.a, state.rounds
         if self._undoes:
             beta = self.worker_momentum
             a = g * (1 - beta ** float(rounds + 1))  # as it is without the correction for its start at 0
@@ -129,4 +131,4 @@ class RobustSGD(Algorithm):
         if self.server_momentum:
             m, g = _momentum(m, g, self.server_momentum, rounds)
             g = g.clone() if g is m else g  # who writes into the estimate changes no state
-        return g, ServerState(m, a, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1)
+        return g, ServerState(m, a, last, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1)

@@ -1,0 +1,118 @@
+"""Rules that look for the direction in which rows differ most, and distrust those that stand out along it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
+from lightning_byz.aggregators.medoid import around_medoid
+from lightning_byz.rows import Rows
+
+
+def _top_direction(products: Tensor, weights: Tensor) -> tuple[float, Tensor]:
+    """The direction of largest weighted variance.
+
+    Args:
+        products: ``[n, n]`` inner products of the rows, after any common shift.
+        weights: ``[n]``, >= 0.
+
+    Returns:
+        the variance along it, and ``[n]`` the square of every row's distance from the weighted mean along it.
+    """
+    share = weights / weights.sum()
+    to_mean = products @ share
+    centred = products - to_mean - to_mean[:, None] + share @ to_mean
+    root = share.sqrt()
+    values, vectors = torch.linalg.eigh(root[:, None] * centred * root)
+    variance = max(float(values[-1]), 0.0)
+    if variance == 0.0:
+        return 0.0, torch.zeros_like(weights)
+    along = centred @ (root * vectors[:, -1])
+    return variance, along.square() / variance
+
+
+@dataclass(frozen=True)
+class CAF(WeightedAggregator):
+    """Covariance-bound agnostic filter: takes weight from the rows that stand out most, until n - 2f is left; keeps the best mean.
+
+    Allouah, Guerraoui, Stephan, ICML 2025. Needs n > 2f. All rows start with weight 1. A row's weight shrinks by its squared distance from
+    the weighted mean along the direction of largest variance, relative to the farthest row's, which loses all of its weight. The result
+    is the weighted mean with the smallest largest variance on the way. Every step runs on the n x n matrix of inner products; the
+    vectors are read twice.
+    """
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n = len(rows)
+        near, products = around_medoid(rows, self.f)
+        c = torch.ones(len(near), dtype=torch.float64, device=products.device)
+        best, chosen = math.inf, c
+        while float(c.sum()) > n - 2 * self.f or math.isinf(best):
+            variance, tau = _top_direction(products, c)
+            if variance < best:
+                best, chosen = variance, c
+            tau = torch.where(c > 0, tau, 0.0)
+            if not float(tau.max()) > 0:
+                break  # all rows that have weight are equal
+            c = c * (1 - tau / tau.max())
+        weights = torch.zeros(n, dtype=torch.float64, device=products.device)
+        weights[near] = chosen / chosen.sum()
+        return weights
+
+
+@dataclass(frozen=True)
+class DnC(WeightedAggregator):
+    """Divide and conquer: drops the rows that stand out along the direction of largest variance in a random set of coordinates.
+
+    Shejwalkar, Houmansadr, NDSS 2021, Algorithm 2. Each time, the floor(c f) rows farthest from the mean along that direction are bad; the
+    result is the mean of the rows that never were. Where none is left, which the paper leaves open, those that were bad least often are
+    averaged. Needs n > 2f. A few rows of very different sizes defeat it: the largest of them alone decides the direction.
+
+    Coordinates are drawn from ``rows.generator``, which a run sets anew in every round, the same on every rank; rows without one (a
+    plain matrix) always get the same.
+
+    Args:
+        coordinates: how many are drawn, the paper's b; all of them if there are fewer.
+        iterations: how often.
+        c: the share of f that is dropped each time, > 0.
+    """
+
+    coordinates: int = 10_000
+    iterations: int = 1
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("coordinates", "iterations", "c"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` should be positive. Found {getattr(self, name)}.")
+
+    def most_f(self, n: int) -> int:
+        return min((n - 1) // 2, math.ceil(n / self.c) - 1)  # floor(c f) < n
+
+    def weights(self, rows: Rows) -> Tensor:
+        assert self.f is not None
+        n, drop = len(rows), math.floor(self.c * self.f)
+        stream = rows.stream
+        bad = torch.zeros(n, dtype=torch.int64, device=rows.values.device)
+        for _ in range(self.iterations):
+            near, products = around_medoid(self._sampled(rows, stream), self.f)
+            everyone = torch.ones(len(near), dtype=torch.float64, device=products.device)
+            scores = torch.full((n,), torch.inf, dtype=torch.float64, device=products.device)
+            scores[near] = _top_direction(products, everyone)[1]
+            bad[scores.sort(stable=True).indices[n - drop :]] += 1
+        return equal_weights((bad == bad.min()).nonzero().flatten(), n)
+
+    def _sampled(self, rows: Rows, stream: torch.Generator) -> Rows:
+        dim = rows.values.shape[1] if rows.dim is None else rows.dim
+        if dim <= self.coordinates:
+            return rows
+        if dim <= 4 * self.coordinates:
+            return rows.columns(torch.randperm(dim, generator=stream, device=stream.device)[: self.coordinates])
+        drawn = torch.randint(dim, (self.coordinates,), generator=stream, device=stream.device).sort().values
+        first = torch.cat([drawn.new_ones(1, dtype=torch.bool), drawn[1:] > drawn[:-1]])
+        return rows.columns(drawn[first])  # a few fewer than wanted, where draws coincide
