@@ -14,10 +14,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_byz.finite import all_finite
 from lightning_byz.order_statistics import median_of_rows
 
 _BLOCK = 32_768
 """Columns that are worked on at a time: 20 float32 rows of a block are 2.6 MB, which stay in a core's second-level cache."""
+
+_BLOCK_ON_ACCELERATOR = 1 << 20
+"""The same where kernels cost more to launch than to fetch a block from memory again."""
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -100,8 +104,9 @@ class Rows:
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading only."""
-        for first in range(0, self.values.shape[1], _BLOCK):
-            last = min(first + _BLOCK, self.values.shape[1])
+        size = _BLOCK if self.values.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+        for first in range(0, self.values.shape[1], size):
+            last = min(first + size, self.values.shape[1])
             block = self._base(self.values[:, first:last]).to(self.work_dtype)
             yield first, last, block if self.mixing is None else self.mixing.to(block.dtype) @ block
 
@@ -139,9 +144,14 @@ class Rows:
 
     def finite(self) -> Tensor:
         """``[n]`` bool: the rows that hold neither nan nor inf, in any slice."""
-        bad = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
-        for _, _, block in self.blocks():
-            bad += (~torch.isfinite(block)).sum(1)
+        if self.mixing is None:
+            stored = range(len(self.values)) if self.index is None else self.index.tolist()
+            bad = torch.stack([~all_finite(self.values[i]) for i in stored]) if stored else torch.zeros(0)
+        else:
+            bad = torch.zeros(len(self), dtype=torch.bool, device=self.values.device)
+            for _, _, block in self.blocks():
+                bad |= torch.stack([~all_finite(row) for row in block])
+        bad = bad.to(device=self.values.device, dtype=torch.float64)
         return self.sum(bad) == 0
 
     def _keeps_shifts(self) -> bool:
@@ -166,14 +176,16 @@ class Rows:
             if values is self.values and index is self.index:
                 return products
         products = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.values.device)
+        room: Tensor | None = None  # one block in float64
         for _, _, block in base.blocks():
             if self.mixing is not None:
                 block = self.mixing @ block.double()
             if self.mixing is not None or block.dtype == torch.float64:
                 block = block - median_of_rows(block)
             else:
-                block = block.double()
-            products += block @ block.T
+                room = torch.empty_like(block, dtype=torch.float64) if room is None else room
+                block = room[:, : block.shape[1]].copy_(block)
+            products.addmm_(block, block.T)
         products = self.sum(products)
         if self.mixing is None:
             self._cache[:] = [(self.values, self.index, products)]
@@ -208,8 +220,9 @@ class Rows:
         """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the origin)."""
         squares = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
         for first, last, block in self.blocks():
-            block = block.double() if center is None else block.double() - center[first:last].double()
-            squares += (block * block).sum(1)
+            if center is not None:
+                block = block - center[first:last].to(block.dtype)
+            squares += torch.stack([torch.dot(wide, wide) for row in block for wide in (row.double(),)])
         return self.agree(self.sum(squares))
 
     # -- from n vectors to one ----------------------------------------------------------------------------------------

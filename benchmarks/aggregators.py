@@ -1,0 +1,233 @@
+"""How long every rule takes and how much memory it needs, beside the plain mean and the peers that are installed.
+
+    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum] [--no-peers] [--output docs/performance.md]
+
+Times are the best of a few runs, interleaved: every round runs the mean, then the rule, then the peer's rule, on the same float32 rows, so that a
+busy machine slows all of them down alike. Extra memory is the peak of the process's resident memory above what it was, over the size of
+the rows. Peers: ByzFL and ByzPy (``pip install byzfl``, ``pip install --no-deps byzpy cloudpickle``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _runs import machine, markdown
+
+import lightning_byz as byz
+from lightning_byz.rows import Rows
+
+Timed = Callable[[torch.Tensor], Any]
+TARGETS = {  # the aims at n = 20, d = 11 million: over the mean, over the fastest peer
+    "median": (3, 10),
+    "trimmed_mean": (5, 10),
+    "meamed": (10, 5),
+    "phocas": (10, 5),
+    "bulyan": (10, 5),
+    "nnm+trimmed_mean": (10, 20),
+    **dict.fromkeys(["krum", "multi_krum", "nnm+mean", "rfa", "centered_clip", "cge", "arc", "caf"], (5, 5)),
+}
+
+
+def nnm(rule: byz.Chain | Any, f: int) -> byz.Chain:
+    return byz.Chain(pre=(byz.NNM(),), rule=rule, f=f)
+
+
+def rules(n: int, f: int) -> dict[str, Timed]:
+    """Every rule, for n rows of which f may lie."""
+    small = (n - 3) // 4
+    mixed = byz.NNM(f=f)
+    return {
+        "median": byz.CoordinateMedian(f=f),
+        "trimmed_mean": byz.TrimmedMean(f=f),
+        "meamed": byz.MeaMed(f=f),
+        "phocas": byz.Phocas(f=f),
+        "bulyan": byz.Bulyan(f=min(f, small)),
+        "krum": byz.Krum(f=f),
+        "multi_krum": byz.MultiKrum(f=f),
+        "rfa": byz.GeometricMedian(f=f, definition="byzfl"),
+        "geometric_median": byz.GeometricMedian(f=f),
+        "auto_gm": byz.AutoGM(f=f),
+        "centered_clip": byz.CenteredClip(f=f, tau=100.0),
+        "cge": byz.CGE(f=f),
+        "faba": byz.FABA(f=f),
+        "aksel": byz.Aksel(f=f),
+        "monna": byz.MoNNA(f=f),
+        "mda": byz.MDA(f=f),
+        "smea": byz.SMEA(f=min(f, byz.SMEA().most_f(n))),
+        "caf": byz.CAF(f=f),
+        "dnc": byz.DnC(f=f),
+        "sign_guard": byz.SignGuard(f=f),
+        "majority_vote": byz.MajorityVote(f=f),
+        "arc": byz.Chain(pre=(byz.ARC(),), rule=byz.Mean(), f=f),
+        "clipping": byz.Chain(pre=(byz.StaticClipping(c=2.0),), rule=byz.Mean(), f=f),
+        "bucketing+median": byz.Chain(pre=(byz.Bucketing(),), rule=byz.CoordinateMedian(), f=min(f, byz.Bucketing().most_f(n))),
+        "nnm+mean": lambda rows: byz.Mean()(mixed(Rows(rows))),
+        "nnm+trimmed_mean": nnm(byz.TrimmedMean(), f),
+        "nnm+median": nnm(byz.CoordinateMedian(), f),
+        "arc+nnm+trimmed_mean": byz.Chain(pre=(byz.ARC(), byz.NNM()), rule=byz.TrimmedMean(), f=f),
+    }
+
+
+def peers(n: int, f: int) -> dict[str, dict[str, Timed]]:
+    """The rules that peers have, under our names."""
+    found: dict[str, dict[str, Timed]] = {}
+    if importlib.util.find_spec("byzfl"):
+        import byzfl
+
+        mean, trimmed, mix = byzfl.Average(), byzfl.TrMean(f=f), byzfl.NNM(f=f)
+        clip, arc, bucket = byzfl.Clipping(c=2.0), byzfl.ARC(f=f), byzfl.Bucketing(s=2)
+        found["ByzFL"] = {
+            "median": byzfl.Median(),
+            "trimmed_mean": trimmed,
+            "meamed": byzfl.Meamed(f=f),
+            "krum": byzfl.Krum(f=f),
+            "multi_krum": byzfl.MultiKrum(f=f),
+            "rfa": byzfl.GeometricMedian(nu=0.1, T=3),
+            "centered_clip": byzfl.CenteredClipping(L=1, tau=100.0),
+            "monna": byzfl.MoNNA(f=f),
+            "mda": byzfl.MDA(f=f),
+            "smea": byzfl.SMEA(f=f),
+            "caf": byzfl.CAF(f=f),
+            "arc": lambda rows: mean(arc(rows)),
+            "clipping": lambda rows: mean(clip(rows)),
+            "bucketing+median": lambda rows: byzfl.Median()(bucket(rows)),
+            "nnm+mean": lambda rows: mean(mix(rows)),
+            "nnm+trimmed_mean": lambda rows: trimmed(mix(rows)),
+        }
+    if importlib.util.find_spec("byzpy"):
+        from byzpy.aggregators.coordinate_wise.median import CoordinateWiseMedian
+        from byzpy.aggregators.coordinate_wise.trimmed_mean import CoordinateWiseTrimmedMean
+        from byzpy.aggregators.geometric_wise.geometric_median import GeometricMedian
+        from byzpy.aggregators.geometric_wise.krum import Krum, MultiKrum
+        from byzpy.aggregators.geometric_wise.minimum_diameter_average import MinimumDiameterAveraging
+        from byzpy.aggregators.geometric_wise.monna import MoNNA
+        from byzpy.aggregators.norm_wise.caf import CAF
+        from byzpy.aggregators.norm_wise.center_clipping import CenteredClipping
+        from byzpy.aggregators.norm_wise.comparative_gradient_elimination import ComparativeGradientElimination
+
+        theirs = {
+            "median": CoordinateWiseMedian(),
+            "trimmed_mean": CoordinateWiseTrimmedMean(f),
+            "krum": Krum(f),
+            "multi_krum": MultiKrum(f, n - f),
+            "geometric_median": GeometricMedian(),
+            "mda": MinimumDiameterAveraging(f),
+            "monna": MoNNA(f),
+            "caf": CAF(f),
+            "centered_clip": CenteredClipping(c_tau=100.0, M=1),
+            "cge": ComparativeGradientElimination(f),
+        }
+        found["ByzPy"] = {name: (lambda rows, rule=rule: rule.aggregate(list(rows))) for name, rule in theirs.items()}
+    return found
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Bytes by which resident memory rose above its start, at most; sampled every millisecond."""
+    page, done, peak = os.sysconf("SC_PAGE_SIZE"), threading.Event(), [0]
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    start = resident()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            peak[0] = max(peak[0], resident() - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def seconds(rule: Timed, rows: torch.Tensor) -> float:
+    start = time.perf_counter()
+    rule(rows)
+    return time.perf_counter() - start
+
+
+def compare(rule: Timed, theirs: dict[str, Timed], rows: torch.Tensor, patience: float) -> dict[str, float]:
+    """Best times of the mean, the rule and the peers' rules, interleaved, and the rule's extra memory over the rows' size."""
+    contestants = {"mean": lambda x: x.mean(0), "ours": rule, **theirs}
+    best = dict.fromkeys(contestants, math.inf)
+    with peak_memory() as peak:
+        rule(rows)
+    started, rounds = time.perf_counter(), 0
+    while rounds < 2 or (rounds < 7 and time.perf_counter() - started < patience):
+        for name, contestant in contestants.items():
+            if rounds and best[name] > patience:  # once is enough
+                continue
+            copy = rows.clone() if name not in ("mean", "ours") else rows  # some peers overwrite their input
+            best[name] = min(best[name], seconds(contestant, copy))
+        rounds += 1
+    return {**best, "memory": peak[0] / rows.nbytes}
+
+
+def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: float, mda: int) -> str:
+    f = n // 5
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+    rivals = peers(n, f) if with_peers else {}
+    lines = []
+    for name, rule in rules(n, f).items():
+        if only and name not in only:
+            continue
+        tries = math.comb(n, f) if name in ("mda", "smea") else 0  # peers visit every subset
+        theirs = {peer: known[name] for peer, known in rivals.items() if name in known and tries <= mda}
+        found = compare(rule, theirs, rows, patience)
+        over = found["ours"] / found["mean"]
+        faster = {peer: found[peer] / found["ours"] for peer in theirs}
+        aim, aim_peer = TARGETS.get(name, (None, None)) if (n, d >= 10_000_000) == (20, True) else (None, None)
+        verdict = "" if aim is None else ("yes" if over <= aim else "no") + f" (<= {aim})"
+        if aim_peer is not None and faster:
+            verdict += ", " + ("yes" if min(faster.values()) >= aim_peer else "no") + f" (>= {aim_peer})"
+        lines.append(
+            [name, f"{1000 * found['ours']:.4g}", f"{over:.1f}", f"{found['memory']:.2f}"]
+            + [f"{faster[peer]:.1f}" if peer in faster else "" for peer in rivals]
+            + [verdict]
+        )
+        print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
+    mean = f"{1000 * min(seconds(lambda x: x.mean(0), rows) for _ in range(5)):.3g}"
+    header = ["rule", "ms", "over the mean", "extra memory / rows", *(f"{peer} takes x times as long" for peer in rivals), "aims met"]
+    return f"### n = {n}, f = {f}, d = {d:,}\n\nThe plain mean: {mean} ms.\n\n" + markdown(header, lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Times every rule.")
+    parser.add_argument("--n", type=int, nargs="+", default=[10, 20, 50], help="numbers of rows; f is a fifth of them")
+    parser.add_argument("--d", type=int, nargs="+", default=[100_000, 11_173_962], help="numbers of columns; ResNet-18 has 11,173,962")
+    parser.add_argument("--rules", nargs="+", help="only these")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--patience", type=float, default=4.0, help="seconds for a rule; whatever takes longer is run once or twice")
+    parser.add_argument("--most-subsets", type=int, default=5000, help="peers' MDA and SMEA run up to so many subsets")
+    parser.add_argument("--output", type=Path, help="a Markdown page whose text below the line '<!-- measured -->' is replaced")
+    arguments = parser.parse_args()
+    text = f"{machine()}, {torch.get_num_threads()} threads.\n\n"
+    for d in arguments.d:
+        for n in arguments.n:
+            if n * d > 300_000_000 and n > 20:
+                text += f"### n = {n}, d = {d:,}\n\nWithout peers, whose copies of the rows would not fit.\n\n"
+            peered = not arguments.no_peers and n * d <= 300_000_000
+            text += table(n, d, arguments.rules, peered, arguments.patience, arguments.most_subsets)
+    if arguments.output:
+        page = arguments.output.read_text()
+        arguments.output.write_text(page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
