@@ -6,14 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from zoo import ATTACKS, each, laws, rows_for
+from zoo import ATTACKS, each, laws, rows_for, scene_of
 
 from lightning_byz.attacks import ALIE, BitFlip, Gaussian, LabelFlip, MinMax, MinSum, RandomSign
 from lightning_byz.metrics import cosine_to_honest_mean, relative_error
-
-
-def stream(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @each(ATTACKS)
@@ -22,7 +18,7 @@ def stream(seed=0):
 def test_shape_dtype_and_nobodys_rows_are_touched(case, h, b, d):
     honest, own = rows_for(h, d, dtype=torch.float32), rows_for(b, d, seed=1, dtype=torch.float32)
     before = honest.clone(), own.clone()
-    lies = case.attack(honest, own, stream())
+    lies = case.attack(honest, own, scene_of(case, honest, own))
     assert lies.shape == (b, d)
     assert lies.dtype == torch.float32
     assert torch.equal(honest, before[0])
@@ -36,20 +32,21 @@ def test_shape_dtype_and_nobodys_rows_are_touched(case, h, b, d):
 
 @each(ATTACKS)
 def test_no_attackers_no_message(case):
-    assert case.attack(rows_for(4, 5), torch.empty(0, 5, dtype=torch.float64), stream()).shape == (0, 5)
+    honest, own = rows_for(4, 5), torch.empty(0, 5, dtype=torch.float64)
+    assert case.attack(honest, own, scene_of(case, honest, own)).shape == (0, 5)
 
 
 @each([case for case in ATTACKS if case.formula])
 def test_colluders_send_what_the_formula_says(case):
     honest = rows_for(6, 30, seed=3)
-    lies = case.attack(honest, rows_for(3, 30, seed=4), stream())
+    lies = case.attack(honest, rows_for(3, 30, seed=4))
     torch.testing.assert_close(lies, case.formula(honest).expand(3, -1))
 
 
 @each(ATTACKS)
 def test_same_stream_same_lies(case):
     honest, own = rows_for(6, 30), rows_for(3, 30, seed=4)
-    first, second, other = (case.attack(honest, own, stream(seed)) for seed in (1, 1, 2))
+    first, second, other = (case.attack(honest, own, scene_of(case, honest, own, seed)) for seed in (1, 1, 2))
     assert torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     assert torch.allclose(first, other, rtol=0, atol=0, equal_nan=True) != case.random
 
@@ -61,7 +58,8 @@ def test_it_damages_the_rule_that_it_says_it_damages(case):
         rows = rows_for(damage.n, 300, seed=seed, mean=1.0, scale=damage.spread, dtype=torch.float32)
         honest, own = rows[damage.b :], rows[: damage.b]
         peace = damage.rule(rows)
-        result = damage.rule(torch.cat([case.attack(honest, own, stream(seed)), honest]))
+        lies = case.attack(honest, own, scene_of(case, honest, own, seed, damage.rule))
+        result = damage.rule(torch.cat([lies, honest]))
         harm = torch.nan_to_num(relative_error(result, honest), nan=torch.inf)
         assert harm >= damage.error
         if damage.reverses:
@@ -92,17 +90,17 @@ def test_the_z_table_of_alie(n, f, z):
     assert ALIE().factor(n, f) == pytest.approx(z, abs=6e-4)
     rows = rows_for(n, 12)
     expected = rows[f:].mean(0) - ALIE().factor(n, f) * rows[f:].std(0, unbiased=True)
-    torch.testing.assert_close(ALIE()(rows[f:], rows[:f], stream()), expected.expand(f, -1))
+    torch.testing.assert_close(ALIE()(rows[f:], rows[:f]), expected.expand(f, -1))
 
 
 def test_alie_by_hand():
     honest = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])  # means 2 and 1, unbiased deviations 2 and 0
-    assert ALIE(z=1.5)(honest, torch.zeros(1, 2), stream()).tolist() == [[-1.0, 1.0]]
-    assert ALIE(z=1.5)(honest[:1], torch.zeros(2, 2), stream()).tolist() == [[0.0, 1.0]] * 2  # one row has no spread
+    assert ALIE(z=1.5)(honest, torch.zeros(1, 2)).tolist() == [[-1.0, 1.0]]
+    assert ALIE(z=1.5)(honest[:1], torch.zeros(2, 2)).tolist() == [[0.0, 1.0]] * 2  # one row has no spread
 
 
 def test_gaussian_noise_has_its_mean_and_deviation_and_differs_between_workers():
-    lies = Gaussian(mean=2.0, std=3.0)(torch.zeros(1, 20_000), torch.zeros(3, 20_000), stream())
+    lies = Gaussian(mean=2.0, std=3.0)(torch.zeros(1, 20_000), torch.zeros(3, 20_000))
     assert lies.mean(1).tolist() == pytest.approx([2.0] * 3, abs=0.1)
     assert lies.std(1).tolist() == pytest.approx([3.0] * 3, abs=0.1)
     assert torch.corrcoef(lies)[0, 1].abs() < 0.03
@@ -202,15 +200,15 @@ def test_hiding_attacks_go_as_far_as_they_may_and_no_farther(kind, direction, h)
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if hidden(middle) else (low, middle)
-    lies = attack(honest, torch.zeros(2, 40).double(), stream())
+    lies = attack(honest, torch.zeros(2, 40).double())
     assert low > 0
     torch.testing.assert_close(lies, (mean - low * p).expand(2, -1), rtol=1e-8, atol=1e-8)
 
 
 def test_bit_flip_and_random_sign_are_about_ones_own_message():
     honest, own = rows_for(4, 2000), rows_for(3, 2000, seed=9)
-    assert torch.equal(BitFlip()(honest, own, stream()), -own)
-    lies = RandomSign()(honest, own, stream())
+    assert torch.equal(BitFlip()(honest, own), -own)
+    lies = RandomSign()(honest, own)
     assert torch.equal(lies.abs(), own.abs())
     assert 0.45 < float((lies == own).double().mean()) < 0.55
     assert not torch.equal(lies[0] == own[0], lies[1] == own[1])

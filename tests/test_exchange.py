@@ -277,8 +277,8 @@ class Recording(Attack):
     def __init__(self, answer=lambda honest, own: torch.full_like(own, 5.0)):
         self.calls, self.answer = [], answer
 
-    def __call__(self, honest, own, generator):
-        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=generator).item()))
+    def __call__(self, honest, own, scene):
+        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=scene.generator).item()))
         return self.answer(honest, own)
 
 

@@ -201,7 +201,7 @@ def test_what_an_attack_did_is_logged(devices: int, tmp_path: Path) -> None:
 class Garbage(LabelFlip):
     """Feeds a worker noise instead of its batch."""
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Any, generator: Any = None) -> Any:
         return [torch.full_like(batch[0], 1e3), *batch[1:]]
 
 
