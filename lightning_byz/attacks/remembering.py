@@ -61,6 +61,8 @@ class Mimic(Attack):
         row = int(scene.agree((honest @ memory["z"].to(honest)).argmax()))
         if learning:
             memory.update(target=torch.tensor(workers[row]), rounds=torch.tensor(rounds + 1))
+            if rounds + 1 == self.warmup:
+                del memory["mu"]
         return everyone(honest[row], own)
 
     @staticmethod
