@@ -20,7 +20,7 @@ from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
-from lightning_byz.compressors import Field, Identity, TopK
+from lightning_byz.compressors import Field, Identity, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
 from lightning_byz.rng import restore, snapshot, worker_rng
@@ -445,6 +445,16 @@ def test_the_target_is_what_a_mean_of_the_honest_would_have_given(name):
         expected, _ = mean.server(Rows(honest), before or mean.init_server(LIKE, 9), Round(step, len(honest)))
     scene = attack.scenes[-1]
     torch.testing.assert_close(scene.target(), expected)
+
+
+def test_all_candidates_meet_the_same_chance_in_the_codec():
+    """Then a search compares lies, not luck: an average of what Rand-K lets through is linear in the lies."""
+    attack = Seeing()
+    seen_by(attack, RobustSGD(Mean(), RandK(k=3))).run(contributions(grads_of()), LIKE)
+    server, lies = attack.scenes[0].aggregate, rows_for(2, D, seed=5)
+    nothing = server(0 * lies)
+    torch.testing.assert_close(server(2 * lies) - nothing, 2 * (server(lies) - nothing))
+    assert (server(lies) - nothing).abs().sum() > 0
 
 
 def test_lies_that_would_skip_the_step_give_nothing():

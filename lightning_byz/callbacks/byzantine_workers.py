@@ -150,8 +150,9 @@ class ByzantineWorkersCallback(_Base):
         if isinstance(attack, DataAttack):
 
             def poisoned(worker: int, step: int, batch: Any) -> Any:
-                generator = keyed_generator("data attack", strategy.exchanges[0].seed, step, worker)
-                return attack(batch, generator) if worker in liars(step) else batch
+                if worker not in liars(step):
+                    return batch
+                return attack(batch, keyed_generator("data attack", strategy.exchanges[0].seed, step, worker))
 
             strategy.data_attacks.append(poisoned)
         else:
