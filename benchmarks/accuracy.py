@@ -135,7 +135,7 @@ def train(run: Run, data: str) -> Run:
 
     @dataclass(frozen=True)
     class Garbage(DataAttack):
-        def __call__(self, batch: Any) -> Any:
+        def __call__(self, batch: Any, generator: Any = None) -> Any:
             return [100 * torch.randn_like(batch[0]), batch[1]]
 
     lightning.seed_everything(run["seed"], verbose=False)

@@ -202,17 +202,28 @@ def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: fl
         )
         print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
     mean = f"{1000 * min(seconds(lambda x: x.mean(0), rows) for _ in range(5)):.3g}"
-    header = ["rule", "ms", "over the mean", "extra memory / rows", *(f"{peer} takes x times as long" for peer in rivals), "aims met"]
+    header = [
+        "rule",
+        "ms",
+        "over the mean",
+        "extra memory / rows",
+        *(f"{peer} takes x times as long" for peer in rivals),
+        "aims met",
+    ]
     return f"### n = {n}, f = {f}, d = {d:,}\n\nThe plain mean: {mean} ms.\n\n" + markdown(header, lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every rule.")
     parser.add_argument("--n", type=int, nargs="+", default=[10, 20, 50], help="numbers of rows; f is a fifth of them")
-    parser.add_argument("--d", type=int, nargs="+", default=[100_000, 11_173_962], help="numbers of columns; ResNet-18 has 11,173,962")
+    parser.add_argument(
+        "--d", type=int, nargs="+", default=[100_000, 11_173_962], help="numbers of columns; ResNet-18 has 11,173,962"
+    )
     parser.add_argument("--rules", nargs="+", help="only these")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--patience", type=float, default=4.0, help="seconds for a rule; whatever takes longer is run once or twice")
+    parser.add_argument(
+        "--patience", type=float, default=4.0, help="seconds for a rule; whatever takes longer is run once or twice"
+    )
     parser.add_argument("--most-subsets", type=int, default=5000, help="peers' MDA and SMEA run up to so many subsets")
     parser.add_argument("--output", type=Path, help="a Markdown page whose text below the line '<!-- measured -->' is replaced")
     arguments = parser.parse_args()

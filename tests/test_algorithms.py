@@ -7,6 +7,7 @@ from zoo import ALGORITHMS, ATTACKS, JUNK, each, robust, rows_for
 
 from lightning_byz.aggregators import CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.attacks import Attack
 from lightning_byz.compressors import Identity, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.rows import Rows
@@ -132,8 +133,8 @@ def test_stateless_means_that_nothing_is_remembered(case):
 def test_no_sender_ever_poisons_the_state(case, junk):
     """Round after round of junk from two workers: state and estimates stay finite, and near the honest ones once it stops."""
 
-    class Junk:
-        def __call__(self, honest, own, generator):
+    class Junk(Attack):
+        def __call__(self, honest, own, scene):
             return JUNK[junk](len(own), own.shape[1], torch.float32)
 
     transport = ByzantineTransport(connected(), Junk(), [3, 8], lambda step: True)
@@ -385,7 +386,9 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3):
     optimum = rows_for(1, D, seed=77, mean=0.0, scale=3.0)[0]
     transport = connected()
     if attack is not None:
-        transport = ByzantineTransport(transport, attack, [0, 5], lambda step: True)
+        transport = ByzantineTransport(
+            transport, attack, [0, 5], lambda step: True, algorithm=algorithm, state=lambda: exchange.server, x=lambda: x
+        )
     exchange, x = Exchange(algorithm, transport, seed=1), torch.zeros(D, dtype=torch.float64)
     for step in range(rounds):
         grads = (x - optimum) + noise * gradients(step, mean=0.0, scale=1.0)

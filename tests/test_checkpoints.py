@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from models import GAN, CountsBatches, Plain, StatefulLoader, blobs
 
-from lightning_byz import ByzEF21SGDM, Mean, RandK, RobustSGD, TopK, TrimmedMean
-from lightning_byz.lightning import ByzantineRobustStrategy
+from lightning_byz import ByzEF21SGDM, Mean, Mimic, Mixture, RandK, RobustSGD, ShiftBack, Stuck, TopK, TrimmedMean
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 ALGORITHMS = {
     "default": None,
@@ -115,6 +115,45 @@ def test_killed_and_resumed_is_uninterrupted(name: str, devices: int, where: str
     )
     for a, b in zip(whole, resumed, strict=True):
         assert_equal(a, b)
+
+
+REMEMBERING = {
+    "stuck": Stuck(),
+    "mimic": Mimic(warmup=6),
+    "shift back": ShiftBack(),
+    "mixture": Mixture((Stuck(), Mimic(warmup=6))),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_what_an_attack_remembers_is_resumed(name: str, tmp_path: Path) -> None:
+    """Two optimizers' worth of memory would be as easy; here are two attacks that remember, in one run."""
+    byzantine = [0, 1, 2] if name == "shift back" else [0, 1]  # the majority of the four that are left
+
+    def run(folder: str, **kwargs: Any) -> dict[str, Any]:
+        L.seed_everything(1)
+        callbacks = [
+            ByzantineWorkers(REMEMBERING[name], workers=byzantine),
+            ByzantineWorkers(Stuck(), workers=[4], start=1, probability=0.7),
+            ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{step}", every_n_train_steps=4),
+        ]
+        strategy = ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()), workers_per_process=5, seed=7)
+        options = {"max_epochs": 2, "use_distributed_sampler": False, "enable_checkpointing": True}
+        return fit(tmp_path / folder, Resumable(stateful=True), strategy, callbacks=callbacks, **{**options, **kwargs})[0]
+
+    whole = run("whole")
+    saved = tmp_path / "whole" / "step=4.ckpt"
+    states = [value for key, value in torch.load(saved, weights_only=True)["callbacks"].items() if "ByzantineWorkers" in key]
+    assert len(states) == 2
+    assert all(state["attack"][0]["memory"] for state in states)
+    resumed = run("resumed", ckpt_path=str(saved))
+    assert_equal(whole, resumed)
+    forgotten = torch.load(saved, weights_only=True)
+    for key in [key for key in forgotten["callbacks"] if "ByzantineWorkers" in key]:
+        del forgotten["callbacks"][key]
+    torch.save(forgotten, tmp_path / "forgotten.ckpt")
+    with pytest.raises(AssertionError):
+        assert_equal(whole, run("forgotten", ckpt_path=str(tmp_path / "forgotten.ckpt")))
 
 
 def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:

@@ -36,6 +36,47 @@ def test_the_config_in_the_repository_trains(tmp_path):
     assert "byz/cosine" in metrics.read_text().splitlines()[0]
 
 
+ATTACKS = """
+    - class_path: lightning_byz.ByzantineWorkers
+      init_args:
+        workers: [7, 8, 9]
+        every: 2
+        attack:
+          class_path: lightning_byz.Mixture
+          init_args:
+            counts: [1, 2]
+            parts:
+              - class_path: lightning_byz.OptimizedALIE
+                init_args:
+                  search:
+                    evaluations: 3
+                    delta: 0.5
+              - class_path: lightning_byz.Mixture
+                init_args:
+                  parts:
+                    - class_path: lightning_byz.FlippedBit
+                      init_args:
+                        bit: -1
+                    - class_path: lightning_byz.Mimic
+    - class_path: lightning_byz.ByzantineWorkers
+      init_args:
+        workers: [0]
+        probability: 0.5
+        attack:
+          class_path: lightning_byz.ShuffledLabels
+"""
+
+
+def test_attacks_within_attacks_by_class_path(tmp_path):
+    config = tmp_path / "config.yaml"
+    text = CONFIG.read_text()
+    config.write_text(text[: text.index("  callbacks:")] + "  callbacks:" + ATTACKS)
+    done = run("fit", "--config", config, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("outputs/digits/*/config.yaml")
+    assert "evaluations: 3" in written.read_text()
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [

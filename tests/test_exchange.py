@@ -17,13 +17,14 @@ from zoo import ALGORITHMS, each, laws, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
-from lightning_byz.attacks import NotANumber, SignFlip
+from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
-from lightning_byz.compressors import Field, Identity, TopK
+from lightning_byz.compressors import Field, Identity, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
 from lightning_byz.rng import restore, snapshot, worker_rng
+from lightning_byz.rows import Rows
 from lightning_byz.step_logs import StepLogs, WorkerLog
 from lightning_byz.transports import ByzantineTransport, InProcess, Message
 from lightning_byz.transports.wire import pack, packed_size, unpack
@@ -277,8 +278,8 @@ class Recording(Attack):
     def __init__(self, answer=lambda honest, own: torch.full_like(own, 5.0)):
         self.calls, self.answer = [], answer
 
-    def __call__(self, honest, own, generator):
-        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=generator).item()))
+    def __call__(self, honest, own, scene):
+        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=scene.generator).item()))
         return self.answer(honest, own)
 
 
@@ -346,6 +347,176 @@ def test_every_process_tells_the_same_lies_and_every_round_others():
             exchange.run(contributions(grads_of(step)), LIKE)
     assert [call[2] for call in attacks[0].calls] == [call[2] for call in attacks[1].calls]
     assert attacks[0].calls[0][2] != attacks[0].calls[1][2]
+
+
+class Seeing(Attack):
+    """Writes down what it sees, and sends fives."""
+
+    def __init__(self, forged=True):
+        self.scenes, self.honest, self.forged = [], [], forged
+
+    def __call__(self, honest, own, scene):
+        self.scenes.append(scene)
+        self.honest.append(honest)
+        return torch.full_like(own, 5.0)
+
+    def forges(self, b):
+        return [self.forged] * b
+
+
+def seen_by(attack, algorithm, workers=(0, 3), n=N, **kwargs):
+    """An exchange whose attackers see everything."""
+    exchange = Exchange(algorithm, connected(n), 0)
+    kwargs = {"active": lambda step: True, "algorithm": algorithm, "state": lambda: exchange.server, **kwargs}
+    exchange.transport = ByzantineTransport(exchange.transport, attack, workers, **kwargs)
+    return exchange
+
+
+def test_the_scene_names_the_workers_and_the_step():
+    attack = Seeing()
+    exchange = seen_by(attack, RobustSGD(robust(1)), workers=(3, 0), x=lambda: LIKE + 2)
+    for step in range(2):
+        exchange.run(contributions(grads_of(step), absent=(1, 3)), LIKE)
+        scene = attack.scenes[step]
+        assert (scene.step, scene.honest, scene.own, scene.byzantine) == (step, [2, 4], [0, 3], [0, 3])
+        assert torch.equal(scene.x(), LIKE + 2)
+        assert scene.agree == exchange.transport.inner.agree
+
+
+def test_faulty_workers_without_a_message_stay_silent():
+    attack = Seeing(forged=False)
+    outcome = seen_by(attack, RobustSGD(robust(1))).run(contributions(grads_of(), absent=(3,)), LIKE)
+    assert attack.scenes[0].own == [0]
+    assert outcome.silent == [3]
+    assert seen_by(FlippedBit(), RobustSGD(robust(1))).run(contributions(grads_of(), absent=(0, 3)), LIKE).silent == [0, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled(RobustSGD):
+    """Worker 4 and worker 3 are not in the cohort."""
+
+    def cohort(self, round):
+        return torch.tensor([True, True, True, False, False])
+
+
+def test_workers_outside_the_cohort_neither_speak_nor_are_seen():
+    attack = Seeing()
+    outcome = seen_by(attack, Sampled(robust(1))).run(contributions(grads_of(), absent=(3, 4)), LIKE)
+    assert (attack.scenes[0].honest, attack.scenes[0].own) == ([1, 2], [0])
+    assert outcome.silent == [3, 4]
+
+
+@pytest.mark.parametrize(
+    "name", ["robust_sgd", "robust_sgd_undone", "robust_sgd_both", "ef21_top_k", "robust_sgd_rand_k", "bucketing"]
+)
+def test_an_attacker_knows_what_the_server_would_make_of_its_lies_and_changes_nothing(name):
+    algorithm = next((case.algorithm for case in ALGORITHMS if case.name == name), None)
+    algorithm = algorithm or RobustSGD(Chain(pre=(Bucketing(),), rule=CoordinateMedian(), f=2))
+    tried = []
+
+    class Tries(Seeing):
+        def __call__(self, honest, own, scene):
+            for value in (1e30, torch.nan, 1.0):
+                scene.aggregate(torch.full_like(own, value))
+            scene.target()
+            lies = super().__call__(honest, own, scene)
+            tried.append([scene.aggregate(lies).clone() for _ in range(2)])
+            return lies
+
+    exchanges = [seen_by(attack, algorithm, n=9) for attack in (Tries(), Seeing())]
+    for step in range(4):
+        grads = grads_of(step, 9)
+        outcomes = [exchange.run(contributions(grads, absent=(5,)), LIKE) for exchange in exchanges]
+        assert same([outcomes[0].estimate] * 3, [outcomes[1].estimate, *tried[step]])
+        assert same(*map(frozen, exchanges))
+        assert outcomes[0].silent == [5]
+
+
+@pytest.mark.parametrize("name", ["robust_sgd", "robust_sgd_undone", "robust_sgd_server_momentum"])
+def test_the_target_is_what_a_mean_of_the_honest_would_have_given(name):
+    algorithm = next(case.algorithm for case in ALGORITHMS if case.name == name)
+    attack = Seeing()
+    exchange = seen_by(attack, algorithm, n=9)
+    for step in range(3):
+        before = None if exchange.server is None else copy.deepcopy(exchange.server)
+        exchange.run(contributions(grads_of(step, 9), absent=(5,)), LIKE)
+        mean = dataclasses.replace(algorithm, aggregator=Mean())
+        honest = torch.stack(list(attack.honest[step]))
+        expected, _ = mean.server(Rows(honest), before or mean.init_server(LIKE, 9), Round(step, len(honest)))
+    scene = attack.scenes[-1]
+    torch.testing.assert_close(scene.target(), expected)
+
+
+def test_all_candidates_meet_the_same_chance_in_the_codec():
+    """Then a search compares lies, not luck: an average of what Rand-K lets through is linear in the lies."""
+    attack = Seeing()
+    seen_by(attack, RobustSGD(Mean(), RandK(k=3))).run(contributions(grads_of()), LIKE)
+    server, lies = attack.scenes[0].aggregate, rows_for(2, D, seed=5)
+    nothing = server(0 * lies)
+    torch.testing.assert_close(server(2 * lies) - nothing, 2 * (server(lies) - nothing))
+    assert (server(lies) - nothing).abs().sum() > 0
+
+
+def test_lies_that_would_skip_the_step_give_nothing():
+    attack = Seeing()
+    seen_by(attack, RobustSGD(CoordinateMedian(f=2)), workers=(0, 1, 2)).run(contributions(grads_of()), LIKE)
+    assert not attack.scenes[0].aggregate(torch.full((3, D), torch.nan).double()).any()
+
+
+def test_an_optimized_attack_does_more_harm_than_its_first_guess():
+    def error(attack):
+        outcome = seen_by(attack, RobustSGD(robust(2)), workers=(0, 1)).run(contributions(grads_of()), LIKE)
+        return float((outcome.estimate - grads_of()[2:].mean(0)).norm())
+
+    assert error(FoE()) > 1.2 * error(FoE(LineSearch(1)))
+
+
+def test_memory_starts_anew_with_the_run_and_with_other_parameters():
+    exchange = seen_by(Stuck(), RobustSGD(robust(1)))
+    transport = exchange.transport
+    for step in range(3):
+        exchange.run(contributions(grads_of(step)), LIKE)
+    assert torch.equal(transport.memory["0"], grads_of(0)[0])
+    exchange.step = 0
+    exchange.run(contributions(grads_of(7)), LIKE)
+    assert torch.equal(transport.memory["0"], grads_of(7)[0])
+    exchange.run(contributions(grads_of(8, d=3)), torch.zeros(3).double())
+    assert torch.equal(transport.memory["0"], grads_of(8, d=3)[0])
+
+
+@pytest.mark.parametrize("attack", [Stuck(), Mimic(warmup=3), Mixture((Stuck(), Mimic(warmup=3)))], ids=repr)
+def test_memory_survives_a_checkpoint(attack):
+    whole, resumed = (seen_by(attack, RobustSGD(robust(2), worker_momentum=0.5)) for _ in range(2))
+    for step in range(2):
+        whole.run(contributions(grads_of(step)), LIKE)
+    saved = copy.deepcopy(whole.transport.state_dict())
+    resumed.load(copy.deepcopy(whole.server_state()), copy.deepcopy(whole.worker_states()), LIKE)
+    resumed.transport.load_state_dict(saved)
+    for step in range(2, 5):
+        estimates = [exchange.run(contributions(grads_of(step)), LIKE).estimate for exchange in (whole, resumed)]
+        assert torch.equal(*estimates)
+    assert sorted(whole.transport.memory) == sorted(resumed.transport.memory)
+
+
+def test_nobody_takes_anothers_lies_for_honest_messages():
+    """Two attacks in one run, and a third worker whose data are poisoned."""
+    attacks, algorithm = [Seeing(), Seeing()], RobustSGD(robust(1))
+    inner = ByzantineTransport(connected(), attacks[0], [1], lambda step: True, liars=lambda step: {1, 2, 4})
+    outer = ByzantineTransport(
+        inner, attacks[1], [2], lambda step: True, liars=lambda step: {1, 2, 4}, algorithm=algorithm, state=lambda: exchange.server
+    )
+    exchange = Exchange(algorithm, outer, 0)
+    outcome = exchange.run(contributions(grads_of()), LIKE)
+    for attack, own in zip(attacks, (1, 2), strict=True):
+        assert (attack.scenes[0].honest, attack.scenes[0].own) == ([0, 3], [own])
+        assert torch.equal(attack.honest[0], grads_of()[[0, 3]])
+    lies = torch.full((1, D), 5.0).double()
+    assert torch.equal(attacks[1].scenes[0].aggregate(lies), outcome.estimate)  # the lies of the first are known to the second
+
+
+def test_an_attack_that_its_workers_cannot_carry_out_is_refused():
+    with pytest.raises(ValueError, match="needs at least one Byzantine worker for each. Found 1"):
+        ByzantineTransport(connected(), Mixture((Stuck(), SignFlip())), [1], lambda step: True)
 
 
 def test_a_lying_transport_is_in_all_else_the_one_inside():

@@ -23,6 +23,7 @@ from lightning_byz import (
     AllGather,
     ByzEF21SGDM,
     CoordinateMedian,
+    FlippedBit,
     Gaussian,
     Huge,
     InProcess,
@@ -31,7 +32,9 @@ from lightning_byz import (
     Mean,
     MultiKrum,
     NotANumber,
+    OptimizedALIE,
     RobustSGD,
+    ShuffledLabels,
     SignFlip,
     TrimmedMean,
 )
@@ -201,7 +204,7 @@ def test_what_an_attack_did_is_logged(devices: int, tmp_path: Path) -> None:
 class Garbage(LabelFlip):
     """Feeds a worker noise instead of its batch."""
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, batch: Any, generator: Any = None) -> Any:
         return [torch.full_like(batch[0], 1e3), *batch[1:]]
 
 
@@ -321,6 +324,9 @@ def test_refused_before_the_first_step_with_a_way_out(case: str, tmp_path: Path)
         (lambda: ByzantineWorkers(SignFlip()), "either `workers`.*or `count`"),
         (lambda: ByzantineWorkers(SignFlip(), workers=[0], count=1), "either `workers`.*or `count`"),
         (lambda: ByzantineWorkers(SignFlip(), count=1, start=3, stop=3), "start=3, stop=3"),
+        (lambda: ByzantineWorkers(SignFlip(), count=1, every=0), "`every` should be at least 1. Found every=0"),
+        (lambda: ByzantineWorkers(SignFlip(), count=1, every_n_steps=0), "`every_n_steps` should be at least 1"),
+        (lambda: ByzantineWorkers(SignFlip(), count=1, probability=0.0), r"`probability` should be in \(0, 1\]. Found probability=0.0"),
         (lambda: ByzantineWorkers(SignFlip(), workers=[0, 4]).indices(4), r"indices in 0 .. n - 1 = 3.*Found \[4\]"),
         (lambda: ByzantineWorkers(SignFlip(), count=4).indices(4), "Found count=4"),
     ],
@@ -548,7 +554,18 @@ def test_nan_under_a_loss_scaler_stops_the_run_too(tmp_path: Path) -> None:
 
 # -- robustness, end to end -------------------------------------------------------------------------------------------
 
-ATTACKS = [SignFlip(5.0), IPM(0.1), IPM(10.0), ALIE(1.5), Gaussian(std=100.0), NotANumber(), LabelFlip(num_classes=3)]
+ATTACKS = [
+    SignFlip(5.0),
+    IPM(0.1),
+    IPM(10.0),
+    ALIE(1.5),
+    Gaussian(std=100.0),
+    NotANumber(),
+    LabelFlip(num_classes=3),
+    OptimizedALIE(),
+    FlippedBit(),
+    ShuffledLabels(),
+]
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)

@@ -12,7 +12,25 @@ from harness import assert_close, assert_equal, averaging, cpu_amp, fit
 from models import Manual, Plain, blobs
 from torch.utils.data import DataLoader
 
-from lightning_byz import ALIE, IPM, NNM, ByzEF21SGDM, Chain, Krum, NotANumber, RandK, RobustSGD, TopK, TrimmedMean
+from lightning_byz import (
+    ALIE,
+    IPM,
+    NNM,
+    ByzEF21SGDM,
+    Chain,
+    FlippedBit,
+    Krum,
+    Mimic,
+    Mixture,
+    NotANumber,
+    OptimizedALIE,
+    RandK,
+    RobustSGD,
+    ShuffledLabels,
+    Stuck,
+    TopK,
+    TrimmedMean,
+)
 from lightning_byz.data import WorkerSampler
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
@@ -95,6 +113,25 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
             for metric in ("loss", "byz/cosine", "byz/relative_error", "byz/byzantine_weight"):
                 assert report["metrics"].get(metric) == pytest.approx(runs[0][0]["metrics"].get(metric), nan_ok=True)
     assert runs[0][0]["steps"] == 20
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "attack", [Mixture((OptimizedALIE(), Mimic(warmup=3))), Mixture((Stuck(), FlippedBit())), ShuffledLabels()], ids=repr
+)
+def test_omniscient_attacks_and_faults_are_the_same_across_processes(attack: Any, tmp_path: Path) -> None:
+    runs = []
+    for devices in (1, 2):
+        torch.manual_seed(1)
+        strategy = ByzantineRobustStrategy(workers_per_process=6 // devices, num_byzantine=2, start_method="fork", seed=7)
+        callbacks = [ByzantineWorkers(attack, workers=[1, 4], probability=0.8)]
+        remembered = lambda _trainer, _, callbacks=callbacks: callbacks[0].state_dict()  # noqa: E731
+        runs += fit(tmp_path, Streams(), strategy, devices=devices, callbacks=callbacks, extra=remembered)
+    for report in runs:
+        assert_equal(runs[0], report)
+        for a, b in zip(runs[0]["extra"].get("attack", []), report["extra"].get("attack", []), strict=True):
+            assert a["memory"].keys() == b["memory"].keys()
+            assert all(torch.equal(value, b["memory"][key]) for key, value in a["memory"].items())
 
 
 @pytest.mark.parametrize("module", [Manual], ids=["manual"])

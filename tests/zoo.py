@@ -49,16 +49,28 @@ from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import (
     ALIE,
     IPM,
+    AntiCGE,
     Attack,
     BitFlip,
+    FlippedBit,
+    FoE,
     Gaussian,
     Huge,
     Infinity,
+    LineSearch,
+    Mimic,
     MinMax,
     MinSum,
+    Mixture,
     NotANumber,
+    OptimizedALIE,
+    OptimizedIPM,
     RandomSign,
+    Scene,
+    ShiftBack,
     SignFlip,
+    Stuck,
+    WrongScale,
     Zero,
 )
 from lightning_byz.compressors import (
@@ -411,6 +423,18 @@ class AttackCase:
     damage: Damage
     formula: Callable[[Tensor], Tensor] | None = None  # the common message, from the honest rows; None: see the tests
     random: bool = False
+    memory: Callable[[Tensor], dict[str, Tensor]] = lambda own: {}  # what it remembers of rounds before
+
+
+def scene_of(case: AttackCase, honest: Tensor, own: Tensor, seed: int = 0, rule: Callable[[Tensor], Tensor] | None = None) -> Scene:
+    """What the attackers see: the server's rule (a mean), and a model that gradients of mean 1 have brought from 0 to -10."""
+    rule = rule or without_border
+    return Scene(
+        generator=torch.Generator().manual_seed(seed),
+        aggregate=lambda lies: rule(torch.cat([lies, honest])),
+        x=lambda: torch.full_like(honest[0], -10.0),
+        memory=case.memory(own),
+    )
 
 
 def without_border(rows: Tensor) -> Tensor:
@@ -444,6 +468,35 @@ ATTACKS = [
     AttackCase("infinity", Infinity(), Damage(without_border, 10, 1, 0.5, 1e300)),
     AttackCase("minus_infinity", Infinity(negative=True), Damage(without_border, 10, 1, 0.5, 1e300)),
     AttackCase("not_a_number", NotANumber(), Damage(without_border, 10, 1, 0.5, torch.inf)),
+    AttackCase("anti_cge", AntiCGE(), Damage(CGE(f=8), 20, 8, 1.0, 1.0, True)),
+    AttackCase("foe", FoE(), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5)),
+    AttackCase("optimized_ipm", OptimizedIPM(), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5)),
+    AttackCase("optimized_alie", OptimizedALIE(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.0, True)),
+    AttackCase("optimized_alie_nnm", OptimizedALIE(LineSearch(), negative=False), Damage(nnm(TrimmedMean(f=8)), 20, 8, 1.0, 0.5)),
+    AttackCase("mimic", Mimic(), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),
+    AttackCase("mimic_the_third", Mimic(target=2), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),
+    AttackCase(
+        "shift_back",
+        ShiftBack(),
+        Damage(CoordinateMedian(f=2), 5, 3, 0.5, 5.0, True),
+        memory=lambda own: {"x_0": torch.zeros_like(own.new_empty(own.shape[1]))},
+    ),
+    AttackCase("mixture", Mixture((SignFlip(scale=10), Zero())), Damage(Mean(), 10, 3, 0.5, 2.0, True)),
+    AttackCase(
+        "mixture_of_mixtures",
+        Mixture((Mixture((OptimizedALIE(),)), Gaussian(std=100.0))),
+        Damage(Mean(), 20, 8, 2.0, 100.0, True),
+        random=True,
+    ),
+    # faults
+    AttackCase("flipped_bit", FlippedBit(), Damage(without_border, 10, 1, 0.2, 1e20), random=True),
+    AttackCase(
+        "stuck",
+        Stuck(),
+        Damage(Mean(), 10, 3, 0.5, 1.0),
+        memory=lambda own: {str(i): torch.full_like(row, -5.0) for i, row in enumerate(own)},
+    ),
+    AttackCase("wrong_scale", WrongScale(), Damage(Mean(), 10, 1, 0.5, 1000.0)),
 ]
 
 

@@ -1,10 +1,12 @@
-"""Attacks: what Byzantine workers do, for research and for tests."""
+"""Attacks: what Byzantine workers do, for research and for tests; and faults, which happen to honest ones."""
 
-from lightning_byz.attacks.base import Attack, DataAttack
+from lightning_byz.attacks.base import Attack, DataAttack, Scene
 from lightning_byz.attacks.data import LabelFlip
+from lightning_byz.attacks.faults import FlippedBit, ShuffledLabels, Stuck, WrongScale
 from lightning_byz.attacks.messages import (
     ALIE,
     IPM,
+    AntiCGE,
     BitFlip,
     Gaussian,
     Huge,
@@ -16,21 +18,37 @@ from lightning_byz.attacks.messages import (
     SignFlip,
     Zero,
 )
+from lightning_byz.attacks.mixture import Mixture
+from lightning_byz.attacks.optimized import FoE, LineSearch, OptimizedALIE, OptimizedIPM
+from lightning_byz.attacks.remembering import Mimic, ShiftBack
 
 __all__ = [
     "ALIE",
     "IPM",
+    "AntiCGE",
     "Attack",
     "BitFlip",
     "DataAttack",
+    "FlippedBit",
+    "FoE",
     "Gaussian",
     "Huge",
     "Infinity",
     "LabelFlip",
+    "LineSearch",
+    "Mimic",
     "MinMax",
     "MinSum",
+    "Mixture",
     "NotANumber",
+    "OptimizedALIE",
+    "OptimizedIPM",
     "RandomSign",
+    "Scene",
+    "ShiftBack",
+    "ShuffledLabels",
     "SignFlip",
+    "Stuck",
+    "WrongScale",
     "Zero",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,39 @@ from torch import Tensor
 from lightning_byz.attacks.base import DataAttack
 
 
+class LabelAttack(DataAttack):
+    """Trains on other labels. Subclasses say where a batch keeps them, ``key``, and what becomes of them, `relabel`."""
+
+    key: int | str
+
+    @abstractmethod
+    def relabel(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The labels to train on instead; the given ones are not modified."""
+
+    def __call__(self, batch: Any, generator: torch.Generator | None = None) -> Any:
+        name = type(self).__name__
+        try:
+            labels = batch[self.key]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{name} looks for the labels at batch[{self.key!r}]. Found a batch of type {type(batch).__name__} "
+                f"without it. Say where they are, e.g. {name}(..., key='labels')."
+            ) from error
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(
+                f"{name} needs a tensor of labels at batch[{self.key!r}]. Found {type(labels).__name__}. "
+                "Set `key` to where the labels are."
+            )
+        labels = self.relabel(labels, generator)
+        if isinstance(batch, dict):
+            return {**batch, self.key: labels}
+        parts = list(batch)
+        parts[int(self.key)] = labels
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
 @dataclass(frozen=True)
-class LabelFlip(DataAttack):
+class LabelFlip(LabelAttack):
     """Trains on labels y -> num_classes - 1 - y. Labels below 0 (such as -100, which losses ignore) stay as they are.
 
     Args:
@@ -36,21 +68,5 @@ class LabelFlip(DataAttack):
             )
         return torch.where(labels < 0, labels, self.num_classes - 1 - labels)
 
-    def __call__(self, batch: Any) -> Any:
-        try:
-            labels = batch[self.key]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"LabelFlip looks for the labels at batch[{self.key!r}]. Found a batch of type {type(batch).__name__} "
-                "without it. Say where they are, e.g. LabelFlip(num_classes=10, key='labels')."
-            ) from error
-        if not isinstance(labels, torch.Tensor):
-            raise ValueError(
-                f"LabelFlip needs a tensor of labels at batch[{self.key!r}]. Found {type(labels).__name__}. "
-                "Set `key` to where the labels are."
-            )
-        if isinstance(batch, dict):
-            return {**batch, self.key: self.flip(labels)}
-        parts = list(batch)
-        parts[int(self.key)] = self.flip(labels)
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    def relabel(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.flip(labels)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.attacks.base import Attack, everyone
+from lightning_byz.attacks.base import Attack, Scene, everyone
 from lightning_byz.rows import Rows
 
 
@@ -28,7 +28,7 @@ class SignFlip(Attack):
 
     scale: float = 1.0
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return everyone(-self.scale * honest.mean(0), own)
 
 
@@ -45,7 +45,7 @@ class IPM(Attack):
 
     epsilon: float = 0.1
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return everyone(-self.epsilon * honest.mean(0), own)
 
 
@@ -70,7 +70,7 @@ class ALIE(Attack):
         share = (n - f - supporters) / (n - f)
         return statistics.NormalDist().inv_cdf(share) if 0 < share < 1 else 0.0
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         spread = honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
         return everyone(honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread, own)
 
@@ -87,7 +87,8 @@ class Gaussian(Attack):
     mean: float = 0.0
     std: float = 1.0
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
+        generator = (scene or Scene()).generator
         noise = torch.randn(own.shape, generator=generator, device=generator.device, dtype=torch.float32)
         return (self.mean + self.std * noise).to(device=own.device, dtype=own.dtype)
 
@@ -96,7 +97,7 @@ class Gaussian(Attack):
 class NotANumber(Attack):
     """All nan: a test of the border, where such a row becomes silence."""
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, torch.nan)
 
 
@@ -110,7 +111,7 @@ class Infinity(Attack):
 
     negative: bool = False
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, -torch.inf if self.negative else torch.inf)
 
 
@@ -124,7 +125,7 @@ class Huge(Attack):
 
     value: float = 1e30
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, self.value)
 
 
@@ -132,7 +133,7 @@ class Huge(Attack):
 class Zero(Attack):
     """Zeros: a worker that contributes nothing, and shortens the mean."""
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.zeros_like(own)
 
 
@@ -143,7 +144,7 @@ class BitFlip(Attack):
     The "bit flip" of Karimireddy et al. (arXiv 2006.09365) and of Byz-VR-MARINA, and the sign inversion of signSGD's experiments.
     """
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return -own
 
 
@@ -151,9 +152,37 @@ class BitFlip(Attack):
 class RandomSign(Attack):
     """Each worker's own message with a random sign at every coordinate: the randomising adversary of signSGD (arXiv 1810.05291)."""
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
+        generator = (scene or Scene()).generator
         heads = torch.rand(own.shape, generator=generator, device=generator.device) < 0.5
         return torch.where(heads.to(own.device), own, -own)
+
+
+@dataclass(frozen=True)
+class AntiCGE(Attack):
+    """Against `CGE`: as long as a vector may be that is sure to be kept, and opposite to the honest ones that are kept beside it.
+
+    Minus the sum of the h - f honest messages of smallest norm, at a norm just below that of the next. An attack of LPD-EPFL's
+    ByzantineMomentum code (``anticge``), which counts the smallest one twice in that sum; here every one counts once.
+
+    Args:
+        f: the f of the server's rule. None: the number of Byzantine workers.
+    """
+
+    f: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.f is not None and self.f < 0:
+            raise ValueError(f"`f`, that of the server's rule, should be at least 0. Found f={self.f}.")
+
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
+        h, f = len(honest), len(own) if self.f is None else self.f
+        norms, order = torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).sort(stable=True)
+        kept = max(1, h - f)  # of the honest ones, if all liars are kept
+        message = -honest[order[:kept]].mean(0)
+        length = torch.linalg.vector_norm(message, dtype=torch.float64)
+        limit = (1 - 1e-6) * norms[min(kept, h - 1)]
+        return everyone((message * torch.where(length > 0, limit / length, 0.0)).to(own.dtype), own)
 
 
 _DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -188,7 +217,7 @@ class _Hiding(Attack):
             square: ``||p||^2``.
         """
 
-    def __call__(self, honest: Tensor, own: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         mean = honest.mean(0)
         p = _DIRECTIONS[self.direction](honest, mean)
         offsets, wide = (mean - honest).double(), p.double()

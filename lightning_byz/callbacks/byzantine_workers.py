@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,11 @@ from lightning_byz.aggregators import WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.exchange import Outcome
+from lightning_byz.gradients import FlatParameters
 from lightning_byz.metrics import cosine_to_honest_mean, relative_error
 from lightning_byz.strategy import is_robust
 from lightning_byz.transports import ByzantineTransport
+from lightning_byz.types import keyed_generator, keyed_seed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
@@ -32,12 +35,19 @@ class ByzantineWorkersCallback(_Base):
     mean), ``byz/byzantine_weight`` (the total weight of Byzantine rows, where the rule has weights), ``byz/bytes_up`` and
     ``byz/bytes_down`` (payload that one worker sent and received), and ``byz/silent`` (workers whose message did not count).
 
+    Several of these callbacks may be in one run: none takes the others' lies for honest messages. A worker tells one lie a step, so
+    attacks on messages that are active together need workers of their own. One that tries its lies on the server's rule finds there the
+    lies of the callbacks before it. What attacks remember goes into checkpoints.
+
     Args:
         attack: what they do: an `Attack` on messages, or a `DataAttack` on their own batches.
         workers: the indices of the Byzantine workers, in 0 .. n - 1.
         count: how many there are, instead of ``workers``: the last ``count`` ones.
         start: the first step in which they lie.
         stop: the first step in which they do not any more; None: never.
+        every: they lie in every so many steps only, the first time at ``start``.
+        probability: they lie in each of these steps with this probability, all of them or none; a coin that is keyed by seed and step,
+            the same on every rank.
         every_n_steps: log every so many steps.
     """
 
@@ -48,11 +58,13 @@ class ByzantineWorkersCallback(_Base):
         count: int | None = None,
         start: int = 0,
         stop: int | None = None,
+        every: int = 1,
+        probability: float = 1.0,
         every_n_steps: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(attack, (Attack, DataAttack)):
-            known = sorted(name for name in attacks.__all__ if name not in ("Attack", "DataAttack"))
+            known = sorted(name for name in attacks.__all__ if name not in ("Attack", "DataAttack", "LineSearch", "Scene"))
             raise ValueError(f"`attack` should be an Attack or a DataAttack. Found {attack!r}. Known ones: {', '.join(known)}.")
         if (workers is None) == (count is None):
             raise ValueError(
@@ -60,18 +72,26 @@ class ByzantineWorkersCallback(_Base):
             )
         if start < 0 or (stop is not None and stop <= start):
             raise ValueError(f"They lie in steps start .. stop - 1, with 0 <= start < stop. Found start={start}, stop={stop}.")
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` should be at least 1. Found {every_n_steps}.")
+        for name, value in (("every", every), ("every_n_steps", every_n_steps)):
+            if value < 1:
+                raise ValueError(f"`{name}` should be at least 1. Found {name}={value}.")
+        if not 0 < probability <= 1:
+            raise ValueError(f"`probability` should be in (0, 1]. Found probability={probability}.")
         self.attack = attack
         self.workers = None if workers is None else sorted(set(workers))
         self.count = count
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.every, self.probability = start, stop, every, probability
         self.every_n_steps = every_n_steps
+        self._coin_key = (0, 0)
+        self._transports: list[ByzantineTransport] = []
+        self._saved: list[dict[str, Any]] = []
         self._logs: dict[str, float] = {}
 
     def active(self, step: int) -> bool:
         """Whether they lie in this step."""
-        return self.start <= step and (self.stop is None or step < self.stop)
+        if step < self.start or (self.stop is not None and step >= self.stop) or (step - self.start) % self.every:
+            return False
+        return self.probability == 1 or keyed_seed("do they lie", *self._coin_key, step) < self.probability * 2**63
 
     def indices(self, n: int) -> list[int]:
         """The Byzantine workers of a run of n."""
@@ -97,7 +117,25 @@ class ByzantineWorkersCallback(_Base):
                 f"{type(self).__name__} needs Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
                 "To see an attack on plain averaging, use ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()))."
             )
-        self.indices(trainer.strategy.n)
+        self._transports, self._saved = [], []
+        indices = self.indices(trainer.strategy.n)
+        if isinstance(self.attack, Attack):
+            self.attack.check(indices, trainer.strategy.n)
+            self._check_others(trainer, indices)
+
+    def _check_others(self, trainer: Any, indices: list[int]) -> None:
+        """Raises if another callback has the same workers lie in the same steps."""
+        for other in trainer.callbacks:
+            if other is self or not isinstance(other, ByzantineWorkersCallback) or not isinstance(other.attack, Attack):
+                continue
+            both = sorted(set(indices).intersection(other.indices(trainer.strategy.n)))
+            stops = [callback.stop for callback in (self, other) if callback.stop is not None]
+            if both and (not stops or max(self.start, other.start) < min(stops)):
+                raise ValueError(
+                    f"A worker should tell one lie a step. Found workers {both} with two attacks on messages, {self.attack!r} and "
+                    f"{other.attack!r}, at the same time. Give each its own workers, or steps that do not overlap (start, stop); or one "
+                    "ByzantineWorkers a Mixture of both."
+                )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         strategy: RobustStrategy = trainer.strategy
@@ -106,24 +144,67 @@ class ByzantineWorkersCallback(_Base):
         def liars(step: int) -> list[int]:
             return indices if self.active(step) else []
 
+        self._coin_key = (strategy.exchanges[0].seed, len(strategy.liars))
         strategy.liars.append(liars)
         attack = self.attack
         if isinstance(attack, DataAttack):
 
             def poisoned(worker: int, step: int, batch: Any) -> Any:
-                return attack(batch) if worker in liars(step) else batch
+                if worker not in liars(step):
+                    return batch
+                return attack(batch, keyed_generator("data attack", strategy.exchanges[0].seed, step, worker))
 
             strategy.data_attacks.append(poisoned)
         else:
-            strategy.wrap_transport(lambda inner: ByzantineTransport(inner, attack, indices, self.active))
+            self._transports = [self._lying(strategy, i, attack, indices) for i in range(len(strategy.exchanges))]
+            self._restore()
         for exchange in strategy.exchanges:
             rule = exchange.algorithm.aggregator
 
             def observe(outcome: Outcome, rule: Any = rule) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, rule, indices)
+                    self._logs = self._measured(outcome, rule, sorted(strategy.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
+
+    def _lying(self, strategy: RobustStrategy, index: int, attack: Attack, indices: list[int]) -> ByzantineTransport:
+        """Puts a transport that lies around the one of an optimizer's exchange."""
+        exchange = strategy.exchanges[index]
+        exchange.transport = transport = ByzantineTransport(
+            exchange.transport,
+            attack,
+            indices,
+            self.active,
+            liars=strategy.liars_at,
+            algorithm=exchange.algorithm,
+            state=lambda: exchange.server,
+            x=lambda: FlatParameters.of(strategy.optimizers[index]).read(),
+        )
+        return transport
+
+    # -- what the attack remembers ------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """The name of this callback's state in a checkpoint: that of what it does, for there may be several."""
+        attack = repr(self.attack) if dataclasses.is_dataclass(self.attack) else type(self.attack).__qualname__
+        who = f"workers={self.workers}" if self.count is None else f"count={self.count}"
+        when = f"start={self.start}, stop={self.stop}, every={self.every}, probability={self.probability}"
+        return f"ByzantineWorkers({attack}, {who}, {when})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the attack remembers, for every optimizer; the same on every rank."""
+        states = [transport.state_dict() for transport in self._transports]
+        return {"attack": states} if any(state["memory"] for state in states) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, now or as soon as the run begins."""
+        self._saved = state_dict["attack"]
+        self._restore()
+
+    def _restore(self) -> None:
+        for transport, saved in zip(self._transports, self._saved, strict=False):  # either is empty until both are known
+            transport.load_state_dict(saved)
 
     def _measured(self, outcome: Outcome, rule: Any, byzantine: list[int]) -> dict[str, float]:
         present = outcome.round.present

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_byz.attacks import Attack
+from lightning_byz.aggregators import Aggregator, TooFewRowsError
+from lightning_byz.algorithms import Algorithm
+from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
+from lightning_byz.rows import Rows
 from lightning_byz.transports.base import Message, Transport
-from lightning_byz.types import Round, keyed_generator
+from lightning_byz.types import Payload, Round, keyed_generator
 
 
 class ByzantineTransport(Transport):
@@ -23,11 +30,29 @@ class ByzantineTransport(Transport):
         attack: what the Byzantine workers send.
         workers: their indices.
         active: whether they lie in the round with this step.
+        liars: all workers that lie in the round with this step, here or by another fault; their messages are not shown as honest ones.
+        algorithm: the run's algorithm, for attacks that try their lies on the server.
+        state: the server's state before the round.
+        x: the current parameters ``[d]``, for attacks that look at them.
     """
 
-    def __init__(self, inner: Transport, attack: Attack, workers: Sequence[int], active: Callable[[int], bool]) -> None:
+    def __init__(
+        self,
+        inner: Transport,
+        attack: Attack,
+        workers: Sequence[int],
+        active: Callable[[int], bool],
+        liars: Callable[[int], Collection[int]] | None = None,
+        algorithm: Algorithm | None = None,
+        state: Callable[[], Any] | None = None,
+        x: Callable[[], Tensor] | None = None,
+    ) -> None:
         self.inner, self.attack, self.byzantine, self.active = inner, attack, sorted(workers), active
+        self.liars, self.algorithm, self.state, self.x = liars or (lambda step: ()), algorithm, state, x
         self.rank, self.world_size, self.workers_per_process = inner.rank, inner.world_size, inner.workers_per_process
+        attack.check(self.byzantine, self.n)
+        self.memory: dict[str, Tensor] = {}
+        self._dim: int | None = None
 
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
         return self.inner.gather(messages, layout)
@@ -38,25 +63,130 @@ class ByzantineTransport(Transport):
     def bytes_down(self, message: Message, estimate: Tensor) -> int:
         return self.inner.bytes_down(message, estimate)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the attack remembers, as plain containers of tensors; the same on every rank."""
+        return {"dim": self._dim, "memory": dict(self.memory)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        self._dim, self.memory = state["dim"], dict(state["memory"])
+
     def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
         everybody = self.inner.exchange(messages, codec, dim, dtype, round)
+        if round.step == 0 or dim != self._dim:  # a new run, or other parameters: nothing that is remembered belongs to it
+            self._dim, self.memory = dim, {}
         if not self.active(round.step):
             return everybody
 
-        def decoded(worker: int) -> Tensor | None:
-            flags, payload = everybody[worker]
-            spoke = bool(flags[0]) and bool(codec.valid(payload, dim))
-            return codec.decode(payload, dim) if spoke else None
-
-        honest = [row for w in range(round.n) if w not in self.byzantine and (row := decoded(w)) is not None]
+        cohort = (torch.ones(round.n) if self.algorithm is None else self.algorithm.cohort(round)).tolist()
+        others = set(self.liars(round.step)).difference(self.byzantine)
+        rows = {}
+        for worker, (flags, payload) in enumerate(everybody):
+            if cohort[worker] and worker not in others and bool(flags[0]) and bool(codec.valid(payload, dim)):
+                rows[worker] = codec.decode(payload, dim)
+        honest = [worker for worker in rows if worker not in self.byzantine]
         if not honest:
             return everybody
-        own = [row if (row := decoded(w)) is not None else torch.zeros_like(honest[0]) for w in self.byzantine]
-        device = honest[0].device
-        lies = self.attack(torch.stack(honest), torch.stack(own), keyed_generator("attack", round.seed, round.step, device=device))
-        for worker, lie in zip(self.byzantine, lies, strict=True):
-            generator = round._replace(worker=worker).private("compressor", device)
+        forges = zip(self.byzantine, self.attack.forges(len(self.byzantine)), strict=True)
+        own = [worker for worker, forged in forges if worker in rows or (forged and cohort[worker])]
+        seen = torch.stack([rows[worker] for worker in honest])
+        zero = torch.zeros_like(seen[0])
+        server = None
+        if self.algorithm is not None and self.state is not None:
+            server = _Server(self.algorithm, self.state(), everybody, honest, own, codec, dim, dtype, round, self.inner.agree)
+        scene = Scene(
+            generator=keyed_generator("attack", round.seed, round.step, device=seen.device),
+            step=round.step,
+            aggregate=None if server is None else server.aggregate,
+            target=None if server is None else server.target,
+            x=self.x,
+            memory=self.memory,
+            honest=honest,
+            own=own,
+            byzantine=self.byzantine,
+            agree=self.inner.agree,
+        )
+        before = torch.stack([rows.get(worker, zero) for worker in own]) if own else seen[:0]
+        lies = self.attack(seen, before, scene)
+        for worker, lie in zip(own, lies, strict=True):
             flags = everybody[worker].flags.clone()
             flags[0] = 1
-            everybody[worker] = Message(flags, codec.encode(lie.to(dtype), generator))
+            everybody[worker] = Message(flags, _encoded(lie, worker, codec, dtype, round))
         return everybody
+
+
+def _encoded(lie: Tensor, worker: int, codec: Compressor, dtype: torch.dtype, round: Round) -> Payload:
+    generator = round._replace(worker=worker).private("compressor", lie.device)
+    return codec.encode(lie.to(dtype), generator)
+
+
+@dataclass(frozen=True)
+class _HonestMean(Aggregator):
+    """What nobody can be: a rule that knows who is honest, and takes their mean."""
+
+    f: int | None = 0
+    honest: Sequence[int] = ()
+
+    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+        return Rows.of(rows).select(torch.tensor(self.honest)).dense().mean(0)
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        return self(rows)
+
+
+@dataclass(frozen=True)
+class _Server:
+    """What the server would make of this round; its state does not change.
+
+    Args:
+        algorithm: the run's algorithm.
+        state: the server's state before the round.
+        everybody: the messages of all workers, those of the liars being honest still.
+        honest: the honest workers.
+        own: the workers whose lies are tried.
+        codec, dim, dtype, round: as in `Transport.exchange`.
+        agree: as in `Transport.agree`.
+    """
+
+    algorithm: Algorithm
+    state: Any
+    everybody: Sequence[Message]
+    honest: Sequence[int]
+    own: Sequence[int]
+    codec: Compressor
+    dim: int
+    dtype: torch.dtype
+    round: Round
+    agree: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def _decoded(self) -> tuple[Tensor, Tensor]:
+        """``[n, d]`` and ``[n]`` bool: all messages, and who is present."""
+        present = torch.stack([(flags[0] == 1) & self.codec.valid(payload, self.dim) for flags, payload in self.everybody]).cpu()
+        like = self.everybody[0].payload[0]
+        values = torch.zeros(len(present), self.dim, dtype=self.dtype, device=like.device)
+        for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):
+            if here:
+                row.copy_(self.codec.decode(payload, self.dim))
+        return values, present
+
+    def _estimate(self, algorithm: Algorithm) -> Tensor:
+        values, present = self._decoded
+        rows = Rows(values, agree=self.agree, generator=self.round.shared("rule"))
+        try:
+            return algorithm.server(rows, self.state, self.round._replace(present=present))[0]
+        except TooFewRowsError:
+            return values.new_zeros(self.dim)
+
+    def aggregate(self, lies: Tensor) -> Tensor:
+        """The server's estimate ``[d]`` for these lies ``[b, d]``; zeros if it would skip the step."""
+        values, present = self._decoded
+        for worker, lie in zip(self.own, lies, strict=True):
+            payload = _encoded(lie, worker, self.codec, self.dtype, self.round)
+            present[worker] = bool(self.codec.valid(payload, self.dim))
+            values[worker] = self.codec.decode(payload, self.dim) if present[worker] else 0.0
+        return self._estimate(self.algorithm)
+
+    def target(self) -> Tensor:
+        """The server's estimate ``[d]`` if it took the mean of the honest messages."""
+        return self._estimate(dataclasses.replace(self.algorithm, aggregator=_HonestMean(honest=tuple(self.honest))))  # type: ignore[type-var]
