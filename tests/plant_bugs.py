@@ -138,7 +138,13 @@ BUGS = [
         "aggregators",
     ),
     # compressors
-    Bug("Rand-K without d / K", "compressors/sparse.py", "dim / self.count(dim) if self.scaled else 1.0", "1.0", "compressors"),
+    Bug(
+        "Rand-K without d / K",
+        "compressors/sparse.py",
+        "        return dim / self.count(dim)\n",
+        "        return 1.0\n",
+        "compressors",
+    ),
     Bug(
         "Rand-K prefers small indices",
         "compressors/sparse.py",
@@ -146,7 +152,37 @@ BUGS = [
         "picked = values",
         "compressors",
     ),
-    Bug("Top-K without magnitudes", "compressors/sparse.py", "x.abs().topk(", "x.topk(", "compressors"),
+    Bug("Top-K without magnitudes", "compressors/sparse.py", "return x.abs().topk(", "return x.topk(", "compressors"),
+    Bug(
+        "Top-K of a sample without magnitudes",
+        "compressors/sparse.py",
+        "x[candidates].abs().topk(",
+        "x[candidates].topk(",
+        "compressors",
+    ),
+    Bug("Top-K trusts its sample", "compressors/sparse.py", "if len(candidates) >= count:", "if len(candidates):", "compressors"),
+    Bug("Top-K overlooks nan", "compressors/sparse.py", "~(block.abs() < threshold)", "block.abs() >= threshold", "compressors"),
+    Bug("Top-K forgets which block", "compressors/sparse.py", ".add_(i * _BLOCK)", "", "compressors"),
+    Bug("the norm of many numbers in float32", "compressors/quantization.py", "x, dtype=torch.float64)", "x)", "compressors"),
+    Bug(
+        "bits packed from the top", "compressors/bits.py", "(top - (8 - width) * i)", "((8 - width) * i + width - 1)", "compressors"
+    ),
+    Bug("low rank without a basis", "compressors/low_rank.py", "torch.linalg.qr(m @ q).Q", "m @ q", "compressors"),
+    Bug("low rank ignores its iterations", "compressors/low_rank.py", "range(self.iterations)", "range(1)", "compressors"),
+    Bug("low rank trusts P", "compressors/low_rank.py", "(p.abs() <= 1).all() & ", "", "compressors"),
+    Bug("low rank of P transposed", "compressors/low_rank.py", "(p @ q.T).view", "(q @ p.T).reshape", "compressors"),
+    Bug("a block's contraction for all", "compressors/blocks.py", "else min(self", "else max(self", "compressors"),
+    Bug("a block's variance for all", "compressors/blocks.py", "else max(self", "else min(self", "compressors"),
+    Bug("the first tensor's payload for all", "compressors/blocks.py", "            first = last\n", "", "compressors"),
+    Bug("sizes of tensors not passed on", "strategy.py", "self._resolved.for_sizes(now.sizes)", "self._resolved", "workers"),
+    Bug("EF14 forgets what it dropped", "algorithms/ef14.py", "u = grads.current + state.e", "u = grads.current", "algorithms"),
+    Bug(
+        "EF14 keeps what it sent",
+        "algorithms/ef14.py",
+        "u - self.compressor.decode(c, len(u))",
+        "self.compressor.decode(c, len(u))",
+        "algorithms",
+    ),
     Bug("repeated indices are valid", "compressors/sparse.py", "index[1:] > index[:-1]", "index[1:] >= index[:-1]", "compressors"),
     Bug(
         "negative indices are valid",

@@ -12,7 +12,21 @@ from harness import assert_close, assert_equal, averaging, cpu_amp, fit
 from models import Manual, Plain, blobs
 from torch.utils.data import DataLoader
 
-from lightning_byz import ALIE, IPM, NNM, ByzEF21SGDM, Chain, Krum, NotANumber, RandK, RobustSGD, TopK, TrimmedMean
+from lightning_byz import (
+    ALIE,
+    EF14,
+    IPM,
+    NNM,
+    ByzEF21SGDM,
+    Chain,
+    Krum,
+    NotANumber,
+    PerTensor,
+    RandK,
+    RobustSGD,
+    TopK,
+    TrimmedMean,
+)
 from lightning_byz.data import WorkerSampler
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
@@ -54,6 +68,7 @@ ALGORITHMS = {
     "rand-k": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()), compressor=RandK(ratio=0.3), worker_momentum=0.9),
     "krum": RobustSGD(aggregator=Krum(f=0)),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+    "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
 }
 
 
@@ -95,6 +110,19 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
             for metric in ("loss", "byz/cosine", "byz/relative_error", "byz/byzantine_weight"):
                 assert report["metrics"].get(metric) == pytest.approx(runs[0][0]["metrics"].get(metric), nan_ok=True)
     assert runs[0][0]["steps"] == 20
+
+
+def test_the_strategy_tells_a_compressor_the_tensors_sizes(tmp_path: Path) -> None:
+    algorithm = EF14(compressor=PerTensor(TopK(ratio=0.01)))
+    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=N)
+
+    def seen(trainer: Any, module: Any) -> Any:
+        return trainer.strategy.exchanges[0].algorithm.compressor.sizes, [p.numel() for p in module.parameters()]
+
+    (report,) = fit(tmp_path, Plain(), strategy, extra=seen)
+    found, sizes = report["extra"]
+    assert found == tuple(sizes)
+    assert algorithm.compressor.sizes is None, "the user's own object stays as it was"
 
 
 @pytest.mark.parametrize("module", [Manual], ids=["manual"])

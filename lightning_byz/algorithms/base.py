@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -52,6 +54,12 @@ class Algorithm(ABC):
     @abstractmethod
     def with_f(self: AlgorithmT, f: int) -> AlgorithmT:
         """The same algorithm with a rule that tolerates f Byzantine workers."""
+
+    def for_sizes(self: AlgorithmT, sizes: Sequence[int]) -> AlgorithmT:
+        """The same algorithm with compressors that know the parameters' numbers of elements (see `Compressor.for_sizes`)."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        known = {name: part.for_sizes(sizes) for name, part in fields.items() if isinstance(part, Compressor)}
+        return dataclasses.replace(self, **known) if known else self  # type: ignore[type-var]
 
     @abstractmethod
     def codec(self, round: Round) -> Compressor:

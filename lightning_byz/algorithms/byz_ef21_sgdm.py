@@ -64,10 +64,10 @@ class ByzEF21SGDM(Algorithm):
         self.check_parts()
         if not 0 < self.eta <= 1:
             raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
-        if self.compressor.contraction(1000) is None:
+        if not self.compressor.contractive:
             raise ValueError(
                 "ByzEF21SGDM needs a contractive compressor. Found "
-                f"{self.compressor!r}. Use TopK(ratio=0.1), or RandK(ratio=0.1, scaled=False)."
+                f"{self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
 
     def with_f(self, f: int) -> ByzEF21SGDM:
