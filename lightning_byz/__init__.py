@@ -1,7 +1,7 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
 The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the program uses: the one that
+first. `ByzantineRobustStrategy`, `ByzantineWorkers` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
 them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
 """
@@ -64,7 +64,7 @@ from lightning_byz.compressors import (
     TernGrad,
     TopK,
 )
-from lightning_byz.data import WorkerSampler
+from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
 from lightning_byz.transports import AllGather, InProcess
 
 __version__ = "0.1.0"
@@ -78,12 +78,22 @@ _imported = [name for name in _installed if name in sys.modules]
 _home = (_imported if len(_imported) == 1 else _installed)[0]
 
 if TYPE_CHECKING:
-    from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, DigitsDataModule
+    from lightning_byz.lightning import (
+        ByzantineRobustStrategy,
+        ByzantineWorkers,
+        CIFAR10DataModule,
+        DigitsDataModule,
+        FashionMNISTDataModule,
+        LIBSVMDataModule,
+    )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
     ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
     ByzantineWorkers = _glue[_home].ByzantineWorkers
+    CIFAR10DataModule = _glue[_home].CIFAR10DataModule
     DigitsDataModule = _glue[_home].DigitsDataModule
+    FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
+    LIBSVMDataModule = _glue[_home].LIBSVMDataModule
 
 __all__ = [
     "ALIE",
@@ -91,6 +101,7 @@ __all__ = [
     "CGE",
     "EF14",
     "FABA",
+    "IID",
     "IPM",
     "NNM",
     "QSGD",
@@ -99,15 +110,20 @@ __all__ = [
     "BFloat16",
     "BitFlip",
     "Bucketing",
+    "ByLabel",
     "ByzEF21SGDM",
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
+    "CIFAR10DataModule",
     "Chain",
     "Contractive",
     "ContractiveRandK",
     "CoordinateMedian",
     "DigitsDataModule",
+    "Dirichlet",
+    "FashionMNISTDataModule",
     "Float16",
+    "GammaSimilarity",
     "Gaussian",
     "GeometricMedian",
     "Huge",
@@ -115,6 +131,7 @@ __all__ = [
     "InProcess",
     "Infinity",
     "Krum",
+    "LIBSVMDataModule",
     "LabelFlip",
     "LowRank",
     "MeaMed",
@@ -129,6 +146,7 @@ __all__ = [
     "Phocas",
     "RandK",
     "RandomSign",
+    "Replicated",
     "RobustSGD",
     "ScaledSign",
     "Sign",
