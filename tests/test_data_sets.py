@@ -289,3 +289,12 @@ def test_what_happens_to_a_sample_depends_on_the_epoch_alone(tmp_path):
     assert torch.equal(epoch(1, 7), epoch(1, 7, num_workers=1))
     assert (first == epoch(1, 7)).flatten(1).all(1).float().mean() < 0.1
     assert (first == epoch(0, 7, seed=4)).flatten(1).all(1).float().mean() < 0.1
+
+
+def test_held_out_images_are_not_augmented(tmp_path):
+    list(cifar10(tmp_path))
+    modules = [CIFAR10DataModule(str(tmp_path), augment=augment) for augment in (False, True)]
+    for module in modules:
+        module.setup("fit")
+    assert torch.equal(*(next(iter(module.val_dataloader()))[0] for module in modules))
+    assert not torch.equal(*(module.training.__getitems__(range(20))[0] for module in modules))
