@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from zoo import laws
 
-from lightning_byz import data
+from lightning_byz import DigitsDataModule, data
 from lightning_byz.batches import split_batch
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Partition, Replicated, WorkerSampler, labels_of
 
@@ -167,6 +167,14 @@ def test_labels_are_found_where_datasets_keep_them():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("wrong", ["iid", Dirichlet, [[0], [1]]])
+def test_what_is_no_partition_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"instance of Partition, such as IID\(\)"):
+        WorkerSampler(range(4), 1, partition=wrong)
+    with pytest.raises(TypeError, match="instance of Partition"):
+        DigitsDataModule(partition=wrong)
 
 
 class Nobody(Partition):

@@ -47,7 +47,8 @@ class ByzEF21SGDM(Algorithm):
 
     arXiv 2409.08640, after EF21-SGDM (arXiv 2305.15155). The rule aggregates the estimates, never the raw ``c_i``. Both sides
     start from g_i = 0, and v_i from the worker's first gradient, so nothing is ever sent uncompressed. With the identity
-    compressor this is robust SGD with worker momentum; with `Mean` and f = 0 it is EF21-SGDM.
+    compressor this is robust SGD with worker momentum; with `Mean` and f = 0 it is EF21-SGDM. With ``eta=1`` it
+    is EF21 (arXiv 2106.05203) with a robust rule.
 
     Args:
         aggregator: the robust rule; the paper puts NNM in front of a median, trimmed mean or RFA.

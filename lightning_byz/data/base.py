@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_byz.data.partitions import Partition
+from lightning_byz.data.partitions import Partition, check_partition
 from lightning_byz.data.sampler import WorkerSampler
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class WorkerData(_Base):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` should be at least 1. Found batch_size={batch_size}.")
+        check_partition(partition)
         self.batch_size, self.seed, self.num_workers, self.partition = batch_size, seed, num_workers, partition
 
     def train_sampler(self) -> WorkerSampler:

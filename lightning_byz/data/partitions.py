@@ -53,6 +53,12 @@ class Partition(ABC):
         return [torch.from_numpy(np.sort(part)) for part in parts]
 
 
+def check_partition(partition: object) -> None:
+    """Raises a TypeError unless this is a partition, or None."""
+    if not isinstance(partition, Partition | None):
+        raise TypeError(f"`partition` should be an instance of Partition, such as IID() or Dirichlet(0.1). Found {partition!r}.")
+
+
 def labels_of(dataset: Sized) -> Tensor:
     """The labels of a dataset: its ``targets`` (as torchvision's have them), or the last tensor of a TensorDataset.
 

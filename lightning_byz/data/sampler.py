@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from lightning_byz.data.partitions import Partition, labels_of
+from lightning_byz.data.partitions import Partition, check_partition, labels_of
 from lightning_byz.types import keyed_generator
 
 
@@ -69,6 +69,7 @@ class WorkerSampler(DistributedSampler[Any]):
         super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
 
         n = replicas * workers_per_process
+        check_partition(partition)
         if parts is not None and partition is not None:
             raise ValueError(f"At most one of `parts` and `partition` should be given. Found {len(parts)} parts and {partition!r}.")
         if partition is not None:
