@@ -1,7 +1,7 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
 The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the program uses: the one that
+first. `ByzantineRobustStrategy`, `ByzantineWorkers` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
 them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
 """
@@ -41,7 +41,7 @@ from lightning_byz.aggregators import (
     StaticClipping,
     TrimmedMean,
 )
-from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.algorithms import EF14, ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -73,15 +73,20 @@ from lightning_byz.compressors import (
     QSGD,
     BFloat16,
     Contractive,
+    ContractiveRandK,
     Float16,
     Identity,
+    LowRank,
     NaturalCompression,
+    PerShard,
+    PerTensor,
     RandK,
+    ScaledSign,
     Sign,
     TernGrad,
     TopK,
 )
-from lightning_byz.data import WorkerSampler
+from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
 from lightning_byz.transports import AllGather, InProcess
 
 __version__ = "0.1.0"
@@ -95,19 +100,31 @@ _imported = [name for name in _installed if name in sys.modules]
 _home = (_imported if len(_imported) == 1 else _installed)[0]
 
 if TYPE_CHECKING:
-    from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, DigitsDataModule
+    from lightning_byz.lightning import (
+        ByzantineRobustStrategy,
+        ByzantineWorkers,
+        CIFAR10DataModule,
+        DigitsDataModule,
+        FashionMNISTDataModule,
+        LIBSVMDataModule,
+    )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
     ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
     ByzantineWorkers = _glue[_home].ByzantineWorkers
+    CIFAR10DataModule = _glue[_home].CIFAR10DataModule
     DigitsDataModule = _glue[_home].DigitsDataModule
+    FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
+    LIBSVMDataModule = _glue[_home].LIBSVMDataModule
 
 __all__ = [
     "ALIE",
     "ARC",
     "CAF",
     "CGE",
+    "EF14",
     "FABA",
+    "IID",
     "IPM",
     "MDA",
     "NNM",
@@ -121,18 +138,24 @@ __all__ = [
     "BitFlip",
     "Bucketing",
     "Bulyan",
+    "ByLabel",
     "ByzEF21SGDM",
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
+    "CIFAR10DataModule",
     "CenteredClip",
     "Chain",
     "Contractive",
+    "ContractiveRandK",
     "CoordinateMedian",
     "DigitsDataModule",
+    "Dirichlet",
     "DnC",
+    "FashionMNISTDataModule",
     "FlippedBit",
     "Float16",
     "FoE",
+    "GammaSimilarity",
     "Gaussian",
     "GeometricMedian",
     "Huge",
@@ -140,8 +163,10 @@ __all__ = [
     "InProcess",
     "Infinity",
     "Krum",
+    "LIBSVMDataModule",
     "LabelFlip",
     "LineSearch",
+    "LowRank",
     "MajorityVote",
     "MeaMed",
     "Mean",
@@ -155,10 +180,14 @@ __all__ = [
     "NotANumber",
     "OptimizedALIE",
     "OptimizedIPM",
+    "PerShard",
+    "PerTensor",
     "Phocas",
     "RandK",
     "RandomSign",
+    "Replicated",
     "RobustSGD",
+    "ScaledSign",
     "ShiftBack",
     "ShuffledLabels",
     "Sign",

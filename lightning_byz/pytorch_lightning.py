@@ -10,10 +10,17 @@ from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
 from lightning_byz.callbacks import ByzantineWorkersCallback
-from lightning_byz.data import DigitsData
+from lightning_byz.data import CIFAR10Data, DigitsData, FashionMNISTData, LIBSVMData
 from lightning_byz.strategy import RobustStrategy
 
-__all__ = ["ByzantineRobustStrategy", "ByzantineWorkers", "DigitsDataModule"]
+__all__ = [
+    "ByzantineRobustStrategy",
+    "ByzantineWorkers",
+    "CIFAR10DataModule",
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "LIBSVMDataModule",
+]
 
 
 class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore[misc]
@@ -29,6 +36,18 @@ class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]
     """Handwritten digits, every worker its own part; see `lightning_byz.data.DigitsData`."""
+
+
+class LIBSVMDataModule(LIBSVMData, LightningDataModule):  # type: ignore[misc]
+    """a9a, w8a, mushrooms, ..., every worker its own part; see `lightning_byz.data.LIBSVMData`."""
+
+
+class FashionMNISTDataModule(FashionMNISTData, LightningDataModule):  # type: ignore[misc]
+    """Fashion-MNIST, every worker its own part; see `lightning_byz.data.FashionMNISTData`."""
+
+
+class CIFAR10DataModule(CIFAR10Data, LightningDataModule):  # type: ignore[misc]
+    """CIFAR-10, every worker its own part; see `lightning_byz.data.CIFAR10Data`."""
 
 
 # Lightning trains a torch.compile'd module with an instance of a short list of its own strategies only. Ours leaves the module as

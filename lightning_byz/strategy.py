@@ -563,6 +563,7 @@ class RobustStrategy(_Base):
                 )
                 self.exchanges[index].dim = None
             self._layouts[index] = now
+            self.exchanges[index].algorithm = self._resolved.for_sizes(now.sizes)
             return now
         assert before is not None
         return before

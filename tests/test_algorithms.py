@@ -1,14 +1,29 @@
 """Laws over every algorithm in the zoo, and the papers' invariants."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from zoo import ALGORITHMS, ATTACKS, JUNK, each, robust, rows_for
 
 from lightning_byz.aggregators import CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
-from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
-from lightning_byz.attacks import Attack
-from lightning_byz.compressors import Identity, RandK, TopK
+from lightning_byz.algorithms import (
+    EF14,
+    ByzEF21SGDM,
+    RobustSGD,
+)
+from lightning_byz.attacks import (
+    Attack,
+)
+from lightning_byz.compressors import (
+    ContractiveRandK,
+    Identity,
+    LowRank,
+    PerTensor,
+    RandK,
+    TopK,
+)
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.rows import Rows
 from lightning_byz.transports import ByzantineTransport, InProcess
@@ -273,7 +288,7 @@ def test_the_estimate_closes_in_on_a_frozen_momentum_as_fast_as_the_compressor_c
         _, workers, server, _ = play(algorithm, g, workers, server, r)
         gap = torch.stack([torch.linalg.vector_norm(state.v - state.g) for state in workers])
         torch.testing.assert_close(torch.stack([state.v for state in workers]), g)
-        if isinstance(algorithm.compressor, RandK):  # in expectation, so over all workers
+        if isinstance(algorithm.compressor, ContractiveRandK | LowRank):  # in expectation, so over all workers
             assert (gap**2).mean() <= 1.5 * (1 - alpha) ** r * (first**2).mean()
         else:
             assert (gap <= (1 - alpha) ** (r / 2) * first + 1e-12).all()
@@ -354,9 +369,67 @@ def test_eta_outside_its_range_is_refused(eta):
         ByzEF21SGDM(eta=eta)
 
 
-def test_a_compressor_that_does_not_contract_is_refused():
-    with pytest.raises(ValueError, match=r"contractive.*RandK.*scaled=False"):
-        ByzEF21SGDM(compressor=RandK(ratio=0.1))
+@pytest.mark.parametrize("algorithm", [ByzEF21SGDM, EF14])
+def test_a_compressor_that_does_not_contract_is_refused(algorithm):
+    with pytest.raises(ValueError, match=r"contractive.*ContractiveRandK"):
+        algorithm(compressor=RandK(ratio=0.1))
+
+
+# -- EF14 -----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_ef14_sends_and_keeps_adds_up_to_the_gradients():
+    algorithm = EF14(Mean(), TopK(k=2))
+    workers, server = start(algorithm)
+    sent, given = torch.zeros(N, D, dtype=torch.float64), torch.zeros(N, D, dtype=torch.float64)
+    for step in range(30):
+        g = gradients(step)
+        estimate, workers, server, payloads = play(algorithm, g, workers, server, step)
+        decoded = torch.stack([algorithm.compressor.decode(payload, D) for payload in payloads])
+        torch.testing.assert_close(estimate, decoded.mean(0))
+        sent, given = sent + decoded, given + g
+        torch.testing.assert_close(sent + torch.stack([state.e for state in workers]), given)
+        alpha, largest = algorithm.compressor.contraction(D), 1.3 * math.sqrt(D) + 1  # of the gradients' lengths
+        assert max(float(state.e.norm()) for state in workers) <= 2 * math.sqrt(1 - alpha) / alpha * largest
+
+
+def test_ef14_without_compression_is_robust_sgd():
+    ours, theirs = EF14(robust(), Identity()), RobustSGD(robust())
+    a, b = start(ours), start(theirs)
+    for step in range(3):
+        estimate, *a, _ = play(ours, gradients(step), *a, step)
+        expected, *b, _ = play(theirs, gradients(step), *b, step)
+        assert torch.equal(estimate, expected)
+
+
+def test_two_rounds_of_ef14_by_hand():
+    """d = 3, two workers, Top-1, mean. Round 0: worker 0 sends 4 at coordinate 0 and keeps (0, 2, 1), worker 1 sends -6 at 2, keeps
+    (1, 0, 0). Round 1: u_0 = (0, 2, 1) + (1, 1, -3) = (1, 3, -2): sends 3 at 1; u_1 = (1, 0, 0) + (2, 2, 2) = (3, 2, 2): sends 3 at 0.
+    """
+    algorithm = EF14(Mean(), TopK(k=1))
+    workers, server = start(algorithm, n=2, d=3)
+    estimate, workers, server, _ = play(algorithm, torch.tensor([[4.0, 2, 1], [1, 0, -6]]).double(), workers, server, 0)
+    assert estimate.tolist() == [2, 0, -3]
+    estimate, workers, server, _ = play(algorithm, torch.tensor([[1.0, 1, -3], [2, 2, 2]]).double(), workers, server, 1)
+    assert estimate.tolist() == [1.5, 1.5, 0]
+    assert [state.e.tolist() for state in workers] == [[1, 0, -2], [0, 2, 2]]
+
+
+@pytest.mark.parametrize("name", ["sign_flip_x10", "zero"])
+def test_a_median_does_badly_on_ef14s_messages_and_well_on_ef21s(name):
+    """As the docstring warns: in most coordinates of Top-1 messages, most workers say 0."""
+    attack = next(case.attack for case in ATTACKS if case.name == name)
+    rule, compressor = CoordinateMedian(f=2), TopK(k=1)
+    ef14 = distance_after(EF14(rule, compressor), attack)
+    ef21 = distance_after(ByzEF21SGDM(rule, compressor, eta=1.0), attack)
+    assert ef21 < 0.1
+    assert ef14 > 4 * ef21
+
+
+def test_an_algorithm_passes_the_tensors_sizes_to_its_compressor():
+    algorithm = EF14(robust(), PerTensor(TopK(k=1)))
+    assert algorithm.for_sizes((3, 4)) == EF14(robust(), PerTensor(TopK(k=1), (3, 4)))
+    assert EF14(robust(), TopK(k=1)).for_sizes((3, 4)) == EF14(robust(), TopK(k=1))
 
 
 # -- convergence ----------------------------------------------------------------------------------------------------------

@@ -19,13 +19,30 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from models import GAN, CountsBatches, Plain, StatefulLoader, blobs
 
-from lightning_byz import ByzEF21SGDM, Mean, Mimic, Mixture, RandK, RobustSGD, ShiftBack, Stuck, TopK, TrimmedMean
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz import (
+    EF14,
+    ByzEF21SGDM,
+    Mean,
+    Mimic,
+    Mixture,
+    PerTensor,
+    RandK,
+    RobustSGD,
+    ShiftBack,
+    Stuck,
+    TopK,
+    TrimmedMean,
+)
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+)
 
 ALGORITHMS = {
     "default": None,
     "momentum": RobustSGD(aggregator=TrimmedMean(), compressor=RandK(ratio=0.5), worker_momentum=0.9, server_momentum=0.5),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+    "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
 }
 
 

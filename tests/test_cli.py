@@ -77,6 +77,23 @@ def test_attacks_within_attacks_by_class_path(tmp_path):
     assert "evaluations: 3" in written.read_text()
 
 
+def test_a_partition_is_set_in_a_config(tmp_path):
+    config, text = tmp_path / "config.yaml", CONFIG.read_text()
+    line = "    batch_size: 16 # of one worker\n"
+    assert line in text
+    partition = "    partition:\n      class_path: lightning_byz.Dirichlet\n      init_args:\n        alpha: 0.5\n"
+    config.write_text(text.replace(line, line + partition))
+    limits = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1)
+    done = run("fit", "--config", config, *limits, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (saved,) = tmp_path.glob("outputs/digits/*/config.yaml")
+    assert "Dirichlet" in saved.read_text()
+    config.write_text(text.replace(line, line + partition.replace("alpha: 0.5", "alpha: -1.0")))
+    done = run("fit", "--config", config, *limits, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "`alpha` should be a number above 0. Found alpha=-1.0" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
     [

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_byz import (
     ALIE,
+    EF14,
     IPM,
     NNM,
     ByzEF21SGDM,
@@ -24,6 +25,7 @@ from lightning_byz import (
     Mixture,
     NotANumber,
     OptimizedALIE,
+    PerTensor,
     RandK,
     RobustSGD,
     ShuffledLabels,
@@ -72,6 +74,7 @@ ALGORITHMS = {
     "rand-k": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()), compressor=RandK(ratio=0.3), worker_momentum=0.9),
     "krum": RobustSGD(aggregator=Krum(f=0)),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+    "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
 }
 
 
@@ -132,6 +135,19 @@ def test_omniscient_attacks_and_faults_are_the_same_across_processes(attack: Any
         for a, b in zip(runs[0]["extra"].get("attack", []), report["extra"].get("attack", []), strict=True):
             assert a["memory"].keys() == b["memory"].keys()
             assert all(torch.equal(value, b["memory"][key]) for key, value in a["memory"].items())
+
+
+def test_the_strategy_tells_a_compressor_the_tensors_sizes(tmp_path: Path) -> None:
+    algorithm = EF14(compressor=PerTensor(TopK(ratio=0.01)))
+    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=N)
+
+    def seen(trainer: Any, module: Any) -> Any:
+        return trainer.strategy.exchanges[0].algorithm.compressor.sizes, [p.numel() for p in module.parameters()]
+
+    (report,) = fit(tmp_path, Plain(), strategy, extra=seen)
+    found, sizes = report["extra"]
+    assert found == tuple(sizes)
+    assert algorithm.compressor.sizes is None, "the user's own object stays as it was"
 
 
 @pytest.mark.parametrize("module", [Manual], ids=["manual"])

@@ -45,7 +45,7 @@ from lightning_byz.aggregators import (
     StaticClipping,
     TrimmedMean,
 )
-from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD
+from lightning_byz.algorithms import EF14, Algorithm, ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -78,10 +78,15 @@ from lightning_byz.compressors import (
     BFloat16,
     Compressor,
     Contractive,
+    ContractiveRandK,
     Float16,
     Identity,
+    LowRank,
     NaturalCompression,
+    PerShard,
+    PerTensor,
     RandK,
+    ScaledSign,
     Sign,
     TernGrad,
     TopK,
@@ -372,6 +377,10 @@ class CompressorCase:
     random: bool = False
     tight: bool = True  # its variance is what it declares, not only bounded by it
 
+    def of(self, dim: int) -> Compressor:
+        """The compressor for vectors ``[dim]`` that are made of three tensors, one of them empty."""
+        return self.compressor.for_sizes((dim // 3, 0, dim - dim // 3))
+
 
 COMPRESSORS = [
     CompressorCase("identity", Identity()),
@@ -379,10 +388,10 @@ COMPRESSORS = [
     CompressorCase("top_3", TopK(k=3), sparse=True),
     CompressorCase("rand_k_ratio", RandK(ratio=0.4), sparse=True, random=True),  # drawn from a permutation
     CompressorCase("rand_3", RandK(k=3), sparse=True, random=True),  # drawn one by one where d >= 12
-    CompressorCase("rand_3_contractive", RandK(k=3, scaled=False), sparse=True, random=True),
+    CompressorCase("rand_3_contractive", ContractiveRandK(k=3), sparse=True, random=True),
     CompressorCase("rand_k_everything", RandK(ratio=1.0), sparse=True, random=True),
     CompressorCase("sign", Sign()),
-    CompressorCase("sign_pure", Sign(scaled=False)),
+    CompressorCase("scaled_sign", ScaledSign()),
     CompressorCase("qsgd_1", QSGD(levels=1), random=True, tight=False),
     CompressorCase("qsgd_7", QSGD(levels=7), random=True, tight=False),
     CompressorCase("qsgd_100", QSGD(levels=100), random=True, tight=False),
@@ -392,6 +401,13 @@ COMPRESSORS = [
     CompressorCase("bfloat16", BFloat16()),
     CompressorCase("contractive_qsgd", Contractive(QSGD(levels=7)), random=True),
     CompressorCase("contractive_rand_k", Contractive(RandK(k=3)), random=True),
+    CompressorCase("rank_1", LowRank(rank=1), random=True),
+    CompressorCase("rank_2_twice", LowRank(rank=2, iterations=2), random=True),
+    CompressorCase("top_k_per_tensor", PerTensor(TopK(ratio=0.2))),
+    CompressorCase("rand_k_per_tensor", PerTensor(RandK(k=2)), random=True, tight=False),
+    CompressorCase("low_rank_per_tensor", PerTensor(LowRank(rank=1)), random=True),
+    CompressorCase("top_k_per_shard", PerShard(TopK(ratio=0.2), shards=3)),
+    CompressorCase("contractive_qsgd_per_shard", Contractive(PerShard(QSGD(levels=7), shards=3)), random=True),
 ]
 
 
@@ -536,7 +552,11 @@ ALGORITHMS = [
     AlgorithmCase("ef21_identity", ByzEF21SGDM(robust(), Identity(), eta=0.2)),
     AlgorithmCase("ef21_top_k", ByzEF21SGDM(robust(), TopK(ratio=0.3), eta=0.2)),
     AlgorithmCase("ef21_top_1_no_momentum", ByzEF21SGDM(robust(), TopK(k=1), eta=1.0), tolerates=()),
-    AlgorithmCase("ef21_rand_k", ByzEF21SGDM(robust(), RandK(ratio=0.5, scaled=False), eta=0.2)),
+    AlgorithmCase("ef21_rand_k", ByzEF21SGDM(robust(), ContractiveRandK(ratio=0.5), eta=0.2)),
+    AlgorithmCase("ef21_scaled_sign", ByzEF21SGDM(robust(), ScaledSign(), eta=0.2), tolerates=()),
+    AlgorithmCase("ef21_low_rank", ByzEF21SGDM(robust(), LowRank(rank=2), eta=0.2), tolerates=()),
+    AlgorithmCase("ef14_top_k", EF14(robust(), TopK(ratio=0.3)), tolerates=()),
+    AlgorithmCase("ef14_mean", EF14(Mean(), ScaledSign()), tolerates=()),
     AlgorithmCase("ef21_mean", ByzEF21SGDM(Mean(), TopK(ratio=0.3), eta=0.2), tolerates=()),
 ]
 

@@ -2,6 +2,7 @@
 
 from lightning_byz.algorithms.base import Algorithm, NoState
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
+from lightning_byz.algorithms.ef14 import EF14
 from lightning_byz.algorithms.robust_sgd import RobustSGD
 
-__all__ = ["Algorithm", "ByzEF21SGDM", "NoState", "RobustSGD"]
+__all__ = ["EF14", "Algorithm", "ByzEF21SGDM", "NoState", "RobustSGD"]

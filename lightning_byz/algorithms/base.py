@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -54,6 +55,12 @@ class Algorithm(ABC):
     def with_f(self: AlgorithmT, f: int) -> AlgorithmT:
         """The same algorithm with a rule that tolerates f Byzantine workers."""
 
+    def for_sizes(self: AlgorithmT, sizes: Sequence[int]) -> AlgorithmT:
+        """The same algorithm with compressors that know the parameters' numbers of elements (see `Compressor.for_sizes`)."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        known = {name: part.for_sizes(sizes) for name, part in fields.items() if isinstance(part, Compressor)}
+        return dataclasses.replace(self, **known) if known else self  # type: ignore[type-var]
+
     @abstractmethod
     def codec(self, round: Round) -> Compressor:
         """This round's wire format."""
@@ -97,7 +104,7 @@ class Algorithm(ABC):
         """
         if not self.aggregator.remembers:
             return self.aggregator(rows, round.present), last
-        result = self.aggregator(replace(rows, last=last), round.present)
+        result = self.aggregator(dataclasses.replace(rows, last=last), round.present)
         return result, result.clone()  # who writes into the estimate changes no state
 
     def init_last(self, x: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ class ByzEF21SGDM(Algorithm):
 
     arXiv 2409.08640, after EF21-SGDM (arXiv 2305.15155). The rule aggregates the estimates, never the raw ``c_i``. Both sides
     start from g_i = 0, and v_i from the worker's first gradient, so nothing is ever sent uncompressed. With the identity
-    compressor this is robust SGD with worker momentum; with `Mean` and f = 0 it is EF21-SGDM.
+    compressor this is robust SGD with worker momentum; with `Mean` and f = 0 it is EF21-SGDM. With ``eta=1`` it
+    is EF21 (arXiv 2106.05203) with a robust rule.
 
     Args:
         aggregator: the robust rule; the paper puts NNM in front of a median, trimmed mean or RFA.
@@ -66,10 +67,10 @@ class ByzEF21SGDM(Algorithm):
         self.check_parts()
         if not 0 < self.eta <= 1:
             raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
-        if self.compressor.contraction(1000) is None:
+        if not self.compressor.contractive:
             raise ValueError(
                 "ByzEF21SGDM needs a contractive compressor. Found "
-                f"{self.compressor!r}. Use TopK(ratio=0.1), or RandK(ratio=0.1, scaled=False)."
+                f"{self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
 
     def with_f(self, f: int) -> ByzEF21SGDM:

@@ -1,20 +1,36 @@
 """Compressors: what goes on the wire instead of a dense vector."""
 
 from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.compressors.blocks import PerShard, PerTensor
 from lightning_byz.compressors.identity import Identity
-from lightning_byz.compressors.quantization import QSGD, BFloat16, Contractive, Float16, NaturalCompression, Sign, TernGrad
-from lightning_byz.compressors.sparse import RandK, TopK
+from lightning_byz.compressors.low_rank import LowRank
+from lightning_byz.compressors.quantization import (
+    QSGD,
+    BFloat16,
+    Contractive,
+    Float16,
+    NaturalCompression,
+    ScaledSign,
+    Sign,
+    TernGrad,
+)
+from lightning_byz.compressors.sparse import ContractiveRandK, RandK, TopK
 
 __all__ = [
     "QSGD",
     "BFloat16",
     "Compressor",
     "Contractive",
+    "ContractiveRandK",
     "Field",
     "Float16",
     "Identity",
+    "LowRank",
     "NaturalCompression",
+    "PerShard",
+    "PerTensor",
     "RandK",
+    "ScaledSign",
     "Sign",
     "TernGrad",
     "TopK",

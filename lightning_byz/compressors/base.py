@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ class Compressor(ABC):
         """Bytes of one payload."""
         return sum(field.nbytes for field in self.layout(dim, dtype))
 
+    def for_sizes(self, sizes: Sequence[int]) -> Compressor:
+        """The same compressor for vectors that are laid out as tensors of these numbers of elements, one after the other.
+
+        The strategy asks for it once it knows the model. Only compressors that treat tensors separately care.
+        """
+        return self
+
     def contraction(self, dim: int) -> float | None:
         """Alpha with ``E ||C(x) - x||^2 <= (1 - alpha) ||x||^2``, or None if this compressor is not contractive."""
         return None
@@ -63,3 +71,13 @@ class Compressor(ABC):
     def variance(self, dim: int) -> float | None:
         """Omega with ``E C(x) = x`` and ``E ||C(x) - x||^2 <= omega ||x||^2``, or None if this compressor is biased."""
         return None
+
+    @property
+    def contractive(self) -> bool:
+        """Whether it declares a contraction, whatever the dimension: what error feedback needs."""
+        return self.contraction(1) is not None
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether it declares a variance, whatever the dimension."""
+        return self.variance(1) is not None

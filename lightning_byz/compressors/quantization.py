@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_byz.compressors.base import Compressor, Field
-from lightning_byz.compressors.bits import pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.bits import look_up_bits, pack_bits, packed_bytes, unpack_bits
 from lightning_byz.types import Payload
 
 
@@ -30,32 +31,42 @@ def _wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sign(Compressor):
-    """The sign of every coordinate, one bit each, and one scale: ``(||x||_1 / d) sign(x)``.
+    """The sign of every coordinate, one bit each: ``sign(x)``, as in signSGD (Bernstein et al., arXiv 1810.05291).
 
-    Scaled: Seide et al. 2014; Karimireddy et al., ICML 2019 (arXiv 1901.09847); contractive with alpha = ``||x||_1^2 / (d ||x||_2^2)``, at
-    least 1 / d. Not scaled: signSGD's plain signs (Bernstein et al., arXiv 1810.05291), which lose the length. The sign of 0 is +1, as in
-    signSGD's code.
-
-    Args:
-        scaled: send the mean magnitude along.
+    The length is lost, so it is neither contractive nor unbiased. The sign of 0 is +1, as in the authors' code.
     """
 
-    scaled: bool = True
-
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
-        return Field((packed_bytes(dim, 1),), torch.uint8), Field((int(self.scaled),), dtype)
+        return Field((packed_bytes(dim, 1),), torch.uint8), Field((0,), dtype)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
-        scale = _wide(x).abs().mean(0, keepdim=True).to(x.dtype)
-        return pack_bits(x < 0, 1), scale if self.scaled else x.new_empty(0)
+        return pack_bits(x < 0, 1), x.new_empty(0)
+
+    def decode(self, payload: Payload, dim: int) -> Tensor:
+        bits, like = payload
+        return look_up_bits(bits, 1, dim, like.new_tensor([1.0, -1.0]))
+
+
+@dataclass(frozen=True)
+class ScaledSign(Compressor):
+    """The sign of every coordinate, one bit each, and their mean magnitude: ``(||x||_1 / d) sign(x)``.
+
+    Seide et al., Interspeech 2014; Karimireddy et al., ICML 2019 (arXiv 1901.09847): contractive with
+    alpha = ``||x||_1^2 / (d ||x||_2^2)``, at least 1 / d. The sign of 0 is +1.
+    """
+
+    def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        return Field((packed_bytes(dim, 1),), torch.uint8), Field((1,), dtype)
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        return pack_bits(x < 0, 1), _wide(x).abs().mean(0, keepdim=True).to(x.dtype)
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         bits, scale = payload
-        signs = 1 - 2 * unpack_bits(bits, 1, dim).to(scale.dtype)
-        return signs * scale if self.scaled else signs
+        return look_up_bits(bits, 1, dim, torch.cat([scale, -scale]))
 
-    def contraction(self, dim: int) -> float | None:
-        return 1 / dim if self.scaled else None
+    def contraction(self, dim: int) -> float:
+        return 1 / dim
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class QSGD(Compressor):
 
     def scale(self, x: Tensor) -> Tensor:
         """The length that levels are fractions of, ``[1]``."""
-        norm: Tensor = torch.linalg.vector_norm(x)
+        norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)  # in float32 it stops growing at some ten million numbers
         return norm.reshape(1)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
@@ -99,8 +110,9 @@ class QSGD(Compressor):
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         codes, scale = payload
-        level = unpack_bits(codes, self.width, dim).to(torch.int16) - self.levels
-        return (level.to(_wide(scale).dtype) / self.levels * scale).to(scale.dtype)  # never above the scale
+        level = torch.arange(2**self.width, dtype=_wide(scale).dtype, device=scale.device) - self.levels
+        meaning = (level.clamp_max(self.levels) / self.levels * scale).to(scale.dtype)  # never above the scale
+        return look_up_bits(codes, self.width, dim, meaning)
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return super().valid(payload, dim) & (unpack_bits(payload[0], self.width, dim) <= 2 * self.levels).all()
@@ -152,7 +164,7 @@ class NaturalCompression(Compressor):
         code, signs, like = payload
         one = torch.ones(code.shape, dtype=_wide(like).dtype, device=code.device)
         magnitude = torch.ldexp(one, code.to(torch.int32) - 127).to(like.dtype)
-        sign = 1 - 2 * unpack_bits(signs, 1, dim).to(like.dtype)
+        sign = look_up_bits(signs, 1, dim, like.new_tensor([1.0, -1.0]))
         return torch.where(code == 0, 0, magnitude * sign)
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
@@ -214,7 +226,7 @@ class Contractive(Compressor):
     inner: Compressor
 
     def __post_init__(self) -> None:
-        if self.inner.variance(1000) is None:
+        if not self.inner.unbiased:
             raise ValueError(f"Contractive takes an unbiased compressor, such as QSGD(). Found {self.inner!r}.")
 
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
@@ -228,6 +240,13 @@ class Contractive(Compressor):
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.valid(payload, dim)
+
+    def for_sizes(self, sizes: Sequence[int]) -> Contractive:
+        return replace(self, inner=self.inner.for_sizes(sizes))
+
+    @property
+    def contractive(self) -> bool:
+        return True
 
     def contraction(self, dim: int) -> float:
         omega = self.inner.variance(dim)

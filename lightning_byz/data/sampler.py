@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
+from lightning_byz.data.partitions import Partition, check_partition, labels_of
 from lightning_byz.types import keyed_generator
 
 
@@ -26,7 +27,7 @@ class WorkerSampler(DistributedSampler[Any]):
     It is a DistributedSampler, so Lightning does not replace it and tells it the epoch.
 
     Args:
-        dataset: the data; only its length is used.
+        dataset: the data; only its length is used, and its labels where a partition needs them.
         batch_size: samples of one worker in one step.
         workers_per_process: workers that this process simulates.
         num_replicas: number of processes. None: those of torch.distributed, or 1 without it.
@@ -37,9 +38,12 @@ class WorkerSampler(DistributedSampler[Any]):
             last step may be smaller, by the same number for all. True: it ends with the last full step of the smallest part; what
             is left out differs from epoch to epoch.
         parts: for each of the n workers the indices of its part. None: every n-th sample (worker w has w, w + n, w + 2n, ...).
+        partition: how to make the parts, such as ``Dirichlet(0.1)``, by the dataset's labels (see `labels_of`) and the seed: its attribute
+            ``targets``, or the last tensor of a TensorDataset.
 
     Raises:
-        ValueError: if ``batch_size`` or ``workers_per_process`` is below 1, if there are not n parts, or if a part is too small:
+        ValueError: if ``batch_size`` or ``workers_per_process`` is below 1, if there are not n parts, if both ``parts`` and ``partition`` are
+            given, if the partition finds no labels, or if a part is too small:
             empty, or without one full batch where ``drop_last`` wants one.
     """
 
@@ -54,6 +58,7 @@ class WorkerSampler(DistributedSampler[Any]):
         seed: int = 0,
         drop_last: bool = False,
         parts: Sequence[Sequence[int]] | None = None,
+        partition: Partition | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("workers_per_process", workers_per_process)):
             if value < 1:
@@ -64,7 +69,13 @@ class WorkerSampler(DistributedSampler[Any]):
         super().__init__(dataset, replicas, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
 
         n = replicas * workers_per_process
-        if parts is None:
+        check_partition(partition)
+        if parts is not None and partition is not None:
+            raise ValueError(f"At most one of `parts` and `partition` should be given. Found {len(parts)} parts and {partition!r}.")
+        if partition is not None:
+            labels = labels_of(dataset) if partition.needs_labels else torch.empty(len(dataset))
+            parts = [part.tolist() for part in partition(labels, n, seed)]
+        elif parts is None:
             parts = [range(worker, len(dataset), n) for worker in range(n)]
         if len(parts) != n:
             raise ValueError(

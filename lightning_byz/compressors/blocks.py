@@ -1,0 +1,121 @@
+"""Compressors that treat the parts of a vector separately: per tensor, per shard."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.types import Payload
+
+
+@dataclass(frozen=True)
+class _Blocks(Compressor):
+    """Compresses consecutive blocks of a vector, each as a vector of its own; a payload is the blocks' payloads, one after the other.
+
+    Contractive with the least alpha of its blocks, or unbiased with their largest omega: the blocks' squared errors and lengths add up.
+    """
+
+    inner: Compressor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Compressor):
+            raise TypeError(
+                f"`inner` of {type(self).__name__} should be a compressor, such as TopK(ratio=0.01). Found {self.inner!r}."
+            )
+
+    @abstractmethod
+    def blocks(self, dim: int) -> Sequence[int]:
+        """The blocks' numbers of elements, none 0; they add up to ``dim``."""
+
+    def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        return tuple(field for size in self.blocks(dim) for field in self.inner.layout(size, dtype))
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        blocks = torch.split(x, list(self.blocks(len(x))))
+        return tuple(tensor for block in blocks for tensor in self.inner.encode(block, generator))
+
+    def _shares(self, payload: Payload, dim: int) -> Iterator[tuple[Payload, int]]:
+        """Every block's payload, and its size."""
+        sizes, first = self.blocks(dim), 0
+        for size in sizes:
+            last = first + len(payload) // len(sizes)
+            yield payload[first:last], size
+            first = last
+
+    def decode(self, payload: Payload, dim: int) -> Tensor:
+        return torch.cat([self.inner.decode(share, size) for share, size in self._shares(payload, dim)])
+
+    def valid(self, payload: Payload, dim: int) -> Tensor:
+        return torch.stack([self.inner.valid(share, size) for share, size in self._shares(payload, dim)]).all()
+
+    def contraction(self, dim: int) -> float | None:
+        return None if not self.contractive else min(self.inner.contraction(size) or 0.0 for size in self.blocks(dim))
+
+    def variance(self, dim: int) -> float | None:
+        return None if not self.unbiased else max(self.inner.variance(size) or 0.0 for size in self.blocks(dim))
+
+    @property
+    def contractive(self) -> bool:
+        return self.inner.contractive
+
+    @property
+    def unbiased(self) -> bool:
+        return self.inner.unbiased
+
+
+@dataclass(frozen=True)
+class PerTensor(_Blocks):
+    """Compresses every parameter's gradient separately: ``PerTensor(TopK(ratio=0.01))`` keeps 1% of each, and at least one number.
+
+    Args:
+        inner: the compressor of one tensor.
+        sizes: the tensors' numbers of elements, in order. None: the strategy fills in those of the parameters that are trained.
+
+    Raises:
+        ValueError: when it is to compress without knowing the sizes, or a vector of another size.
+    """
+
+    sizes: tuple[int, ...] | None = None
+
+    def for_sizes(self, sizes: Sequence[int]) -> PerTensor:
+        inner = self.inner.for_sizes(sizes)
+        return replace(self, inner=inner, sizes=tuple(sizes) if self.sizes is None else self.sizes)
+
+    def blocks(self, dim: int) -> Sequence[int]:
+        if self.sizes is None or sum(self.sizes) != dim or min(self.sizes) < 0:
+            raise ValueError(
+                f"PerTensor should know the tensors' numbers of elements, which add up to the vector's {dim}. Found sizes={self.sizes}. "
+                "The strategy fills them in; elsewhere write compressor.for_sizes([p.numel() for p in model.parameters()])."
+            )
+        return [size for size in self.sizes if size > 0]
+
+
+@dataclass(frozen=True)
+class PerShard(_Blocks):
+    """Compresses equal shares of the vector separately, so that a rank that aggregates one of them needs nothing of the others.
+
+    The bounds are multiples of 32; a vector too short for that many shards has fewer.
+
+    Args:
+        inner: the compressor of one shard.
+        shards: how many.
+    """
+
+    shards: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shards < 1:
+            raise ValueError(f"`shards` should be at least 1. Found shards={self.shards}.")
+
+    def for_sizes(self, sizes: Sequence[int]) -> PerShard:
+        return replace(self, inner=self.inner.for_sizes(sizes))
+
+    def blocks(self, dim: int) -> Sequence[int]:
+        size = -(-dim // (32 * self.shards)) * 32
+        return [min(size, dim - first) for first in range(0, dim, size)]
