@@ -127,7 +127,7 @@ def test_the_name_of_a_state_is_the_same_in_every_run() -> None:
         def __call__(self, honest: Any, own: Any, scene: Any = None) -> Any:
             return own
 
-    for attack in (Own(2.0), Plainer()):
+    for attack in (Own(2.0), Plainer(), Mixture((SignFlip(), Plainer()))):
         keys = {ByzantineWorkers(attack, workers=[w], start=s).state_key for w, s in ((1, 0), (1, 0), (2, 0), (1, 5))}
         assert len(keys) == 3
         assert not any("0x" in key for key in keys)
