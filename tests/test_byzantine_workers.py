@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import averaging, fit
+from harness import assert_equal, averaging, fit
+from lightning.pytorch.callbacks import LearningRateFinder
 from models import GAN, Plain, loader
 
 from lightning_byz import IPM, LabelFlip, Mimic, Mixture, ShiftBack, ShuffledLabels, SignFlip, Stuck
@@ -126,7 +127,27 @@ def test_the_name_of_a_state_is_the_same_in_every_run() -> None:
         def __call__(self, honest: Any, own: Any, scene: Any = None) -> Any:
             return own
 
-    for attack in (Own(2.0), Plainer()):
+    for attack in (Own(2.0), Plainer(), Mixture((SignFlip(), Plainer()))):
         keys = {ByzantineWorkers(attack, workers=[w], start=s).state_key for w, s in ((1, 0), (1, 0), (2, 0), (1, 5))}
         assert len(keys) == 3
         assert not any("0x" in key for key in keys)
+
+
+def test_rounds_in_search_of_a_learning_rate_are_not_remembered(tmp_path: Path) -> None:
+    """Lightning restores all but its callbacks' states, which it has put aside, and starts again at round 0."""
+    runs = []
+    for more in ([], [LearningRateFinder(num_training_steps=6, update_attr=False)]):
+        torch.manual_seed(1)
+        lie = ByzantineWorkers(Stuck(), count=1, start=2)
+        (report,) = fit(
+            tmp_path,
+            Plain(),
+            averaging(workers_per_process=4),
+            callbacks=[lie, *more],
+            default_root_dir=tmp_path,
+            enable_checkpointing=True,
+            extra=lambda *_, lie=lie: lie.state_dict()["attack"][0]["memory"]["3"],
+        )
+        runs.append(report)
+    assert torch.equal(runs[0]["extra"], runs[1]["extra"])
+    assert_equal(*runs)

@@ -1,12 +1,15 @@
-"""The demo, from the command line: averaging breaks down under attack, byzantine_robust does not."""
+"""The demo, from the command line: averaging breaks down under attack, byzantine_robust does not. And an example of the documentation."""
 
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from lightning_byz.attacks import Attack, Scene
 from lightning_byz.demo import quickstart
 from lightning_byz.demo.scoreboard import Scoreboard
 
@@ -52,3 +55,14 @@ def test_the_example_is_the_demo():
 def test_a_full_board_says_so():
     with Scoreboard(["only"], epochs=0) as board, pytest.raises(RuntimeError, match="1 runs of 0 epochs"):
         board.record(None, None)
+
+
+def test_the_attack_in_the_documentation_works():
+    text = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text()
+    source = text.split("```python")[1].split("```")[0]
+    names = {"dataclass": dataclass, "Attack": Attack, "Scene": Scene}
+    exec(source, names)
+    scene, honest = Scene(), torch.arange(6.0).view(3, 2)
+    assert names["Echo"]()(honest, honest[:1], scene).tolist() == [[2.0, 3.0]]
+    assert names["Echo"]()(-honest, honest[:1], scene).tolist() == [[2.0, 3.0]]
+    assert names["Echo"]()(honest, honest[:2], scene).tolist() == [[-2.0, -3.0]] * 2

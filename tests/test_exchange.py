@@ -514,6 +514,12 @@ def test_nobody_takes_anothers_lies_for_honest_messages():
     assert torch.equal(attacks[1].scenes[0].aggregate(lies), outcome.estimate)  # the lies of the first are known to the second
 
 
+@pytest.mark.parametrize("attack", [SignFlip(), FoE(), Mimic(), Stuck(), FlippedBit()], ids=repr)
+def test_without_byzantine_workers_nothing_changes(attack):
+    outcome = seen_by(attack, RobustSGD(robust(1)), workers=()).run(contributions(grads_of()), LIKE)
+    assert torch.equal(outcome.rows.dense(), grads_of())
+
+
 def test_an_attack_that_its_workers_cannot_carry_out_is_refused():
     with pytest.raises(ValueError, match="needs at least one Byzantine worker for each. Found 1"):
         ByzantineTransport(connected(), Mixture((Stuck(), SignFlip())), [1], lambda step: True)

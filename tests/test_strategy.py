@@ -320,7 +320,7 @@ def test_refused_before_the_first_step_with_a_way_out(case: str, tmp_path: Path)
         (lambda: ByzantineRobustStrategy(transport="nccl"), "`transport` should be a Transport"),
         (lambda: TrimmedMean(f=-1), "`f`.*non-negative integer. Found f=-1"),
         (lambda: RobustSGD(worker_momentum=1.0), "`worker_momentum`.*Found worker_momentum=1.0"),
-        (lambda: ByzantineWorkers("sign_flip", count=1), "Known ones: ALIE, BitFlip, Gaussian, .*SignFlip"),
+        (lambda: ByzantineWorkers("sign_flip", count=1), "Known ones: ALIE, AntiCGE, BitFlip, .*SignFlip"),
         (lambda: ByzantineWorkers(SignFlip()), "either `workers`.*or `count`"),
         (lambda: ByzantineWorkers(SignFlip(), workers=[0], count=1), "either `workers`.*or `count`"),
         (lambda: ByzantineWorkers(SignFlip(), count=1, start=3, stop=3), "start=3, stop=3"),

@@ -83,8 +83,8 @@ class Mimic(Attack):
 class ShiftBack(Attack):
     """Where Byzantine workers are the majority of those that take part, they pull the model back to where it was; else they behave.
 
-    Rammal et al., NeurIPS 2024 (arXiv 2311.14127): under partial participation a sampled cohort may have more Byzantine than honest workers,
-    and no rule can help. A strict majority sends the gradient ``scale * (x - x_0)``, whose SGD step moves the model by
+    From the paper of Byz-VR-MARINA-PP, NeurIPS 2024 (arXiv 2311.14127): under partial participation a sampled cohort may have more Byzantine
+    than honest workers, and no rule can help. A strict majority sends the gradient ``scale * (x - x_0)``, whose SGD step moves the model by
     ``-lr * scale * (x - x_0)``; otherwise they send the mean of the honest messages. x_0: the parameters in the first round of the
     attack. (The authors' code averages all honest messages there, this those of the workers that take part.)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +133,8 @@ class ByzantineWorkersCallback(_Base):
             if both and (not stops or max(self.start, other.start) < min(stops)):
                 raise ValueError(
                     f"A worker should tell one lie a step. Found workers {both} with two attacks on messages, {self.attack!r} and "
-                    f"{other.attack!r}, at the same time. Give each its own workers, or steps that do not overlap (start, stop); or one "
-                    "ByzantineWorkers a Mixture of both."
+                    f"{other.attack!r}, whose steps start .. stop - 1 overlap. Give each its own workers or steps, or one ByzantineWorkers a "
+                    "Mixture of both."
                 )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -187,7 +187,7 @@ class ByzantineWorkersCallback(_Base):
     @property
     def state_key(self) -> str:
         """The name of this callback's state in a checkpoint: that of what it does, for there may be several."""
-        attack = repr(self.attack) if dataclasses.is_dataclass(self.attack) else type(self.attack).__qualname__
+        attack = re.sub(" at 0x[0-9a-f]+", "", repr(self.attack))  # an address, where a class has no repr of its own
         who = f"workers={self.workers}" if self.count is None else f"count={self.count}"
         when = f"start={self.start}, stop={self.stop}, every={self.every}, probability={self.probability}"
         return f"ByzantineWorkers({attack}, {who}, {when})"
