@@ -66,7 +66,7 @@ class ByzEF21SGDM(Algorithm):
             raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
         if self.compressor.contraction(1000) is None:
             raise ValueError(
-                "ByzEF21SGDM needs a contractive compressor. Found "
+                f"{type(self).__name__} needs a contractive compressor. Found "
                 f"{self.compressor!r}. Use TopK(ratio=0.1), or RandK(ratio=0.1, scaled=False)."
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_byz.attacks import Attack
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.transports.base import Message, Transport
-from lightning_byz.types import Round, keyed_generator
+from lightning_byz.types import Payload, Round, keyed_generator
 
 
 class ByzantineTransport(Transport):
@@ -35,8 +35,8 @@ class ByzantineTransport(Transport):
     def agree(self, tensor: Tensor) -> Tensor:
         return self.inner.agree(tensor)
 
-    def bytes_down(self, message: Message, estimate: Tensor) -> int:
-        return self.inner.bytes_down(message, estimate)
+    def bytes_down(self, message: Message, answer: Payload) -> int:
+        return self.inner.bytes_down(message, answer)
 
     def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
         everybody = self.inner.exchange(messages, codec, dim, dtype, round)
