@@ -1,6 +1,7 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
-The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
+``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names of strategies too: this one with the
+algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
 first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
 them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
@@ -31,7 +32,19 @@ from lightning_byz.aggregators import (
     StaticClipping,
     TrimmedMean,
 )
-from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.algorithms import (
+    ByzDM21,
+    ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
+    ClippedDifferences,
+    DeviationFilter,
+    DStar,
+    MajorityVote,
+    RobustSGD,
+    ShiftedExponential,
+    SignSGDMajorityVote,
+)
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -93,12 +106,18 @@ __all__ = [
     "BFloat16",
     "BitFlip",
     "Bucketing",
+    "ByzDM21",
     "ByzEF21SGDM",
+    "ByzVRDM21",
+    "ByzVRMarinaPP",
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
     "Chain",
+    "ClippedDifferences",
     "Contractive",
     "CoordinateMedian",
+    "DStar",
+    "DeviationFilter",
     "DigitsDataModule",
     "Float16",
     "Gaussian",
@@ -109,6 +128,7 @@ __all__ = [
     "Infinity",
     "Krum",
     "LabelFlip",
+    "MajorityVote",
     "MeaMed",
     "Mean",
     "MinMax",
@@ -120,8 +140,10 @@ __all__ = [
     "RandK",
     "RandomSign",
     "RobustSGD",
+    "ShiftedExponential",
     "Sign",
     "SignFlip",
+    "SignSGDMajorityVote",
     "StaticClipping",
     "TernGrad",
     "TopK",

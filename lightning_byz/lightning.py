@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy,
 
 from lightning_byz.callbacks import ByzantineWorkersCallback
 from lightning_byz.data import DigitsData
-from lightning_byz.strategy import RobustStrategy
+from lightning_byz.strategy import NAMED_STRATEGIES, RobustStrategy
 
 __all__ = ["ByzantineRobustStrategy", "ByzantineWorkers", "DigitsDataModule"]
 
@@ -35,9 +35,6 @@ class DigitsDataModule(DigitsData, LightningDataModule):
 # unwrapped as this one of them does.
 SingleDeviceStrategy.register(ByzantineRobustStrategy)
 
-if ByzantineRobustStrategy.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(
-        ByzantineRobustStrategy.strategy_name,
-        ByzantineRobustStrategy,
-        description="Robust aggregation in place of DDP's all-reduce: survives workers that send garbage",
-    )
+for _name, _settings in NAMED_STRATEGIES.items():
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, ByzantineRobustStrategy, **_settings)

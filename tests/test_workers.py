@@ -12,7 +12,25 @@ from harness import assert_close, assert_equal, averaging, cpu_amp, fit
 from models import Manual, Plain, blobs
 from torch.utils.data import DataLoader
 
-from lightning_byz import ALIE, IPM, NNM, ByzEF21SGDM, Chain, Krum, NotANumber, RandK, RobustSGD, TopK, TrimmedMean
+from lightning_byz import (
+    ALIE,
+    IPM,
+    NNM,
+    ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
+    Chain,
+    ClippedDifferences,
+    CoordinateMedian,
+    DStar,
+    Krum,
+    NotANumber,
+    RandK,
+    RobustSGD,
+    SignSGDMajorityVote,
+    TopK,
+    TrimmedMean,
+)
 from lightning_byz.data import WorkerSampler
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
@@ -54,6 +72,12 @@ ALGORITHMS = {
     "rand-k": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()), compressor=RandK(ratio=0.3), worker_momentum=0.9),
     "krum": RobustSGD(aggregator=Krum(f=0)),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+    "vr-dm21": ByzVRDM21(compressor=TopK(ratio=0.3)),
+    "dstar": DStar(),
+    "marina": ByzVRMarinaPP(TrimmedMean(), compressor=RandK(ratio=0.5), p=0.3, clipping=None),
+    "marina-pp": ByzVRMarinaPP(CoordinateMedian(), p=0.3, cohort_size=2, full_cohort_size=3, full_batches=2),
+    "clipped": ClippedDifferences(RobustSGD(TrimmedMean(), worker_momentum=0.5), cohort_size=2),
+    "signum": SignSGDMajorityVote(),
 }
 
 
