@@ -1,6 +1,7 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
-The strategy name works with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
+``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names of strategies too: this one with the
+algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
 first. `ByzantineRobustStrategy`, `ByzantineWorkers` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
 them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
@@ -41,7 +42,19 @@ from lightning_byz.aggregators import (
     StaticClipping,
     TrimmedMean,
 )
-from lightning_byz.algorithms import EF14, ByzEF21SGDM, RobustSGD
+from lightning_byz.algorithms import (
+    EF14,
+    ByzDM21,
+    ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
+    ClippedDifferences,
+    DeviationFilter,
+    DStar,
+    RobustSGD,
+    ShiftedExponential,
+    SignSGDMajorityVote,
+)
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -139,15 +152,21 @@ __all__ = [
     "Bucketing",
     "Bulyan",
     "ByLabel",
+    "ByzDM21",
     "ByzEF21SGDM",
+    "ByzVRDM21",
+    "ByzVRMarinaPP",
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
     "CIFAR10DataModule",
     "CenteredClip",
     "Chain",
+    "ClippedDifferences",
     "Contractive",
     "ContractiveRandK",
     "CoordinateMedian",
+    "DStar",
+    "DeviationFilter",
     "DigitsDataModule",
     "Dirichlet",
     "DnC",
@@ -189,10 +208,12 @@ __all__ = [
     "RobustSGD",
     "ScaledSign",
     "ShiftBack",
+    "ShiftedExponential",
     "ShuffledLabels",
     "Sign",
     "SignFlip",
     "SignGuard",
+    "SignSGDMajorityVote",
     "StaticClipping",
     "Stuck",
     "TernGrad",

@@ -72,6 +72,16 @@ class WorkerBuffers:
             self._copies[worker] = self._read()  # a module may have replaced one
             self._write(original)
 
+    @contextmanager
+    def scratch(self, worker: int) -> Iterator[None]:
+        """The module has copies of this local worker's buffers inside, which are then thrown away."""
+        original = self._read()
+        self._write([buffer.clone() for buffer in self._now(worker)])
+        try:
+            yield
+        finally:
+            self._write(original)
+
     def _now(self, worker: int) -> list[Tensor]:
         return self._read() if self._copies is None else self._copies[worker]
 

@@ -67,6 +67,20 @@ class FlatParameters:
                 piece.view(p.shape).copy_(p.grad)
         return flat.mul_(scale) if scale != 1 else flat
 
+    @torch.no_grad()
+    def read_parameters(self) -> Tensor:
+        """The parameters as a new vector ``[d]``."""
+        flat = self.like()
+        for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
+            piece.view(p.shape).copy_(p)
+        return flat
+
+    @torch.no_grad()
+    def write_parameters(self, flat: Tensor) -> None:
+        """Sets the parameters from a vector ``[d]``."""
+        for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
+            p.copy_(piece.view(p.shape))
+
     def write_gradients(self, flat: Tensor, used: Sequence[bool], scale: float = 1.0) -> None:
         """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that nobody used."""
         for piece, p, is_used in zip(torch.split(flat, self.sizes), self.parameters, used, strict=True):

@@ -10,8 +10,16 @@ from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
 from lightning_byz.callbacks import ByzantineWorkersCallback
-from lightning_byz.data import CIFAR10Data, DigitsData, FashionMNISTData, LIBSVMData
-from lightning_byz.strategy import RobustStrategy
+from lightning_byz.data import (
+    CIFAR10Data,
+    DigitsData,
+    FashionMNISTData,
+    LIBSVMData,
+)
+from lightning_byz.strategy import (
+    NAMED_STRATEGIES,
+    RobustStrategy,
+)
 
 __all__ = [
     "ByzantineRobustStrategy",
@@ -54,9 +62,6 @@ class CIFAR10DataModule(CIFAR10Data, LightningDataModule):  # type: ignore[misc]
 # unwrapped as this one of them does.
 SingleDeviceStrategy.register(ByzantineRobustStrategy)
 
-if ByzantineRobustStrategy.strategy_name not in StrategyRegistry:
-    StrategyRegistry.register(
-        ByzantineRobustStrategy.strategy_name,
-        ByzantineRobustStrategy,
-        description="Robust aggregation in place of DDP's all-reduce: survives workers that send garbage",
-    )
+for _name, _settings in NAMED_STRATEGIES.items():
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, ByzantineRobustStrategy, **_settings)

@@ -44,6 +44,7 @@ class Rows:
         last: ``[d_local]``, the rule's last result, for rules that remember it (`Aggregator.remembers`); None in the first round.
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
             the same. They come from the run's configuration, never from a worker.
+        exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
     """
 
     values: Tensor
@@ -56,6 +57,7 @@ class Rows:
     dim: int | None = None
     last: Tensor | None = None
     shares: Tensor | None = None
+    exposed: Tensor | None = None
     _cache: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list, repr=False)
     """Values, index and the inner products of these base rows, once somebody asked for them."""
 
@@ -89,15 +91,17 @@ class Rows:
         """The rows at ``keep`` (indices, or a bool mask ``[n]``). Nothing is copied."""
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         shares = None if self.shares is None else self.shares[keep.to(self.shares.device)]
+        exposed = None if self.exposed is None else self.exposed[keep.to(self.exposed.device)]
+        chosen = replace(self, shares=shares, exposed=exposed)
         if self.mixing is not None:
-            return replace(self, mixing=self.mixing[keep.to(self.mixing.device)], shares=shares)
+            return replace(chosen, mixing=self.mixing[keep.to(self.mixing.device)])
         keep = keep.to(self.values.device)
-        return replace(self, index=keep if self.index is None else self.index[keep], shares=shares)
+        return replace(chosen, index=keep if self.index is None else self.index[keep])
 
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
         weights = weights.to(device=self.values.device, dtype=torch.float64)
-        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None)
+        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None)
 
     def _base(self, block: Tensor) -> Tensor:
         return block if self.index is None else block[self.index]

@@ -8,7 +8,7 @@ would be reduced. There the local workers' gradients go through `Exchange`, and 
 from __future__ import annotations
 
 import atexit
-import dataclasses
+import itertools
 import logging
 import os
 import re
@@ -23,18 +23,20 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
 from lightning_byz import rng
-from lightning_byz.aggregators import Mean, TooFewRowsError
-from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
 from lightning_byz.batches import batch_size, split_batch
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
+from lightning_byz.setup_checks import check_setup, resolve_algorithm
+from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
-from lightning_byz.types import Gradients
+from lightning_byz.types import Gradients, Round
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -45,12 +47,17 @@ log = logging.getLogger("lightning_byz")
 
 CHECKPOINT_KEY = "lightning_byz"
 
-DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)
-"""NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
-
-
-class UnsupportedSetupError(ValueError):
-    """A combination of settings that cannot keep what the strategy promises."""
+NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
+    "byzantine_robust": {"description": "Robust aggregation in place of DDP's all-reduce: survives workers that send garbage"},
+    "byz_ef21_sgdm": {"algorithm": ByzEF21SGDM(), "description": "Byz-EF21-SGDM: robust, a tenth of the coordinates on the wire"},
+    "dstar": {"algorithm": DStar(), "description": "dSTAR: robust, waits for the first n - f workers only"},
+    "byz_vr_marina_pp": {
+        "algorithm": ByzVRMarinaPP(),
+        "description": "Byz-VR-MARINA-PP: robust, variance-reduced, clipped differences",
+    },
+    "signsgd_majority_vote": {"algorithm": SignSGDMajorityVote(), "description": "SIGNUM: one bit a coordinate in both directions"},
+}
+"""What ``Trainer(strategy=NAME)`` stands for: arguments of the strategy."""
 
 
 class RobustStrategy(_Base):
@@ -66,6 +73,9 @@ class RobustStrategy(_Base):
             max(1, (n - 1) // 3) for n >= 3.
         seed: seed of the package's own random streams (compressors, attacks, dropout). None: the seed that ``seed_everything``
             set, or 0.
+        trusted_data: samples that no worker can have touched, for algorithms that compare with a gradient on them (DStar): a
+            DataLoader over a map-style dataset, of which every step draws a batch; a small dataset, which is one batch; or a batch.
+            Rank 0 computes the gradient; the other ranks need no data, but an argument.
         max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
             stops with an error.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
@@ -84,6 +94,7 @@ class RobustStrategy(_Base):
         workers_per_process: int = 1,
         num_byzantine: int | None = None,
         seed: int | None = None,
+        trusted_data: Any = None,
         max_skipped_steps: int = 10,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
@@ -119,6 +130,7 @@ class RobustStrategy(_Base):
         self.workers_per_process = workers_per_process
         self.num_byzantine = num_byzantine
         self.seed = seed
+        self.trusted_data = None if trusted_data is None else TrustedData(trusted_data)
         self.max_skipped_steps = max_skipped_steps
 
         self._num_nodes = 1
@@ -151,6 +163,13 @@ class RobustStrategy(_Base):
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
+        self._forget_passes()
+
+    def _forget_passes(self) -> None:
+        """Back to before a round's first forward pass."""
+        self._previous: list[Pass | None] | None = None
+        self._full: list[Pass | None] | None = None
+        self._trusted: Tensor | None = None
 
     # -- processes ----------------------------------------------------------------------------------------------------
 
@@ -253,19 +272,21 @@ class RobustStrategy(_Base):
         """Checks that all settings fit together, then gives every process the same model. Nothing is wrapped."""
         fitting = trainer.state.fn == "fit"
         if fitting:
-            self._resolved = self._resolve_algorithm()
+            self._resolved = resolve_algorithm(self.algorithm, self.num_byzantine, self._world, self.workers_per_process)
         super().setup(trainer)
         if self._world > 1:
             self._share_model()
         if not fitting:
             return
-        self._check_setup(trainer)
+        if self.n > 1:
+            check_setup(self, trainer, self._resolved)
         transport = self.transport or (AllGather() if self._world > 1 else InProcess())
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         self.exchanges = [Exchange(self._resolved, transport, seed + i) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
+            exchange.liars = self.liars_at
         self.data_attacks.clear()
         self.liars.clear()
         self._forget()
@@ -278,101 +299,6 @@ class RobustStrategy(_Base):
         """Puts a transport around the run's; for callbacks that simulate faults (in or after ``on_fit_start``)."""
         for exchange in self.exchanges:
             exchange.transport = wrap(exchange.transport)
-
-    def _resolve_algorithm(self) -> Algorithm:
-        """The algorithm with its f filled in. Raises if n is too small for it."""
-        n, algorithm = self.n, self.algorithm or DEFAULT_ALGORITHM
-        given = {f for f in (self.num_byzantine, algorithm.aggregator.f) if f}
-        if n <= 2 and not given:
-            if n == 2:
-                _warn(
-                    f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
-                    "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
-                )
-            averaging = RobustSGD(aggregator=Mean())
-            return averaging if self.algorithm is None else dataclasses.replace(algorithm, aggregator=Mean())  # type: ignore[type-var]
-        rule = algorithm.aggregator
-        if self.num_byzantine is not None and rule.f not in (None, self.num_byzantine) and not isinstance(rule, Mean):
-            raise ValueError(
-                f"`num_byzantine` and the rule's f should agree. Found num_byzantine={self.num_byzantine} and {rule!r}. "
-                "Give f once."
-            )
-        f = self.num_byzantine if self.num_byzantine is not None else rule.f
-        if f is None or (isinstance(rule, Mean) and self.num_byzantine is None):
-            f = min(max(1, (n - 1) // 3), max(0, rule.most_f(n)))
-            log.info(f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it.")
-        name = type(rule).__name__
-        if f > rule.most_f(n):
-            try:
-                rule.with_f(f).check(n)
-                message = f"{name} tolerates at most f={rule.most_f(n)} for n={n} workers."
-            except TooFewRowsError as error:
-                message = str(error)
-            raise ValueError(
-                f"num_byzantine={f} is too large for n={n} workers (processes x workers_per_process = {self._world} x "
-                f"{self.workers_per_process}). {message}"
-            )
-        if f == 0 and self.num_byzantine != 0:
-            _warn(f"byzantine_robust: {name} tolerates no Byzantine worker among n={n}.")
-        resolved = algorithm.with_f(f)
-        resolved.aggregator.check(n)
-        return resolved
-
-    def _check_setup(self, trainer: Any) -> None:
-        """Refuses what cannot work, before the first step, and says what to do instead."""
-        module, algorithm = self.lightning_module, self._resolved
-        assert module is not None
-        if self.n == 1:
-            return
-        if self._layer_sync is not None:
-            raise UnsupportedSetupError(
-                "Trainer(sync_batchnorm=True) lets every worker's activations into all others' forward passes, where no rule "
-                "can outvote them. Leave it out: byzantine_robust merges BatchNorm statistics by their median."
-            )
-        if self.workers_per_process > 1 and not module.automatic_optimization:
-            raise UnsupportedSetupError(
-                f"In-process workers (workers_per_process={self.workers_per_process}) need automatic optimization: manual "
-                "optimization steps inside training_step, before the other workers have a gradient. Use one worker per process: "
-                "Trainer(devices=n) with workers_per_process=1."
-            )
-        sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
-        if sparse:
-            raise UnsupportedSetupError(
-                f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set sparse=False there."
-            )
-        unreal = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
-        if unreal:
-            raise UnsupportedSetupError(
-                f"Parameters should be real numbers, because rules order them. Found {', '.join(unreal)}. Keep them as real and imaginary "
-                "parts (torch.view_as_real)."
-            )
-        averages = any(type(callback).__name__ == "StochasticWeightAveraging" for callback in trainer.callbacks)
-        if self.workers_per_process > 1 and averages and any(b.is_floating_point() for b in module.buffers()):
-            raise UnsupportedSetupError(
-                "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an optimizer step, which in-process workers "
-                f"(workers_per_process={self.workers_per_process}) do not merge. Use one worker per process, or GroupNorm."
-            )
-        if algorithm.needs_previous and (trainer.accumulate_grad_batches > 1 or not module.automatic_optimization):
-            found = (
-                "manual optimization"
-                if not module.automatic_optimization
-                else (f"accumulate_grad_batches={trainer.accumulate_grad_batches}")
-            )
-            raise UnsupportedSetupError(
-                f"{type(algorithm).__name__} needs the gradient of one minibatch at two iterates. Found {found}. "
-                "Use automatic optimization with Trainer(accumulate_grad_batches=1) and larger batches."
-            )
-        if algorithm.needs_previous or algorithm.needs_trusted:
-            raise UnsupportedSetupError(
-                f"{type(algorithm).__name__} needs "
-                + ("the previous gradient" if algorithm.needs_previous else "a trusted gradient")
-                + ", which this strategy does not compute yet. Use an algorithm that needs neither, such as RobustSGD."
-            )
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.optimizers) and not algorithm.stateless:
-            raise UnsupportedSetupError(
-                f"LBFGS evaluates its closure several times a step, and {algorithm!r} remembers every evaluation. Use an algorithm "
-                "without state: RobustSGD(worker_momentum=0, server_momentum=0)."
-            )
 
     @torch.no_grad()
     def _share_model(self) -> None:
@@ -425,6 +351,16 @@ class RobustStrategy(_Base):
                     f"workers. Found {batch_size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
                 )
 
+        cohort = torch.ones(self.n, dtype=torch.bool)
+        if module.automatic_optimization:
+            round = self._next_round(self._layout(0))
+            assert round.cohort is not None
+            cohort = round.cohort
+            parts = [self._attacked(w, step, part) if cohort[w] else None for w, part in zip(workers, parts, strict=True)]
+            self._run_quiet_passes(round, parts, rest, kwargs)
+        else:
+            parts = [self._attacked(w, step, part) for w, part in zip(workers, parts, strict=True)]
+
         logs: list[WorkerLog] = []
         outputs: list[Any] = []
         for i, (worker, part) in enumerate(zip(workers, parts, strict=True)):
@@ -432,8 +368,6 @@ class RobustStrategy(_Base):
             outputs.append(None)
             if part is None:
                 continue
-            for attack in self.data_attacks:
-                part = attack(worker, step, part)
             vars(module)["log"] = logs[-1].record
             try:
                 with buffers.of(i), rng.worker_rng(self.root_device, *self._rng_key(worker)):
@@ -449,7 +383,8 @@ class RobustStrategy(_Base):
         self._lossless = [before and loss is None for before, loss in zip(self._lossless, self._losses, strict=True)]
 
         liars = self.liars_at(step)
-        honest = [worker not in liars for worker in range(self.n)]
+        honest = [worker not in liars and bool(cohort[worker]) for worker in range(self.n)]
+        honest = honest if any(honest) else cohort.tolist()  # a cohort of liars has nobody else to speak for it
         transport = self.exchanges[0].transport
         for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
             self._log_once(call)
@@ -457,6 +392,81 @@ class RobustStrategy(_Base):
         if not module.automatic_optimization:
             return outputs[0] if outputs[0] is not None else {}
         return self._step_output(outputs)
+
+    def _attacked(self, worker: int, step: int, part: Any) -> Any:
+        """A worker's part of the batch, as data attacks leave it; None stays None."""
+        for attack in self.data_attacks if part is not None else ():
+            part = attack(worker, step, part)
+        return part
+
+    def _next_round(self, layout: FlatParameters) -> Round:
+        exchange = self.exchanges[0]
+        return exchange.next_round(self._x(layout, exchange))
+
+    @staticmethod
+    def _x(layout: FlatParameters, exchange: Exchange) -> Tensor:
+        """The parameters ``[d]``, where the algorithm looks at their values; else something of their shape."""
+        return layout.read_parameters() if exchange.algorithm.needs_drift else layout.like()
+
+    def _run_quiet_passes(self, round: Round, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any) -> None:
+        """The gradients that this round needs besides the minibatch's. They come first, while no worker's graph is alive."""
+        exchange, layout, module = self.exchanges[0], self._layout(0), self.lightning_module
+        algorithm = exchange.algorithm
+        assert self._buffers is not None
+        passes = QuietPasses(module, self._buffers, self.precision_plugin, self.root_device, super().training_step)
+        if self.trusted_data is not None and self._trusted is None:
+            self._trusted = self._trusted_gradient(passes, layout, round, rest, kwargs)
+        if algorithm.full_gradient(round):
+            self._full = self._full_gradients(passes, layout, round, parts, rest, kwargs)
+        elif algorithm.needs_previous and round.drift is not None:
+            assert exchange.previous is not None
+            with random_states_kept(self.root_device), parameters_at(layout, exchange.previous):
+                self._previous = [
+                    None if part is None else passes.gradient(layout, i, self._rng_key(worker), (part, *rest), kwargs)
+                    for i, (worker, part) in enumerate(zip(exchange.transport.workers, parts, strict=True))
+                ]
+
+    def _full_gradients(
+        self, passes: QuietPasses, layout: FlatParameters, round: Round, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any
+    ) -> list[Pass | None]:
+        """Every local worker's gradient over its data; None for those that do not take part."""
+        exchange, module = self.exchanges[0], self.lightning_module
+        assert module is not None and exchange.transport.workers is not None
+        trainer, workers = module.trainer, list(exchange.transport.workers)
+        limit = exchange.algorithm.full_batches
+        if limit is None and (isinstance(trainer.limit_train_batches, int) or trainer.limit_train_batches < 1.0):
+            limit = int(trainer.num_training_batches)
+        totals = [MeanGradient() for _ in workers]
+        if all(part is None for part in parts):
+            return [None for _ in workers]
+        with whole_data(trainer.train_dataloader, workers, (round.seed, round.step), self.root_device) as batches:
+            for b, batch_of in enumerate(itertools.islice(batches, limit)):
+                for i, (worker, batch) in enumerate(zip(workers, batch_of, strict=True)):
+                    if batch is None or parts[i] is None:
+                        continue
+                    batch = self._attacked(worker, round.step, self._to_device(batch))
+                    done = passes.gradient(layout, i, (*self._rng_key(worker), 1 + b), (batch, *rest), kwargs)
+                    totals[i].add(done, batch_size(batch) or 1)
+        return [total.result() for total in totals]
+
+    def _trusted_gradient(
+        self, passes: QuietPasses, layout: FlatParameters, round: Round, rest: Sequence[Any], kwargs: Any
+    ) -> Tensor:
+        """The gradient on trusted data, at rank 0; elsewhere something of its shape. Nan if the batch gives no loss."""
+        if not self.is_global_zero:
+            return layout.like().zero_()
+        assert self.trusted_data is not None
+        key = (round.seed, round.step, self.n)  # no worker has this number
+        with random_states_kept(self.root_device):
+            batch = self._to_device(self.trusted_data.batch(round.seed, round.step))
+            done = passes.gradient(layout, 0, key, (batch, *rest), kwargs)
+        return layout.like().fill_(torch.nan) if done is None else done.flat
+
+    def _to_device(self, batch: Any) -> Any:
+        """A batch as the training loop hands it to training_step."""
+        assert self.lightning_module is not None
+        batch = self.precision_plugin.convert_input(batch)
+        return self.batch_to_device(self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0), dataloader_idx=0)
 
     def _log_once(self, call: Call) -> None:
         """Logs a value that is the same on every rank already."""
@@ -581,9 +591,19 @@ class RobustStrategy(_Base):
                 accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
                 flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated
                 used = layout.used().fill_(False) if accumulated_used is None else accumulated_used
+            grads, used = self._gradients(i, flat, used)
             touched = torch.cat([used, self._buffers.changed(i)]).to(self.root_device)
-            contributions.append(Contribution(None if flat is None else Gradients(flat), touched))
+            contributions.append(Contribution(grads, touched))
         return contributions
+
+    def _gradients(self, i: int, flat: Tensor | None, used: Tensor) -> tuple[Gradients | None, Tensor]:
+        """What the i-th local worker's half of the algorithm is given, and the parameters that its losses used."""
+        if flat is None or (self._full is None and self._previous is None):
+            return None if flat is None else Gradients(flat), used
+        extra = (self._previous if self._full is None else self._full)[i]  # type: ignore[index]
+        if extra is None:
+            return None, used
+        return Gradients(flat, extra.flat) if self._full is None else Gradients(extra.flat), used | extra.used
 
     def _exchange(self, optimizer: Any) -> None:
         """From the local workers' gradients to the estimate in ``p.grad``."""
@@ -594,9 +614,9 @@ class RobustStrategy(_Base):
         # In manual optimization this runs inside the precision plugin's autocast, which is not for aggregation.
         with torch.autocast(self.root_device.type, enabled=False):
             contributions = self._contributions(layout, 1 / scale)
-            outcome = exchange.run(contributions, layout.like())
+            outcome = exchange.run(contributions, self._x(layout, exchange), self._trusted)
 
-        parameters, f = len(layout.parameters), exchange.algorithm.aggregator.f or 0
+        parameters, f = len(layout.parameters), outcome.rule.f or 0
         overflow = scale > 1.0 and len(outcome.silent) > f
         if overflow:
             layout.poison_gradients()
@@ -610,6 +630,7 @@ class RobustStrategy(_Base):
         self._accumulated = [None] * self.workers_per_process
         self._accumulated_used = [None] * self.workers_per_process
         self._lossless = [True] * self.workers_per_process
+        self._forget_passes()
         self._exchanged.add(index)
         self._count_skips(outcome, overflow)
 
@@ -801,11 +822,6 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def is_robust(strategy: Any) -> bool:
     """Whether a strategy is a ByzantineRobustStrategy, of either Lightning package."""
     return isinstance(strategy, RobustStrategy)
-
-
-@rank_zero_only
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 def _leave_process_group() -> None:

@@ -47,9 +47,12 @@ class Round(NamedTuple):
         n: number of workers of the run.
         worker: index of the worker that this round is seen from (0 on the server).
         seed: seed of the run's random streams.
-        drift: ``||x_k - x_{k-1}||``, a 0-d tensor, or None in the first round.
+        drift: ``||x_k - x_{k-1}||``, a 0-d float64 tensor: how far the parameters have moved since the last round that gave an
+            estimate, for algorithms that declare ``needs_drift``. None if no round has given one yet.
+        cohort: ``[n]`` bool, the workers that take part in this round, or None for all.
+        rushing: ``[n]`` bool, the workers that answer at once, in a simulation: the worst case for whoever waits for the first k.
         present: ``[n]`` bool, the workers whose message counts this round, or None for all.
-        trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``needs_trusted``.
+        trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``uses_trusted``; None if there is none.
     """
 
     step: int
@@ -57,6 +60,8 @@ class Round(NamedTuple):
     worker: int = 0
     seed: int = 0
     drift: Tensor | None = None
+    cohort: Tensor | None = None
+    rushing: Tensor | None = None
     present: Tensor | None = None
     trusted: Tensor | None = None
 

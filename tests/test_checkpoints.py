@@ -22,6 +22,11 @@ from models import GAN, CountsBatches, Plain, StatefulLoader, blobs
 from lightning_byz import (
     EF14,
     ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
+    ClippedDifferences,
+    CoordinateMedian,
+    DStar,
     Mean,
     Mimic,
     Mixture,
@@ -29,20 +34,23 @@ from lightning_byz import (
     RandK,
     RobustSGD,
     ShiftBack,
+    SignSGDMajorityVote,
     Stuck,
     TopK,
     TrimmedMean,
 )
-from lightning_byz.lightning import (
-    ByzantineRobustStrategy,
-    ByzantineWorkers,
-)
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 ALGORITHMS = {
     "default": None,
     "momentum": RobustSGD(aggregator=TrimmedMean(), compressor=RandK(ratio=0.5), worker_momentum=0.9, server_momentum=0.5),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
     "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
+    "vr-dm21": ByzVRDM21(compressor=TopK(ratio=0.3)),
+    "dstar": DStar(),
+    "marina-pp": ByzVRMarinaPP(CoordinateMedian(), p=0.4, cohort_size=3, full_batches=2),
+    "clipped": ClippedDifferences(RobustSGD(TrimmedMean(), worker_momentum=0.5), cohort_size=2),
+    "signum": SignSGDMajorityVote(),
 }
 
 
@@ -83,6 +91,8 @@ def strategy_of(name: str, devices: int) -> ByzantineRobustStrategy:
 def test_killed_and_resumed_is_uninterrupted(name: str, devices: int, where: str, tmp_path: Path) -> None:
     if where == "epoch end" and devices == 1 and not hasattr(FitLoop, "is_resuming"):
         pytest.skip("this Lightning draws the shuffling order twice when it resumes at the end of an epoch")
+    if name == "marina-pp" and where == "inside an epoch":
+        pytest.skip("a full pass needs a DataLoader, and that one is none")
     stateful = where == "inside an epoch"
     trainer: dict[str, Any] = {"devices": devices, "max_epochs": 3, "use_distributed_sampler": not stateful}
 

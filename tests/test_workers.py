@@ -18,7 +18,12 @@ from lightning_byz import (
     IPM,
     NNM,
     ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
     Chain,
+    ClippedDifferences,
+    CoordinateMedian,
+    DStar,
     FlippedBit,
     Krum,
     Mimic,
@@ -29,6 +34,7 @@ from lightning_byz import (
     RandK,
     RobustSGD,
     ShuffledLabels,
+    SignSGDMajorityVote,
     Stuck,
     TopK,
     TrimmedMean,
@@ -75,6 +81,12 @@ ALGORITHMS = {
     "krum": RobustSGD(aggregator=Krum(f=0)),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
     "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
+    "vr-dm21": ByzVRDM21(compressor=TopK(ratio=0.3)),
+    "dstar": DStar(),
+    "marina": ByzVRMarinaPP(TrimmedMean(), compressor=RandK(ratio=0.5), p=0.3, clipping=None),
+    "marina-pp": ByzVRMarinaPP(CoordinateMedian(), p=0.3, cohort_size=2, full_cohort_size=3, full_batches=2),
+    "clipped": ClippedDifferences(RobustSGD(TrimmedMean(), worker_momentum=0.5), cohort_size=2),
+    "signum": SignSGDMajorityVote(),
 }
 
 

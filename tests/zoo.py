@@ -45,7 +45,19 @@ from lightning_byz.aggregators import (
     StaticClipping,
     TrimmedMean,
 )
-from lightning_byz.algorithms import EF14, Algorithm, ByzEF21SGDM, RobustSGD
+from lightning_byz.algorithms import (
+    EF14,
+    Algorithm,
+    ByzDM21,
+    ByzEF21SGDM,
+    ByzVRDM21,
+    ByzVRMarinaPP,
+    ClippedDifferences,
+    DeviationFilter,
+    DStar,
+    RobustSGD,
+    SignSGDMajorityVote,
+)
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -525,11 +537,13 @@ class AlgorithmCase:
 
     Attributes:
         tolerates: the attacks, by name, of 2 of 9 workers under which it reaches the optimum of a quadratic; None: all.
+        lr: its learning rate there, and by what it shrinks in every step.
     """
 
     name: str
     algorithm: Algorithm
     tolerates: Sequence[str] | None = None
+    lr: tuple[float, float] = (0.15, 1.0)
 
 
 def robust(f: int = 2) -> Chain:
@@ -558,6 +572,29 @@ ALGORITHMS = [
     AlgorithmCase("ef14_top_k", EF14(robust(), TopK(ratio=0.3)), tolerates=()),
     AlgorithmCase("ef14_mean", EF14(Mean(), ScaledSign()), tolerates=()),
     AlgorithmCase("ef21_mean", ByzEF21SGDM(Mean(), TopK(ratio=0.3), eta=0.2), tolerates=()),
+    AlgorithmCase("dm21_identity", ByzDM21(robust(), Identity(), eta=0.5)),
+    AlgorithmCase("dm21_top_k", ByzDM21(robust(), TopK(ratio=0.3), eta=0.5)),
+    AlgorithmCase("vr_dm21_top_k", ByzVRDM21(robust(), TopK(ratio=0.3), eta=0.3)),
+    AlgorithmCase("dstar", DStar(DeviationFilter(f=2))),
+    AlgorithmCase("dstar_5_geometric_median", DStar(DeviationFilter(f=2, center="geometric_median"), k=5)),
+    AlgorithmCase("dstar_all", DStar(DeviationFilter(f=2, tolerance=1.0), k=9)),
+    AlgorithmCase("dstar_krum", DStar(Krum(f=2), k=8)),
+    AlgorithmCase("marina", ByzVRMarinaPP(robust(), p=0.3, clipping=None)),
+    AlgorithmCase("marina_qsgd", ByzVRMarinaPP(robust(), compressor=QSGD(levels=7), p=0.3, clipping=None)),
+    AlgorithmCase("marina_pp", ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0)),
+    AlgorithmCase("marina_pp_plus", ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0, average_differences=True)),
+    AlgorithmCase("marina_pp_rand_k", ByzVRMarinaPP(robust(), CoordinateMedian(f=2), RandK(ratio=0.5), 0.3, 6, 8, 1.0)),
+    AlgorithmCase(
+        "marina_pp_estimate", ByzVRMarinaPP(robust(), p=0.3, cohort_size=5, clipping=0.15, clipping_unit="estimate", full_batches=2)
+    ),
+    AlgorithmCase("clipped_differences", ClippedDifferences(RobustSGD(robust(), worker_momentum=0.5), cohort_size=6)),
+    AlgorithmCase(
+        "clipped_differences_by_drift",
+        ClippedDifferences(RobustSGD(robust(), worker_momentum=0.5), CoordinateMedian(f=2), 6, 3.0, "drift"),
+    ),
+    AlgorithmCase("signsgd", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0), lr=(0.4, 0.95)),
+    AlgorithmCase("signum", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.5), lr=(0.4, 0.95)),
+    AlgorithmCase("signum_ties", SignSGDMajorityVote(MajorityVote(f=2, tie="zero"), 0.5, "random"), lr=(0.4, 0.95)),
 ]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_byz.rows import Rows
 
 RuleT = TypeVar("RuleT", bound="Rule")
+AggregatorT = TypeVar("AggregatorT", bound="Aggregator")
 
 
 class TooFewRowsError(ValueError):
@@ -74,9 +75,9 @@ class Aggregator(Rule):
     def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
-        Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Each of them
-        may be one row less that can lie, so f shrinks with them, but never by more than the rule needs it to, and not at all once more
-        than f rows are silent.
+        Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
+        faulty (``rows.exposed``) count as Byzantine rows that are gone, so f shrinks by as many. Each of the others may be one row less that
+        can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
 
         Args:
             rows: a matrix ``[n, d]``, or Rows.
@@ -86,25 +87,32 @@ class Aggregator(Rule):
             TooFewRowsError: if f is too large for n, or for the rows that are left.
             ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it.
         """
-        rows = Rows.of(rows)
+        rule, rows = self.facing(Rows.of(rows), present)
+        return rule.aggregate(rows)
+
+    def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
+        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call."""
         self.check(len(rows))
         self._check_shares(rows)
         speaking = rows.finite() if present is None else present
         heard = int(speaking.sum())
         silent = len(rows) - heard
         if silent == 0:
-            return self.aggregate(rows)
+            return self, rows
         assert self.f is not None
-        f = min(self.f, self.most_f(heard))
-        # With at most f silent rows, all of them may be Byzantine ones, and f - silent are left. With more, honest ones are silent,
+        exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
+        exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
+        remaining, quiet = self.f - exposed, silent - exposed
+        f = min(remaining, self.most_f(heard))
+        # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
         # and all f Byzantine ones may be among those that speak.
-        least = self.f - silent if silent <= self.f else self.f
+        least = remaining - quiet if quiet <= remaining else remaining
         if heard == 0 or f < least:
             raise TooFewRowsError(
                 f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {heard} rows it "
                 f"tolerates at most f={self.most_f(heard)}. {least} of them may be Byzantine."
             )
-        return self.with_f(f).aggregate(rows.select(speaking))
+        return self.with_f(f), rows.select(speaking)
 
     def _check_shares(self, rows: Rows) -> None:
         if rows.shares is None:

@@ -1,8 +1,26 @@
 """Algorithms: one published method per file, with its worker half and its server half side by side."""
 
 from lightning_byz.algorithms.base import Algorithm, NoState
+from lightning_byz.algorithms.byz_dm21 import ByzDM21, ByzVRDM21
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
+from lightning_byz.algorithms.byz_vr_marina_pp import ByzVRMarinaPP, ClippedDifferences
+from lightning_byz.algorithms.dstar import DeviationFilter, DStar, ShiftedExponential
 from lightning_byz.algorithms.ef14 import EF14
 from lightning_byz.algorithms.robust_sgd import RobustSGD
+from lightning_byz.algorithms.signsgd_majority_vote import SignSGDMajorityVote
 
-__all__ = ["EF14", "Algorithm", "ByzEF21SGDM", "NoState", "RobustSGD"]
+__all__ = [
+    "EF14",
+    "Algorithm",
+    "ByzDM21",
+    "ByzEF21SGDM",
+    "ByzVRDM21",
+    "ByzVRMarinaPP",
+    "ClippedDifferences",
+    "DStar",
+    "DeviationFilter",
+    "NoState",
+    "RobustSGD",
+    "ShiftedExponential",
+    "SignSGDMajorityVote",
+]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators import Aggregator
-from lightning_byz.compressors import Compressor
+from lightning_byz.aggregators import Aggregator, Mean
+from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -31,13 +31,21 @@ class Algorithm(ABC):
     Attributes:
         aggregator: the robust rule at the server.
         needs_previous: the worker half uses the gradient of the same minibatch at the previous parameters.
-        needs_trusted: the server half uses a gradient on trusted data.
+        needs_drift: a half uses how far the parameters have moved (`Round.drift`).
+        uses_trusted: the server half uses a gradient on trusted data where there is one (`Round.trusted`).
+        needs_trusted: it cannot do without.
+        sees_absent: the rule also sees what it knows of workers that are absent (EF21's mirrors).
+        keeps_last: it keeps the rule's last result, for rules that remember it (`aggregate`).
         stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
     """
 
     aggregator: Aggregator
     needs_previous: bool = False  # no ClassVar: LightningCLI reads subclasses' annotations where that name may be unknown
+    needs_drift: bool = False
+    uses_trusted: bool = False
     needs_trusted: bool = False
+    sees_absent: bool = False
+    keeps_last: bool = False
 
     def check_parts(self) -> None:
         """Raises unless the rule is a rule and the compressor a compressor."""
@@ -45,6 +53,11 @@ class Algorithm(ABC):
             part = getattr(self, name)
             if not isinstance(part, kind):
                 raise TypeError(f"`{name}` of {type(self).__name__} should be an instance of {kind.__name__}. Found {part!r}.")
+        if self.aggregator.remembers and not self.keeps_last:
+            raise ValueError(
+                f"{type(self).__name__} does not keep the last result of its rule. Found {self.aggregator!r}, which starts from it. Use "
+                "CenteredClip(start='median'), or another rule."
+            )
 
     @property
     def stateless(self) -> bool:
@@ -61,6 +74,20 @@ class Algorithm(ABC):
         known = {name: part.for_sizes(sizes) for name, part in fields.items() if isinstance(part, Compressor)}
         return dataclasses.replace(self, **known) if known else self  # type: ignore[type-var]
 
+    def averaging(self: AlgorithmT) -> AlgorithmT:
+        """The same algorithm for one or two workers, of whom none can be outvoted: without robustness."""
+        return dataclasses.replace(self, aggregator=Mean())  # type: ignore[type-var]
+
+    def most_f(self, n: int) -> int:
+        """The largest f that it allows for n workers; below 0 if it cannot run with n at all."""
+        return self.aggregator.most_f(n)
+
+    def check(self, n: int) -> None:
+        """Raises ValueError unless it can run with n workers, in every kind of round."""
+        self.aggregator.check(n)
+
+    # -- what kind of round it is: pure functions of the round, the same on every worker and on the server --------------
+
     @abstractmethod
     def codec(self, round: Round) -> Compressor:
         """This round's wire format."""
@@ -68,6 +95,29 @@ class Algorithm(ABC):
     def cohort(self, round: Round) -> Tensor:
         """``[n]`` bool: the workers that take part in this round; all of them by default."""
         return torch.ones(round.n, dtype=torch.bool)
+
+    def full_gradient(self, round: Round) -> bool:
+        """Whether workers send the gradient over all their data in this round, instead of a minibatch's."""
+        return False
+
+    @property
+    def full_batches(self) -> int | None:
+        """Of how many batches `full_gradient` is made; None: of all of the worker's data."""
+        return None
+
+    def rule(self, round: Round) -> Aggregator:
+        """The rule that aggregates this round's cohort, with its f."""
+        return self.aggregator
+
+    def downlink(self, round: Round) -> Compressor:
+        """The wire format in which a server sends the estimate; it has to keep every estimate as it is."""
+        return Identity()
+
+    def seconds(self, round: Round) -> float:
+        """How long the server waits for messages in this round, by a simulated clock."""
+        return 0.0
+
+    # -- the two halves -----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def init_worker(self, x: Tensor) -> Any:
@@ -112,5 +162,19 @@ class Algorithm(ABC):
         return torch.zeros_like(x) if self.aggregator.remembers else x.new_empty(0)
 
     def seen(self, rows: Rows, state: Any, round: Round) -> Rows:
-        """The rows that the rule saw in this round, given the server's new state; for monitors."""
+        """``[n, d]`` the rows that the estimate stands for, given the server's new state; for monitors."""
         return rows
+
+
+def draw(round: Round, size: int) -> Tensor:
+    """``[n]`` bool: ``size`` of the n workers, drawn without replacement, the same ones everywhere."""
+    chosen = torch.zeros(round.n, dtype=torch.bool)
+    chosen[torch.randperm(round.n, generator=round.shared("cohort"))[:size]] = True
+    return chosen
+
+
+def among(rows: Rows, round: Round, cohort: Tensor) -> tuple[Rows, Tensor | None]:
+    """The rows of a cohort, and which of them are present: what a rule, whose f is relative to the cohort, is to see."""
+    if bool(cohort.all()):
+        return rows, round.present
+    return rows.select(cohort), None if round.present is None else round.present[cohort]

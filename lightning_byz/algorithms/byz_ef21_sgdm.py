@@ -59,6 +59,9 @@ class ByzEF21SGDM(Algorithm):
             for a9a.
     """
 
+    keeps_last = True
+    sees_absent = True
+
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     compressor: Compressor = field(default_factory=lambda: TopK(ratio=0.1))
     eta: float = 0.1
@@ -69,7 +72,7 @@ class ByzEF21SGDM(Algorithm):
             raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
         if not self.compressor.contractive:
             raise ValueError(
-                "ByzEF21SGDM needs a contractive compressor. Found "
+                f"{type(self).__name__} needs a contractive compressor. Found "
                 f"{self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators import NNM, Aggregator, Chain, TrimmedMean
-from lightning_byz.algorithms.base import Algorithm, NoState
+from lightning_byz.algorithms.base import Algorithm
 from lightning_byz.compressors import Compressor, TopK
 from lightning_byz.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
@@ -23,6 +23,16 @@ class WorkerState(NamedTuple):
     """
 
     e: Tensor
+
+
+class ServerState(NamedTuple):
+    """What the server of EF14 remembers.
+
+    Attributes:
+        last: the rule's last result, ``[d]``; empty unless the rule remembers it.
+    """
+
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ class EF14(Algorithm):
         aggregator: the robust rule.
         compressor: any contractive compressor.
     """
+
+    keeps_last = True
 
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     compressor: Compressor = field(default_factory=lambda: TopK(ratio=0.1))
@@ -68,8 +80,9 @@ class EF14(Algorithm):
         c = self.compressor.encode(u, round.private("compressor", u.device))
         return c, WorkerState(u - self.compressor.decode(c, len(u)))
 
-    def init_server(self, x: Tensor, n: int) -> NoState:
-        return NoState()
+    def init_server(self, x: Tensor, n: int) -> ServerState:
+        return ServerState(self.init_last(x))
 
-    def server(self, rows: Rows, state: NoState, round: Round) -> tuple[Tensor, NoState]:
-        return self.aggregator(rows, round.present), state
+    def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
+        estimate, last = self.aggregate(rows, state.last, round)
+        return estimate, ServerState(last)

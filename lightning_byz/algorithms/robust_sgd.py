@@ -79,6 +79,8 @@ class RobustSGD(Algorithm):
             ``worker_momentum=0.9``.
     """
 
+    keeps_last = True
+
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     compressor: Compressor = field(default_factory=Identity)
     worker_momentum: float = 0.0

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_byz import attacks
-from lightning_byz.aggregators import WeightedAggregator
+from lightning_byz.aggregators import TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
+from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, DataAttack
-from lightning_byz.exchange import Outcome
+from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.metrics import cosine_to_honest_mean, relative_error
 from lightning_byz.strategy import is_robust
@@ -159,11 +160,10 @@ class ByzantineWorkersCallback(_Base):
             self._transports = [self._lying(strategy, i, attack, indices) for i in range(len(strategy.exchanges))]
             self._restore()
         for exchange in strategy.exchanges:
-            rule = exchange.algorithm.aggregator
 
-            def observe(outcome: Outcome, rule: Any = rule) -> None:
+            def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, rule, sorted(strategy.liars_at(outcome.round.step)))
+                    self._logs = self._measured(outcome, exchange.algorithm, sorted(strategy.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
 
@@ -206,7 +206,7 @@ class ByzantineWorkersCallback(_Base):
         for transport, saved in zip(self._transports, self._saved, strict=False):  # either is empty until both are known
             transport.load_state_dict(saved)
 
-    def _measured(self, outcome: Outcome, rule: Any, byzantine: list[int]) -> dict[str, float]:
+    def _measured(self, outcome: Outcome, algorithm: Algorithm, byzantine: list[int]) -> dict[str, float]:
         present = outcome.round.present
         assert present is not None
         values = {
@@ -220,7 +220,7 @@ class ByzantineWorkersCallback(_Base):
         rows = outcome.seen.select(honest).dense()
         values["byz/cosine"] = float(cosine_to_honest_mean(outcome.estimate, rows))
         values["byz/relative_error"] = float(relative_error(outcome.estimate, rows))
-        weights = _weights(rule, outcome, present)
+        weights = _weights(algorithm, outcome)
         if weights is not None:
             values["byz/byzantine_weight"] = float(weights[byzantine].sum())
         return values
@@ -235,20 +235,23 @@ class ByzantineWorkersCallback(_Base):
         self._logs = {}
 
 
-def _weights(rule: Any, outcome: Outcome, present: torch.Tensor) -> torch.Tensor | None:
+def _weights(algorithm: Algorithm, outcome: Outcome) -> torch.Tensor | None:
     """``[n]`` the weight of every worker's row, where the rule has weights."""
-    rows = outcome.seen.select(present) if not bool(present.all()) else outcome.seen
-    mixed = rows
+    present, cohort, rule = outcome.round.present, outcome.round.cohort, outcome.rule
+    assert present is not None
+    part = torch.ones_like(present) if cohort is None else cohort
+    spoke = part.clone() if algorithm.sees_absent else present & part
+    try:
+        rule, rows = rule.facing(outcome.seen.select(part), spoke[part])
+    except TooFewRowsError:  # an algorithm may go on with less than the rule asks for, as Byz-VR-MARINA-PP does
+        return None
     if isinstance(rule, Chain):
-        heard = int(present.sum())
-        rule = rule.with_f(max(0, min(rule.f or 0, rule.most_f(heard))))
-        mixed, rule = rule.prepared(rows), rule.rule
+        rows, rule = rule.prepared(rows), rule.rule
     if not isinstance(rule, WeightedAggregator):
         return None
-    rule = rule.with_f(max(0, min(rule.f or 0, rule.most_f(len(mixed)))))
-    weights = rule.weights(mixed).cpu()
-    if mixed.mixing is not None:
-        weights = weights @ mixed.mixing.cpu()
+    weights = rule.weights(rows).cpu()
+    if rows.mixing is not None:
+        weights = weights @ rows.mixing.cpu()
     everyone = torch.zeros(len(present), dtype=torch.float64)
-    everyone[present] = weights
+    everyone[spoke] = weights
     return everyone

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_byz.compressors import Field
 from lightning_byz.transports.base import Message, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
+from lightning_byz.types import Payload
 
 
 class AllGather(Transport):
@@ -63,5 +64,5 @@ class AllGather(Transport):
         dist.broadcast(shared, src=0)
         return shared.to(tensor.device)
 
-    def bytes_down(self, message: Message, estimate: Tensor) -> int:
+    def bytes_down(self, message: Message, answer: Payload) -> int:
         return (self.n - 1) * message.nbytes

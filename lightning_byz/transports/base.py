@@ -64,8 +64,8 @@ class Transport(ABC):
         """Rank 0's copy of a small tensor that decisions depend on."""
 
     @abstractmethod
-    def bytes_down(self, message: Message, estimate: Tensor) -> int:
-        """Bytes of payload that a worker receives in a round in which each sends ``message``."""
+    def bytes_down(self, message: Message, answer: Payload) -> int:
+        """Bytes of payload that a worker receives in a round in which each sends ``message`` and a server would send ``answer``."""
 
     def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
         """The messages of all n workers, in order, given those of the local ones."""

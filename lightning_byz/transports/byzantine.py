@@ -60,8 +60,8 @@ class ByzantineTransport(Transport):
     def agree(self, tensor: Tensor) -> Tensor:
         return self.inner.agree(tensor)
 
-    def bytes_down(self, message: Message, estimate: Tensor) -> int:
-        return self.inner.bytes_down(message, estimate)
+    def bytes_down(self, message: Message, answer: Payload) -> int:
+        return self.inner.bytes_down(message, answer)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attack remembers, as plain containers of tensors; the same on every rank."""
@@ -134,7 +134,7 @@ class _HonestMean(Aggregator):
         return self(rows)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Server:
     """What the server would make of this round; its state does not change.
 
@@ -189,4 +189,14 @@ class _Server:
 
     def target(self) -> Tensor:
         """The server's estimate ``[d]`` if it took the mean of the honest messages."""
-        return self._estimate(dataclasses.replace(self.algorithm, aggregator=_HonestMean(honest=tuple(self.honest))))  # type: ignore[type-var]
+        if self.algorithm.sees_absent:  # what the rule aggregates is not what was sent
+            averaging = dataclasses.replace(self.algorithm, aggregator=_HonestMean(honest=tuple(self.honest)))  # type: ignore[type-var]
+            return self._estimate(averaging)
+        values, present = self._decoded
+        everybody = [*self.honest, *self.own]
+        values[everybody] = values[list(self.honest)].mean(0)  # a unanimous rule gives what all agree on
+        present[everybody] = True
+        try:
+            return self._estimate(self.algorithm)
+        finally:
+            del self._decoded  # made anew for the next lies

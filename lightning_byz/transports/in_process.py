@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_byz.compressors import Field
 from lightning_byz.transports.base import Message, Transport
+from lightning_byz.types import Payload
 
 
 class InProcess(Transport):
@@ -31,5 +32,5 @@ class InProcess(Transport):
     def agree(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def bytes_down(self, message: Message, estimate: Tensor) -> int:
-        return estimate.nbytes
+    def bytes_down(self, message: Message, answer: Payload) -> int:
+        return sum(tensor.nbytes for tensor in answer)

@@ -1,0 +1,97 @@
+"""signSGD and SIGNUM with majority vote: one bit a coordinate, in both directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators import Aggregator, MajorityVote
+from lightning_byz.algorithms.base import Algorithm, NoState
+from lightning_byz.compressors import Compressor, Sign, TernGrad
+from lightning_byz.rows import Rows
+from lightning_byz.types import Gradients, Payload, Round
+
+
+class WorkerState(NamedTuple):
+    """What a worker of SIGNUM remembers.
+
+    Attributes:
+        v: momentum, ``[d]``; empty without momentum.
+    """
+
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class SignSGDMajorityVote(Algorithm):
+    """Workers send the signs of their momentum, the server the sign of their sum: d bits up, d bits down.
+
+    ``v_i = beta v_i + (1 - beta) grad_i``; send ``sign(v_i)``; ``g = sign(sum_i sign(v_i))``.
+
+    Bernstein, Zhao, Azizzadenesheli, Anandkumar, ICLR 2019 (arXiv 1810.05291), Algorithm 1: SIGNUM, and signSGD with momentum 0. The
+    estimate holds +1 and -1 only, so the learning rate is the step of every coordinate: the paper's is 1e-4, with plain SGD without
+    momentum. Weight decay is the optimizer's, and so stays outside the vote, as in the paper: ``x = x - lr (g + lambda x)``.
+
+    The signs of zeros are the authors' code's: a worker's 0 votes +1, and so does a tie. Coordinates whose gradient is exactly 0 for
+    most workers (unused units) then move by -lr in every step; ``zero="random"`` lets them stay where they are on average.
+
+    Every worker has one vote, whatever it holds, so fewer than n / 2 colluding workers can decide a coordinate only where the honest
+    ones are split. The paper's guarantee is for adversaries that do not cooperate.
+
+    Args:
+        aggregator: the vote. An odd number of workers knows no ties.
+        momentum: beta, in [0, 1); 0 is signSGD. The paper's default is 0.9.
+        zero: what a worker votes where its momentum is 0: "plus_one", or "random".
+    """
+
+    aggregator: Aggregator = field(default_factory=MajorityVote)
+    momentum: float = 0.9
+    zero: Literal["plus_one", "random"] = "plus_one"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.aggregator, MajorityVote):
+            raise TypeError(f"SignSGDMajorityVote aggregates by MajorityVote. Found {self.aggregator!r}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"`momentum` is the weight of the past, in [0, 1). Found momentum={self.momentum}.")
+        if self.zero not in ("plus_one", "random"):
+            raise ValueError(f"`zero` should be 'plus_one' or 'random'. Found {self.zero!r}.")
+
+    @property
+    def stateless(self) -> bool:
+        return self.momentum == 0
+
+    def with_f(self, f: int) -> SignSGDMajorityVote:
+        return replace(self, aggregator=self.aggregator.with_f(f))
+
+    def averaging(self) -> SignSGDMajorityVote:
+        return self.with_f(0)
+
+    def codec(self, round: Round) -> Compressor:
+        return Sign()
+
+    def downlink(self, round: Round) -> Compressor:
+        # Of -1, 0 and +1, TernGrad's two bits a coordinate keep everything; nothing is left to chance.
+        return TernGrad() if getattr(self.aggregator, "tie", "") == "zero" else Sign()
+
+    def init_worker(self, x: Tensor) -> WorkerState:
+        return WorkerState(torch.zeros_like(x) if self.momentum else x.new_empty(0))
+
+    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+        v = grads.current
+        if self.momentum:
+            v = torch.lerp(v, state.v, self.momentum)
+            state = WorkerState(v)
+        if self.zero == "random":
+            generator = round.private("zero", v.device)
+            coins = torch.randint(2, v.shape, generator=generator, device=v.device).to(v.dtype)
+            v = torch.where(v == 0, 2 * coins - 1, v)
+        return self.codec(round).encode(v), state
+
+    def init_server(self, x: Tensor, n: int) -> NoState:
+        return NoState()
+
+    def server(self, rows: Rows, state: NoState, round: Round) -> tuple[Tensor, NoState]:
+        return self.aggregator(rows, round.present), state

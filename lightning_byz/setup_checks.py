@@ -1,0 +1,151 @@
+"""What is checked before the first step: that algorithm, number of workers, module and Trainer fit together."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from lightning_byz.aggregators import Mean
+from lightning_byz.algorithms import Algorithm, RobustSGD
+
+log = logging.getLogger("lightning_byz")
+
+DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)
+"""NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+
+
+class UnsupportedSetupError(ValueError):
+    """A combination of settings that cannot keep what the strategy promises."""
+
+
+@rank_zero_only
+def warn(message: str) -> None:
+    """A warning, on rank 0 only."""
+    warnings.warn(message, stacklevel=3)
+
+
+def resolve_algorithm(
+    algorithm: Algorithm | None, num_byzantine: int | None, processes: int, workers_per_process: int
+) -> Algorithm:
+    """The algorithm with its f filled in.
+
+    Args:
+        algorithm: None for the default.
+        num_byzantine: f, or None for as many as the algorithm allows, up to a third.
+        processes: number of processes.
+        workers_per_process: workers of each.
+
+    Raises:
+        ValueError: if n is too small for it.
+    """
+    n, default = processes * workers_per_process, algorithm is None
+    algorithm = algorithm or DEFAULT_ALGORITHM
+    rule = algorithm.aggregator
+    if n <= 2 and not {f for f in (num_byzantine, rule.f) if f}:
+        if n == 2:
+            warn(
+                f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
+                "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
+            )
+        return RobustSGD(aggregator=Mean()) if default else algorithm.averaging()
+    if num_byzantine is not None and rule.f not in (None, num_byzantine) and not isinstance(rule, Mean):
+        raise ValueError(
+            f"`num_byzantine` and the rule's f should agree. Found num_byzantine={num_byzantine} and {rule!r}. Give f once."
+        )
+    f = num_byzantine if num_byzantine is not None else rule.f
+    most = algorithm.most_f(n)
+    if f is None or (isinstance(rule, Mean) and num_byzantine is None):
+        f = min(max(1, (n - 1) // 3), max(0, most))
+        log.info(f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it.")
+    resolved = algorithm.with_f(f)
+    if f > most:
+        try:
+            resolved.check(n)
+            message = f"{type(rule).__name__} tolerates at most f={most} for n={n} workers."
+        except ValueError as error:
+            message = str(error)
+        raise ValueError(
+            f"num_byzantine={f} is too large for n={n} workers (processes x workers_per_process = {processes} x "
+            f"{workers_per_process}). {message}"
+        )
+    if f == 0 and num_byzantine != 0:
+        warn(f"byzantine_robust: {type(rule).__name__} tolerates no Byzantine worker among n={n}.")
+    resolved.check(n)
+    return resolved
+
+
+def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
+    """Refuses what cannot work, before the first step, and says what to do instead.
+
+    Args:
+        strategy: the RobustStrategy, with more than one worker.
+        trainer: its trainer.
+        algorithm: its resolved algorithm.
+
+    Raises:
+        UnsupportedSetupError: says what should hold, what was found, and what to do.
+    """
+    module, workers = strategy.lightning_module, strategy.workers_per_process
+    if strategy._layer_sync is not None:
+        raise UnsupportedSetupError(
+            "Trainer(sync_batchnorm=True) lets every worker's activations into all others' forward passes, where no rule "
+            "can outvote them. Leave it out: byzantine_robust merges BatchNorm statistics by their median."
+        )
+    if workers > 1 and not module.automatic_optimization:
+        raise UnsupportedSetupError(
+            f"In-process workers (workers_per_process={workers}) need automatic optimization: manual "
+            "optimization steps inside training_step, before the other workers have a gradient. Use one worker per process: "
+            "Trainer(devices=n) with workers_per_process=1."
+        )
+    sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
+    if sparse:
+        raise UnsupportedSetupError(f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set sparse=False there.")
+    unreal = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+    if unreal:
+        raise UnsupportedSetupError(
+            f"Parameters should be real numbers, because rules order them. Found {', '.join(unreal)}. Keep them as real and imaginary "
+            "parts (torch.view_as_real)."
+        )
+    averages = any(type(callback).__name__ == "StochasticWeightAveraging" for callback in trainer.callbacks)
+    if workers > 1 and averages and any(b.is_floating_point() for b in module.buffers()):
+        raise UnsupportedSetupError(
+            "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an optimizer step, which in-process workers "
+            f"(workers_per_process={workers}) do not merge. Use one worker per process, or GroupNorm."
+        )
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in strategy.optimizers) and not algorithm.stateless:
+        raise UnsupportedSetupError(
+            f"LBFGS evaluates its closure several times a step, and {algorithm!r} remembers every evaluation. Use an algorithm "
+            "without state: RobustSGD(worker_momentum=0, server_momentum=0)."
+        )
+    _check_passes(strategy, trainer, algorithm)
+
+
+def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
+    """Refuses set-ups in which the gradients that the algorithm asks for besides the minibatch's cannot be computed."""
+    name, manual = type(algorithm).__name__, not strategy.lightning_module.automatic_optimization
+    if algorithm.needs_previous and (trainer.accumulate_grad_batches > 1 or manual):
+        found = "manual optimization" if manual else f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+        raise UnsupportedSetupError(
+            f"{name} needs the gradient of one minibatch at two iterates. Found {found}. "
+            "Use automatic optimization with Trainer(accumulate_grad_batches=1) and larger batches."
+        )
+    if strategy.trusted_data is None:
+        if algorithm.needs_trusted:
+            raise UnsupportedSetupError(
+                f"{algorithm!r} compares with a gradient on trusted data. Found none. Give some: ByzantineRobustStrategy(..., "
+                "trusted_data=DataLoader(clean_samples, batch_size=64))."
+            )
+        return
+    if not algorithm.uses_trusted:
+        raise UnsupportedSetupError(
+            f"`trusted_data` is for algorithms that compare with a gradient on it. Found {name}, which does not. Leave it out, or use DStar()."
+        )
+    if manual:
+        raise UnsupportedSetupError(
+            "`trusted_data` needs automatic optimization: its gradient is that of training_step, which takes a step of its own in "
+            "manual optimization. Leave it out, or use automatic optimization."
+        )
