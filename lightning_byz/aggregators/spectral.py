@@ -42,7 +42,7 @@ class CAF(WeightedAggregator):
     Allouah, Guerraoui, Stephan, ICML 2025. Needs n > 2f. All rows start with weight 1. A row's weight shrinks by its squared distance from
     the weighted mean along the direction of largest variance, relative to the farthest row's, which loses all of its weight. The result
     is the weighted mean with the smallest largest variance on the way. Every step runs on the n x n matrix of inner products; the
-    vectors are read twice.
+    vectors are read twice. The direction is exact; ByzFL estimates it by one step of a power iteration from a random start.
     """
 
     def weights(self, rows: Rows) -> Tensor:
