@@ -365,6 +365,14 @@ def test_a_cohort_of_liars_alone_still_logs(tmp_path: Path) -> None:
     assert np.isfinite(report["metrics"]["loss"])
 
 
+def test_the_weight_of_liars_is_that_of_the_rounds_rule(tmp_path: Path) -> None:
+    """The filter with this round's trusted gradient, not without."""
+    trusted = DStar(DeviationFilter(reading="trusted"), k=4)
+    lie = ByzantineWorkers(IPM(1000.0), workers=[1])
+    (report,) = fit(tmp_path, Linear(0.01), strategy(trusted, trusted_data=blobs(20)), callbacks=[lie])
+    assert report["metrics"]["byz/byzantine_weight"] == 0
+
+
 def test_what_an_attack_did_to_a_cohort_is_logged(tmp_path: Path) -> None:
     algorithm = ByzVRMarinaPP(CoordinateMedian(), p=0.2, cohort_size=3, full_batches=1, clipping=1.0)
     lie = ByzantineWorkers(IPM(3.0), workers=[1])
@@ -429,6 +437,18 @@ def test_cohorts_and_manual_optimization(tmp_path: Path) -> None:
         torch.manual_seed(1)
         runs.append(fit(tmp_path, module(), strategy(DStar(k=3), N), devices=N, data=loader(24)))
     assert_equal(runs[0][0], runs[1][0])
+
+
+def test_accumulation_that_is_switched_on_later_is_refused(tmp_path: Path) -> None:
+    later = L.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="ByzVRMarinaPP needs one minibatch per optimizer step.*GradientAccumulationScheduler"):
+        fit(tmp_path, Linear(0.01), strategy(ByzVRMarinaPP(CoordinateMedian(), p=0.1)), max_epochs=2, callbacks=[later])
+
+
+def test_one_worker_is_told_that_its_algorithm_has_nothing_to_do() -> None:
+    alone = ByzantineRobustStrategy(algorithm=SignSGDMajorityVote())
+    with pytest.warns(UserWarning, match="plain Lightning, without SignSGDMajorityVote. Use several"):
+        L.Trainer(**QUIET, devices=1, max_steps=1, strategy=alone).fit(Plain())
 
 
 # -- names ----------------------------------------------------------------------------------------------------------------

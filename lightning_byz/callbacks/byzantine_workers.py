@@ -117,11 +117,10 @@ class ByzantineWorkersCallback(_Base):
         else:
             strategy.wrap_transport(lambda inner: ByzantineTransport(inner, attack, indices, self.active))
         for exchange in strategy.exchanges:
-            rule = exchange.algorithm.aggregator
 
-            def observe(outcome: Outcome, rule: Any = rule) -> None:
+            def observe(outcome: Outcome) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, rule, indices)
+                    self._logs = self._measured(outcome, outcome.rule, indices)
 
             exchange.observers.append(observe)
 
