@@ -1,6 +1,7 @@
 """What the papers say of Byz-DM21, dSTAR, Byz-VR-MARINA-PP and signSGD: their invariants, rounds by hand, their parents, their toys."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -252,6 +253,13 @@ def test_clipped_differences_without_sampling_and_clipping_are_the_inner_method(
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
+def test_another_rule_for_clipped_differences_is_its_inner_methods_too():
+    algorithm = replace(ClippedDifferences(RobustSGD(robust()), cohort_size=4), aggregator=CoordinateMedian(f=1))
+    assert algorithm.inner.aggregator == algorithm.aggregator == CoordinateMedian(f=1)
+    assert algorithm.with_f(2).inner.aggregator == CoordinateMedian(f=2)
+    assert algorithm.averaging().aggregator == Mean()
+
+
 def test_what_monitors_see_averages_to_the_estimate_of_a_mean():
     for algorithm in (
         ByzVRMarinaPP(Mean(), p=0.2, cohort_size=4, clipping=0.5),
@@ -499,6 +507,13 @@ def test_the_downlink_keeps_every_estimate_bit_for_bit():
             assert torch.equal(outcome.estimate, seen[-1])
 
 
+def test_another_rule_over_signs_is_sent_down_as_it_is():
+    algorithm = SignSGDMajorityVote(Mean(), momentum=0.0)
+    outcome = Exchange(algorithm, connected(4), seed=0).run(contributions(rows_for(4, 50, mean=0.0)), torch.zeros(50).double())
+    assert set(outcome.estimate.tolist()) == {-1, -0.5, 0, 0.5, 1}
+    assert outcome.bytes_down == 50 * 8
+
+
 def test_honest_votes_without_noise_win_against_fewer_than_half():
     truth = gradients(0, n=1, mean=0.0)[0]
     for liars in range(5):
@@ -526,7 +541,7 @@ def test_the_toy_of_27_workers_breaks_between_13_and_14_inverters(inverters, low
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: SignSGDMajorityVote(CoordinateMedian()), TypeError, "aggregates by MajorityVote. Found CoordinateMedian"),
+        (lambda: SignSGDMajorityVote("majority"), TypeError, "an Aggregator, such as MajorityVote.*Found 'majority'"),
         (lambda: SignSGDMajorityVote(momentum=1.0), ValueError, r"`momentum`.*\[0, 1\). Found momentum=1.0"),
         (lambda: SignSGDMajorityVote(zero="minus"), ValueError, "`zero` should be.*Found 'minus'"),
         (lambda: MajorityVote(tie="minus_one"), ValueError, "`tie` should be.*Found 'minus_one'"),

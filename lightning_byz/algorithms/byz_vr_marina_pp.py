@@ -264,6 +264,7 @@ class ClippedDifferences(_Clipped):
         clipping_unit: "estimate": lam = clipping * ||g||, as in the authors' code, with 0.1 to 10. "drift": lam = clipping * ||x - x'||,
             as in the paper; but ``m_i - g`` does not shrink with the step as differences of gradients do, so that clipping = 1 and a
             learning rate of 0.01 let g move by 1% of its norm in a round.
+        aggregator: the rule of the first round, in place of ``inner``'s.
     """
 
     inner: RobustSGD = field(default_factory=lambda: RobustSGD(worker_momentum=0.9))
@@ -271,6 +272,7 @@ class ClippedDifferences(_Clipped):
     cohort_size: int | None = None
     clipping: float | None = 1.0
     clipping_unit: Unit = "estimate"
+    aggregator: Aggregator = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self.check_clipping()
@@ -280,15 +282,11 @@ class ClippedDifferences(_Clipped):
                 f"server_momentum=0 and undo_worker_momentum=False. Found {self.inner!r}."
             )
 
-    @property
-    def aggregator(self) -> Aggregator:  # type: ignore[override]
-        return self.inner.aggregator
+        object.__setattr__(self, "aggregator", self.aggregator or self.inner.aggregator)
+        object.__setattr__(self, "inner", replace(self.inner, aggregator=self.aggregator))
 
     def with_f(self, f: int) -> ClippedDifferences:
-        return replace(self, inner=self.inner.with_f(f))
-
-    def averaging(self) -> ClippedDifferences:
-        return replace(self, inner=self.inner.averaging())
+        return replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.inner.codec(round)
