@@ -1,10 +1,10 @@
 """Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
 
 ``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names of strategies too: this one with the
-algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the program uses: the one that
-is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
-them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
+algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``),
+whichever is imported first. `ByzantineRobustStrategy`, `ByzantineWorkers` and `DigitsDataModule` are those of the package that the
+program uses: the one that is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or
+both were). To choose, import them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
 """
 
 from __future__ import annotations

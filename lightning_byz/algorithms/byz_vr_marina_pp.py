@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators import Aggregator, Bucketing, Chain, CoordinateMedian, Mean, TooFewRowsError
+from lightning_byz.aggregators import NNM, Aggregator, Chain, Mean, TooFewRowsError, TrimmedMean
 from lightning_byz.algorithms.base import Algorithm, NoState, among, draw
 from lightning_byz.algorithms.robust_sgd import RobustSGD
 from lightning_byz.compressors import Compressor, Identity
@@ -170,7 +170,8 @@ class ByzVRMarinaPP(_Clipped):
     is measured. BatchNorm statistics are not clipped; prefer GroupNorm or LayerNorm with small cohorts.
 
     Args:
-        aggregator: the rule of full rounds, whose f is of the C-hat workers there. Default: buckets of 2 and a median.
+        aggregator: the rule of full rounds, whose f is of the C-hat workers there. Default: NNM and a trimmed mean, as elsewhere in this
+            package; the paper's is ``Chain(pre=(Bucketing(),), rule=CoordinateMedian())``, which tolerates nobody among 4.
         difference_aggregator: the rule of the other rounds, with its f of the C workers there. None: ``aggregator``, with as much of
             its f as C rows allow: 4 sampled workers in buckets of 2 are 2 rows, and f = 0. Clipping is the safeguard then.
         compressor: Q, unbiased, such as `RandK` or `QSGD`.
@@ -178,7 +179,8 @@ class ByzVRMarinaPP(_Clipped):
             code makes one at the start of every epoch.
         cohort_size: C; None: all workers take part.
         full_cohort_size: C-hat; None: all workers.
-        clipping: the paper's lambda (alpha_k = lambda): 2L in theory; 0.1, 1 and 10 in its experiments. None: no clipping.
+        clipping: the paper's lambda (alpha_k = lambda): 2L in theory; 0.1, 1 and 10 in its experiments. Too large is no protection, too small
+            lets g lag behind the gradient. None: no clipping.
         clipping_unit: "drift": lam = clipping * ||x - x'||, the paper's. "estimate": lam = clipping * ||g||, that of the authors'
             code, where the learning rate is missing: clipping there is the paper's lambda times the learning rate.
         average_differences: a plain mean instead of ``difference_aggregator`` (PP+).
@@ -187,13 +189,13 @@ class ByzVRMarinaPP(_Clipped):
 
     needs_previous = True
 
-    aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(Bucketing(),), rule=CoordinateMedian()))
+    aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     difference_aggregator: Aggregator | None = None
     compressor: Compressor = field(default_factory=Identity)
     p: float = 0.1
     cohort_size: int | None = None
     full_cohort_size: int | None = None
-    clipping: float | None = 1.0
+    clipping: float | None = 10.0
     clipping_unit: Unit = "drift"
     average_differences: bool = False
     full_batches: int | None = None
