@@ -45,13 +45,6 @@ class FlatParameters:
         """``[P]`` bool: the parameters that have a gradient."""
         return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.bool)
 
-    def read(self) -> Tensor:
-        """The parameters' values as a new vector ``[d]``."""
-        flat = self.like()
-        for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
-            piece.view(p.shape).copy_(p.detach())
-        return flat
-
     def read_gradients(self, scale: float = 1.0) -> Tensor:
         """The gradients as a new vector ``[d]``, times ``scale``; 0 where a parameter has none."""
         flat = self.like()

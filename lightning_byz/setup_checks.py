@@ -51,6 +51,11 @@ def resolve_algorithm(
                 f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
                 "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
             )
+        if n == 1 and not default:
+            warn(
+                f"One worker has nobody to exchange gradients with: this run is plain Lightning, without {type(algorithm).__name__}. Use "
+                "several (devices, or workers_per_process)."
+            )
         return RobustSGD(aggregator=Mean()) if default else algorithm.averaging()
     if num_byzantine is not None and rule.f not in (None, num_byzantine) and not isinstance(rule, Mean):
         raise ValueError(

@@ -31,7 +31,7 @@ from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
-from lightning_byz.setup_checks import check_setup, resolve_algorithm
+from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
@@ -413,6 +413,11 @@ class RobustStrategy(_Base):
         exchange, layout, module = self.exchanges[0], self._layout(0), self.lightning_module
         algorithm = exchange.algorithm
         assert self._buffers is not None
+        if self._full is not None or self._previous is not None:
+            raise UnsupportedSetupError(
+                f"{type(algorithm).__name__} needs one minibatch per optimizer step. Found a second one before the step: gradient "
+                "accumulation has been switched on. Leave GradientAccumulationScheduler out."
+            )
         passes = QuietPasses(module, self._buffers, self.precision_plugin, self.root_device, super().training_step)
         if self.trusted_data is not None and self._trusted is None:
             self._trusted = self._trusted_gradient(passes, layout, round, rest, kwargs)

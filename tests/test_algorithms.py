@@ -7,11 +7,15 @@ import pytest
 import torch
 from zoo import ALGORITHMS, ATTACKS, JUNK, each, robust, rows_for
 
-from lightning_byz.aggregators import CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
+from lightning_byz.aggregators import CenteredClip, CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
 from lightning_byz.algorithms import (
     EF14,
+    ByzDM21,
     ByzEF21SGDM,
+    ByzVRMarinaPP,
+    ClippedDifferences,
     RobustSGD,
+    SignSGDMajorityVote,
 )
 from lightning_byz.attacks import (
     Attack,
@@ -502,3 +506,34 @@ def test_heavy_ball_momentum_of_undone_momentum_is_the_aggregated_momentum():
         buffer = beta * buffer + estimate
         corrected = aggregated * (1 - beta ** (step + 1))
         torch.testing.assert_close(buffer, corrected / (1 - beta), rtol=1e-8, atol=1e-8)
+
+
+REMEMBERING = CenteredClip(f=2, tau=3.0)
+
+
+@pytest.mark.parametrize("make", [RobustSGD, ByzEF21SGDM, EF14, ByzDM21], ids=lambda make: make.__name__)
+def test_a_rule_that_remembers_starts_from_its_last_result(make):
+    """Round after round, as the rule does when it is given its own results by hand; and the state is all there is to save."""
+    algorithm = make(REMEMBERING, Identity())
+    (workers, server), last = start(algorithm), None
+    for step in range(4):
+        estimate, workers, server, payloads = play(algorithm, gradients(step), workers, server, step)
+        seen = algorithm.seen(Rows(torch.stack([sent for (sent,) in payloads])), server, Round(step, n=N)).dense()
+        expected = REMEMBERING(Rows(seen, last=last))
+        torch.testing.assert_close(estimate, expected)
+        last = expected
+    assert server.last.shape == (D,)
+    estimate.fill_(7.0)
+    torch.testing.assert_close(server.last, last)
+
+
+@pytest.mark.parametrize("make", [ByzVRMarinaPP, SignSGDMajorityVote, lambda rule: ClippedDifferences(RobustSGD(rule))])
+def test_an_algorithm_that_does_not_keep_it_refuses_a_rule_that_remembers(make):
+    with pytest.raises(ValueError, match=r"does not keep the last result.*start='median'"):
+        make(REMEMBERING)
+    make(CenteredClip(f=2, start="median"))
+
+
+def test_clipped_differences_tell_their_inner_compressor_the_sizes():
+    algorithm = ClippedDifferences(RobustSGD(robust(), PerTensor(TopK(k=1)))).for_sizes((4, 6))
+    assert algorithm.inner.compressor.sizes == (4, 6)

@@ -18,11 +18,12 @@ def run(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280, check=False)
 
 
-def test_the_config_in_the_repository_trains(tmp_path):
+@pytest.mark.parametrize("config", sorted(CONFIG.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_in_the_repository_train(tmp_path, config):
     done = run(
         "fit",
         "--config",
-        CONFIG,
+        config,
         "--trainer.max_epochs",
         1,
         "--trainer.limit_train_batches",
@@ -32,7 +33,7 @@ def test_the_config_in_the_repository_trains(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    (metrics,) = tmp_path.glob("outputs/digits/*/metrics.csv")
+    (metrics,) = tmp_path.glob(f"outputs/{config.stem}/*/metrics.csv")
     assert "byz/cosine" in metrics.read_text().splitlines()[0]
 
 

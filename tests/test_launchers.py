@@ -53,6 +53,16 @@ def test_the_strategy_name_works_in_both_packages_and_import_orders(package: str
     assert_ranks_agree(tmp_path, 3)
 
 
+@pytest.mark.parametrize("name", ["byz_ef21_sgdm", "dstar", "byz_vr_marina_pp", "signsgd_majority_vote"])
+def test_the_four_systems_train_by_their_names_alone(name: str, tmp_path: Path) -> None:
+    """``Trainer(strategy=NAME, devices=4)``, and the run goes through a checkpoint."""
+    run(sys.executable, SCRIPT, str(tmp_path), "--strategy", name, "--devices", "4")
+    assert_ranks_agree(tmp_path, 4)
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["lightning_byz"]
+    assert saved["n"] == 4
+    assert saved["algorithm"].lower().startswith(name.replace("_", ""))
+
+
 @pytest.mark.parametrize("hidden", ["lightning", "pytorch_lightning"])
 def test_one_package_alone(hidden: str) -> None:
     """As if the other one were not installed."""

@@ -1,4 +1,8 @@
-"""Agreement with ByzFL wherever the definitions agree, on random asymmetric rows; runs where ``byzfl`` is installed (dev extra)."""
+"""Agreement with ByzFL wherever the definitions agree, on random asymmetric rows; runs where ``byzfl`` is installed (dev extra).
+
+CAF is not here: ByzFL takes one step of a power iteration from a random start for the direction of largest variance, and two calls on the
+same rows differ.
+"""
 
 import itertools
 
@@ -8,7 +12,6 @@ from zoo import rows_for
 
 from lightning_byz.aggregators import (
     ARC,
-    CAF,
     MDA,
     NNM,
     SMEA,
@@ -88,14 +91,6 @@ def test_smea_finds_a_subset_at_least_as_good_as_byzfls(seed):
     assert spread(SMEA(f=F)(x)) <= spread(torch.as_tensor(byzfl.SMEA(f=F)(x.clone())).to(x)) + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_caf_agrees_with_byzfl_where_one_direction_rules(seed):
-    """ByzFL takes one step of a power iteration from a random start, which is enough there, and only there."""
-    sizes = rows_for(N, 1, seed, mean=0.0) ** 3
-    x = 5.0 + sizes * rows_for(1, D, seed + 50) + 1e-7 * rows_for(N, D, seed + 60)
-    torch.testing.assert_close(CAF(f=F)(x), torch.as_tensor(byzfl.CAF(f=F)(x.clone())).to(x), rtol=1e-4, atol=1e-4)
-
-
 def test_a_chain_agrees_with_byzfls_pipeline():
     x = rows(7)
     theirs = byzfl.TrMean(f=F)(byzfl.NNM(f=F)(x.clone()))
@@ -113,4 +108,6 @@ def test_a_chain_agrees_with_byzfls_pipeline():
 )
 def test_attacks_agree_with_byzfl(ours, theirs):
     honest = rows(1)
-    torch.testing.assert_close(ours(honest, honest[:2])[0], torch.as_tensor(theirs()(honest.clone())).to(honest), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours(honest, honest[:2])[0], torch.as_tensor(theirs()(honest.clone())).to(honest), rtol=1e-6, atol=1e-6
+    )

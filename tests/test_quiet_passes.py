@@ -48,8 +48,8 @@ def strategy(algorithm: Any, devices: int = 1, **kwargs: Any) -> ByzantineRobust
     )
 
 
-def parts_sampler(local: int, ranks: int, rank: int) -> WorkerSampler:
-    return WorkerSampler(blobs(), 6, local, num_replicas=ranks, rank=rank, seed=3)
+def parts_sampler(local: int, ranks: int, rank: int, batch: int = 6) -> WorkerSampler:
+    return WorkerSampler(blobs(), batch, local, num_replicas=ranks, rank=rank, seed=3)
 
 
 class Restless(Plain):
@@ -177,10 +177,10 @@ def test_where_nothing_moved_the_previous_gradient_is_the_current_one_bit_for_bi
 class Linear(L.LightningModule):
     """Least squares, so that an independent loop can follow."""
 
-    def __init__(self, lr: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, batch: int = 6) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(10, 1)
-        self.lr = lr
+        self.lr, self.batch = lr, batch
         self.calls: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -191,10 +191,9 @@ class Linear(L.LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr)
 
     def train_dataloader(self) -> DataLoader:
-        s = self.trainer.strategy
-        return DataLoader(
-            blobs(), 6 * s.workers_per_process, sampler=parts_sampler(s.workers_per_process, self.trainer.world_size, s.global_rank)
-        )
+        local = self.trainer.strategy.workers_per_process
+        sampler = parts_sampler(local, self.trainer.world_size, self.trainer.strategy.global_rank, self.batch)
+        return DataLoader(blobs(), sampler.batch_size_per_process, sampler=sampler)
 
 
 def least_squares_gradient(w: np.ndarray, b: float, index: Any) -> tuple[np.ndarray, float]:
@@ -206,18 +205,18 @@ def least_squares_gradient(w: np.ndarray, b: float, index: Any) -> tuple[np.ndar
 @pytest.mark.parametrize("devices", BOTH)
 def test_marina_is_marina_step_for_step(devices: int, tmp_path: Path) -> None:
     """f = 0, a mean and no compression, against MARINA in numpy, with full gradients over each worker's own part."""
-    p, lr, steps = 0.3, 0.05, 20
+    p, lr, steps, batch = 0.3, 0.05, 18, 7  # parts of 60 samples: the last batch is smaller
     torch.manual_seed(1)
-    model = Linear(lr)
+    model = Linear(lr, batch)
     w, b = model.layer.weight.detach().double().numpy()[0].copy(), float(model.layer.bias.detach()[0])
     algorithm = ByzVRMarinaPP(Mean(), p=p, clipping=None)
     report = fit(tmp_path, model, strategy(algorithm, devices), devices=devices, max_epochs=2)[0]
     assert report["steps"] == steps
 
-    sampler = parts_sampler(N, 1, 0)
+    sampler = parts_sampler(N, 1, 0, batch)
     g_w, g_b, old, coins = None, None, None, []
     for step in range(steps):
-        sampler.set_epoch(step // 10)
+        sampler.set_epoch(step // 9)
         coin = float(torch.rand((), generator=keyed_generator("coin", 7, step), dtype=torch.float64)) < p
         coins.append(coin)
         if coin or old is None:
@@ -225,7 +224,7 @@ def test_marina_is_marina_step_for_step(devices: int, tmp_path: Path) -> None:
             g_w, g_b = np.mean([g for g, _ in grads], 0), np.mean([g for _, g in grads])
         else:
             for i in range(N):
-                index = sampler.indices_of(i)[(step % 10) * 6 : (step % 10 + 1) * 6]
+                index = sampler.indices_of(i)[(step % 9) * batch : (step % 9 + 1) * batch]
                 (new_w, new_b), (old_w, old_b) = least_squares_gradient(w, b, index), least_squares_gradient(*old, index)
                 g_w, g_b = g_w + (new_w - old_w) / N, g_b + (new_b - old_b) / N
         old = (w, b)
@@ -365,6 +364,14 @@ def test_a_cohort_of_liars_alone_still_logs(tmp_path: Path) -> None:
     assert np.isfinite(report["metrics"]["loss"])
 
 
+def test_the_weight_of_liars_is_that_of_the_rounds_rule(tmp_path: Path) -> None:
+    """The filter with this round's trusted gradient, not without."""
+    trusted = DStar(DeviationFilter(reading="trusted"), k=4)
+    lie = ByzantineWorkers(IPM(1000.0), workers=[1])
+    (report,) = fit(tmp_path, Linear(0.01), strategy(trusted, trusted_data=blobs(20)), callbacks=[lie])
+    assert report["metrics"]["byz/byzantine_weight"] == 0
+
+
 def test_what_an_attack_did_to_a_cohort_is_logged(tmp_path: Path) -> None:
     algorithm = ByzVRMarinaPP(CoordinateMedian(), p=0.2, cohort_size=3, full_batches=1, clipping=1.0)
     lie = ByzantineWorkers(IPM(3.0), workers=[1])
@@ -429,6 +436,18 @@ def test_cohorts_and_manual_optimization(tmp_path: Path) -> None:
         torch.manual_seed(1)
         runs.append(fit(tmp_path, module(), strategy(DStar(k=3), N), devices=N, data=loader(24)))
     assert_equal(runs[0][0], runs[1][0])
+
+
+def test_accumulation_that_is_switched_on_later_is_refused(tmp_path: Path) -> None:
+    later = L.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(ValueError, match="ByzVRMarinaPP needs one minibatch per optimizer step.*GradientAccumulationScheduler"):
+        fit(tmp_path, Linear(0.01), strategy(ByzVRMarinaPP(CoordinateMedian(), p=0.1)), max_epochs=2, callbacks=[later])
+
+
+def test_one_worker_is_told_that_its_algorithm_has_nothing_to_do() -> None:
+    alone = ByzantineRobustStrategy(algorithm=SignSGDMajorityVote())
+    with pytest.warns(UserWarning, match="plain Lightning, without SignSGDMajorityVote. Use several"):
+        L.Trainer(**QUIET, devices=1, max_steps=1, strategy=alone).fit(Plain())
 
 
 # -- names ----------------------------------------------------------------------------------------------------------------

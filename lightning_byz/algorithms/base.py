@@ -53,6 +53,10 @@ class Algorithm(ABC):
             part = getattr(self, name)
             if not isinstance(part, kind):
                 raise TypeError(f"`{name}` of {type(self).__name__} should be an instance of {kind.__name__}. Found {part!r}.")
+        self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raises if the rule remembers its last result and this algorithm does not keep it."""
         if self.aggregator.remembers and not self.keeps_last:
             raise ValueError(
                 f"{type(self).__name__} does not keep the last result of its rule. Found {self.aggregator!r}, which starts from it. Use "

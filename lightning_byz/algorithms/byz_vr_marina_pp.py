@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators import Aggregator, Bucketing, Chain, CoordinateMedian, Mean, TooFewRowsError
+from lightning_byz.aggregators import NNM, Aggregator, Chain, Mean, TooFewRowsError, TrimmedMean
 from lightning_byz.algorithms.base import Algorithm, NoState, among, draw
 from lightning_byz.algorithms.robust_sgd import RobustSGD
 from lightning_byz.compressors import Compressor, Identity
@@ -170,7 +171,8 @@ class ByzVRMarinaPP(_Clipped):
     is measured. BatchNorm statistics are not clipped; prefer GroupNorm or LayerNorm with small cohorts.
 
     Args:
-        aggregator: the rule of full rounds, whose f is of the C-hat workers there. Default: buckets of 2 and a median.
+        aggregator: the rule of full rounds, whose f is of the C-hat workers there. Default: NNM and a trimmed mean, as elsewhere in this
+            package; the paper's is ``Chain(pre=(Bucketing(),), rule=CoordinateMedian())``, which tolerates nobody among 4.
         difference_aggregator: the rule of the other rounds, with its f of the C workers there. None: ``aggregator``, with as much of
             its f as C rows allow: 4 sampled workers in buckets of 2 are 2 rows, and f = 0. Clipping is the safeguard then.
         compressor: Q, unbiased, such as `RandK` or `QSGD`.
@@ -178,7 +180,8 @@ class ByzVRMarinaPP(_Clipped):
             code makes one at the start of every epoch.
         cohort_size: C; None: all workers take part.
         full_cohort_size: C-hat; None: all workers.
-        clipping: the paper's lambda (alpha_k = lambda): 2L in theory; 0.1, 1 and 10 in its experiments. None: no clipping.
+        clipping: the paper's lambda (alpha_k = lambda): 2L in theory; 0.1, 1 and 10 in its experiments. Too large is no protection, too small
+            lets g lag behind the gradient. None: no clipping.
         clipping_unit: "drift": lam = clipping * ||x - x'||, the paper's. "estimate": lam = clipping * ||g||, that of the authors'
             code, where the learning rate is missing: clipping there is the paper's lambda times the learning rate.
         average_differences: a plain mean instead of ``difference_aggregator`` (PP+).
@@ -187,13 +190,13 @@ class ByzVRMarinaPP(_Clipped):
 
     needs_previous = True
 
-    aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(Bucketing(),), rule=CoordinateMedian()))
+    aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     difference_aggregator: Aggregator | None = None
     compressor: Compressor = field(default_factory=Identity)
     p: float = 0.1
     cohort_size: int | None = None
     full_cohort_size: int | None = None
-    clipping: float | None = 1.0
+    clipping: float | None = 10.0
     clipping_unit: Unit = "drift"
     average_differences: bool = False
     full_batches: int | None = None
@@ -264,6 +267,7 @@ class ClippedDifferences(_Clipped):
         clipping_unit: "estimate": lam = clipping * ||g||, as in the authors' code, with 0.1 to 10. "drift": lam = clipping * ||x - x'||,
             as in the paper; but ``m_i - g`` does not shrink with the step as differences of gradients do, so that clipping = 1 and a
             learning rate of 0.01 let g move by 1% of its norm in a round.
+        aggregator: the rule of the first round, in place of ``inner``'s.
     """
 
     inner: RobustSGD = field(default_factory=lambda: RobustSGD(worker_momentum=0.9))
@@ -271,6 +275,7 @@ class ClippedDifferences(_Clipped):
     cohort_size: int | None = None
     clipping: float | None = 1.0
     clipping_unit: Unit = "estimate"
+    aggregator: Aggregator = None  # type: ignore[assignment]  # filled in below
 
     def __post_init__(self) -> None:
         self.check_clipping()
@@ -280,15 +285,15 @@ class ClippedDifferences(_Clipped):
                 f"server_momentum=0 and undo_worker_momentum=False. Found {self.inner!r}."
             )
 
-    @property
-    def aggregator(self) -> Aggregator:  # type: ignore[override]
-        return self.inner.aggregator
+        object.__setattr__(self, "aggregator", self.aggregator or self.inner.aggregator)
+        object.__setattr__(self, "inner", replace(self.inner, aggregator=self.aggregator))
+        self.check_memory()
+
+    def for_sizes(self, sizes: Sequence[int]) -> ClippedDifferences:
+        return replace(self, inner=self.inner.for_sizes(sizes))
 
     def with_f(self, f: int) -> ClippedDifferences:
-        return replace(self, inner=self.inner.with_f(f))
-
-    def averaging(self) -> ClippedDifferences:
-        return replace(self, inner=self.inner.averaging())
+        return replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.inner.codec(round)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, MajorityVote
 from lightning_byz.algorithms.base import Algorithm, NoState
-from lightning_byz.compressors import Compressor, Sign, TernGrad
+from lightning_byz.compressors import Compressor, Identity, Sign, TernGrad
 from lightning_byz.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -42,7 +42,8 @@ class SignSGDMajorityVote(Algorithm):
     ones are split. The paper's guarantee is for adversaries that do not cooperate.
 
     Args:
-        aggregator: the vote. An odd number of workers knows no ties.
+        aggregator: the vote. An odd number of workers knows no ties. Another rule over the signs may stand in its place; what it gives is
+            then sent down as it is.
         momentum: beta, in [0, 1); 0 is signSGD. The paper's default is 0.9.
         zero: what a worker votes where its momentum is 0: "plus_one", or "random".
     """
@@ -52,12 +53,13 @@ class SignSGDMajorityVote(Algorithm):
     zero: Literal["plus_one", "random"] = "plus_one"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.aggregator, MajorityVote):
-            raise TypeError(f"SignSGDMajorityVote aggregates by MajorityVote. Found {self.aggregator!r}.")
+        if not isinstance(self.aggregator, Aggregator):
+            raise TypeError(f"`aggregator` should be an Aggregator, such as MajorityVote(). Found {self.aggregator!r}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"`momentum` is the weight of the past, in [0, 1). Found momentum={self.momentum}.")
         if self.zero not in ("plus_one", "random"):
             raise ValueError(f"`zero` should be 'plus_one' or 'random'. Found {self.zero!r}.")
+        self.check_memory()
 
     @property
     def stateless(self) -> bool:
@@ -73,8 +75,10 @@ class SignSGDMajorityVote(Algorithm):
         return Sign()
 
     def downlink(self, round: Round) -> Compressor:
+        if not isinstance(self.aggregator, MajorityVote):
+            return Identity()
         # Of -1, 0 and +1, TernGrad's two bits a coordinate keep everything; nothing is left to chance.
-        return TernGrad() if getattr(self.aggregator, "tie", "") == "zero" else Sign()
+        return TernGrad() if self.aggregator.tie == "zero" else Sign()
 
     def init_worker(self, x: Tensor) -> WorkerState:
         return WorkerState(torch.zeros_like(x) if self.momentum else x.new_empty(0))

@@ -178,7 +178,7 @@ class ByzantineWorkersCallback(_Base):
             liars=strategy.liars_at,
             algorithm=exchange.algorithm,
             state=lambda: exchange.server,
-            x=lambda: FlatParameters.of(strategy.optimizers[index]).read(),
+            x=lambda: FlatParameters.of(strategy.optimizers[index]).read_parameters(),
         )
         return transport
 
