@@ -32,7 +32,7 @@ CLAIMS: dict[str, dict[str, bool]] = {  # what a rule's definition does not prom
     "clipping": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False},
     "rfa": {"translation_equivariant": False, "scale_equivariant": False, "robust": False},
     "auto_gm": {"scale_equivariant": False},
-    "centered_clip": {"translation_equivariant": False, "scale_equivariant": False, "robust": False},
+    "centered_clip": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False, "robust": False},
     "sign_guard": {"translation_equivariant": False, "robust": False},
     "majority_vote": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False, "robust": False},
     "dnc": {"robust": False},

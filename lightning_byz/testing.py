@@ -122,28 +122,29 @@ def _aggregator_cases(rule: AnyRule, n: int, f: int, d: int, claims: dict[str, b
 
     def unanimity() -> None:
         row = _rows(1, d, 4, scale=100.0)
-        _near(rule(row.repeat(n, 1)), row[0], 1e-12)
+        _near(rule(row.repeat(n, 1)), row[0], 1e-5)
 
     def order() -> None:
-        _near(rule(x.flip(0)), rule(x), 1e-6)
+        _near(rule(x.flip(0)), rule(x), 1e-5)
 
     def shift() -> None:
         v = 100 * _rows(1, d, 9)[0]
-        _near(rule(x + v), rule(x) + v, 1e-6)
+        _near(rule(x + v), rule(x) + v, 1e-5)
 
     def scale() -> None:
         for factor in (-1.0, 1e-12, -7.0, 1e20):
-            _near(rule(factor * x), factor * rule(x), 1e-6)
+            _near(rule(factor * x), factor * rule(x), 1e-5)
 
     def untouched() -> None:
-        given = 50 * x
-        rule(given)
-        assert torch.equal(given, 50 * x), "the caller's rows were overwritten"
+        for dtype in (torch.float64, torch.float32):
+            given = (50 * x).to(dtype)
+            rule(given)
+            assert torch.equal(given, (50 * x).to(dtype)), f"the caller's {dtype} rows were overwritten"
 
     def own_memory() -> None:
-        given = x.clone()
+        given = x.float()
         rule(given).fill_(7)
-        assert torch.equal(given, x), "writing into the result writes into the caller's rows"
+        assert torch.equal(given, x.float()), "writing into the result writes into the caller's rows"
 
     def bits() -> None:
         assert torch.equal(rule(x.clone()), rule(x.clone())), "two calls on the same rows differ"
