@@ -76,6 +76,7 @@ class Exchange:
         algorithm: the method, with f known.
         transport: a connected transport.
         seed: seed of all random streams.
+        shares: ``[n]`` float64 > 0, how much of the data each worker holds, for rules that weigh rows; None: all the same.
 
     Attributes:
         step: number of the next round.
@@ -84,8 +85,8 @@ class Exchange:
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
     """
 
-    def __init__(self, algorithm: Algorithm, transport: Transport, seed: int) -> None:
-        self.algorithm, self.transport, self.seed = algorithm, transport, seed
+    def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
+        self.algorithm, self.transport, self.seed, self.shares = algorithm, transport, seed, shares
         self.step = 0
         self.dim: int | None = None
         self.workers: dict[int, Any] = {}
@@ -155,6 +156,7 @@ class Exchange:
             agree=self.transport.agree,
             generator=round.shared("rule"),
             exposed=spoke & ~present,  # an honest worker checks what it sends
+            shares=self.shares,
         )
         round = round._replace(present=present)
 

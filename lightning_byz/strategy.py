@@ -73,6 +73,9 @@ class RobustStrategy(_Base):
             max(1, (n - 1) // 3) for n >= 3.
         seed: seed of the package's own random streams (compressors, attacks, dropout). None: the seed that ``seed_everything``
             set, or 0.
+        worker_weights: n positive numbers, how much of the data each worker holds, such as its number of samples; in the order of workers
+            (process by process). Rules that can (CoordinateMedian, GeometricMedian, Mean) weigh its row by it; others refuse. It is
+            yours to say, never a worker's. None: all alike, as in DDP.
         trusted_data: samples that no worker can have touched, for algorithms that compare with a gradient on them (DStar): a
             DataLoader over a map-style dataset, of which every step draws a batch; a small dataset, which is one batch; or a batch.
             Rank 0 computes the gradient; the other ranks need no data, but an argument.
@@ -94,6 +97,7 @@ class RobustStrategy(_Base):
         workers_per_process: int = 1,
         num_byzantine: int | None = None,
         seed: int | None = None,
+        worker_weights: Sequence[float] | None = None,
         trusted_data: Any = None,
         max_skipped_steps: int = 10,
         accelerator: Any = None,
@@ -130,6 +134,9 @@ class RobustStrategy(_Base):
         self.workers_per_process = workers_per_process
         self.num_byzantine = num_byzantine
         self.seed = seed
+        if worker_weights is not None and not all(0 < float(weight) < float("inf") for weight in worker_weights):
+            raise ValueError(f"`worker_weights` should be positive numbers, one for each worker. Found {list(worker_weights)}.")
+        self.worker_weights = worker_weights
         self.trusted_data = None if trusted_data is None else TrustedData(trusted_data)
         self.max_skipped_steps = max_skipped_steps
 
@@ -283,7 +290,7 @@ class RobustStrategy(_Base):
         transport = self.transport or (AllGather() if self._world > 1 else InProcess())
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-        self.exchanges = [Exchange(self._resolved, transport, seed + i) for i in range(len(self.optimizers))]
+        self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
             exchange.liars = self.liars_at
@@ -294,6 +301,19 @@ class RobustStrategy(_Base):
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
         if self.n > 1:
             self._exchange_before_clipping()
+
+    def _shares(self) -> Tensor | None:
+        """Every worker's share of the data, ``[n]``. Raises unless the rule can weigh them."""
+        if self.worker_weights is None:
+            return None
+        if len(self.worker_weights) != self.n:
+            raise ValueError(
+                f"`worker_weights` should hold a number for each of the n={self.n} workers (processes x workers_per_process). Found "
+                f"{len(self.worker_weights)}."
+            )
+        shares = torch.tensor(self.worker_weights, dtype=torch.float64, device=self.root_device)
+        self._resolved.aggregator.check_shares(shares)
+        return shares / shares.sum()
 
     def wrap_transport(self, wrap: Callable[[Transport], Transport]) -> None:
         """Puts a transport around the run's; for callbacks that simulate faults (in or after ``on_fit_start``)."""

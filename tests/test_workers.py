@@ -26,6 +26,7 @@ from lightning_byz import (
     DStar,
     FlippedBit,
     Krum,
+    Mean,
     Mimic,
     Mixture,
     NotANumber,
@@ -166,3 +167,38 @@ def test_the_strategy_tells_a_compressor_the_tensors_sizes(tmp_path: Path) -> No
 def test_manual_optimization_is_refused_in_process(module: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"workers_per_process=4.*manual.*Use one worker per process"):
         fit(tmp_path, module(), averaging(workers_per_process=N))
+
+
+def test_workers_that_hold_more_data_weigh_more(tmp_path: Path) -> None:
+    """A mean weighted 3:1:1:1 is the step that the weighted mean of the workers' gradients makes; equal weights are no weights."""
+    reports = []
+    for weights in (None, [2, 2, 2, 2], [3, 1, 1, 1]):
+        torch.manual_seed(1)
+        strategy = ByzantineRobustStrategy(RobustSGD(Mean()), workers_per_process=N, num_byzantine=0, worker_weights=weights)
+        reports += fit(tmp_path, Plain(), strategy)
+    assert_close(reports[0], reports[1])
+    with pytest.raises(AssertionError):
+        assert_close(reports[0], reports[2])
+
+
+@pytest.mark.parametrize(
+    ("weights", "rule", "message"),
+    [
+        ([1.0, 2.0], CoordinateMedian(), r"each of the n=4 workers.*Found 2"),
+        ([1, 1, 1, 1], Krum(), r"Krum counts every row alike"),
+        ([5, 1, 1, 1], CoordinateMedian(), r"less than half of the data. Found 1 with 62 % of it"),
+    ],
+)
+def test_weights_that_cannot_work_are_refused_before_the_first_step(
+    weights: list[float], rule: Any, message: str, tmp_path: Path
+) -> None:
+    strategy = ByzantineRobustStrategy(
+        RobustSGD(rule), workers_per_process=N, worker_weights=weights, num_byzantine=0 if isinstance(rule, Krum) else 1
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Plain(), strategy)
+
+
+def test_weights_are_positive_numbers() -> None:
+    with pytest.raises(ValueError, match="positive numbers"):
+        ByzantineRobustStrategy(worker_weights=[1.0, 0.0])

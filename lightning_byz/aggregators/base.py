@@ -93,7 +93,8 @@ class Aggregator(Rule):
     def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
         """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call."""
         self.check(len(rows))
-        self._check_shares(rows)
+        if rows.shares is not None:
+            self.check_shares(rows.shares)
         speaking = rows.finite() if present is None else present
         heard = int(speaking.sum())
         silent = len(rows) - heard
@@ -114,19 +115,18 @@ class Aggregator(Rule):
             )
         return self.with_f(f), rows.select(speaking)
 
-    def _check_shares(self, rows: Rows) -> None:
-        if rows.shares is None:
-            return
-        name, largest = type(self).__name__, rows.shares.sort(descending=True).values[: self.f]
+    def check_shares(self, shares: Tensor) -> None:
+        """Raises unless this rule can take rows that stand for such shares ``[n]`` of the data."""
+        name, largest = type(self).__name__, shares.sort(descending=True).values[: self.f]
         if not self.weighted:
             raise ValueError(
                 f"{name} counts every row alike. Found rows that stand for different shares of the data. Use CoordinateMedian, "
                 "GeometricMedian or Mean, which weigh them, or no weights."
             )
-        if self.f and 2 * float(largest.sum()) >= float(rows.shares.sum()):
+        if self.f and 2 * float(largest.sum()) >= float(shares.sum()):
             raise ValueError(
                 f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} with "
-                f"{100 * float(largest.sum() / rows.shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
+                f"{100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
             )
 
     @abstractmethod
