@@ -14,7 +14,7 @@ demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
 
 test: .venv/dev-installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .

@@ -337,6 +337,18 @@ def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_u
     assert Spy(f=f)(x).tolist() == [f_used, n - silent]
 
 
+@pytest.mark.parametrize(
+    ("n", "f", "silent", "exposed", "f_used"),
+    [(5, 1, 1, 1, 0), (7, 2, 1, 1, 1), (9, 3, 3, 2, 1), (9, 2, 3, 1, 1), (9, 2, 2, 0, 2), (13, 2, 4, 3, 2)],
+)
+def test_who_sends_what_no_honest_worker_can_is_a_liar_that_is_gone(n, f, silent, exposed, f_used):
+    """More than f of them, and nothing is as f says: then it does not shrink."""
+    x = rows_for(n, D)
+    x[:silent] = torch.nan
+    rows = Rows(x, exposed=torch.arange(n) < exposed)
+    assert Spy(f=f)(rows).tolist() == [f_used, n - silent]
+
+
 @pytest.mark.parametrize(("n", "f", "silent"), [(9, 2, 3), (9, 3, 4), (9, 3, 6), (10, 3, 9)])
 def test_more_silence_than_f_leaves_all_liars_speaking(n, f, silent):
     """Honest workers are silent then, so f does not shrink: else f liars and a few honest rows would be taken for honest."""

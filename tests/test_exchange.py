@@ -20,7 +20,7 @@ from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
-from lightning_byz.compressors import Field, Identity, RandK, TopK
+from lightning_byz.compressors import Field, Float16, Identity, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
 from lightning_byz.rng import restore, snapshot, worker_rng
@@ -922,3 +922,28 @@ def test_rules_that_shuffle_do_so_anew_in_every_round_and_alike_on_every_rank():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], other[0])
+
+
+def test_a_liar_that_sends_nan_is_gone_and_the_others_need_not_be_distrusted():
+    """One of four, f = 1: what is left is the mean of the honest three. An honest worker that is absent may stand for a liar that is not."""
+    grads = grads_of()[:4]
+    exchange = Exchange(RobustSGD(robust(1)), connected(4), seed=0)
+    exchange.transport = ByzantineTransport(exchange.transport, NotANumber(), [2], lambda step: True)
+    outcome = exchange.run(contributions(grads), LIKE)
+    assert outcome.silent == [2]
+    torch.testing.assert_close(outcome.estimate, grads[[0, 1, 3]].mean(0))
+    absent = Exchange(RobustSGD(robust(1)), connected(4), seed=0).run(contributions(grads, absent=(2,)), LIKE)
+    torch.testing.assert_close(absent.estimate, robust(1)(grads[[0, 1, 3]]))
+    assert not torch.allclose(absent.estimate, outcome.estimate)
+
+
+def test_a_worker_whose_own_message_overflows_is_silent_and_keeps_its_state():
+    """A float16 ends at 65504. It knows that itself, so nobody takes it for a liar."""
+    grads = grads_of()[:4].clone()
+    grads[1] *= 1e6
+    exchange = Exchange(RobustSGD(robust(1), Float16(), worker_momentum=0.5), connected(4), seed=0)
+    outcome = exchange.run(contributions(grads), LIKE)
+    assert outcome.silent == [1]
+    assert not outcome.rows.exposed.any()
+    assert int(exchange.workers[1].rounds) == 0
+    assert int(exchange.workers[0].rounds) == 1

@@ -309,3 +309,18 @@ def test_f_rows_with_half_of_the_data_are_refused():
     with pytest.raises(ValueError, match="less than half of the data. Found 1 with 50 % of it"):
         CoordinateMedian(f=1)(Rows(rows_for(6, 8), shares=shares))
     CoordinateMedian(f=1)(Rows(rows_for(6, 8), shares=shares - torch.tensor([0.1, 0, 0, 0, 0, 0])))
+
+
+# -- torch.compile --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [CoordinateMedian(f=2), MultiKrum(f=2), CenteredClip(f=2), CAF(f=2), Chain(pre=(NNM(),), rule=TrimmedMean(f=2))],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_rules_work_under_torch_compile(rule):
+    """Captured as graphs, without generating code, which would need a compiler."""
+    x = rows_for(11, 50)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(rule.__call__, backend="eager")(x), rule(x))
