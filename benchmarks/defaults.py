@@ -21,7 +21,7 @@ from _runs import Run, a9a, machine, markdown, mean_by, run_all
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Mean, TrimmedMean
+from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, TrimmedMean
 from lightning_byz.algorithms import RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
 from lightning_byz.exchange import Contribution, Exchange
@@ -33,6 +33,8 @@ RULES = {
     "CoordinateMedian": CoordinateMedian(),
     "NNM + TrimmedMean": Chain(pre=(NNM(),), rule=TrimmedMean()),
     "NNM + CoordinateMedian": Chain(pre=(NNM(),), rule=CoordinateMedian()),
+    "CAF": CAF(),
+    "NNM + CAF": Chain(pre=(NNM(),), rule=CAF()),
 }
 MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")  # at the workers; undone: undo_worker_momentum
 SEEDS = range(2)
@@ -156,18 +158,18 @@ def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
     ]
 
 
-def measure(work: Callable[[Run], Run], output: Path, jobs: int) -> str:
+def measure(work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Candidate]) -> str:
     """Runs what is missing, in stages: a candidate that has lost too much is not run any further. Returns Markdown tables."""
 
     def stage(candidates: list[Candidate], attacks: Sequence[str]) -> dict[tuple[Any, ...], float]:
         names = ("rule", "worker_momentum", "setting", "optimizer", "attack")
         return mean_by(run_all(all_runs(candidates, attacks), work, output, jobs), *names)
 
-    accuracy = stage([AVERAGING, *CANDIDATES], [CLEAN])
+    accuracy = stage([AVERAGING, *wanted], [CLEAN])
     ddp = {table: accuracy[(*AVERAGING, *table, CLEAN)] for table in TABLES}
-    below = {c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in CANDIDATES}
-    lost: dict[Candidate, dict[tuple[str, str, str], float]] = {c: {} for c in CANDIDATES}
-    kept = [c for c in CANDIDATES if min(below[c].values()) >= -CLEAN_POINTS]
+    below = {c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in wanted}
+    lost: dict[Candidate, dict[tuple[str, str, str], float]] = {c: {} for c in wanted}
+    kept = [c for c in wanted if min(below[c].values()) >= -CLEAN_POINTS]
     for attacks in (SUBTLE, BLATANT):
         accuracy |= stage(kept, attacks)
         for c in kept:
@@ -176,7 +178,7 @@ def measure(work: Callable[[Run], Run], output: Path, jobs: int) -> str:
         kept = [c for c in kept if min(lost[c].values()) >= -ATTACKED_POINTS]
 
     rows, details = [], []
-    for c in CANDIDATES:
+    for c in wanted:
         worst = min(TABLES, key=lambda table: below[c][table])
         row = [*c, f"{below[c][worst]:+.2f} ({', '.join(worst)})", "not run", "yes" if c in kept else "no"]
         if lost[c]:
@@ -198,9 +200,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2")
     parser.add_argument("--output", type=Path, default=Path("runs/defaults"), help="where results are kept; a rerun goes on there")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these")
     arguments = parser.parse_args()
     start = time.monotonic()
-    tables = measure(partial(train, data=arguments.data), arguments.output, arguments.jobs)
+    tables = measure(partial(train, data=arguments.data), arguments.output, arguments.jobs, [c for c in CANDIDATES if c[0] in arguments.rules])
     text = f"{tables}\n{machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
     (arguments.output / "report.md").write_text(text)
     print(text)
