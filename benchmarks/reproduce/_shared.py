@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,6 +196,11 @@ def verdict(holds: bool | None) -> str:
     return "not run" if holds is None else "**holds**" if holds else "**does not hold**"
 
 
+def all_of(values: Sequence[Tensor], condition: Callable[[Tensor], Tensor]) -> bool | None:
+    """Whether the condition holds for every seed of every group; None if a group is empty."""
+    return all(bool(condition(v).all()) for v in values) if all(map(len, values)) else None
+
+
 def write_csv(results: Iterable[tuple[Run, Run]], path: Path) -> None:
     """One line for each point of each run's curves: a result is a dict of lists of the same length."""
     results = list(results)
@@ -232,11 +238,13 @@ def band(axes: Any, results: Sequence[Run], x: str, y: str, label: str, place: i
     """The mean of the seeds' curves, and their range as a band; ``place`` chooses colour and line style."""
     if not results:
         return
-    length = min(len(result[y]) for result in results)
-    curves = torch.tensor([result[y][:length] for result in results], dtype=torch.float64)
-    at = results[0][x][:length]
+    at = min((result[x] for result in results), key=lambda points: points[-1])
+    logarithmic = axes.get_yscale() == "log"  # between a curve's points, and for the mean
+    curves = torch.tensor(
+        np.array([np.interp(at, result[x], np.log(result[y]) if logarithmic else result[y]) for result in results])
+    )
+    curves, middle = (curves.exp(), curves.mean(0).exp()) if logarithmic else (curves, curves.mean(0))
     colour, style = COLOURS[place % len(COLOURS)], STYLES[place % len(STYLES)]
-    middle = curves.log().mean(0).exp() if axes.get_yscale() == "log" else curves.mean(0)
     axes.plot(at, middle, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.fill_between(at, curves.amin(0), curves.amax(0), color=colour, alpha=0.18, linewidth=0)
 

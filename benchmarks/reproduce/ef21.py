@@ -19,6 +19,7 @@ import torch
 from _shared import (
     Logistic,
     Simulation,
+    all_of,
     band,
     batches,
     figure,
@@ -59,8 +60,9 @@ METHODS = {
     "Byz-VR-MARINA": {},
 }
 OURS, NO_MOMENTUM = "Byz-EF21-SGDM, eta 0.01", "no momentum, eta 1"
-MAIN: Run = {"rule": "CWTM", "batch": 1, "lr": 0.005, "rounds": 2000}
+MAIN: Run = {"rule": "CWTM", "batch": 1, "lr": 0.02, "rounds": 2000}
 POINTS = 25
+GOOD = 0.073  # a fifth of the gap at the start
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def all_runs(full: bool) -> dict[str, list[Run]]:
         for r in ("RFA", "CM")
         for a in ("SF", "LF")
     ]
-    larger = [MAIN | {"method": m, "attack": "SF", "lr": 0.02, "seed": seed} for seed in range(2) for m in (OURS, NO_MOMENTUM)]
-    return {"attacks and methods": main, "larger steps": larger, "more methods": others, "rules": rules}
+    smaller = [MAIN | {"method": m, "attack": "SF", "lr": 0.005, "seed": seed} for seed in range(2) for m in (OURS, NO_MOMENTUM)]
+    return {"attacks and methods": main, "smaller steps": smaller, "more methods": others, "rules": rules}
 
 
 def settled(results: Sequence[Run]) -> Tensor:
@@ -191,22 +193,24 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
             [
                 f"smaller neighbourhood than: {method}",
                 f"smaller under {', '.join(won) or 'none'}" + (f"; not under {', '.join(lost)}" if lost else ""),
-                verdict(not lost if pairs else None),
+                verdict(not lost if pairs else None)
+                + (f" ({len(pairs)} of {len(ATTACKS)} attacks)" if 0 < len(pairs) < len(ATTACKS) else ""),
             ]
         )
     rows.append(
         [
-            "batches of 1 are enough: it gets below a fifth of the first gap, 0.36, under every attack",
+            f"batches of 1 are enough: it gets below a fifth of the first gap ({GOOD}) under every attack",
             ", ".join(f"{a}: {v.mean():.2g}" for a, v in ours.items() if len(v)),
-            verdict(all(len(v) and bool((v < 0.073).all()) for v in ours.values())),
+            verdict(all_of(list(ours.values()), lambda v: v < GOOD)),
         ]
     )
-    bad = {a: settled(find(method=NO_MOMENTUM, attack=a, rule="CWTM")) for a in ("SF", "IPM")}
+    bad = {a: settled(find(method=NO_MOMENTUM, attack=a, rule="CWTM")) for a in ATTACKS}
+    worse = [a for a, v in bad.items() if len(v) and len(ours[a]) and bool((v > GOOD).all() and (ours[a] < GOOD).all())]
     rows.append(
         [
-            "eta = 1 fails where a small eta does not (SF; IPM)",
-            ", ".join(f"{a}: {v.mean():.2g} against {ours[a].mean():.2g}" for a, v in bad.items()),
-            verdict(bool((bad["SF"] > 0.36).all() and (ours["SF"] < 0.36).all()) if len(bad["SF"]) and len(ours["SF"]) else None),
+            f"eta = 1 fails (stays above {GOOD}) where a small eta does not",
+            ", ".join(f"{a}: {v.mean():.2g} against {ours[a].mean():.2g}" for a, v in bad.items() if len(v) and len(ours[a])),
+            verdict("SF" in worse or "IPM" in worse if len(bad["SF"]) and len(bad["IPM"]) else None),
         ]
     )
     rows.append(["the same on CIFAR-10 (ResNet-20) and FEMNIST; DIANA as a baseline", "", verdict(None)])

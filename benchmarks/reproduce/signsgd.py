@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from _shared import (
     Simulation,
+    all_of,
     band,
     batches,
     fashion_mnist,
@@ -144,9 +145,6 @@ def report(results: list[tuple[Run, Run]]) -> str:
         values = ends[attack, f, method]
         return float(values.mean()) if len(values) else float("nan")
 
-    def learns(values: Tensor) -> bool | None:
-        return bool((values > 60).all()) if len(values) else None
-
     bits = {m: pick(results, task="images", method=m, liars=0, attack="inverted") for m in METHODS}
     ratio = bits["averaging"][0]["megabytes"][-1] / bits["SIGNUM"][0]["megabytes"][-1] if all(bits.values()) else float("nan")
     held = all(bool((v < 250).all()) for f, v in toy.items() if f <= 13)
@@ -167,17 +165,17 @@ def report(results: list[tuple[Run, Run]]) -> str:
         [
             "7 workers: learns with up to 3 that invert signs (accuracy above 60 %)",
             ", ".join(f"{f}: {spread(ends['inverted', f, 'SIGNUM'], '.1f')}" for f in range(4)),
-            verdict(learns(torch.cat([ends["inverted", f, "SIGNUM"] for f in range(4)]))),
+            verdict(all_of([ends["inverted", f, "SIGNUM"] for f in range(4)], lambda v: v > 60)),
         ],
         [
             "7 workers: 4 that invert signs are too many",
             spread(ends["inverted", 4, "SIGNUM"], ".1f"),
-            verdict(bool((ends["inverted", 4, "SIGNUM"] < 20).all())),
+            verdict(all_of([ends["inverted", 4, "SIGNUM"]], lambda v: v < 20)),
         ],
         [
             "7 workers: learns with 3 that send random signs",
             spread(ends["random", 3, "SIGNUM"], ".1f"),
-            verdict(learns(ends["random", 3, "SIGNUM"])),
+            verdict(all_of([ends["random", 3, "SIGNUM"]], lambda v: v > 60)),
         ],
         [
             "with 3 of 7 inverted, it ends above averaging and above Multi-Krum (declared f = 2)",
