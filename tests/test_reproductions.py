@@ -1,5 +1,6 @@
 """The reproductions drive algorithms without a Trainer; a Trainer with the same setting takes the same steps."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -106,3 +107,13 @@ def test_the_gradients_are_those_of_the_loss():
     assert torch.allclose(rows[1], logistic.gradient(w, flip=True))
     assert logistic.gradient(logistic.optimum()[0]).norm() < 1e-12
     assert best < float(loss.detach())
+
+
+@pytest.mark.parametrize("name", ["marina_pp", "signsgd", "ef21", "dstar"])
+def test_what_has_not_been_run_is_not_judged(name):
+    script = importlib.import_module(name)
+    arguments = {"marina_pp": [script.__dict__.get("MAIN")], "ef21": [[0.02]]}.get(name, [])
+    page = script.report([], *arguments)
+    assert "not run" in page
+    assert "holds**" not in page
+    assert "does not hold" not in page

@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -262,10 +261,10 @@ def figure(columns: int, rows: int = 1, height: float = 3.6) -> tuple[Any, Any]:
     return pyplot.subplots(rows, columns, figsize=(4.2 * columns, height * rows), squeeze=False, layout="constrained")
 
 
-def publish(text: str, results: list[tuple[Run, Run]], drawing: Any, output: Path, start: float) -> None:
+def publish(text: str, results: list[tuple[Run, Run]], drawing: Any, output: Path) -> None:
     """Writes the page, the picture and the curves to the output folder, and prints the page."""
     write_csv(results, output / "curves.csv")
     drawing.savefig(output / "curves.png", dpi=130)
-    text += f"\n{machine()}, one thread; the last call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
+    text += f"\n{len(results)} runs; {machine()}, one thread each.\n"
     (output / "report.md").write_text(text)
     print(text)

@@ -8,7 +8,6 @@ regression in closed form; tests/test_reproductions.py checks that a Trainer tak
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -240,7 +239,6 @@ def draw(results: list[tuple[Run, Run]], rates: Sequence[float]) -> Any:
 
 def main() -> None:
     arguments = parser(__doc__, "ef21").parse_args()
-    start = time.monotonic()
     grid = all_runs(arguments.full)
     print(
         f"{'The full grid' if arguments.full else 'A reduced grid'}: "
@@ -249,7 +247,7 @@ def main() -> None:
     runs = [run for part in grid.values() for run in part]
     rates = sorted({run["lr"] for run in runs})
     results = measure(runs, partial(train, data=arguments.data), arguments)
-    publish(report(results, rates), results, draw(results, rates), arguments.output, start)
+    publish(report(results, rates), results, draw(results, rates), arguments.output)
 
 
 if __name__ == "__main__":

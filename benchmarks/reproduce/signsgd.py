@@ -7,7 +7,6 @@ DIR holds FashionMNIST/raw. Every round goes through the package's own `Exchange
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -141,14 +140,11 @@ def report(results: list[tuple[Run, Run]]) -> str:
         for m in METHODS
     }
 
-    def at(attack: str, f: int, method: str) -> float:
-        values = ends[attack, f, method]
-        return float(values.mean()) if len(values) else float("nan")
-
+    inverted = {m: ends["inverted", 3, m] for m in METHODS}
     bits = {m: pick(results, task="images", method=m, liars=0, attack="inverted") for m in METHODS}
     ratio = bits["averaging"][0]["megabytes"][-1] / bits["SIGNUM"][0]["megabytes"][-1] if all(bits.values()) else float("nan")
-    held = all(bool((v < 250).all()) for f, v in toy.items() if f <= 13)
-    broke = all(bool((v > 500).all()) for f, v in toy.items() if f >= 14)
+    held = all_of([v for f, v in toy.items() if f <= 13], lambda v: v < 250) if 13 in toy else None
+    broke = all_of([v for f, v in toy.items() if f >= 14], lambda v: v > 500) if 14 in toy else None
     order = [float(v.mean()) for f, v in toy.items() if f <= 13]
     rows = [
         [
@@ -160,7 +156,7 @@ def report(results: list[tuple[Run, Run]]) -> str:
         [
             "32 times fewer bytes than float32, in each direction",
             f"{ratio:.1f} times, both directions together",
-            verdict(abs(ratio - 32) < 0.5),
+            verdict(abs(ratio - 32) < 0.5 if all(bits.values()) else None),
         ],
         [
             "7 workers: learns with up to 3 that invert signs (accuracy above 60 %)",
@@ -178,9 +174,13 @@ def report(results: list[tuple[Run, Run]]) -> str:
             verdict(all_of([ends["random", 3, "SIGNUM"]], lambda v: v > 60)),
         ],
         [
-            "with 3 of 7 inverted, it ends above averaging and above Multi-Krum (declared f = 2)",
-            ", ".join(f"{m}: {at('inverted', 3, m):.1f}" for m in METHODS),
-            verdict(at("inverted", 3, "SIGNUM") > max(at("inverted", 3, "averaging"), at("inverted", 3, "Multi-Krum"))),
+            "with 3 of 7 inverted, it ends above averaging and above Multi-Krum, told f = 2 (of the final version, which we did not have)",
+            ", ".join(f"{m}: {spread(v, '.1f')}" for m, v in inverted.items()),
+            verdict(
+                all(float(inverted["SIGNUM"].mean()) >= float(v.mean()) for v in inverted.values())
+                if all(map(len, inverted.values()))
+                else None
+            ),
         ],
         ["ImageNet in about 25 % less time than SGD with NCCL; QRNN; ResNet-50 under attack", "", verdict(None)],
     ]
@@ -223,14 +223,13 @@ def draw(results: list[tuple[Run, Run]]) -> Any:
 
 def main() -> None:
     arguments = parser(__doc__, "signsgd").parse_args()
-    start = time.monotonic()
     grid = all_runs(arguments.full)
     print(
         f"{'The full grid' if arguments.full else 'A reduced grid'}: "
         + ", ".join(f"{name} {len(runs)}" for name, runs in grid.items())
     )
     results = measure([run for runs in grid.values() for run in runs], partial(work, data=arguments.data), arguments)
-    publish(report(results), results, draw(results), arguments.output, start)
+    publish(report(results), results, draw(results), arguments.output)
 
 
 if __name__ == "__main__":
