@@ -67,11 +67,12 @@ class Simulation:
         self.bytes_up = self.bytes_down = 0  # of one worker that takes part in every round
         self.seconds = 0.0
 
-    def step(self, gradients: Callable[[Round, Tensor], Sequence[Gradients | None]]) -> Outcome:
+    def step(self, gradients: Callable[[Round, Tensor], Sequence[Gradients | None]], trusted: Tensor | None = None) -> Outcome:
         """One round. ``gradients``: round, cohort ``[n]`` bool -> what each worker computes; None for those that do not take part."""
         round = self.exchange.next_round(self.w)
         assert round.cohort is not None
-        outcome = self.exchange.run([Contribution(found, self.used) for found in gradients(round, round.cohort)], self.w)
+        contributions = [Contribution(found, self.used) for found in gradients(round, round.cohort)]
+        outcome = self.exchange.run(contributions, self.w, trusted)
         self.bytes_up += outcome.bytes_up
         self.bytes_down += outcome.bytes_down
         self.seconds += outcome.seconds

@@ -188,10 +188,12 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
         pairs = {a: pair for a, pair in pairs.items() if all(map(len, pair))}
         won = [a for a, (mine, other) in pairs.items() if mine.mean() < other.mean()]
         lost = [a for a in pairs if a not in won]
+        close = [a for a in won if pairs[a][0].max() >= pairs[a][1].min()]
+        lists = {"smaller under": won, "not under": lost, "seeds overlap under": close}
         rows.append(
             [
                 f"smaller neighbourhood than: {method}",
-                f"smaller under {', '.join(won) or 'none'}" + (f"; not under {', '.join(lost)}" if lost else ""),
+                "; ".join(f"{what} {', '.join(where)}" for what, where in lists.items() if where),
                 verdict(not lost if pairs else None)
                 + (f" ({len(pairs)} of {len(ATTACKS)} attacks)" if 0 < len(pairs) < len(ATTACKS) else ""),
             ]
@@ -244,7 +246,7 @@ def main() -> None:
         f"{'The full grid' if arguments.full else 'A reduced grid'}: "
         + ", ".join(f"{name} {len(runs)}" for name, runs in grid.items())
     )
-    runs = [run for part in grid.values() for run in part]
+    runs = sorted((run for part in grid.values() for run in part), key=lambda run: run["seed"])
     rates = sorted({run["lr"] for run in runs})
     results = measure(runs, partial(train, data=arguments.data), arguments)
     publish(report(results, rates), results, draw(results, rates), arguments.output)
