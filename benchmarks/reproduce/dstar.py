@@ -186,10 +186,7 @@ def report(results: list[tuple[Run, Run]]) -> str:
             f,
             k,
             a,
-            *(
-                spread(end(rule=name, f=f, k=k, attack=a), ".1f") if rule({"rule": name, "f": f, "k": k}) else "n/a"
-                for name in RULES
-            ),
+            *(cell(name, f, k, a) for name in (*RULES, *VARIANTS)),
         ]
         for f, k in pairs
         for a in (ATTACKS if f else ("none",))
