@@ -194,7 +194,7 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
             [
                 f"smaller neighbourhood than: {method}",
                 "; ".join(f"{what} {', '.join(where)}" for what, where in lists.items() if where),
-                verdict(not lost if pairs else None)
+                ("**not clear**" if close and not lost else verdict(not lost if pairs else None))
                 + (f" ({len(pairs)} of {len(ATTACKS)} attacks)" if 0 < len(pairs) < len(ATTACKS) else ""),
             ]
         )
