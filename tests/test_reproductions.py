@@ -1,0 +1,119 @@
+"""The reproductions drive algorithms without a Trainer; a Trainer with the same setting takes the same steps."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from harness import QUIET
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_byz import Replicated, WorkerSampler
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of a source distribution")
+sys.path[:0] = [str(FOLDER), str(FOLDER / "reproduce")]
+
+
+def problem(l2):
+    from _shared import Logistic
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 7, generator=generator, dtype=torch.float64)
+    y = (x[:, 0] + 0.3 * torch.randn(90, generator=generator, dtype=torch.float64) > 0).long()
+    made = Logistic(x, y, l2)
+    return made, made.optimum()[1]
+
+
+class Module(L.LightningModule):
+    """Logistic regression as a user writes it; remembers the gap after every step."""
+
+    def __init__(self, logistic, best, lr):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(7, dtype=torch.float64))
+        self.logistic, self.best, self.lr, self.gaps = logistic, best, lr, []
+
+    def training_step(self, batch, index):
+        x, y = batch
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ self.w, y.double())
+        return loss + self.logistic.l2 / 2 * self.w @ self.w
+
+    def on_train_batch_end(self, *_):
+        self.gaps.append(self.logistic.loss(self.w.detach()) - self.best)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def gaps_of_a_trainer(logistic, best, run, algorithm, attack, n, liars, partition):
+    data = TensorDataset(logistic.x, logistic.y)
+    sampler = WorkerSampler(
+        data, run["batch"], workers_per_process=n, num_replicas=1, rank=0, seed=run["seed"], partition=partition
+    )
+    module = Module(logistic, best, run["lr"])
+    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=n, seed=run["seed"])
+    callbacks = [] if attack is None else [ByzantineWorkers(attack, count=liars)]
+    trainer = L.Trainer(**QUIET, strategy=strategy, callbacks=callbacks, max_steps=run["rounds"])
+    trainer.fit(module, DataLoader(data, sampler.batch_size_per_process, sampler=sampler))
+    return module.gaps
+
+
+@pytest.mark.parametrize("attack", ["NA", "LF", "SHB"])
+def test_marina_pp_is_what_a_trainer_does(monkeypatch, attack):
+    import marina_pp
+
+    found = problem(0.01)
+    monkeypatch.setattr(marina_pp, "problem", lambda name, data: found)
+    monkeypatch.setattr(marina_pp, "POINTS", 12)
+    run = marina_pp.MAIN | {"attack": attack, "batch": 4, "p": 0.3, "rounds": 12, "seed": 1}
+    gaps = marina_pp.train(run, "")["gap"]
+    lie, n, liars = marina_pp.ATTACKS[attack], marina_pp.N, marina_pp.LIARS
+    theirs = gaps_of_a_trainer(*found, run, marina_pp.algorithm(run), lie, n, liars, Replicated())
+    assert gaps[1:] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+    assert gaps[-1] < gaps[0]
+
+
+@pytest.mark.parametrize("method", ["Byz-EF21-SGDM, eta 0.01", "compressed SGD"])
+@pytest.mark.parametrize("attack", ["LF", "SF"])
+def test_ef21_is_what_a_trainer_does(monkeypatch, method, attack):
+    import ef21
+
+    found = problem(ef21.L2)
+    monkeypatch.setattr(ef21, "problem", lambda data: found)
+    monkeypatch.setattr(ef21, "POINTS", 10)
+    run = ef21.MAIN | {"method": method, "attack": attack, "rounds": 10, "seed": 2}
+    gaps = ef21.train(run, "")["gap"]
+    theirs = gaps_of_a_trainer(
+        *found, run, ef21.algorithm(run), ef21.ATTACKS[attack], ef21.N, ef21.LIARS, ef21.HonestSplit(ef21.LIARS)
+    )
+    assert gaps[1:] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+
+
+def test_the_gradients_are_those_of_the_loss():
+    logistic, best = problem(0.01)
+    w = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    s = 2.0 * logistic.y - 1
+    loss = torch.nn.functional.softplus(-s * (logistic.x @ w)).mean() + 0.005 * w @ w
+    (gradient,) = torch.autograd.grad(loss, w)
+    w = w.detach()
+    assert logistic.loss(w) == pytest.approx(float(loss.detach()))
+    assert torch.allclose(logistic.gradient(w), gradient)
+    everything = torch.arange(90).expand(2, -1)
+    rows = logistic.gradients(w, everything, torch.tensor([False, True]))
+    assert torch.allclose(rows[0], gradient)
+    assert torch.allclose(rows[1], logistic.gradient(w, flip=True))
+    assert logistic.gradient(logistic.optimum()[0]).norm() < 1e-12
+    assert best < float(loss.detach())
+
+
+@pytest.mark.parametrize("name", ["marina_pp", "signsgd", "ef21", "dstar"])
+def test_what_has_not_been_run_is_not_judged(name):
+    script = importlib.import_module(name)
+    arguments = {"marina_pp": [script.__dict__.get("MAIN")], "ef21": [[0.02]]}.get(name, [])
+    page = script.report([], *arguments)
+    assert "not run" in page
+    assert "holds**" not in page
+    assert "does not hold" not in page
