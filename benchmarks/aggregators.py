@@ -184,9 +184,9 @@ def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: fl
     rivals = peers(n, f) if with_peers else {}
     lines = []
     for name, rule in rules(n, f).items():
-        if only and name not in only:
+        tries = math.comb(n, f) if name in ("mda", "smea") else 0  # peers visit every subset, and for SMEA there is no other way
+        if (only and name not in only) or (name == "smea" and tries > mda):
             continue
-        tries = math.comb(n, f) if name in ("mda", "smea") else 0  # peers visit every subset
         theirs = {peer: known[name] for peer, known in rivals.items() if name in known and tries <= mda}
         found = compare(rule, theirs, rows, patience)
         over = found["ours"] / found["mean"]
