@@ -188,7 +188,7 @@ BUGS = [
         "aggregators/subset_search.py",
         "levels[low]) if levels",
         "levels[min(low + 1, len(levels) - 1)]) if levels",
-        "aggregators",
+        "rules",
     ),
     Bug(
         "MDA's cover may be larger than f",
@@ -204,7 +204,7 @@ BUGS = [
         "torch.linalg.eigvalsh(among)",
         "aggregators",
     ),
-    Bug("CAF keeps the last mean", "aggregators/spectral.py", "if variance < best:", "if True:", "aggregators"),
+    Bug("CAF keeps the last mean", "aggregators/spectral.py", "if variance < best:", "if True:", "rules"),
     Bug(
         "CAF does not weigh the covariance",
         "aggregators/spectral.py",

@@ -136,6 +136,16 @@ def test_smea_refuses_more_than_a_million_subsets():
     assert [SMEA().most_f(n) for n in (0, 1, 2, 3)] == [-1, 0, 0, 1]
 
 
+def test_mda_prefers_the_smaller_diameter_to_rows_that_are_nearer_on_the_whole():
+    x = torch.tensor([[1.0, 1], [-6, 2], [-7, 5], [-6, 9], [1, 1], [4, 1]], dtype=torch.float64)
+    torch.testing.assert_close(MDA(f=2)(x), torch.tensor(oracles.mda(x.tolist(), 2), dtype=torch.float64))
+
+
+def test_caf_gives_the_mean_of_smallest_variance_which_may_not_be_the_last():
+    x = torch.tensor([[-9.0, 4], [7, 2], [-1, -9], [-5, -6], [3, 0], [-1, 9], [-6, -8]], dtype=torch.float64)
+    torch.testing.assert_close(CAF(f=3)(x), torch.tensor(oracles.caf(x.tolist(), 3), dtype=torch.float64))
+
+
 def test_caf_keeps_more_weight_than_a_search_drops():
     """Junk loses all of its weight, and honest rows keep most of theirs."""
     x = honest_and(torch.full((3, 13), 1e30, dtype=torch.float64))
