@@ -947,3 +947,25 @@ def test_a_worker_whose_own_message_overflows_is_silent_and_keeps_its_state():
     assert not outcome.rows.exposed.any()
     assert int(exchange.workers[1].rounds) == 0
     assert int(exchange.workers[0].rounds) == 1
+
+
+def test_an_attacker_tries_its_lies_on_the_weighted_rule():
+    tried, shares = [], torch.tensor([4.0, 1, 1, 1, 1]).double()
+
+    class Tries(Attack):
+        def __call__(self, honest, own, scene=None):
+            tried.append(scene.aggregate(-own))
+            return -own
+
+    exchange = Exchange(RobustSGD(Mean()), connected(5), seed=0, shares=shares)
+    exchange.transport = ByzantineTransport(
+        exchange.transport,
+        Tries(),
+        [0],
+        lambda step: True,
+        algorithm=exchange.algorithm,
+        state=lambda: exchange.server,
+        shares=shares,
+    )
+    outcome = exchange.run(contributions(grads_of(n=5)), LIKE)
+    torch.testing.assert_close(tried[0], outcome.estimate)

@@ -179,6 +179,7 @@ class ByzantineWorkersCallback(_Base):
             algorithm=exchange.algorithm,
             state=lambda: exchange.server,
             x=lambda: FlatParameters.of(strategy.optimizers[index]).read_parameters(),
+            shares=exchange.shares,
         )
         return transport
 

@@ -34,6 +34,7 @@ class ByzantineTransport(Transport):
         algorithm: the run's algorithm, for attacks that try their lies on the server.
         state: the server's state before the round.
         x: the current parameters ``[d]``, for attacks that look at them.
+        shares: ``[n]`` how much of the data each worker holds, as in `Exchange`.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class ByzantineTransport(Transport):
         algorithm: Algorithm | None = None,
         state: Callable[[], Any] | None = None,
         x: Callable[[], Tensor] | None = None,
+        shares: Tensor | None = None,
     ) -> None:
         self.inner, self.attack, self.byzantine, self.active = inner, attack, sorted(workers), active
         self.liars, self.algorithm, self.state, self.x = liars or (lambda step: ()), algorithm, state, x
+        self.shares = shares
         self.rank, self.world_size, self.workers_per_process = inner.rank, inner.world_size, inner.workers_per_process
         attack.check(self.byzantine, self.n)
         self.memory: dict[str, Tensor] = {}
@@ -93,7 +96,9 @@ class ByzantineTransport(Transport):
         zero = torch.zeros_like(seen[0])
         server = None
         if self.algorithm is not None and self.state is not None:
-            server = _Server(self.algorithm, self.state(), everybody, honest, own, codec, dim, dtype, round, self.inner.agree)
+            server = _Server(
+                self.algorithm, self.state(), everybody, honest, own, codec, dim, dtype, round, self.inner.agree, self.shares
+            )
         scene = Scene(
             generator=keyed_generator("attack", round.seed, round.step, device=seen.device),
             step=round.step,
@@ -146,6 +151,7 @@ class _Server:
         own: the workers whose lies are tried.
         codec, dim, dtype, round: as in `Transport.exchange`.
         agree: as in `Transport.agree`.
+        shares: as in `Exchange`.
     """
 
     algorithm: Algorithm
@@ -158,6 +164,7 @@ class _Server:
     dtype: torch.dtype
     round: Round
     agree: Callable[[Tensor], Tensor]
+    shares: Tensor | None
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +179,7 @@ class _Server:
 
     def _estimate(self, algorithm: Algorithm) -> Tensor:
         values, present = self._decoded
-        rows = Rows(values, agree=self.agree, generator=self.round.shared("rule"))
+        rows = Rows(values, agree=self.agree, generator=self.round.shared("rule"), shares=self.shares)
         try:
             return algorithm.server(rows, self.state, self.round._replace(present=present))[0]
         except TooFewRowsError:
