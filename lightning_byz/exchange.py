@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.compressors import Compressor
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Message, Transport
+from lightning_byz.transports import Message, Received, Transport
 from lightning_byz.types import Gradients, Round
 
 
@@ -37,7 +36,7 @@ class Outcome(NamedTuple):
         round: the round, with ``present`` set.
         estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
-        rows: the decoded messages ``[n, d]``, until the next round; absent rows are 0.
+        rows: the decoded messages ``[n, d]``, or the columns of them that this rank aggregates, until the next round; absent rows are 0.
         look: makes the rows that the estimate stands for, until the next round.
         rule: the rule that aggregated the cohort's rows.
         bytes_up: bytes of payload that one worker of the cohort sent.
@@ -59,7 +58,7 @@ class Outcome(NamedTuple):
 
     @property
     def seen(self) -> Rows:
-        """The rows that the estimate stands for, ``[n, d]``; those of workers that are not present mean nothing."""
+        """The rows that the estimate stands for, as ``rows``; those of workers that are not present mean nothing. On all ranks or on none."""
         return self.look()
 
     @property
@@ -89,6 +88,7 @@ class Exchange:
         self.algorithm, self.transport, self.seed, self.shares = algorithm, transport, seed, shares
         self.step = 0
         self.dim: int | None = None
+        self.dtype = torch.float32
         self.workers: dict[int, Any] = {}
         self.server: Any = None
         self.previous: Tensor | None = None
@@ -97,9 +97,10 @@ class Exchange:
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
 
     def _start(self, like: Tensor) -> None:
-        self.dim, self.previous = len(like), None
+        self.dim, self.dtype, self.previous = len(like), like.dtype, None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
-        self.server = self.algorithm.init_server(like, self.transport.n)
+        first, last = self.transport.span(self.dim)
+        self.server = self.algorithm.init_server(like[first:last], self.transport.n)
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
@@ -149,18 +150,22 @@ class Exchange:
             messages.append(message)
 
         received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
-        spoke = torch.stack([flags[0] == 1 for flags, _ in received]).cpu() & round.cohort
-        present = spoke & torch.stack([codec.valid(payload, len(x)) for _, payload in received]).cpu()
+        flags = torch.stack([flags for flags, _ in received.messages]).cpu()
+        spoke = (flags[:, 0] == 1) & round.cohort
+        present = spoke & received.valid.cpu()
+        first, last = self.transport.span(len(x))
         rows = Rows(
-            self._decoded(received, present, codec, x),
+            self._decoded(received, present, x[first:last]),
+            total=self.transport.total,
             agree=self.transport.agree,
             generator=round.shared("rule"),
+            offset=first,
+            dim=len(x),
             exposed=spoke & ~present,  # an honest worker checks what it sends
             shares=self.shares,
         )
-        round = round._replace(present=present)
+        round = round._replace(present=present, trusted=None if round.trusted is None else round.trusted[first:last])
 
-        flags = torch.stack([flags for flags, _ in received]).cpu()
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         outcome = Outcome(round, None, used, rows, lambda: rows, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
         self.step += 1
@@ -188,20 +193,22 @@ class Exchange:
 
     def _answered(self, outcome: Outcome, estimate: Tensor, message: Message) -> Outcome:
         """The outcome with its estimate, as a worker decodes what the server sends."""
-        down = self.algorithm.downlink(outcome.round)
-        answer = down.encode(estimate, outcome.round.shared("downlink", estimate.device))
         server, rows, round = self.server, outcome.rows, outcome.round
+        assert self.dim is not None
+        stream = round.shared("downlink", estimate.device)
+        estimate, answer = self.transport.publish(estimate, self.algorithm.downlink(round), self.dim, stream)
         return outcome._replace(
-            estimate=down.decode(answer, len(estimate)),
+            estimate=estimate,
             look=lambda: self.algorithm.seen(rows, server, round),
             bytes_down=self.transport.bytes_down(message, answer),
         )
 
-    def _decoded(self, received: Sequence[Message], present: Tensor, codec: Compressor, like: Tensor) -> Tensor:
-        """The messages as rows ``[n, d]``, in memory that the next round uses again; absent rows are 0."""
+    def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
+        """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
         dim = len(like)
         vectors = [
-            codec.decode(payload, dim) if here else None for here, (_, payload) in zip(present.tolist(), received, strict=True)
+            received.format.decode(payload, dim) if here else None
+            for here, (_, payload) in zip(present.tolist(), received.messages, strict=True)
         ]
         together = _side_by_side(vectors)
         if together is not None:
@@ -219,14 +226,31 @@ class Exchange:
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
-    def server_state(self) -> dict[str, Any]:
-        """The server's half and the round number, as plain containers of tensors."""
-        return {
-            "step": self.step,
-            "dim": self.dim,
-            "server": None if self.dim is None else self.server._asdict(),
-            "previous": self.previous,
-        }
+    def server_state(self, alone: bool = False) -> dict[str, Any]:
+        """The server's half and the round number, as plain containers of tensors.
+
+        Where the server's state lies in shards it is collected at rank 0; the other ranks' answers hold their shards.
+
+        Args:
+            alone: this rank is the only one that asks. Without the other ranks' shards there is no server state then.
+        """
+        server = None
+        if self.dim is not None and not (alone and self.transport.span(self.dim) != (0, self.dim)):
+            columns = self._whole_server()
+            server = {
+                name: self.transport.collect(value, self.dim) if columns[name][1] else value
+                for name, value in self.server._asdict().items()
+            }
+        return {"step": self.step, "dim": self.dim, "server": server, "previous": self.previous}
+
+    def _whole_server(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """For every tensor of the server's state: its shape for whole vectors, and whether its last dimension is that of the coordinates."""
+        assert self.dim is not None
+        now, longer = (
+            self.algorithm.init_server(torch.empty(dim, dtype=self.dtype, device="meta"), self.transport.n)._asdict()
+            for dim in (self.dim, self.dim + 1)
+        )
+        return {name: (tuple(value.shape), value.shape != longer[name].shape) for name, value in now.items()}
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors."""
@@ -245,7 +269,19 @@ class Exchange:
         if server["dim"] is None:
             return
         self._start(like.new_zeros(server["dim"]))
-        self.server = _restored(self.server, server["server"], "server")
+        if (
+            server["server"] is None
+        ):  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
+            return
+        columns = self._whole_server()
+        _check_shapes({name: shape for name, (shape, _) in columns.items()}, server["server"], "server")
+        first, last = self.transport.span(server["dim"])
+        self.server = type(self.server)(
+            *(
+                (server["server"][name][..., first:last] if columns[name][1] else server["server"][name]).to(now)
+                for name, now in self.server._asdict().items()
+            )
+        )
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:
@@ -279,7 +315,11 @@ def _flags(present: bool, used: Tensor) -> Tensor:
 
 
 def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
-    shapes = {name: tuple(value.shape) for name, value in fresh._asdict().items()}
+    _check_shapes({name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner)
+    return type(fresh)(*(saved[name].to(value) for name, value in fresh._asdict().items()))
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, Tensor], owner: str) -> None:
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
         raise ValueError(
@@ -287,4 +327,3 @@ def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
             "algorithm, or to other settings of it. Use the settings that the checkpoint was written with, or start a new run "
             "from its weights: Model.load_from_checkpoint(path)."
         )
-    return type(fresh)(*(saved[name].to(getattr(fresh, name)) for name in shapes))

@@ -753,7 +753,7 @@ class RobustStrategy(_Base):
                 "n": self.n,
                 "workers_per_process": self.workers_per_process,
                 "algorithm": repr(self._resolved),
-                "server": [exchange.server_state() for exchange in self.exchanges],
+                "server": [exchange.server_state(self._alone() or self._saved_alone) for exchange in self.exchanges],
                 "workers": workers,
                 "rng": states,
                 "micro_step": self._micro_step,
@@ -827,7 +827,11 @@ class RobustStrategy(_Base):
         for i, exchange in enumerate(self.exchanges):
             exchange.load(saved["server"][i], saved["workers"][i], FlatParameters.of(self.optimizers[i]).like())
         missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
-        if missing:
+        if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
+            _warn(
+                "The checkpoint was written by one rank alone, which held its shard of the state only. The algorithm starts afresh."
+            )
+        elif missing:
             _warn(f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with a fresh state.")
         self._micro_step = saved["micro_step"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]

@@ -33,6 +33,17 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     return ((words * sum(1 << (top - (8 - width) * i) for i in range(per_byte))) >> top).to(torch.uint8)
 
 
+def cut_bits(packed: Tensor, width: int, first: int, last: int) -> Tensor:
+    """Integers first .. last - 1 of those that `pack_bits` packed, packed, without a copy; first is a multiple of 32."""
+    start = first * width // 8
+    return packed[start : start + packed_bytes(last - first, width)]
+
+
+def can_cut(count: int, first: int, last: int) -> bool:
+    """Whether `cut_bits` can cut first .. last - 1 out of ``count`` packed integers: whole words, or nothing."""
+    return first == last or (first % 32 == 0 and (last % 32 == 0 or last == count))
+
+
 def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
     """The ``count`` integers that `pack_bits` packed, uint8 ``[count]``."""
     per_byte, mask = 8 // width, (1 << width) - 1
