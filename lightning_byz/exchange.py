@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -14,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
 from lightning_byz.transports import Message, Received, Transport
-from lightning_byz.types import Gradients, Round
+from lightning_byz.types import Gradients, Payload, Round
 
 
 class Contribution(NamedTuple):
@@ -36,7 +38,7 @@ class Outcome(NamedTuple):
         round: the round, with ``present`` set.
         estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
-        rows: the decoded messages ``[n, d]``, or the columns of them that this rank aggregates, until the next round; absent rows are 0.
+        decode: makes the messages' rows, until the next round.
         look: makes the rows that the estimate stands for, until the next round.
         rule: the rule that aggregated the cohort's rows.
         bytes_up: bytes of payload that one worker of the cohort sent.
@@ -48,13 +50,18 @@ class Outcome(NamedTuple):
     round: Round
     estimate: Tensor | None
     used: Tensor
-    rows: Rows
+    decode: Callable[[], Rows]
     look: Callable[[], Rows]
     rule: Aggregator
     bytes_up: int
     bytes_down: int
     seconds: float = 0.0
     reason: str = ""
+
+    @property
+    def rows(self) -> Rows:
+        """The decoded messages ``[n, d]``, or the columns of them that this rank aggregates; absent rows are 0."""
+        return self.decode()
 
     @property
     def seen(self) -> Rows:
@@ -93,11 +100,12 @@ class Exchange:
         self.server: Any = None
         self.previous: Tensor | None = None
         self._rows: Tensor | None = None
+        self._last: Tensor | None = None  # the last estimate, for algorithms whose next one differs from it in few coordinates
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
 
     def _start(self, like: Tensor) -> None:
-        self.dim, self.dtype, self.previous = len(like), like.dtype, None
+        self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
         first, last = self.transport.span(self.dim)
         self.server = self.algorithm.init_server(like[first:last], self.transport.n)
@@ -154,8 +162,8 @@ class Exchange:
         spoke = (flags[:, 0] == 1) & round.cohort
         present = spoke & received.valid.cpu()
         first, last = self.transport.span(len(x))
-        rows = Rows(
-            self._decoded(received, present, x[first:last]),
+        blank = Rows(
+            x.new_empty(len(present), 0),
             total=self.transport.total,
             agree=self.transport.agree,
             generator=round.shared("rule"),
@@ -164,20 +172,26 @@ class Exchange:
             exposed=spoke & ~present,  # an honest worker checks what it sends
             shares=self.shares,
         )
+        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[first:last])))
         round = round._replace(present=present, trusted=None if round.trusted is None else round.trusted[first:last])
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
-        outcome = Outcome(round, None, used, rows, lambda: rows, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
+        outcome = Outcome(round, None, used, decode, decode, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
         self.step += 1
         try:
-            estimate, self.server = self.algorithm.server(rows, self.server, round)
+            estimate, answer = self._answer(received, blank, decode, round)
         except TooFewRowsError as error:
             outcome = outcome._replace(reason=str(error))
         else:
             self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
             if self.algorithm.needs_drift:
                 self.previous = x.clone()
-            outcome = self._answered(outcome, estimate, messages[0])
+            server = self.server
+            outcome = outcome._replace(
+                estimate=estimate,
+                look=lambda: self.algorithm.seen(decode(), server, round),
+                bytes_down=self.transport.bytes_down(messages[0], answer),
+            )
         for observer in self.observers:
             observer(outcome)
         return outcome
@@ -191,17 +205,23 @@ class Exchange:
             round = round._replace(trusted=trusted if bool(all_finite(trusted)) else None)
         return round
 
-    def _answered(self, outcome: Outcome, estimate: Tensor, message: Message) -> Outcome:
-        """The outcome with its estimate, as a worker decodes what the server sends."""
-        server, rows, round = self.server, outcome.rows, outcome.round
-        assert self.dim is not None
-        stream = round.shared("downlink", estimate.device)
-        estimate, answer = self.transport.publish(estimate, self.algorithm.downlink(round), self.dim, stream)
-        return outcome._replace(
-            estimate=estimate,
-            look=lambda: self.algorithm.seen(rows, server, round),
-            bytes_down=self.transport.bytes_down(message, answer),
-        )
+    def _answer(self, received: Received, blank: Rows, decode: Callable[[], Rows], round: Round) -> tuple[Tensor, Payload]:
+        """The whole estimate as a worker decodes it, and the payload that told it; and the server's new state."""
+        assert self.dim is not None and round.present is not None
+        codec, dtype = self.algorithm.downlink(round), blank.values.dtype
+        speaking = round.present.nonzero().flatten().tolist()
+        answer = self.algorithm.tally([received.messages[worker].payload for worker in speaking], blank, round)
+        if answer is None:
+            estimate, self.server = self.algorithm.server(decode(), self.server, round)
+            if self.algorithm.changes_few and self._last is not None:
+                whole, answer = self.transport.revise(estimate, self._last)
+                self._last = whole.clone()
+                return whole, answer
+            answer = codec.encode(estimate, round.shared("downlink", estimate.device))
+        whole, answer = self.transport.publish(answer, codec, self.dim, dtype)
+        if self.algorithm.changes_few:
+            self._last = whole.clone()  # who writes into the estimate changes no state
+        return whole, answer
 
     def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
         """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,3 +67,31 @@ def look_up_bits(packed: Tensor, width: int, count: int, meaning: Tensor) -> Ten
     every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
     table = meaning[unpack_bits(every_byte, width, 256 * 8 // width).int()].view(256, 8 // width)
     return table.index_select(0, packed.int()).view(-1)[:count]
+
+
+def at_least(rows: Sequence[Tensor], count: int) -> Tensor:
+    """The bits that are set in ``count >= 1`` of the rows or more, uint8 ``[bytes]``; nothing is unpacked.
+
+    The rows are added up bit by bit: plane i holds bit i of all the sums, 32 of them in a word, so that a row costs two operations on words
+    for every plane that its carry reaches; the sums are then compared with ``count`` from the highest plane down.
+
+    Args:
+        rows: packed bits of equal size, a multiple of 4 bytes.
+        count: how many rows it takes.
+    """
+    words = [row.contiguous().view(torch.int32) for row in rows]
+    planes: list[Tensor] = []
+    for carry in words:
+        for i, plane in enumerate(planes):
+            planes[i], carry = plane ^ carry, plane & carry
+        if len(planes) < len(words).bit_length():
+            planes.append(carry)
+    more, equal = torch.zeros_like(words[0]), torch.full_like(words[0], -1)
+    for i in range(max(len(planes), count.bit_length()) - 1, -1, -1):
+        plane = planes[i] if i < len(planes) else torch.zeros_like(more)
+        if count >> i & 1:
+            equal &= plane
+        else:
+            more |= equal & plane
+            equal &= ~plane
+    return (more | equal).view(torch.uint8)

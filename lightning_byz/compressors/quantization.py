@@ -158,7 +158,7 @@ class TernGrad(QSGD):
             raise ValueError(f"TernGrad has one level. Found levels={self.levels}. Use QSGD for more.")
 
     def scale(self, x: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(x, torch.inf)
+        largest: Tensor = torch.linalg.vector_norm(x, torch.inf) if len(x) else x.new_zeros(())
         return largest.reshape(1)
 
     def variance(self, dim: int) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors import Compressor, Field, WireFormat
+from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
 from lightning_byz.types import Payload, Round
 
 
@@ -115,10 +115,18 @@ class Transport(ABC):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def publish(self, estimate: Tensor, codec: Compressor, dim: int, generator: torch.Generator) -> tuple[Tensor, Payload]:
-        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it."""
-        answer = codec.encode(estimate, generator)
+    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded."""
         return codec.decode(answer, dim), answer
+
+    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+        """The same of an estimate that differs from the ``last [dim]``, which all ranks know, in few coordinates only.
+
+        Args:
+            estimate: this rank's columns of it.
+            last: the last estimate; not modified.
+        """
+        return self.publish((estimate,), Identity(), len(last), estimate.dtype)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""

@@ -75,8 +75,11 @@ class ByzantineTransport(Transport):
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
         return self.inner.deliver(everybody, codec, dim)
 
-    def publish(self, estimate: Tensor, codec: Compressor, dim: int, generator: torch.Generator) -> tuple[Tensor, Payload]:
-        return self.inner.publish(estimate, codec, dim, generator)
+    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        return self.inner.publish(answer, codec, dim, dtype)
+
+    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+        return self.inner.revise(estimate, last)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         return self.inner.assemble(columns, dim)

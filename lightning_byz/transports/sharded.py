@@ -124,18 +124,44 @@ class Sharded(Collective):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def publish(self, estimate: Tensor, codec: Compressor, dim: int, generator: torch.Generator) -> tuple[Tensor, Payload]:
+    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
         sizes = [last - first for first, last in pairwise(shard_bounds(dim, self.world_size))]
-        answers = [[_empty(field, self._device) for field in codec.layout(size, estimate.dtype)] if size else [] for size in sizes]
-        own = codec.encode(estimate, generator) if len(estimate) else ()
-        answers[self.rank] = list(own)
-        self._swap([own] * self.world_size, answers)
-        decoded = [
-            codec.decode(tuple(t.to(estimate.device) for t in answer), size)
-            for answer, size in zip(answers, sizes, strict=True)
-            if size
+        answers = [[_empty(field, self._device) for field in codec.layout(size, dtype)] for size in sizes]
+        device = answer[0].device
+        for tensor, out in zip(answer, answers[self.rank], strict=True):
+            out.copy_(tensor)
+        self._swap([answer] * self.world_size, answers)
+        decoded = [codec.decode(tuple(t.to(device) for t in share), size) for share, size in zip(answers, sizes, strict=True)]
+        return torch.cat(decoded), tuple(tensor for share in answers for tensor in share)
+
+    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+        """Every rank sends the coordinates of its share that have changed, or all of it where that is less."""
+        bounds = shard_bounds(len(last), self.world_size)
+        spans = list(pairwise(bounds))
+        first, end = spans[self.rank]
+        changed = (estimate != last[first:end]).nonzero().flatten()
+        share: Payload = (estimate[changed], changed.to(torch.int32))
+        count = len(changed) if sum(tensor.nbytes for tensor in share) < estimate.nbytes else -1
+        share = share if count >= 0 else (estimate,)
+        said = self.gather([[torch.tensor([count])]] * self.workers_per_process, [Field((1,), torch.int64)])
+        counts = [int(said[rank * self.workers_per_process][0]) for rank in range(self.world_size)]
+        answers = [
+            [_empty(Field((count,), dtype), self._device) for dtype in (estimate.dtype, torch.int32)]
+            if count >= 0
+            else [_empty(Field((end - first,), estimate.dtype), self._device)]
+            for count, (first, end) in zip(counts, spans, strict=True)
         ]
-        return torch.cat(decoded), tuple(tensor for answer in answers for tensor in answer)
+        for tensor, out in zip(share, answers[self.rank], strict=True):
+            out.copy_(tensor)
+        self._swap([share] * self.world_size, answers)
+        whole = last.clone()
+        for (first, end), (numbers, *places) in zip(spans, answers, strict=True):
+            numbers = numbers.to(whole.device)
+            if places:
+                whole[first:end].index_copy_(0, places[0].to(whole.device).long(), numbers)
+            else:
+                whole[first:end] = numbers
+        return whole, tuple(tensor for answer in answers for tensor in answer)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         return self._joined(columns, dim, range(self.world_size))
