@@ -218,7 +218,7 @@ class Exchange:
                 self._last = whole.clone()
                 return whole, answer
             answer = codec.encode(estimate, round.shared("downlink", estimate.device))
-        whole, answer = self.transport.publish(answer, codec, self.dim, dtype)
+        whole, answer = self.transport.spread(answer, codec, self.dim, dtype)
         if self.algorithm.changes_few:
             self._last = whole.clone()  # who writes into the estimate changes no state
         return whole, answer

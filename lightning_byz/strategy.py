@@ -31,7 +31,7 @@ from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
-from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, resolve_algorithm
+from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, explain_downlink, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
@@ -289,6 +289,7 @@ class RobustStrategy(_Base):
             check_setup(self, trainer, self._resolved)
         transport = self.transport or (AllGather() if self._world > 1 else InProcess())
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
+        explain_downlink(self._resolved, transport)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:

@@ -769,6 +769,55 @@ BUGS = [
     Bug("restore leaves numpy's stream alone", "rng.py", 'np.random.set_state(("MT19937"', 'print(("MT19937"', "exchange"),
     Bug("the last samples get lost", "batches.py", "(i * size) // parts", "i * (size // parts)", "exchange"),
     Bug("Byzantine workers' logs count", "step_logs.py", "said = counted & (column", "said = (column", "exchange"),
+    # shards
+    Bug(
+        "a share's indices count from the beginning of the vector",
+        "compressors/sparse.py",
+        "index[start:end] - first)",
+        "index[start:end])",
+        "compressors",
+    ),
+    Bug(
+        "a share shrinks by its own dimension",
+        "compressors/quantization.py",
+        "self.contraction(dim))",
+        "self.contraction(last - first))",
+        "compressors",
+    ),
+    Bug("a vote that is one short", "algorithms/signsgd_majority_vote.py", "heard // 2 + 1)", "heard // 2)", "exchange"),
+    Bug(
+        "votes carry no farther than one bit",
+        "compressors/bits.py",
+        "plane ^ carry, plane & carry",
+        "plane ^ carry, plane & ~plane",
+        "compressors",
+    ),
+    Bug("a nan in another share goes unnoticed", "transports/base.py", "self.total((~valid).double()) == 0", "valid", "sharded"),
+    Bug("norms are of a share", "rows.py", "self.agree(self.sum(torch.linalg", "self.agree((torch.linalg", "sharded"),
+    Bug("rules do not add up over the ranks", "exchange.py", "total=self.transport.total,", "", "sharded"),
+    Bug("rules take a share for the whole", "exchange.py", "dim=len(x),\n", "dim=None,\n", "sharded"),
+    Bug("shares of the state are not collected", "exchange.py", "if columns[name][1] else value", "if False else value", "sharded"),
+    Bug(
+        "the last estimate survives a checkpoint",
+        "exchange.py",
+        "self._last = len(like), like.dtype, None, None",
+        "_ = len(like), like.dtype, None, None",
+        "sharded",
+    ),
+    Bug(
+        "NNM is taken for a rule of one coordinate",
+        "aggregators/chain.py",
+        "return not self.pre and self.rule.coordinate_wise",
+        "return self.rule.coordinate_wise",
+        "sharded",
+    ),
+    Bug(
+        "attackers on shards see their share of the trial only",
+        "transports/byzantine.py",
+        "return self.transport.assemble(estimate, self.dim)",
+        "return estimate",
+        "sharded",
+    ),
 ]
 
 

@@ -28,7 +28,7 @@ from lightning_byz.compressors import (
     TernGrad,
     TopK,
 )
-from lightning_byz.compressors.bits import look_up_bits, pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.bits import at_least, look_up_bits, pack_bits, packed_bytes, unpack_bits
 from lightning_byz.compressors.sparse import largest
 
 D = 20
@@ -333,6 +333,16 @@ def test_per_tensor_needs_the_sizes():
         PerTensor(TopK(k=1), (1, 2)).encode(torch.ones(4))
     with pytest.raises(TypeError, match="should be a compressor.*Found 0.1"):
         PerTensor(0.1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 20])
+def test_votes_are_counted_on_packed_bits(n):
+    votes = torch.rand(n, 100, generator=stream(n)) < torch.linspace(0, 1, 100)
+    packed = [pack_bits(row, 1) for row in votes]
+    before = [row.clone() for row in packed]
+    for count in range(1, n + 2):
+        assert torch.equal(unpack_bits(at_least(packed, count), 1, 100).bool(), votes.sum(0) >= count)
+    assert all(torch.equal(a, b) for a, b in zip(packed, before, strict=True))
 
 
 @each(COMPRESSORS)

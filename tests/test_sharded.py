@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ALGORITHMS, ATTACKS, COMPRESSORS, RULES, laws, robust, rows_for
 
-from lightning_byz import ALIE, ByzEF21SGDM, CoordinateMedian, FoE, Mean, RobustSGD, Sharded, SignSGDMajorityVote, TopK
+from lightning_byz import (
+    ALIE,
+    ByzEF21SGDM,
+    CoordinateMedian,
+    FoE,
+    Mean,
+    PerTensor,
+    RobustSGD,
+    Sharded,
+    SignSGDMajorityVote,
+    TopK,
+    TrimmedMean,
+)
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.transports import AllGather, ByzantineTransport, InProcess, Message, Transport
 from lightning_byz.transports.sharded import shard_bounds
@@ -50,6 +63,8 @@ CASES: dict[str, Case] = {
     **{f"attack {c.name}": Case(RobustSGD(robust()), attack=c.attack, dtype=torch.float32) for c in ATTACKS},
     "attacked mirrors": Case(ByzEF21SGDM(robust(), TopK(ratio=0.1)), attack=FoE()),
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
+    "few coordinates change": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=5)), True, dim=2000),
+    "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
     "fewer numbers than ranks": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=2)), True, dim=8),
     "one word": Case(SignSGDMajorityVote(), True, dim=32),
 }
@@ -117,7 +132,8 @@ def play(case: Case, transport: Transport) -> dict[str, Any]:
 def rank_main(rank: int, folder: Path, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
         torch.save(work(rank), folder / f"{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
@@ -165,6 +181,14 @@ def test_shards_give_what_the_whole_gives(name: str, sharded: list[dict[str, Any
             assert (b["silent"], b["up"]) == (a["silent"], a["up"])
     for name_of, value in whole["state"]["server"].items():
         torch.testing.assert_close(sharded[0][name]["state"]["server"][name_of], value, **exact)
+
+
+def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, Any]]) -> None:
+    """At most K of each of n workers, as a number and its index; all of them, once, after the checkpoint in the middle."""
+    outcomes = sharded[0]["few coordinates change"]["outcomes"]
+    assert [outcomes[step]["down"] == 8 * 2000 for step in range(5)] == [True, False, False, True, False]
+    assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 2, 4))
+    assert [outcome["down"] for outcome in sharded[0]["algorithm ef21_top_k"]["outcomes"]] == [8 * D] * 5, "NNM mixes rows anew"
 
 
 # -- the border -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     """
     per_byte = 8 // width
     padding = packed_bytes(len(values), width) * per_byte - len(values)
-    codes = values.to(torch.uint8)
+    codes = values.view(torch.uint8) if values.dtype == torch.bool else values.to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, padding)) if padding else codes.contiguous()
     if per_byte == 1:
         return codes

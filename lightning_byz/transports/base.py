@@ -115,7 +115,7 @@ class Transport(ABC):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
         """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded."""
         return codec.decode(answer, dim), answer
 
@@ -126,7 +126,7 @@ class Transport(ABC):
             estimate: this rank's columns of it.
             last: the last estimate; not modified.
         """
-        return self.publish((estimate,), Identity(), len(last), estimate.dtype)
+        return self.spread((estimate,), Identity(), len(last), estimate.dtype)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""

@@ -75,8 +75,8 @@ class ByzantineTransport(Transport):
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
         return self.inner.deliver(everybody, codec, dim)
 
-    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
-        return self.inner.publish(answer, codec, dim, dtype)
+    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        return self.inner.spread(answer, codec, dim, dtype)
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
         return self.inner.revise(estimate, last)

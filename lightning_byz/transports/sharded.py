@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_byz.compressors import Compressor, Field, WireFormat
+from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
 from lightning_byz.transports.base import Message, Received
 from lightning_byz.transports.collective import Collective
 from lightning_byz.types import Payload, Round
@@ -101,7 +101,7 @@ class Sharded(Collective):
         sizes = torch.tensor([[[len(tensor) for tensor in share] for share in mine] for mine in shares])
         gathered = self.gather([[worker] for worker in sizes], [Field(tuple(sizes.shape[1:]), torch.int64)])
         table = torch.stack([worker for (worker,) in gathered])  # [n, ranks, tensors]
-        sound = (table.sum(1) == torch.tensor([field.shape[0] for field in whole])).all(1)
+        sound = (table >= 0).flatten(1).all(1) & (table.sum(1) == torch.tensor([field.shape[0] for field in whole])).all(1)
         return [
             [Field((size, *field.shape[1:]), field.dtype) for size, field in zip(here, whole, strict=True)] if fits else []
             for here, fits in zip(table[:, self.rank].tolist(), sound.tolist(), strict=True)
@@ -124,7 +124,10 @@ class Sharded(Collective):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def publish(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        if isinstance(codec, Identity):  # numbers arrive where they belong
+            whole = self.assemble(answer[0], dim)
+            return whole, (whole,)
         sizes = [last - first for first, last in pairwise(shard_bounds(dim, self.world_size))]
         answers = [[_empty(field, self._device) for field in codec.layout(size, dtype)] for size in sizes]
         device = answer[0].device
