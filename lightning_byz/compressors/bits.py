@@ -37,7 +37,7 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
 
 def cut_bits(packed: Tensor, width: int, first: int, last: int) -> Tensor:
     """Integers first .. last - 1 of those that `pack_bits` packed, packed, without a copy; first is a multiple of 32."""
-    start = first * width // 8
+    start = first * width // 8 if first < last else 0
     return packed[start : start + packed_bytes(last - first, width)]
 
 
