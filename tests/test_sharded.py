@@ -63,7 +63,7 @@ CASES: dict[str, Case] = {
     **{f"attack {c.name}": Case(RobustSGD(robust()), attack=c.attack, dtype=torch.float32) for c in ATTACKS},
     "attacked mirrors": Case(ByzEF21SGDM(robust(), TopK(ratio=0.1)), attack=FoE()),
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
-    "few coordinates change": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=5)), True, dim=2000),
+    "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
     "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
     "fewer numbers than ranks": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=2)), True, dim=8),
     "one word": Case(SignSGDMajorityVote(), True, dim=32),
@@ -96,7 +96,7 @@ def play(case: Case, transport: Transport) -> dict[str, Any]:
                 transport,
                 case.attack,
                 [1, 7],
-                lambda step: step < 4,
+                lambda step: step < 3,
                 algorithm=exchange.algorithm,
                 state=lambda: exchange.server,
                 x=lambda: like + 1,
@@ -104,7 +104,7 @@ def play(case: Case, transport: Transport) -> dict[str, Any]:
         return exchange
 
     exchange, outcomes, state = made(), [], None
-    for step in range(5):
+    for step in range(4):
         outcome = exchange.run(contributions(step, case, transport.workers), like + step**2, trusted=like + 1)
         outcomes.append(
             {
@@ -116,7 +116,7 @@ def play(case: Case, transport: Transport) -> dict[str, Any]:
                 "seen": transport.assemble(outcome.seen.dense(), case.dim).clone(),
             }
         )
-        if step == 2:
+        if step == 1:
             state = exchange.server_state()
             whole = [state]
             if transport.world_size > 1:
@@ -186,8 +186,8 @@ def test_shards_give_what_the_whole_gives(name: str, sharded: list[dict[str, Any
 def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, Any]]) -> None:
     """At most K of each of n workers, as a number and its index; all of them, once, after the checkpoint in the middle."""
     outcomes = sharded[0]["few coordinates change"]["outcomes"]
-    assert [outcomes[step]["down"] == 8 * 2000 for step in range(5)] == [True, False, False, True, False]
-    assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 2, 4))
+    assert [outcomes[step]["down"] == 8 * 2000 for step in range(4)] == [True, False, True, False]
+    assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 3))
 
 
 # -- the border -----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def at_least(rows: Sequence[Tensor], count: int) -> Tensor:
         rows: packed bits of equal size, a multiple of 4 bytes.
         count: how many rows it takes.
     """
+    if len(rows[0]) == 0:  # an empty slice may start anywhere, and cannot be viewed as words
+        return rows[0].clone()
     words = [row.contiguous().view(torch.int32) for row in rows]
     planes: list[Tensor] = []
     for carry in words:
