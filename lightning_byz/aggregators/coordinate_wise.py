@@ -20,6 +20,11 @@ class Mean(WeightedAggregator):
 
     f: int | None = 0
 
+    def __post_init__(self) -> None:
+        if self.f is None:  # from a configuration, where it took the place of a rule whose f was left open
+            object.__setattr__(self, "f", 0)
+        super().__post_init__()
+
     def most_f(self, n: int) -> int:
         return 0 if n else -1
 
