@@ -61,10 +61,11 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 class RobustStrategy(_Base):
-    """All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
 
-    The arguments ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``,
-    ``process_group_backend``, ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy.
+    All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`). The arguments
+    ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``, ``process_group_backend``,
+    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy.
 
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
