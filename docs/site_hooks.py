@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "configs/*.yaml", "examples/**/*.py", "examples/**/*.md", "examples/**/*.yaml",
+OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "configs/**/*.yaml", "examples/**/*.py", "examples/**/*.md", "examples/**/*.yaml",
            "examples/**/*.sbatch", "examples/*.ipynb"]  # fmt: skip
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")

@@ -1,6 +1,7 @@
 """Every example runs, and says what it should: on tiny files in the real sets' formats, for a few steps."""
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -30,42 +31,38 @@ def tiny_a9a(folder):
         (folder / name).write_text("".join(f"{'+1' if i % 3 else '-1'} {1 + i % 9}:1 123:1\n" for i in range(60)))
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "says"),
-    [
-        ("custom_rule", [], r"SoftKrum: [\d.]+% of held-out digits"),
-        ("custom_attack", [], r"mean: [\d.]+% of held-out digits(.|\n)*worker momentum: [\d.]+%"),
-        ("libsvm_logistic_regression", ["--data", ".", "--fast"], r"Byz-EF21-SGDM, Top-12: [\d.]+% of the held-out rows, 96 bytes"),
-        ("cifar10_resnet", ["--data", ".", "--fast"], r"[\d.]+% of the test images"),
-        (
-            "transformer_text",
-            ["--fast"],
-            r"averaging, all sound: [4-8]\.\d\d bits(.|\n)*byzantine_robust, one broken: [4-8]\.\d\d bits",
-        ),
-        ("gan_two_optimizers", ["--devices", "3", "--fast"], r"\d of 8 points found; \d+% of what it makes"),
-    ],
-)
-def test_an_example_runs(name, options, says, tmp_path):
-    source = re.sub(r"epochs: int = \d+\) -> None", "epochs: int = 1) -> None", (EXAMPLES / f"{name}.py").read_text())
-    (tmp_path / "example.py").write_text(source)
-    if name.startswith("cifar10"):
-        list(cifar10(tmp_path, each=100))
-    if name.startswith("libsvm"):
-        tiny_a9a(tmp_path)
-    assert re.search(says, run(sys.executable, "example.py", *options, cwd=tmp_path))
+IN_ONE_PROCESS = {
+    "custom_rule": ([], r"SoftKrum: [\d.]+% of held-out digits"),
+    "custom_attack": ([], r"mean: [\d.]+% of held-out digits(.|\n)*worker momentum: [\d.]+%"),
+    "libsvm_logistic_regression": (["--data", ".", "--fast"], r"Byz-EF21-SGDM, Top-12: [\d.]+% of the held-out rows, 96 bytes"),
+    "cifar10_resnet": (["--data", ".", "--fast"], r"[\d.]+% of the test images"),
+    "transformer_text": (["--fast"], r"all sound: [4-8]\.\d\d bits(.|\n)*byzantine_robust, one broken: [4-8]\.\d\d bits"),
+}
+RUN_ALL = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]):\n    runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_the_examples_of_one_process_run(tmp_path):
+    """All of them in the same one: importing torch and Lightning takes longer than their few steps."""
+    list(cifar10(tmp_path, each=100))
+    tiny_a9a(tmp_path)
+    for name in IN_ONE_PROCESS:
+        source = re.sub(r"epochs: int = \d+\) -> None", "epochs: int = 1) -> None", (EXAMPLES / f"{name}.py").read_text())
+        (tmp_path / f"{name}.py").write_text(source)
+    arguments = [[f"{name}.py", *options] for name, (options, _) in IN_ONE_PROCESS.items()]
+    output = run(sys.executable, "-c", RUN_ALL, json.dumps(arguments), cwd=tmp_path)
+    for name, (_, says) in IN_ONE_PROCESS.items():
+        assert re.search(says, output), f"{name} should print {says}"
+
+
+@pytest.mark.processes
+def test_the_gan_runs(tmp_path):
+    output = run(sys.executable, EXAMPLES / "gan_two_optimizers.py", "--devices=3", "--fast", cwd=tmp_path)
+    assert re.search(r"\d of 8 points found; \d+% of what it makes", output)
 
 
 def test_every_example_is_tested():
-    tested = {
-        "custom_rule",
-        "custom_attack",
-        "libsvm_logistic_regression",
-        "cifar10_resnet",
-        "transformer_text",
-        "gan_two_optimizers",
-    }
-    elsewhere = {"quickstart", "retrofit_ddp"}  # test_demo.py; below, by the launchers of multi_node
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested | elsewhere
+    elsewhere = {"quickstart", "retrofit_ddp", "gan_two_optimizers"}  # test_demo.py; by the launchers of multi_node; above
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*IN_ONE_PROCESS} | elsewhere
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {"multi_node", "wandb_sweep"}
 
 
@@ -92,9 +89,12 @@ def small(command):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
-def test_the_commands_for_two_machines(launcher, tmp_path):
-    (command,) = (command for command in commands(EXAMPLES / "multi_node" / "README.md") if command.startswith(launcher))
+def test_the_commands_for_two_machines(tmp_path):
+    """torchrun's; the one without a launcher starts the same script with the same options (and test_launchers.py has such a run)."""
+    launchers = commands(EXAMPLES / "multi_node" / "README.md")
+    (command,) = (command for command in launchers if command.startswith("torchrun"))
+    (plain,) = (command for command in launchers if command.startswith("python"))
+    assert plain.split()[1:] == command.split()[-4:]
     shared = {**environment(), "MASTER_ADDR": "127.0.0.1"}
     nodes = [
         subprocess.Popen(["bash", "-c", f"exec {small(command)}"], cwd=tmp_path, env={**shared, "NODE_RANK": str(node)}, text=True,
@@ -143,11 +143,17 @@ def test_the_sweep(tmp_path):
     grid = list(itertools.product(*(parameter["values"] for parameter in sweep["parameters"].values())))
     (tmp_path / "examples").symlink_to(EXAMPLES)
     limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
+    both = []
     for values in (grid[0], grid[-1]):
         options = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
-        fill = {"${program}": [sys.executable, "-m", "lightning_byz.cli"], "${args}": options}
-        command = [part for piece in sweep["command"] for part in fill.get(piece, [piece])]
-        run(*command, *limits, cwd=tmp_path, env={**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+        fill = {"${program}": [sweep["program"]], "${args}": options}
+        both.append([part for piece in sweep["command"] for part in fill.get(piece, [piece])] + limits)
+    assert {command[0] for command in both} == {"lightning-byz"}
+    code = (
+        "import json, sys\nfrom lightning_byz import cli\nfor command in json.loads(sys.argv[1]): assert cli.main(command[1:]) == 0"
+    )
+    offline = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run(sys.executable, "-c", code, json.dumps(both), cwd=tmp_path, env=offline)
     assert len(list(tmp_path.glob("outputs/wandb/offline-run-*/*.wandb"))) == 2
 
 
