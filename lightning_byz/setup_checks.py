@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_byz.aggregators import Mean
+from lightning_byz.aggregators import CAF, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
 
 log = logging.getLogger("lightning_byz")
 
-DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)
-"""NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+DEFAULT_ALGORITHM = RobustSGD(aggregator=CAF(), worker_momentum=0.9, undo_worker_momentum=True)
+"""CAF, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
 
 
 class UnsupportedSetupError(ValueError):

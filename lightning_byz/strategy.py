@@ -69,7 +69,7 @@ class RobustStrategy(_Base):
 
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
-            which is NNM and a trimmed mean, uncompressed; with one or two workers, a plain mean without momentum.
+            which is CAF, uncompressed; with one or two workers, a plain mean without momentum.
         transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
         workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
             n = processes x workers_per_process workers.
