@@ -2,13 +2,14 @@
 # make test    run the tests
 # make lint    style, types, import layers
 # make check   lint and test
+# make docs    the documentation as a site, in build/site; a warning is an error
 #
 # Needs Python 3.10 or newer with pip, nothing else: everything is installed into .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check docs clean
 
 demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
@@ -22,6 +23,9 @@ lint: .venv/dev-installed
 	$(BIN)/lint-imports
 
 check: lint test
+
+docs: .venv/dev-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv

@@ -61,7 +61,11 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 class RobustStrategy(_Base):
-    """All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
+
+    All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`). The arguments
+    ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``, ``process_group_backend``,
+    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy.
 
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
@@ -81,8 +85,6 @@ class RobustStrategy(_Base):
             Rank 0 computes the gradient; the other ranks need no data, but an argument.
         max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
             stops with an error.
-        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
-            start_method: as for Lightning's DDPStrategy.
     """
 
     roll_call_patience = 60.0

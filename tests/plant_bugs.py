@@ -51,6 +51,9 @@ BUGS = [
     Bug("selecting from selected rows", "rows.py", "keep if self.index is None else self.index[keep]", "keep", "rows"),
     # rules
     Bug(
+        "a mean whose f was left open", "aggregators/coordinate_wise.py", 'object.__setattr__(self, "f", 0)', "pass", "aggregators"
+    ),
+    Bug(
         "median takes the lower middle",
         "order_statistics.py",
         "ordered[n // 2].clone() if n % 2 else ordered[n // 2 - 1] / 2 + ordered[n // 2] / 2",

@@ -373,6 +373,7 @@ def test_the_step_is_refused_where_silence_leaves_too_few_rows():
 @pytest.mark.parametrize("f", [0, 1, 4])
 def test_a_mean_never_claims_to_tolerate_anybody(f):
     assert Mean().with_f(f).f == 0
+    assert Mean(f=None).f == 0  # as a configuration leaves it that puts it in another rule's place
     assert Mean().most_f(9) == 0
 
 

@@ -1,25 +1,176 @@
-"""Every example runs, and says what it should."""
+"""Every example runs, and says what it should: on tiny files in the real sets' formats, for a few steps."""
 
+import itertools
+import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from test_data_sets import cifar10
+from test_launchers import environment, free_port
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
-@pytest.mark.parametrize(("name", "says"), [("custom_rule", "of held-out digits")])
-def test_an_example_runs(name, says, tmp_path):
-    source = (EXAMPLES / f"{name}.py").read_text().replace("epochs: int = 5", "epochs: int = 1")
-    (tmp_path / "example.py").write_text(source)
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    assert says in done.stdout
+def run(*command, cwd, env=None):
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tiny_a9a(folder):
+    for name in ("a9a", "a9a.t"):
+        (folder / name).write_text("".join(f"{'+1' if i % 3 else '-1'} {1 + i % 9}:1 123:1\n" for i in range(60)))
+
+
+IN_ONE_PROCESS = {
+    "custom_rule": ([], r"SoftKrum: [\d.]+% of held-out digits"),
+    "custom_attack": ([], r"mean: [\d.]+% of held-out digits(.|\n)*worker momentum: [\d.]+%"),
+    "libsvm_logistic_regression": (["--data", ".", "--fast"], r"Byz-EF21-SGDM, Top-12: [\d.]+% of the held-out rows, 96 bytes"),
+    "cifar10_resnet": (["--data", ".", "--fast"], r"[\d.]+% of the test images"),
+    "transformer_text": (["--fast"], r"all sound: [4-8]\.\d\d bits(.|\n)*byzantine_robust, one broken: [4-8]\.\d\d bits"),
+}
+RUN_ALL = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]):\n    runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_the_examples_of_one_process_run(tmp_path):
+    """All of them in the same one: importing torch and Lightning takes longer than their few steps."""
+    list(cifar10(tmp_path, each=100))
+    tiny_a9a(tmp_path)
+    for name in IN_ONE_PROCESS:
+        source = re.sub(r"epochs: int = \d+\) -> None", "epochs: int = 1) -> None", (EXAMPLES / f"{name}.py").read_text())
+        (tmp_path / f"{name}.py").write_text(source)
+    arguments = [[f"{name}.py", *options] for name, (options, _) in IN_ONE_PROCESS.items()]
+    output = run(sys.executable, "-c", RUN_ALL, json.dumps(arguments), cwd=tmp_path)
+    for name, (_, says) in IN_ONE_PROCESS.items():
+        assert re.search(says, output), f"{name} should print {says}"
+
+
+@pytest.mark.processes
+def test_the_gan_runs(tmp_path):
+    output = run(sys.executable, EXAMPLES / "gan_two_optimizers.py", "--devices=3", "--fast", cwd=tmp_path)
+    assert re.search(r"\d of 8 points found; \d+% of what it makes", output)
 
 
 def test_every_example_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"quickstart", "custom_rule"}
+    elsewhere = {"quickstart", "retrofit_ddp", "gan_two_optimizers"}  # test_demo.py; by the launchers of multi_node; above
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*IN_ONE_PROCESS} | elsewhere
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {"multi_node", "wandb_sweep"}
+
+
+def test_the_retrofit_is_the_diff_that_it_says():
+    source = (EXAMPLES / "retrofit_ddp.py").read_text()
+    lines = [line for line in source.splitlines() if "lightning_byz" in line or "byzantine_robust" in line]
+    code = [line for line in lines if line.startswith("import") or "add_argument" in line]
+    assert len(code) == 2, "besides its docstring, the example should name this package in the import and the strategy alone"
+
+
+# -- multi_node -----------------------------------------------------------------------------------------------------------
+
+
+def commands(page):
+    """The commands in the fenced blocks of a page, with continued lines joined."""
+    blocks = re.findall(r"```\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def small(command):
+    """The same command for half as many processes and one epoch, with this interpreter, on this machine."""
+    command = command.replace("=4", "=2").replace("29500", "$MASTER_PORT").replace("examples/", f"{EXAMPLES}/") + " --fast"
+    return re.sub("^torchrun", "python -m torch.distributed.run", command).replace("python", sys.executable, 1)
+
+
+@pytest.mark.processes
+def test_the_commands_for_two_machines(tmp_path):
+    """torchrun's; the one without a launcher starts the same script with the same options (and test_launchers.py has such a run)."""
+    launchers = commands(EXAMPLES / "multi_node" / "README.md")
+    (command,) = (command for command in launchers if command.startswith("torchrun"))
+    (plain,) = (command for command in launchers if command.startswith("python"))
+    assert plain.split()[1:] == command.split()[-4:]
+    shared = {**environment(), "MASTER_ADDR": "127.0.0.1"}
+    nodes = [
+        subprocess.Popen(["bash", "-c", f"exec {small(command)}"], cwd=tmp_path, env={**shared, "NODE_RANK": str(node)}, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for node in range(2)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=280)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert "byzantine_robust: " in outputs[0]
+    assert "byzantine_robust: " not in outputs[1]
+
+
+SRUN = """#!/bin/bash
+# What SLURM's srun does, on one machine: the command once for every task, each with its rank.
+for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 "$@" & tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || exit 1; done
+"""
+
+
+@pytest.mark.processes
+def test_the_slurm_script(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    slurm = {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "byzantine-robust", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "3",
+        "SLURM_NTASKS_PER_NODE": "3", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = EXAMPLES / "multi_node" / "train.sbatch"
+    output = run("bash", script, "--fast", "--faulty-rank=2", cwd=tmp_path, env={**environment(), **slurm, "PATH": path})
+    assert output.count("byzantine_robust: ") == 1
+
+
+# -- wandb_sweep ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sweep(tmp_path):
+    """The first and the last run of the grid, with the command that wandb's agent would run, without a network."""
+    sweep = yaml.safe_load((EXAMPLES / "wandb_sweep" / "sweep.yaml").read_text())
+    assert sweep["method"] == "grid"
+    names = list(sweep["parameters"])
+    grid = list(itertools.product(*(parameter["values"] for parameter in sweep["parameters"].values())))
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
+    both = []
+    for values in (grid[0], grid[-1]):
+        options = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
+        fill = {"${program}": [sweep["program"]], "${args}": options}
+        both.append([part for piece in sweep["command"] for part in fill.get(piece, [piece])] + limits)
+    assert {command[0] for command in both} == {"lightning-byz"}
+    code = (
+        "import json, sys\nfrom lightning_byz import cli\nfor command in json.loads(sys.argv[1]): assert cli.main(command[1:]) == 0"
+    )
+    offline = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run(sys.executable, "-c", code, json.dumps(both), cwd=tmp_path, env=offline)
+    assert len(list(tmp_path.glob("outputs/wandb/offline-run-*/*.wandb"))) == 2
+
+
+def test_the_page_on_the_sweep(tmp_path):
+    """Its command for one run names the files and options that there are."""
+    (alone,) = (command for command in commands(EXAMPLES / "wandb_sweep" / "README.md") if "WANDB_MODE" in command)
+    words = shlex.split(alone)
+    sweep = (EXAMPLES / "wandb_sweep" / "sweep.yaml").read_text()
+    assert words[0] == "WANDB_MODE=offline"
+    assert words[3:5] == ["--config", "examples/wandb_sweep/train.yaml"]
+    for option in words[5:]:
+        name, _, value = option.removeprefix("--").partition("=")
+        assert name in sweep
+        assert value in sweep
+
+
+# -- pages ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_page_on_custom_rules_is_right():
@@ -30,7 +181,7 @@ def test_the_page_on_custom_rules_is_right():
     from lightning_byz.order_statistics import median_of_rows
     from lightning_byz.testing import check_aggregator
 
-    page = (Path(__file__).parents[1] / "docs" / "custom-rule.md").read_text()
+    page = (ROOT / "docs" / "custom-rule.md").read_text()
     code = page[page.index("```python\n@dataclass") + 10 : page.index("```\n\n`Rows`")]
     names = {
         "dataclass": dataclass,
