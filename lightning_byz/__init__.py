@@ -120,6 +120,7 @@ if TYPE_CHECKING:
         DigitsDataModule,
         FashionMNISTDataModule,
         LIBSVMDataModule,
+        Stragglers,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -129,6 +130,7 @@ else:
     DigitsDataModule = _glue[_home].DigitsDataModule
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
+    Stragglers = _glue[_home].Stragglers
 
 __all__ = [
     "ALIE",
@@ -215,6 +217,7 @@ __all__ = [
     "SignGuard",
     "SignSGDMajorityVote",
     "StaticClipping",
+    "Stragglers",
     "Stuck",
     "TernGrad",
     "TopK",

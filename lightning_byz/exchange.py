@@ -83,6 +83,7 @@ class Exchange:
         previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms that need the drift.
         observers: called with every outcome.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
+        arrivals: step -> ``Round.arrivals``, in a simulation that knows them beforehand; a worker whose message never comes is silent.
     """
 
     def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
@@ -95,6 +96,7 @@ class Exchange:
         self._rows: Tensor | None = None
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
+        self.arrivals: Callable[[int], Tensor | None] = lambda step: None
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.previous = len(like), None
@@ -113,7 +115,7 @@ class Exchange:
         rushing[torch.tensor(sorted(self.liars(self.step)), dtype=torch.int64)] = True
         previous = self.previous if self.dim == len(x) else None
         drift = None if previous is None else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
-        round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing)
+        round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.arrivals(self.step))
         return round._replace(cohort=self.algorithm.cohort(round))
 
     @torch.no_grad()
@@ -137,7 +139,7 @@ class Exchange:
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
             message = None
-            if bool(round.cohort[worker]) and _is_finite(contribution.grads):
+            if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads):
                 payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], round._replace(worker=worker))
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
@@ -251,6 +253,11 @@ class Exchange:
         for worker in self.transport.workers:
             if worker in workers:
                 self.workers[worker] = _restored(self.workers[worker], workers[worker], f"worker {worker}")
+
+
+def comes(round: Round, worker: int) -> bool:
+    """Whether this worker's message ever arrives, as far as the round knows."""
+    return round.arrivals is None or bool(round.arrivals[worker].isfinite())
 
 
 def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:

@@ -27,7 +27,7 @@ from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DSta
 from lightning_byz.batches import batch_size, split_batch
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
-from lightning_byz.exchange import Contribution, Exchange, Outcome
+from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
@@ -154,6 +154,8 @@ class RobustStrategy(_Base):
         """(worker, step, batch) -> batch; installed by callbacks that simulate faults."""
         self.liars: list[Callable[[int], Sequence[int]]] = []
         """step -> the workers that lie in it; installed by callbacks that simulate faults."""
+        self.delays: list[Callable[[int], Tensor]] = []
+        """step -> ``[n]`` the seconds by which each worker is late in it, inf for ever; installed by callbacks that simulate faults."""
         self._forget()
 
     def _forget(self) -> None:
@@ -294,8 +296,10 @@ class RobustStrategy(_Base):
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
             exchange.liars = self.liars_at
+            exchange.arrivals = self.arrivals_at
         self.data_attacks.clear()
         self.liars.clear()
+        self.delays.clear()
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
@@ -352,6 +356,13 @@ class RobustStrategy(_Base):
         """The workers that are known to lie in a step, in a simulation."""
         return {worker for liars in self.liars for worker in liars(step)}
 
+    def arrivals_at(self, step: int) -> Tensor | None:
+        """``[n]`` the seconds after which the workers' messages arrive in a step, in a simulation; liars are the first."""
+        if not self.delays:
+            return None
+        arrivals = torch.stack([delay(step) for delay in self.delays]).sum(0)
+        return arrivals.index_fill_(0, torch.tensor(sorted(self.liars_at(step)), dtype=torch.int64), 0.0)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Every local worker's training step, on its part of the batch; what they log is reduced and logged once."""
         if self.n == 1 or not self.exchanges:
@@ -375,7 +386,7 @@ class RobustStrategy(_Base):
         if module.automatic_optimization:
             round = self._next_round(self._layout(0))
             assert round.cohort is not None
-            cohort = round.cohort
+            cohort = round.cohort & torch.tensor([comes(round, worker) for worker in range(self.n)])
             parts = [self._attacked(w, step, part) if cohort[w] else None for w, part in zip(workers, parts, strict=True)]
             self._run_quiet_passes(round, parts, rest, kwargs)
         else:

@@ -118,8 +118,11 @@ class Algorithm(ABC):
         return Identity()
 
     def seconds(self, round: Round) -> float:
-        """How long the server waits for messages in this round, by a simulated clock."""
-        return 0.0
+        """How long the server waits for messages in this round: until the last one of the cohort that ever comes."""
+        if round.arrivals is None:
+            return 0.0
+        awaited = round.arrivals[self.cohort(round)]
+        return float(awaited[awaited.isfinite()].max(dim=0).values) if bool(awaited.isfinite().any()) else 0.0
 
     # -- the two halves -----------------------------------------------------------------------------------------------
 
