@@ -100,7 +100,7 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
-from lightning_byz.transports import AllGather, InProcess
+from lightning_byz.transports import AllGather, InProcess, ParameterServer, make_keys
 
 __version__ = "0.1.0"
 
@@ -201,6 +201,7 @@ __all__ = [
     "NotANumber",
     "OptimizedALIE",
     "OptimizedIPM",
+    "ParameterServer",
     "PerShard",
     "PerTensor",
     "Phocas",
@@ -225,4 +226,5 @@ __all__ = [
     "WorkerSampler",
     "WrongScale",
     "Zero",
+    "make_keys",
 ]

@@ -14,8 +14,8 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Message, Transport
-from lightning_byz.types import Gradients, Round
+from lightning_byz.transports import Awaited, Message, Transport, Verdict
+from lightning_byz.types import Gradients, Payload, Round
 
 
 class Contribution(NamedTuple):
@@ -81,7 +81,7 @@ class Exchange:
     Attributes:
         step: number of the next round.
         previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms that need the drift.
-        observers: called with every outcome.
+        observers: called with every outcome, where the server's half runs.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
         arrivals: step -> ``Round.arrivals``, in a simulation that knows them beforehand; a worker whose message never comes is silent.
     """
@@ -101,7 +101,7 @@ class Exchange:
     def _start(self, like: Tensor) -> None:
         self.dim, self.previous = len(like), None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
-        self.server = self.algorithm.init_server(like, self.transport.n)
+        self.server = self.algorithm.init_server(like, self.transport.n) if self.transport.serves else None
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
@@ -116,7 +116,18 @@ class Exchange:
         previous = self.previous if self.dim == len(x) else None
         drift = None if previous is None else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
         round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.arrivals(self.step))
-        return round._replace(cohort=self.algorithm.cohort(round))
+        round = round._replace(measured=self.transport.measured)
+        round = round._replace(cohort=self.algorithm.cohort(round))
+        self.transport.awaits(self._awaited(round))
+        return round
+
+    def _awaited(self, round: Round) -> Awaited:
+        """For whose messages a server waits."""
+        assert round.cohort is not None
+        cohort, rule = int(round.cohort.sum()), self.algorithm.rule(round)
+        f, need = rule.f or 0, min(cohort, self.algorithm.first(round.n))
+        enough = (m for m in range(1, need + 1) if min(f, rule.most_f(m)) >= (f - need + m if need - m <= f else f))
+        return Awaited(need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
@@ -134,7 +145,7 @@ class Exchange:
             self._start(x)
         round = self._agreed(self.next_round(x), trusted)
         assert round.cohort is not None
-        codec, rule = self.algorithm.codec(round), self.algorithm.rule(round)
+        codec = self.algorithm.codec(round)
 
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
@@ -150,7 +161,30 @@ class Exchange:
                 message = Message(_flags(False, contribution.used), empty)
             messages.append(message)
 
+        down = self.algorithm.downlink(round)
+        if self.transport.serves:
+            outcome = self._served(messages, codec, down, round, x)
+        else:
+            outcome = self._told(self.transport.submit(messages, codec, down, len(x), x.dtype, round), down, round, messages[0])
+        self.step += 1
+        if outcome.estimate is not None:
+            assert outcome.round.present is not None
+            present = outcome.round.present
+            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
+            if self.algorithm.needs_drift:
+                self.previous = x.clone()
+        for observer in self.observers if self.transport.serves else ():
+            observer(outcome)
+        return outcome
+
+    def _served(self, messages: Sequence[Message], codec: Compressor, down: Compressor, round: Round, x: Tensor) -> Outcome:
+        """The server's half."""
         received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
+        if round.measured:
+            round = round._replace(arrivals=self.transport.arrivals())
+            round = round._replace(cohort=self.algorithm.cohort(round))
+        assert round.cohort is not None
+        rule = self.algorithm.rule(round)
         spoke = torch.stack([flags[0] == 1 for flags, _ in received]).cpu() & round.cohort
         present = spoke & torch.stack([codec.valid(payload, len(x)) for _, payload in received]).cpu()
         rows = Rows(
@@ -165,19 +199,32 @@ class Exchange:
         flags = torch.stack([flags for flags, _ in received]).cpu()
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         outcome = Outcome(round, None, used, rows, lambda: rows, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
-        self.step += 1
+        answer: Payload | None = None
         try:
             estimate, self.server = self.algorithm.server(rows, self.server, round)
         except TooFewRowsError as error:
             outcome = outcome._replace(reason=str(error))
         else:
-            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
-            if self.algorithm.needs_drift:
-                self.previous = x.clone()
-            outcome = self._answered(outcome, estimate, messages[0])
-        for observer in self.observers:
-            observer(outcome)
+            answer = down.encode(estimate, round.shared("downlink", estimate.device))
+            outcome = self._answered(outcome, answer, down, messages[0], len(x))
+        assert round.cohort is not None
+        verdict = Verdict(round.cohort, present, used, answer, outcome.seconds, outcome.reason)
+        self.transport.publish(verdict, down, len(x), x.dtype)
         return outcome
+
+    def _told(self, verdict: Verdict, down: Compressor, round: Round, message: Message) -> Outcome:
+        """The outcome as a worker knows it that does not see the others' messages."""
+        dim = self.dim
+        assert dim is not None
+        round = round._replace(cohort=verdict.cohort, present=verdict.present)
+        rows = Rows(torch.zeros(round.n, 0))
+        outcome = Outcome(
+            round, None, verdict.used, rows, lambda: rows, self.algorithm.rule(round), message.nbytes, 0, verdict.seconds
+        )
+        if verdict.answer is None:
+            return outcome._replace(reason=verdict.reason)
+        down_bytes = self.transport.bytes_down(message, verdict.answer)
+        return outcome._replace(estimate=down.decode(verdict.answer, dim), bytes_down=down_bytes)
 
     def _agreed(self, round: Round, trusted: Tensor | None) -> Round:
         """The round with rank 0's drift and trusted gradient: every rank's decisions are to be the same."""
@@ -188,13 +235,11 @@ class Exchange:
             round = round._replace(trusted=trusted if bool(all_finite(trusted)) else None)
         return round
 
-    def _answered(self, outcome: Outcome, estimate: Tensor, message: Message) -> Outcome:
+    def _answered(self, outcome: Outcome, answer: Payload, down: Compressor, message: Message, dim: int) -> Outcome:
         """The outcome with its estimate, as a worker decodes what the server sends."""
-        down = self.algorithm.downlink(outcome.round)
-        answer = down.encode(estimate, outcome.round.shared("downlink", estimate.device))
         server, rows, round = self.server, outcome.rows, outcome.round
         return outcome._replace(
-            estimate=down.decode(answer, len(estimate)),
+            estimate=down.decode(answer, dim),
             look=lambda: self.algorithm.seen(rows, server, round),
             bytes_down=self.transport.bytes_down(message, answer),
         )
@@ -226,7 +271,7 @@ class Exchange:
         return {
             "step": self.step,
             "dim": self.dim,
-            "server": None if self.dim is None else self.server._asdict(),
+            "server": None if self.server is None else self.server._asdict(),
             "previous": self.previous,
         }
 
@@ -247,12 +292,23 @@ class Exchange:
         if server["dim"] is None:
             return
         self._start(like.new_zeros(server["dim"]))
-        self.server = _restored(self.server, server["server"], "server")
+        restored = None
+        if server["server"] is not None:  # a snapshot for one worker does without
+            fresh = self.algorithm.init_server(like.new_zeros(server["dim"]), self.transport.n)
+            restored = _restored(fresh, server["server"], "server")
+        self.server = restored if self.transport.serves else None
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:
             if worker in workers:
                 self.workers[worker] = _restored(self.workers[worker], workers[worker], f"worker {worker}")
+            elif restored is not None:
+                self.workers[worker] = self.algorithm.rejoined(like.new_zeros(server["dim"]), restored, worker)
+
+    def rejoined(self, workers: Iterable[int], like: Tensor) -> dict[int, dict[str, Tensor]]:
+        """States for workers that have lost theirs, as plain containers of tensors; where the server's half runs."""
+        x = torch.zeros_like(like)
+        return {} if self.dim is None else {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
 
 
 def comes(round: Round, worker: int) -> bool:

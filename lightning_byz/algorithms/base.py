@@ -100,6 +100,10 @@ class Algorithm(ABC):
         """``[n]`` bool: the workers that take part in this round; all of them by default."""
         return torch.ones(round.n, dtype=torch.bool)
 
+    def first(self, n: int) -> int:
+        """How many of n workers' messages a server waits for; all of them by default."""
+        return n
+
     def full_gradient(self, round: Round) -> bool:
         """Whether workers send the gradient over all their data in this round, instead of a minibatch's."""
         return False
@@ -133,6 +137,10 @@ class Algorithm(ABC):
     @abstractmethod
     def worker(self, grads: Gradients, state: Any, round: Round) -> tuple[Payload, Any]:
         """The payload that this worker sends, and its new state."""
+
+    def rejoined(self, x: Tensor, server: Any, worker: int) -> Any:
+        """The state of a worker that has lost its own, given the server's: the two halves have to fit together again."""
+        return self.init_worker(x)
 
     @abstractmethod
     def init_server(self, x: Tensor, n: int) -> Any:

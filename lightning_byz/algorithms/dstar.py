@@ -178,12 +178,17 @@ class DStar(Algorithm):
         """``[n]`` float64: the seconds after which each worker's message arrives: the round's own if it knows, else ``delays``."""
         return self.delays(round) if round.arrivals is None else round.arrivals
 
+    def first(self, n: int) -> int:
+        return self.count(n)
+
     def cohort(self, round: Round) -> Tensor:
+        if round.measured and round.arrivals is None:  # who is first will be known when they have come
+            return torch.ones(round.n, dtype=torch.bool)
         first = self.arrivals(round).sort(stable=True).indices[: self.count(round.n)]
         return torch.zeros(round.n, dtype=torch.bool).index_fill_(0, first, True)
 
     def seconds(self, round: Round) -> float:
-        return super().seconds(round._replace(arrivals=self.arrivals(round)))
+        return super().seconds(round if round.measured else round._replace(arrivals=self.arrivals(round)))
 
     def rule(self, round: Round) -> Aggregator:
         rule = self.aggregator

@@ -1,8 +1,22 @@
 """Transports: how the messages of a round get from the workers to the rule."""
 
 from lightning_byz.transports.all_gather import AllGather
-from lightning_byz.transports.base import Message, Transport
+from lightning_byz.transports.base import Awaited, Message, Transport, Verdict
 from lightning_byz.transports.byzantine import ByzantineTransport
 from lightning_byz.transports.in_process import InProcess
+from lightning_byz.transports.parameter_server import LeftBehindError, ParameterServer, RunIsOverError, ServerLostError, make_keys
 
-__all__ = ["AllGather", "ByzantineTransport", "InProcess", "Message", "Transport"]
+__all__ = [
+    "AllGather",
+    "Awaited",
+    "ByzantineTransport",
+    "InProcess",
+    "LeftBehindError",
+    "Message",
+    "ParameterServer",
+    "RunIsOverError",
+    "ServerLostError",
+    "Transport",
+    "Verdict",
+    "make_keys",
+]
