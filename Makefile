@@ -2,13 +2,14 @@
 # make test    run the tests
 # make lint    style, types, import layers
 # make check   lint and test
+# make chaos   thirty trainings on a parameter server whose workers are killed
 #
 # Needs Python 3.10 or newer with pip, nothing else: everything is installed into .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check chaos clean
 
 demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
@@ -22,6 +23,9 @@ lint: .venv/dev-installed
 	$(BIN)/lint-imports
 
 check: lint test
+
+chaos: .venv/dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 clean:
 	rm -rf .venv

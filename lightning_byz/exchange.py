@@ -127,7 +127,7 @@ class Exchange:
         cohort, rule = int(round.cohort.sum()), self.algorithm.rule(round)
         f, need = rule.f or 0, min(cohort, self.algorithm.first(round.n))
         enough = (m for m in range(1, need + 1) if min(f, rule.most_f(m)) >= (f - need + m if need - m <= f else f))
-        return Awaited(need, next(enough, need), self.algorithm.full_gradient(round))
+        return Awaited(cohort - need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:

@@ -90,7 +90,7 @@ class ServedRun:
 
     def leave(self, interrupted: bool) -> None:
         """This entry point of the program has ended for this process."""
-        for metric, available, sync in self._metrics:
+        for metric, available, sync in reversed(self._metrics):
             metric.distributed_available_fn, metric.dist_sync_fn = available, sync
         self._metrics = []
         self.transport.shut("The server has stopped with an error." if interrupted else "over")
@@ -238,10 +238,10 @@ class ServedRun:
         everybody: list[dict[int, Any]] = [{} for _ in local]
         states: dict[int, Any] = {}
         for other, body in bodies.items():
-            unpacked = unpack(torch.frombuffer(bytearray(body), dtype=torch.uint8), layout)
+            unpacked = [tensor.clone() for tensor in unpack(torch.frombuffer(bytearray(body), dtype=torch.uint8), layout)]
             states[other] = tuple(unpacked[: len(random_states)])
             for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
-                everybody[i].setdefault(w + other * share, {})[name] = tensor.clone()
+                everybody[i].setdefault(w + other * share, {})[name] = tensor
         return everybody, states
 
 

@@ -137,6 +137,14 @@ class StepLogs:
             calls.append(Call(name, value.float(), {**kwargs, "batch_size": batch_size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The names that all ranks know, and how they are logged."""
+        return {name: _plain(self._kwargs[name]) for name in self._names if name in self._kwargs}
+
+    def load(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restores what `state` gave, on every rank or on one that comes late."""
+        self._names, self._kwargs = sorted(state), {name: dict(kwargs) for name, kwargs in state.items()}
+
     def _gather(
         self,
         logs: Sequence[WorkerLog],

@@ -238,6 +238,11 @@ class RobustStrategy(_Base):
         if self._world == 1:
             self._launcher = None  # one process needs none, and so works in a notebook
         elif self._served is not None:
+            if self._start_method != "popen":
+                raise UnsupportedSetupError(
+                    f"On a parameter server processes start with popen, so that each may die alone. Found start_method={self._start_method!r}. "
+                    "Leave it out."
+                )
             self._launcher = surviving_launcher(self._launchers._SubprocessScriptLauncher, self._served)
         elif self._start_method == "popen":
             self._launcher = self._launchers._SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -831,6 +836,7 @@ class RobustStrategy(_Base):
             "micro_step": self._micro_step,
             "skipped_in_a_row": self._skipped_in_a_row,
             "silences": dict(self.silences),
+            "logged": self._step_logs.state(),
         }
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -910,6 +916,7 @@ class RobustStrategy(_Base):
         self._micro_step = saved["micro_step"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
         self.silences = dict(saved["silences"])
+        self._step_logs.load(saved.get("logged", {}))
         if self.global_rank in saved["rng"]:
             rng.restore(self.root_device, saved["rng"][self.global_rank])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -87,9 +88,11 @@ class Ranks:
         file = os.open(self.folder / f"output{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
         code = 1
         try:
             warnings.simplefilter("ignore")
+            logging.basicConfig(level=logging.INFO, force=True)
             self.job(self.folder)
             code = 0
         except BaseException:

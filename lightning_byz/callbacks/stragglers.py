@@ -132,17 +132,25 @@ class StragglersCallback(_Base):
         self._check_processes(strategy)
 
     def _check_processes(self, strategy: RobustStrategy) -> None:
-        """Refuses what collectives cannot simulate: they wait for every rank."""
-        transport = type(strategy.exchanges[0].transport).__name__
+        """Refuses what collectives cannot simulate, as they wait for every rank, and what no server survives."""
+        exchange = strategy.exchanges[0]
+        transport = type(exchange.transport).__name__
+        if exchange.transport.measured:
+            if self.kind == "dead" and any(worker < strategy.workers_per_process for worker in self.indices(strategy.n)):
+                raise UnsupportedSetupError(
+                    f"Rank 0 is the server, whose death is the end. Found Stragglers(kind='dead') with workers {self.indices(strategy.n)}. Leave "
+                    "out those of rank 0."
+                )
+            return
         if self.kind == "dead":
             raise UnsupportedSetupError(
                 f"Over {transport} every process waits for a dead one until its timeout. Found Stragglers(kind='dead'). Use one process with "
-                "workers_per_process=n, or a transport that survives the dead."
+                "workers_per_process=n, or ParameterServer."
             )
-        if isinstance(strategy.exchanges[0].algorithm, DStar):
+        if isinstance(exchange.algorithm, DStar):
             raise UnsupportedSetupError(
                 f"Over {transport} every process waits for all, and who is among DStar's first k is simulated by DStar(delays=...). Found "
-                "Stragglers besides, whose delays are real. Give one of the two, or use one process with workers_per_process=n."
+                "Stragglers besides, whose delays are real. Give one of the two, or use one process with workers_per_process=n, or ParameterServer."
             )
 
     def _observe(self, outcome: Outcome) -> None:

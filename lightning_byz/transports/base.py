@@ -34,12 +34,12 @@ class Awaited(NamedTuple):
     """For whose messages a server waits in a round.
 
     Attributes:
-        need: so many workers' messages are enough.
+        spare: how many messages of the round's cohort it does not wait for: all but the first k.
         least: so few are enough at the deadline.
         full: whether workers compute gradients over all of their data first.
     """
 
-    need: int
+    spare: int
     least: int
     full: bool
 

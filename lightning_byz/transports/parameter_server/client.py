@@ -49,7 +49,6 @@ class Client:
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._away_since: float | None = time.monotonic()
-        self._asked: list[bytes | memoryview] = []
         self._socket.connect(address)
 
     def join(self, entry: int, patience: float) -> bool:

@@ -34,6 +34,7 @@ class Member:
         waiting: its only unanswered call.
         active: whether collectives wait for it; one that rejoins becomes active with its first call.
         wants: whether it waits for a snapshot.
+        starting: whether it starts from one, and has not called yet.
         left: whether it said good-bye.
         heard: when it last said something.
         pinged: when it was last looked for.
@@ -44,6 +45,7 @@ class Member:
     waiting: Waiting | None = None
     active: bool = False
     wants: bool = False
+    starting: bool = False
     left: bool = False
     heard: float = 0.0
     pinged: float = 0.0
@@ -57,9 +59,9 @@ class Call:
         key: position and name.
         layout: the fingerprint that bodies have to bear.
         sizes: the least and the most bytes of a body; an empty one is silence.
-        asked: the ranks that are to take part.
-        need: as many bodies are enough.
-        least: as many are enough at the deadline, and when nobody else is alive.
+        asked: how many workers of each rank are to take part, by rank.
+        need: messages of as many workers are enough.
+        least: of as many are enough at the deadline, and when nobody else is alive.
         deadline, give_up: when it closes with the least, and when with whatever there is.
         opened: when the server entered it.
     """
@@ -67,7 +69,7 @@ class Call:
     key: Key
     layout: int
     sizes: tuple[int, int]
-    asked: frozenset[int]
+    asked: dict[int, int]
     need: int
     least: int
     deadline: float
@@ -76,6 +78,11 @@ class Call:
     bodies: dict[int, memoryview] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
+
+    @property
+    def heard(self) -> int:
+        """How many workers' messages are here."""
+        return sum(self.asked[rank] for rank in self.bodies)
 
 
 class Desk:
@@ -145,7 +152,7 @@ class Desk:
         if head.kind is Kind.CALL:
             self._called(head.rank, member, route, head, body, now)
         elif head.kind is Kind.WANT:
-            member.wants, member.active, member.waiting = True, False, None
+            member.wants, member.starting, member.active, member.waiting = True, False, False, None
         elif head.kind is Kind.BYE:
             member.left, member.active, member.waiting = True, False, None
         else:
@@ -163,14 +170,14 @@ class Desk:
             if member.route is not None and not member.left:
                 self._answer(route, Kind.REFUSED, head, b"taken")  # until its connection is known to be gone
                 raise BadFrameError("rank is taken")
-            member.token, member.waiting, member.left = head.token, None, False
+            member.token, member.waiting, member.left, member.starting = head.token, None, False, False
             member.active, member.wants = not self.begun, self.begun
         member.route, member.heard = route, now
         self._answer(route, Kind.BEGUN if member.wants else Kind.WELCOME, head)
 
     def _called(self, rank: int, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
         key = (head.position, head.name)
-        member.wants = False
+        member.wants = member.starting = False
         if head.position > self.position + 1:
             raise BadFrameError("step of the future")
         if member.waiting is not None and member.waiting.key == key:
@@ -227,7 +234,7 @@ class Desk:
     def enter(self, call: Call, own: bytes) -> None:
         """The server enters a collective, with its own body."""
         self.call = call
-        if own:
+        if own and 0 in call.asked:
             call.bodies[0] = memoryview(own)
         else:
             call.silent.add(0)
@@ -239,10 +246,10 @@ class Desk:
         """Whether the open collective may close."""
         call = self.call
         assert call is not None
-        if len(call.bodies) >= call.need or now >= call.give_up:
+        if call.heard >= call.need or now >= call.give_up:
             return True
-        missing = call.asked.difference(call.bodies, call.silent)
-        if len(call.bodies) >= call.least:
+        missing = set(call.asked).difference(call.bodies, call.silent)
+        if call.heard >= call.least:
             return now >= call.deadline or not any(self._may_come(rank, call) for rank in missing)
         return not missing or (now >= call.deadline and not any(self._may_come(rank, call) for rank in missing))
 
@@ -270,11 +277,17 @@ class Desk:
         for rank in ranks:
             member = self.members[rank]
             if member.wants and member.route is not None:
+                member.wants, member.starting = False, True
                 self._answer(member.route, Kind.SNAPSHOT, Head(Kind.WANT, token=member.token, rank=rank), checkpoint)
 
     def wanting(self) -> list[int]:
         """The ranks that wait for a snapshot."""
         return [rank for rank, member in self.members.items() if member.wants and member.route is not None]
+
+    def deserted(self) -> bool:
+        """Whether nobody is left who may still ask for something."""
+        present = [member for member in self.members.values() if member.route is not None and not member.left]
+        return not any(member.active or member.wants or member.starting for member in present)
 
     def gone(self, route: bytes) -> None:
         """A connection has broken: its rank is dead, unless it comes back."""

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import zmq
@@ -105,7 +105,7 @@ class Server:
         done: Future[Any] = Future()
         self._requests.put((action, done))
         self._bell.send(b"")
-        return done.result()
+        return self._result(done)
 
     def collect(self, call: Call, own: bytes) -> Call:
         """Enters a collective and waits until it closes."""
@@ -116,6 +116,14 @@ class Server:
             self._open = done
 
         self.ask(enter)
+        closed: Call = self._result(done)
+        return closed
+
+    def _result(self, done: Future[Any]) -> Any:
+        """What the thread makes of a request, as long as it lives."""
+        while not wait([done], timeout=1.0).done:
+            if not self._thread.is_alive():
+                raise RuntimeError("The thread of ParameterServer has ended with the error above.")
         return done.result()
 
     def close(self, reason: str, patience: float) -> None:
@@ -130,7 +138,7 @@ class Server:
         self.ask(lambda: self.desk.shut(reason))
         deadline = time.monotonic() + (patience if reason == "over" else 0.2)
         while time.monotonic() < deadline:
-            if self.ask(lambda: all(m.left or m.route is None or not (m.active or m.wants) for m in self.desk.members.values())):
+            if self.ask(self.desk.deserted):
                 break
             time.sleep(_TICK)
         self._stopped = True

@@ -84,8 +84,9 @@ class ParameterServer(Transport):
         self._server: Any = None
         self._client: Any = None
         self._catching_up = False
+        self._lost: set[int] = set()
         self._calls: dict[str, int] = {}
-        self._awaited = Awaited(1, 1, False)
+        self._awaited = Awaited(0, 1, False)
         self._arrivals: Tensor | None = None
 
     # -- opening and closing the line ---------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class ParameterServer(Transport):
         from lightning_byz.transports.parameter_server.keys import SERVER, load_key
 
         self.rank, self.world_size = rank, world_size
-        self._entry, self.position, self._calls, self._awaited = self._entry + 1, 0, {}, Awaited(world_size, 1, False)
+        self._entry, self.position, self._calls, self._awaited = self._entry + 1, 0, {}, Awaited(0, 1, False)
         self._limit = self.max_message_bytes or max(64 * 2**20, 4 * model_bytes)
         directory = self.keys or Path(os.environ.get(KEYS_VARIABLE, ""))
         if not self.keys and KEYS_VARIABLE not in os.environ:
@@ -161,13 +162,13 @@ class ParameterServer(Transport):
         return bytes(self._client.want())
 
     def assemble(self) -> list[int]:
-        """Rank 0 waits for all ranks to sign in, for a while. The ranks that did not."""
+        """Rank 0 waits for the ranks to sign in, for a while: those that did not die before (in fit, when this is test). Who is missing."""
         if self._server is None:
             return []
         desk, deadline = self._server.desk, time.monotonic() + self.start_timeout
         while True:
             missing: list[int] = self._server.ask(lambda: [rank for rank, member in desk.members.items() if not member.token])
-            if not missing or time.monotonic() > deadline:
+            if self._lost.issuperset(missing) or time.monotonic() > deadline:
                 break
             time.sleep(0.01)
 
@@ -181,6 +182,7 @@ class ParameterServer(Transport):
         """Leaves; at rank 0, once all others have left."""
         if self._server is not None:
             self._server.close(reason, self.lost_after)
+            self._lost = {rank for rank, member in self._server.desk.members.items() if not member.left}
             self._server = None
         if self._client is not None:
             self._client.leave() if reason == "over" else self._client.close()
@@ -218,7 +220,11 @@ class ParameterServer(Transport):
         self._server.ask(lambda: self._server.desk.snapshot(ranks, checkpoint))
 
     def awaits(self, awaited: Awaited) -> None:
-        self._awaited = awaited
+        if self.first_k is not None and self.first_k < awaited.least:
+            raise ValueError(
+                f"`first_k` should be at least {awaited.least}, the fewest messages that the rule can do with. Found first_k={self.first_k}."
+            )
+        self._awaited = awaited if self.first_k is None else awaited._replace(spare=max(awaited.spare, self.n - self.first_k))
 
     # -- collectives --------------------------------------------------------------------------------------------------
 
@@ -233,13 +239,15 @@ class ParameterServer(Transport):
         sizes: tuple[int, int],
         own: bytes,
         awaited: Awaited,
-        asked: frozenset[int] | None = None,
+        asked: dict[int, int] | None = None,
     ) -> Any:
         from lightning_byz.transports.parameter_server.desk import Call
 
-        now, asked = time.monotonic(), frozenset(range(self.world_size)) if asked is None else asked
+        now = time.monotonic()
+        asked = dict.fromkeys(range(self.world_size), self.workers_per_process) if asked is None else asked
+        least = min(awaited.least, sum(asked.values()))
+        need = max(least, sum(asked.values()) - awaited.spare)
         deadline = now + (self.full_deadline if awaited.full else self.deadline)
-        need, least = (min(-(-count // self.workers_per_process), len(asked)) for count in (awaited.need, awaited.least))
         call = Call(key, layout, sizes, asked, need, least, deadline, max(deadline, now + self.start_timeout), now)
         return self._server.collect(call, own)
 
@@ -268,7 +276,7 @@ class ParameterServer(Transport):
         self._check_size(len(body))
         if self._server is not None:
             sizes = (most, most) if layout else (1, most)
-            call = self._collect(key, layout, sizes, body, awaited or Awaited(self.n, 1, False))
+            call = self._collect(key, layout, sizes, body, awaited or Awaited(0, 1, False))
             result = b"".join(
                 rank.to_bytes(4, "little") + len(call.bodies[rank]).to_bytes(8, "little") + bytes(call.bodies[rank])
                 for rank in sorted(call.bodies)
@@ -340,7 +348,8 @@ class ParameterServer(Transport):
             own = b"" if self.behind else self._packed(messages, layout)
             bodies = self.everybody("gather", own, size, self._awaited, fingerprint(layout))
         for rank, body in bodies.items():
-            for i, message in enumerate(self._unpacked(body, layout) if body else []):
+            fits = len(body) == self.workers_per_process * packed_size(layout)
+            for i, message in enumerate(self._unpacked(body, layout) if fits else []):
                 everybody[rank * self.workers_per_process + i] = message
         return everybody
 
@@ -348,8 +357,8 @@ class ParameterServer(Transport):
         """The messages of all n workers, at the server; those of workers that were not heard are silent."""
         layout = self._layout(messages[0], codec, dim, dtype)
         assert round.cohort is not None
-        cohort = round.cohort.view(self.world_size, -1).any(1)
-        asked = frozenset(cohort.nonzero().flatten().tolist())
+        counts = round.cohort.view(self.world_size, -1).sum(1).tolist()
+        asked = {rank: count for rank, count in enumerate(counts) if count}
         size = self.workers_per_process * packed_size(layout)
         call = self._collect(
             self._key("round"), fingerprint(layout), (size, size), self._spoken(messages, layout), self._awaited, asked
