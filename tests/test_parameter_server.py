@@ -288,7 +288,7 @@ def test_who_is_left_behind_goes_on_from_a_snapshot(tmp_path: Path) -> None:
                 awake.touch()
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Sleeps(), ComesBack(14, 2)]
+        return [Watch(), Sleeps(), ComesBack(12, 2)]
 
     server = {"first_k": 2, "backlog": 4}
     with Ranks(tmp_path, 3, job(3, callbacks=callbacks, server=server, data=lambda: loader(4), extra=present)) as ranks:
@@ -439,7 +439,7 @@ if __name__ == "__main__":
         k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     }
     command = [sys.executable, str(script), str(Path(__file__).parent)]
-    settings = {"env": {**clean, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 120}
+    settings = {"env": {**clean, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 240}
     done = subprocess.run(command, check=False, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     words = next(line for line in done.stdout.splitlines() if line.startswith("keys ")).split()
