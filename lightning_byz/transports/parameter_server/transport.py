@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -19,10 +20,11 @@ from lightning_byz.transports.parameter_server.protocol import fingerprint
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Payload, Round
 
+log = logging.getLogger("lightning_byz")
+
 KEYS_VARIABLE = "LIGHTNING_BYZ_KEYS"
 """Where the launcher tells the processes that it starts on this machine which keys it made for them."""
 
-_NEVER = 3600.0 * 24 * 365
 _REASON = 500
 
 
@@ -182,7 +184,10 @@ class ParameterServer(Transport):
         """Leaves; at rank 0, once all others have left."""
         if self._server is not None:
             self._server.close(reason, self.lost_after)
-            self._lost = {rank for rank, member in self._server.desk.members.items() if not member.left}
+            desk = self._server.desk
+            if desk.late or desk.rejected:
+                log.info(f"ParameterServer: late messages by rank {dict(desk.late)}, refused ones by reason {dict(desk.rejected)}.")
+            self._lost = {rank for rank, member in desk.members.items() if not member.left}
             self._server = None
         if self._client is not None:
             self._client.leave() if reason == "over" else self._client.close()
