@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import torchmetrics
 from harness import QUIET, Report, assert_close, assert_equal, averaging, fit, forked_ddp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from models import Plain, blobs, loader
+from models import GAN, Plain, blobs, loader
 from ranks import Ranks
 from zoo import ALGORITHMS, rows_for
 
@@ -124,12 +125,14 @@ class Dies(L.Callback):
         self._perhaps(trainer, "end of the epoch")
 
 
-def test_a_mean_is_ddps(tmp_path: Path) -> None:
-    with Ranks(tmp_path / "served", 3, job(3)) as ranks:
+@pytest.mark.parametrize("module", [Plain, functools.partial(Plain, norm=True), GAN], ids=["plain", "buffers", "two_optimizers"])
+def test_a_mean_is_what_collectives_compute(module: Any, tmp_path: Path) -> None:
+    """Weights, buffers and logged values; automatic and manual optimization."""
+    with Ranks(tmp_path / "served", 3, job(3, module=module)) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
     served = reports(tmp_path / "served", 0, 1, 2)
     torch.manual_seed(0)
-    gathered = fit(tmp_path / "gathered", Plain(), averaging(start_method="fork"), devices=3, data=loader())
+    gathered = fit(tmp_path / "gathered", module(), averaging(start_method="fork"), devices=3, data=loader())
     for report in served:
         assert_equal(report, served[0])
         assert_close(report, gathered[0])
