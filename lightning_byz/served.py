@@ -84,7 +84,7 @@ class ServedRun:
 
     def assemble(self) -> None:
         """At the start rank 0 waits for all others, for a while."""
-        missing = self.transport.assemble()
+        missing = self.transport.wait_for_all()
         if missing:
             log.warning(f"Ranks {missing} have not come in {self.transport.start_timeout:.0f} s. The run begins without them.")
 
@@ -153,7 +153,7 @@ class ServedRun:
 
     def barrier(self, name: str | None) -> None:
         """Waits for all that are alive."""
-        self.transport.everybody(f"barrier {name}", b"\1", 1)
+        self.transport.from_everybody(f"barrier {name}", b"\1", 1)
 
     def broadcast(self, obj: Any, src: int) -> Any:
         """The server's object. It travels as torch.save writes it and is read without running code: tensors, numbers, strings, containers."""
@@ -183,7 +183,7 @@ class ServedRun:
         """
         body = _described(tensor)
         most = self.transport.largest_message if not same_shape else len(body)
-        bodies = self.transport.everybody("gather tensors", body, most)
+        bodies = self.transport.from_everybody("gather tensors", body, most)
         tensors = [read for read in (_read(body, tensor, same_shape) for body in bodies.values()) if read is not None]
         return tensors or [tensor]
 
@@ -194,7 +194,7 @@ class ServedRun:
             decision: this rank's vote.
             everybody: whether one "no" is enough for "no"; else one "yes" for "yes". "One" is the server, or more than f workers.
         """
-        heard = self.transport.everybody("decision", b"\1" if decision else b"\2", 1)
+        heard = self.transport.from_everybody("decision", b"\1" if decision else b"\2", 1)
         strong = b"\2" if everybody else b"\1"
         resolved = getattr(self.strategy, "_resolved", None)
         f = 0 if resolved is None else resolved.aggregator.f or 0
@@ -234,7 +234,7 @@ class ServedRun:
         layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8)
         pack([tensor.cpu() for tensor in tensors], layout, sent)
-        bodies = self.transport.everybody("save", sent.numpy().tobytes(), len(sent), layout=fingerprint(layout), tell=False)
+        bodies = self.transport.from_everybody("save", sent.numpy().tobytes(), len(sent), layout=fingerprint(layout), tell=False)
         everybody: list[dict[int, Any]] = [{} for _ in local]
         states: dict[int, Any] = {}
         for other, body in bodies.items():

@@ -158,7 +158,7 @@ def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> N
         rank = int(os.environ["LOCAL_RANK"])
         transport = ParameterServer(keys=folder / "keys", start_timeout=60.0)
         transport.open(rank, 3, "127.0.0.1", int(os.environ["MASTER_PORT"]), 1000)
-        transport.assemble()
+        transport.wait_for_all()
         transport.connect(rank, 3, 3, torch.device("cpu"))
         made = {}
         for position, case in enumerate(ALGORITHMS):

@@ -163,7 +163,7 @@ class ParameterServer(Transport):
         self._catching_up = True
         return bytes(self._client.want())
 
-    def assemble(self) -> list[int]:
+    def wait_for_all(self) -> list[int]:
         """Rank 0 waits for the ranks to sign in, for a while: those that did not die before (in fit, when this is test). Who is missing."""
         if self._server is None:
             return []
@@ -264,7 +264,7 @@ class ParameterServer(Transport):
         """Bytes of the largest message that the server reads."""
         return self._limit
 
-    def everybody(
+    def from_everybody(
         self, name: str, body: bytes, most: int, awaited: Awaited | None = None, layout: int = 0, tell: bool = True
     ) -> dict[int, bytes]:
         """Bytes from every rank that is heard, for all of them.
@@ -351,7 +351,7 @@ class ParameterServer(Transport):
         else:
             size = self.workers_per_process * packed_size(layout)
             own = b"" if self.behind else self._packed(messages, layout)
-            bodies = self.everybody("gather", own, size, self._awaited, fingerprint(layout))
+            bodies = self.from_everybody("gather", own, size, self._awaited, fingerprint(layout))
         for rank, body in bodies.items():
             fits = len(body) == self.workers_per_process * packed_size(layout)
             for i, message in enumerate(self._unpacked(body, layout) if fits else []):
