@@ -34,7 +34,7 @@ from lightning_byz import IPM, NNM, Chain, ParameterServer, RobustSGD, SignFlip,
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 TRAININGS = 30
-EPOCHS, SAMPLES, BATCH, POINT = 12, 1200, 64, 0.01
+EPOCHS, SAMPLES, BATCH, POINT = 8, 1200, 64, 0.01
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
             torch.save(accuracy(module), folder / "accuracy.pt")
 
     with Ranks(folder, chaos.n, job) as ranks:
-        died = ranks.wait(sorted(chaos.deaths))
+        died = ranks.wait(sorted(chaos.deaths), 900)
         for rank in chaos.returns:
             ranks.start(rank)
-        codes = ranks.wait()
+        codes = ranks.wait(timeout=900)
         expected = {rank: -signal.SIGKILL if rank in chaos.deaths and rank not in chaos.returns else 0 for rank in range(chaos.n)}
         assert died == dict.fromkeys(sorted(chaos.deaths), -signal.SIGKILL) and codes == expected, f"{codes}\n{ranks.everything()}"
     return float(torch.load(folder / "accuracy.pt"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +90,9 @@ class Server:
         self._doorbell = self._context.socket(zmq.PULL)
         self._doorbell.bind("inproc://desk")
         self._bell = self._context.socket(zmq.PUSH)
+        self._bell.setsockopt(zmq.SNDHWM, 0)
         self._bell.connect("inproc://desk")
-        self._requests: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of the desk, and of what is open
         self._open: Future[Call] | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._serve, name="parameter-server", daemon=True)
@@ -101,11 +101,15 @@ class Server:
     # -- for the main thread ------------------------------------------------------------------------------------------
 
     def ask(self, action: Callable[[], Any]) -> Any:
-        """Runs an action on the desk in the server's thread, and returns its result."""
-        done: Future[Any] = Future()
-        self._requests.put((action, done))
-        self._bell.send(b"")
-        return self._result(done)
+        """Runs an action on the desk, while the server's thread keeps off, and has the answers sent that it gives rise to."""
+        if not self._thread.is_alive():
+            raise RuntimeError("The thread of ParameterServer has ended with the error above.")
+        with self._lock:
+            result = action()
+            ring = bool(self.desk.outbox) or self._open is not None
+        if ring:
+            self._bell.send(b"")
+        return result
 
     def collect(self, call: Call, own: bytes) -> Call:
         """Enters a collective and waits until it closes."""
@@ -116,11 +120,6 @@ class Server:
             self._open = done
 
         self.ask(enter)
-        closed: Call = self._result(done)
-        return closed
-
-    def _result(self, done: Future[Any]) -> Any:
-        """What the thread makes of a request, as long as it lives."""
         while not wait([done], timeout=1.0).done:
             if not self._thread.is_alive():
                 raise RuntimeError("The thread of ParameterServer has ended with the error above.")
@@ -157,23 +156,15 @@ class Server:
             ready = dict(poller.poll(int(1000 * _TICK)))
             if self._doorbell in ready:
                 self._doorbell.recv()
-                self._run_requests()
-            if self._router in ready:
-                self._read()
-            now = time.monotonic()
-            self._look_for_the_missing(now)
-            if self._open is not None and self.desk.is_done(now):
-                done, self._open = self._open, None
-                done.set_result(self.desk.close())
-            self._send()
-
-    def _run_requests(self) -> None:
-        while not self._requests.empty():
-            action, done = self._requests.get()
-            try:
-                done.set_result(action())
-            except Exception as error:
-                done.set_exception(error)
+            with self._lock:
+                if self._router in ready:
+                    self._read()
+                now = time.monotonic()
+                self._look_for_the_missing(now)
+                if self._open is not None and self.desk.is_done(now):
+                    done, self._open = self._open, None
+                    done.set_result(self.desk.close())
+                self._send()
 
     def _read(self) -> None:
         """What has arrived, up to a number of messages, so that nobody can keep the server from the rest of its work."""
