@@ -3,13 +3,14 @@
 # make lint    style, types, import layers
 # make check   lint and test
 # make docs    the documentation as a site, in build/site; a warning is an error
+# make chaos   thirty trainings on a parameter server whose workers are killed
 #
 # Needs Python 3.10 or newer with pip, nothing else: everything is installed into .venv on first use.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check docs clean
+.PHONY: demo test lint check docs chaos clean
 
 demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
@@ -26,6 +27,9 @@ check: lint test
 
 docs: .venv/dev-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+chaos: .venv/dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py
 
 clean:
 	rm -rf .venv

@@ -100,7 +100,7 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
-from lightning_byz.transports import AllGather, InProcess, Sharded
+from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
 
 __version__ = "0.1.0"
 
@@ -120,6 +120,7 @@ if TYPE_CHECKING:
         DigitsDataModule,
         FashionMNISTDataModule,
         LIBSVMDataModule,
+        Stragglers,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -129,6 +130,7 @@ else:
     DigitsDataModule = _glue[_home].DigitsDataModule
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
+    Stragglers = _glue[_home].Stragglers
 
 __all__ = [
     "ALIE",
@@ -199,6 +201,7 @@ __all__ = [
     "NotANumber",
     "OptimizedALIE",
     "OptimizedIPM",
+    "ParameterServer",
     "PerShard",
     "PerTensor",
     "Phocas",
@@ -216,6 +219,7 @@ __all__ = [
     "SignGuard",
     "SignSGDMajorityVote",
     "StaticClipping",
+    "Stragglers",
     "Stuck",
     "TernGrad",
     "TopK",
@@ -223,4 +227,5 @@ __all__ = [
     "WorkerSampler",
     "WrongScale",
     "Zero",
+    "make_keys",
 ]

@@ -113,7 +113,8 @@ class WorkerBuffers:
                 for now in map(self._now, range(self._workers))
             ]
             everybody = transport.gather(messages, layout)
-            speaking = [everybody[worker] for worker in present.nonzero().flatten().tolist()]
+            present_ones = (everybody[worker] for worker in present.nonzero().flatten().tolist())
+            speaking = [tensors for tensors in present_ones if tensors is not None]
             for position, i in enumerate(which):
                 start = self.start[i]
                 if not speaking:

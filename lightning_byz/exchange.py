@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
+from lightning_byz.compressors import Compressor
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Message, Received, Transport
+from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
 
 
@@ -87,8 +88,9 @@ class Exchange:
     Attributes:
         step: number of the next round.
         previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms that need the drift.
-        observers: called with every outcome.
+        observers: called with every outcome, where the server's half runs.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
+        arrivals: step -> ``Round.arrivals``, in a simulation that knows them beforehand; a worker whose message never comes is silent.
     """
 
     def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
@@ -103,12 +105,13 @@ class Exchange:
         self._last: Tensor | None = None  # the last estimate, for algorithms whose next one differs from it in few coordinates
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
+        self.arrivals: Callable[[int], Tensor | None] = lambda step: None
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
         first, last = self.transport.span(self.dim)
-        self.server = self.algorithm.init_server(like[first:last], self.transport.n)
+        self.server = self.algorithm.init_server(like[first:last], self.transport.n) if self.transport.serves else None
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
@@ -122,8 +125,19 @@ class Exchange:
         rushing[torch.tensor(sorted(self.liars(self.step)), dtype=torch.int64)] = True
         previous = self.previous if self.dim == len(x) else None
         drift = None if previous is None else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
-        round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing)
-        return round._replace(cohort=self.algorithm.cohort(round))
+        round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.arrivals(self.step))
+        round = round._replace(measured=self.transport.measured)
+        round = round._replace(cohort=self.algorithm.cohort(round))
+        self.transport.awaits(self._awaited(round))
+        return round
+
+    def _awaited(self, round: Round) -> Awaited:
+        """For whose messages a server waits."""
+        assert round.cohort is not None
+        cohort, rule = int(round.cohort.sum()), self.algorithm.rule(round)
+        f, need = rule.f or 0, min(cohort, self.algorithm.first(round.n))
+        enough = (m for m in range(1, need + 1) if min(f, rule.most_f(m)) >= (f - need + m if need - m <= f else f))
+        return Awaited(cohort - need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
@@ -141,12 +155,12 @@ class Exchange:
             self._start(x)
         round = self._agreed(self.next_round(x), trusted)
         assert round.cohort is not None
-        codec, rule = self.algorithm.codec(round), self.algorithm.rule(round)
+        codec = self.algorithm.codec(round)
 
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
             message = None
-            if bool(round.cohort[worker]) and _is_finite(contribution.grads):
+            if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads):
                 payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], round._replace(worker=worker))
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
@@ -157,7 +171,30 @@ class Exchange:
                 message = Message(_flags(False, contribution.used), empty)
             messages.append(message)
 
+        down = self.algorithm.downlink(round)
+        if self.transport.serves:
+            outcome = self._served(messages, codec, down, round, x)
+        else:
+            outcome = self._told(self.transport.submit(messages, codec, down, len(x), x.dtype, round), down, round, messages[0])
+        self.step += 1
+        if outcome.estimate is not None:
+            assert outcome.round.present is not None
+            present = outcome.round.present
+            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
+            if self.algorithm.needs_drift:
+                self.previous = x.clone()
+        for observer in self.observers if self.transport.serves else ():
+            observer(outcome)
+        return outcome
+
+    def _served(self, messages: Sequence[Message], codec: Compressor, down: Compressor, round: Round, x: Tensor) -> Outcome:
+        """The server's half."""
         received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
+        if round.measured:
+            round = round._replace(arrivals=self.transport.arrivals())
+            round = round._replace(cohort=self.algorithm.cohort(round))
+        assert round.cohort is not None
+        rule = self.algorithm.rule(round)
         flags = torch.stack([flags for flags, _ in received.messages]).cpu()
         spoke = (flags[:, 0] == 1) & round.cohort
         present = spoke & received.valid.cpu()
@@ -177,24 +214,36 @@ class Exchange:
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         outcome = Outcome(round, None, used, decode, decode, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
-        self.step += 1
+        answer: Payload | None = None
         try:
-            estimate, answer = self._answer(received, blank, decode, round)
+            estimate, answer = self._answer(received, blank, decode, down, round)
         except TooFewRowsError as error:
             outcome = outcome._replace(reason=str(error))
         else:
-            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
-            if self.algorithm.needs_drift:
-                self.previous = x.clone()
             server = self.server
             outcome = outcome._replace(
                 estimate=estimate,
                 look=lambda: self.algorithm.seen(decode(), server, round),
                 bytes_down=self.transport.bytes_down(messages[0], answer),
             )
-        for observer in self.observers:
-            observer(outcome)
+        assert round.cohort is not None
+        verdict = Verdict(round.cohort, present, used, answer, outcome.seconds, outcome.reason)
+        self.transport.publish(verdict, down, len(x), x.dtype)
         return outcome
+
+    def _told(self, verdict: Verdict, down: Compressor, round: Round, message: Message) -> Outcome:
+        """The outcome as a worker knows it that does not see the others' messages."""
+        dim = self.dim
+        assert dim is not None
+        round = round._replace(cohort=verdict.cohort, present=verdict.present)
+        rows = Rows(torch.zeros(round.n, 0))
+        outcome = Outcome(
+            round, None, verdict.used, lambda: rows, lambda: rows, self.algorithm.rule(round), message.nbytes, 0, verdict.seconds
+        )
+        if verdict.answer is None:
+            return outcome._replace(reason=verdict.reason)
+        down_bytes = self.transport.bytes_down(message, verdict.answer)
+        return outcome._replace(estimate=down.decode(verdict.answer, dim), bytes_down=down_bytes)
 
     def _agreed(self, round: Round, trusted: Tensor | None) -> Round:
         """The round with rank 0's drift and trusted gradient: every rank's decisions are to be the same."""
@@ -205,10 +254,12 @@ class Exchange:
             round = round._replace(trusted=trusted if bool(all_finite(trusted)) else None)
         return round
 
-    def _answer(self, received: Received, blank: Rows, decode: Callable[[], Rows], round: Round) -> tuple[Tensor, Payload]:
+    def _answer(
+        self, received: Received, blank: Rows, decode: Callable[[], Rows], down: Compressor, round: Round
+    ) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it; and the server's new state."""
         assert self.dim is not None and round.present is not None
-        codec, dtype = self.algorithm.downlink(round), blank.values.dtype
+        dtype = blank.values.dtype
         speaking = round.present.nonzero().flatten().tolist()
         answer = self.algorithm.tally([received.messages[worker].payload for worker in speaking], blank, round)
         if answer is None:
@@ -217,8 +268,8 @@ class Exchange:
                 whole, answer = self.transport.revise(estimate, self._last)
                 self._last = whole.clone()
                 return whole, answer
-            answer = codec.encode(estimate, round.shared("downlink", estimate.device))
-        whole, answer = self.transport.spread(answer, codec, self.dim, dtype)
+            answer = down.encode(estimate, round.shared("downlink", estimate.device))
+        whole, answer = self.transport.spread(answer, down, self.dim, dtype)
         if self.algorithm.changes_few:
             self._last = whole.clone()  # who writes into the estimate changes no state
         return whole, answer
@@ -255,7 +306,7 @@ class Exchange:
             alone: this rank is the only one that asks. Without the other ranks' shards there is no server state then.
         """
         server = None
-        if self.dim is not None and not (alone and self.transport.span(self.dim) != (0, self.dim)):
+        if self.dim is not None and self.server is not None and not (alone and self.transport.span(self.dim) != (0, self.dim)):
             columns = self._whole_server()
             server = {
                 name: self.transport.collect(value, self.dim) if columns[name][1] else value
@@ -289,24 +340,39 @@ class Exchange:
         if server["dim"] is None:
             return
         self._start(like.new_zeros(server["dim"]))
-        if (
-            server["server"] is None
-        ):  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
-            return
-        columns = self._whole_server()
-        _check_shapes({name: shape for name, (shape, _) in columns.items()}, server["server"], "server")
-        first, last = self.transport.span(server["dim"])
-        self.server = type(self.server)(
-            *(
-                (server["server"][name][..., first:last] if columns[name][1] else server["server"][name]).to(now)
-                for name, now in self.server._asdict().items()
+        whole = server["server"]
+        if whole is not None:
+            columns = self._whole_server()
+            _check_shapes({name: shape for name, (shape, _) in columns.items()}, whole, "server")
+        if self.transport.serves:
+            if whole is None:  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
+                return
+            first, last = self.transport.span(server["dim"])
+            self.server = type(self.server)(
+                *(
+                    (whole[name][..., first:last] if columns[name][1] else whole[name]).to(now)
+                    for name, now in self.server._asdict().items()
+                )
             )
-        )
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:
             if worker in workers:
                 self.workers[worker] = _restored(self.workers[worker], workers[worker], f"worker {worker}")
+            elif whole is not None:
+                fresh = self.algorithm.init_server(like.new_zeros(server["dim"]), self.transport.n)
+                known = type(fresh)(*(whole[name].to(now) for name, now in fresh._asdict().items()))
+                self.workers[worker] = self.algorithm.rejoined(like.new_zeros(server["dim"]), known, worker)
+
+    def rejoined(self, workers: Iterable[int], like: Tensor) -> dict[int, dict[str, Tensor]]:
+        """States for workers that have lost theirs, as plain containers of tensors; where the server's half runs."""
+        x = torch.zeros_like(like)
+        return {} if self.dim is None else {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
+
+
+def comes(round: Round, worker: int) -> bool:
+    """Whether this worker's message ever arrives, as far as the round knows."""
+    return round.arrivals is None or bool(round.arrivals[worker].isfinite())
 
 
 def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:

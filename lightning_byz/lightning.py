@@ -9,7 +9,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.callbacks import ByzantineWorkersCallback, StragglersCallback
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -28,6 +28,7 @@ __all__ = [
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "Stragglers",
 ]
 
 
@@ -40,6 +41,10 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
 
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):
     """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
+
+
+class Stragglers(StragglersCallback, Callback):
+    """Makes some workers late, or dead; see `lightning_byz.callbacks.StragglersCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.callbacks import ByzantineWorkersCallback, StragglersCallback
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -28,6 +28,7 @@ __all__ = [
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "Stragglers",
 ]
 
 
@@ -40,6 +41,10 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore
 
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc]
     """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
+
+
+class Stragglers(StragglersCallback, Callback):  # type: ignore[misc]
+    """Makes some workers late, or dead; see `lightning_byz.callbacks.StragglersCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]

@@ -57,6 +57,11 @@ def _number(value: Any) -> Tensor | None:
 _NOT_LOGGED = -1.7976931348623157e308
 """Stands for "this worker did not log it": the lowest float64, which no honest metric takes."""
 
+_LOG_ARGUMENTS = frozenset(
+    {"prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "add_dataloader_idx", "batch_size"}
+    | {"metric_attribute", "rank_zero_only", "sync_dist_group"}
+)
+
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": torch.mean,
     "avg": torch.mean,
@@ -132,6 +137,14 @@ class StepLogs:
             calls.append(Call(name, value.float(), {**kwargs, "batch_size": batch_size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The names that all ranks know, and how they are logged."""
+        return {name: _plain(self._kwargs[name]) for name in self._names if name in self._kwargs}
+
+    def load(self, state: dict[str, dict[str, Any]]) -> None:
+        """Restores what `state` gave, on every rank or on one that comes late."""
+        self._names, self._kwargs = sorted(state), {name: dict(kwargs) for name, kwargs in state.items()}
+
     def _gather(
         self,
         logs: Sequence[WorkerLog],
@@ -150,7 +163,8 @@ class StepLogs:
             numbers_on_device = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(()) for number in body]
             messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
         layout = [Field((3 + len(self._names),), torch.float64)]
-        table = torch.stack([row for (row,) in transport.gather(messages, layout)]).cpu()
+        unheard = torch.tensor([1.0, 0.0, torch.nan, *[_NOT_LOGGED] * len(self._names)], dtype=torch.float64)
+        table = torch.stack([unheard if row is None else row[0].cpu() for row in transport.gather(messages, layout)])
         if not bool((table[:, 0] == 1).all()):
             return None
         return table[:, 3:], table[:, 2], table[:, 1]
@@ -162,16 +176,34 @@ class StepLogs:
         ).encode()
         copies = transport.workers_per_process
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
-        sizes = [int(length) for (length,) in transport.gather([[size]] * copies, [Field((1,), torch.int64)])]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
-        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
-        everybody = transport.gather([[padded]] * copies, [Field((max(sizes),), torch.uint8)])
+        heard = transport.gather([[size]] * copies, [Field((1,), torch.int64)])
+        sizes = [0 if length is None else min(max(int(length[0]), 0), _LONGEST_TEXT) for length in heard]
+        longest = max(sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: len(text)] = torch.frombuffer(bytearray(text[:longest]), dtype=torch.uint8).to(device)
         names: set[str] = set()
-        for length, (data,) in zip(sizes, everybody, strict=True):
-            theirs: dict[str, dict[str, Any]] = json.loads(bytes(data[:length].cpu().tolist()))
+        for length, data in zip(sizes, transport.gather([[padded]] * copies, [Field((longest,), torch.uint8)]), strict=True):
+            theirs = {} if data is None else _understood(bytes(data[0][:length].cpu().tolist()))
             names.update(theirs)
             self._kwargs = {**theirs, **self._kwargs}
         return sorted(names)
+
+
+_LONGEST_TEXT = 1 << 20
+"""Bytes of names that are read from one worker."""
+
+
+def _understood(text: bytes) -> dict[str, dict[str, Any]]:
+    """What a worker says of the names that it logs; nothing, if it makes no sense."""
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(said, dict) or not all(
+        isinstance(kwargs, dict) and set(kwargs) <= _LOG_ARGUMENTS for kwargs in said.values()
+    ):
+        return {}
+    return said
 
 
 def _reduction(kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:

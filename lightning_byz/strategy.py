@@ -27,14 +27,15 @@ from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DSta
 from lightning_byz.batches import batch_size, split_batch
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
-from lightning_byz.exchange import Contribution, Exchange, Outcome
+from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
+from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, explain_downlink, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
-from lightning_byz.transports import AllGather, InProcess, Transport
+from lightning_byz.transports import AllGather, InProcess, ParameterServer, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
 
@@ -147,6 +148,7 @@ class RobustStrategy(_Base):
         self._timeout = timeout
         self._start_method = start_method
 
+        self._served = ServedRun(self, transport) if isinstance(transport, ParameterServer) else None
         self._roll_call: RollCall | None = None
         self._saved_alone = False
         self.exchanges: list[Exchange] = []
@@ -156,6 +158,8 @@ class RobustStrategy(_Base):
         """(worker, step, batch) -> batch; installed by callbacks that simulate faults."""
         self.liars: list[Callable[[int], Sequence[int]]] = []
         """step -> the workers that lie in it; installed by callbacks that simulate faults."""
+        self.delays: list[Callable[[int], Tensor]] = []
+        """step -> ``[n]`` the seconds by which each worker is late in it, inf for ever; installed by callbacks that simulate faults."""
         self._forget()
 
     def _forget(self) -> None:
@@ -235,6 +239,13 @@ class RobustStrategy(_Base):
         assert self.cluster_environment is not None
         if self._world == 1:
             self._launcher = None  # one process needs none, and so works in a notebook
+        elif self._served is not None:
+            if self._start_method != "popen":
+                raise UnsupportedSetupError(
+                    f"On a parameter server processes start with popen, so that each may die alone. Found start_method={self._start_method!r}. "
+                    "Leave it out."
+                )
+            self._launcher = surviving_launcher(self._launchers._SubprocessScriptLauncher, self._served)
         elif self._start_method == "popen":
             self._launcher = self._launchers._SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
         else:
@@ -249,6 +260,9 @@ class RobustStrategy(_Base):
         self.set_world_ranks()
         environment = self.cluster_environment
         assert environment is not None
+        if self._served is not None:
+            self._served.assemble()
+            return
         if self._process_group_backend is None:
             self._process_group_backend = "nccl" if self.root_device.type == "cuda" else "gloo"
         if dist.is_initialized():
@@ -273,6 +287,8 @@ class RobustStrategy(_Base):
 
     def teardown(self) -> None:
         vars(self.precision_plugin).pop("clip_gradients", None)
+        if self._served is not None:
+            self._served.leave(self._interrupted())
         super().teardown()
 
     # -- set-up -------------------------------------------------------------------------------------------------------
@@ -297,13 +313,17 @@ class RobustStrategy(_Base):
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
             exchange.liars = self.liars_at
+            exchange.arrivals = self.arrivals_at
         self.data_attacks.clear()
         self.liars.clear()
+        self.delays.clear()
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
         if self.n > 1:
             self._exchange_before_clipping()
+        if self._served is not None:
+            self._served.adopt_metrics(self.lightning_module)
 
     def _shares(self) -> Tensor | None:
         """Every worker's share of the data, ``[n]``. Raises unless the rule can weigh them."""
@@ -327,6 +347,9 @@ class RobustStrategy(_Base):
     def _share_model(self) -> None:
         """Rank 0's parameters and buffers for everybody."""
         assert self.lightning_module is not None
+        if self._served is not None:
+            self._served.share_model(self.lightning_module)
+            return
         for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
             shared = tensor.detach().clone(memory_format=torch.contiguous_format)
             dist.broadcast(shared, src=0)
@@ -355,6 +378,28 @@ class RobustStrategy(_Base):
         """The workers that are known to lie in a step, in a simulation."""
         return {worker for liars in self.liars for worker in liars(step)}
 
+    def arrivals_at(self, step: int) -> Tensor | None:
+        """``[n]`` the seconds after which the workers' messages arrive in a step, in a simulation; liars are the first."""
+        if not self.delays:
+            return None
+        arrivals = torch.stack([delay(step) for delay in self.delays]).sum(0)
+        return arrivals.index_fill_(0, torch.tensor(sorted(self.liars_at(step)), dtype=torch.int64), 0.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self._served is not None:
+            self._served.begin_batch(batch_idx)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._served is not None:
+            self._served.validated += batch_size(args[0]) or 1
+        return super().validation_step(*args, **kwargs)
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._served is not None:
+            self._served.say_how_many_were_validated()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Every local worker's training step, on its part of the batch; what they log is reduced and logged once."""
         if self.n == 1 or not self.exchanges:
@@ -378,7 +423,9 @@ class RobustStrategy(_Base):
         if module.automatic_optimization:
             round = self._next_round(self._layout(0))
             assert round.cohort is not None
-            cohort = round.cohort
+            cohort = round.cohort & torch.tensor([comes(round, worker) for worker in range(self.n)])
+            if self._served is not None and self._served.is_behind:
+                parts = [None] * len(parts)  # its round is closed: the result is applied, and nothing computed
             parts = [self._attacked(w, step, part) if cohort[w] else None for w, part in zip(workers, parts, strict=True)]
             self._run_quiet_passes(round, parts, rest, kwargs)
         else:
@@ -696,6 +743,8 @@ class RobustStrategy(_Base):
 
     def _alone(self) -> bool:
         """Whether this rank may not enter a collective: there is no other rank, or they cannot be expected to follow."""
+        if self._served is not None:
+            return self._served.is_alone or self._interrupted()
         return self._world == 1 or not dist.is_initialized() or self._interrupted()
 
     def barrier(self, name: str | None = None) -> None:
@@ -703,6 +752,9 @@ class RobustStrategy(_Base):
             return
         if name == "Trainer.save_checkpoint" and self._saved_alone:
             self._saved_alone = False
+            return
+        if self._served is not None:
+            self._served.barrier(name)
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
@@ -713,6 +765,8 @@ class RobustStrategy(_Base):
         """An object of rank ``src``, which is one of the run's own processes, for everybody."""
         if self._alone():
             return obj
+        if self._served is not None:
+            return self._served.broadcast(obj, src)
         objects = [obj]
         dist.broadcast_object_list(objects, src)
         return objects[0]
@@ -724,9 +778,13 @@ class RobustStrategy(_Base):
         name = str(getattr(reduce_op, "name", reduce_op)).lower().removeprefix("redoptype.").rpartition(".")[2]
         if name not in ("mean", "avg", "sum", "max", "min", "product"):
             raise ValueError(f"`reduce_op` should be one of mean, sum, max, min, product. Found {reduce_op!r}.")
-        ranks = dist.get_world_size(group)
-        received = [torch.empty_like(tensor) for _ in range(ranks)]
-        dist.all_gather(received, tensor.contiguous(), group=group)
+        if self._served is not None:
+            received = self._served.gather(tensor)
+            ranks = len(received)
+        else:
+            ranks = dist.get_world_size(group)
+            received = [torch.empty_like(tensor) for _ in range(ranks)]
+            dist.all_gather(received, tensor.contiguous(), group=group)
         values = torch.stack(received)
         finite = torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
         if not bool(finite.all()):
@@ -741,34 +799,59 @@ class RobustStrategy(_Base):
         return torch.where(count > 0, result, values[0]).to(tensor.dtype)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision if self._alone() else super().reduce_boolean_decision(decision, all=all)
+        if self._alone():
+            return decision
+        if self._served is not None:
+            return self._served.decide(decision, all)
+        return super().reduce_boolean_decision(decision, all=all)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The ranks' tensors, stacked; on a parameter server those of the ranks that are heard."""
+        if self._served is None:
+            return super().all_gather(tensor, group, sync_grads)
+        if sync_grads:
+            raise UnsupportedSetupError("all_gather(sync_grads=True) would let gradients pass by the rule. Use sync_grads=False.")
+        return tensor[None] if self._alone() else torch.stack(self._served.gather(tensor))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
+        if self._served is not None and self._served.takes_snapshot(checkpoint):
+            return
         self._saved_alone = not self._all_save(checkpoint, filepath)
         if self.exchanges and "optimizer_states" in checkpoint:
             local = [exchange.worker_states() for exchange in self.exchanges]
             workers, states = self._collected(local)
-            checkpoint[CHECKPOINT_KEY] = {
-                "version": 1,
-                "n": self.n,
-                "workers_per_process": self.workers_per_process,
-                "algorithm": repr(self._resolved),
-                "server": [exchange.server_state(self._alone() or self._saved_alone) for exchange in self.exchanges],
-                "workers": workers,
-                "rng": states,
-                "micro_step": self._micro_step,
-                "skipped_in_a_row": self._skipped_in_a_row,
-                "silences": dict(self.silences),
-            }
+            server = [exchange.server_state(self._alone() or self._saved_alone) for exchange in self.exchanges]
+            checkpoint[CHECKPOINT_KEY] = self.run_state(server, workers, states)
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def run_state(self, server: list[dict[str, Any]], workers: list[dict[int, Any]], states: dict[int, Any]) -> dict[str, Any]:
+        """What this strategy adds to a checkpoint: the server's state and the workers', by optimizer, and the ranks' random states."""
+        return {
+            "version": 1,
+            "n": self.n,
+            "workers_per_process": self.workers_per_process,
+            "algorithm": repr(self._resolved),
+            "server": server,
+            "workers": workers,
+            "rng": states,
+            "micro_step": self._micro_step,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "silences": dict(self.silences),
+            "logged": self._step_logs.state(),
+        }
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._served is not None and checkpoint_path == self._served.snapshot_path:
+            return self._served.snapshot()
+        return dict(super().load_checkpoint(checkpoint_path, *args, **kwargs))
 
     def _all_save(self, checkpoint: Mapping[str, Any], filepath: Any) -> bool:
         """Whether all ranks are here to save this checkpoint, so that they may enter collectives."""
         if self._alone() or self._roll_call is None:
-            return not self._interrupted()
+            return self._served is not None or not self._interrupted()
         here = self._roll_call.everybody(f"save {checkpoint.get('global_step')} {filepath}", self.roll_call_patience)
         if not here:
             warnings.warn(
@@ -783,6 +866,8 @@ class RobustStrategy(_Base):
         random_states = rng.snapshot(self.root_device)
         if self._alone() or self._saved_alone:
             return local, {self.global_rank: random_states}
+        if self._served is not None:
+            return self._served.collect_states(local, random_states)
         keys = [(i, w, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
         tensors = [*random_states, *(local[i][w][name] for i, w, name in keys)]
         layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
@@ -839,6 +924,7 @@ class RobustStrategy(_Base):
         self._micro_step = saved["micro_step"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]
         self.silences = dict(saved["silences"])
+        self._step_logs.load(saved.get("logged", {}))
         if self.global_rank in saved["rng"]:
             rng.restore(self.root_device, saved["rng"][self.global_rank])
 

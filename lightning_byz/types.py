@@ -51,6 +51,8 @@ class Round(NamedTuple):
             estimate, for algorithms that declare ``needs_drift``. None if no round has given one yet.
         cohort: ``[n]`` bool, the workers that take part in this round, or None for all.
         rushing: ``[n]`` bool, the workers that answer at once, in a simulation: the worst case for whoever waits for the first k.
+        arrivals: ``[n]`` float64, the seconds after which each worker's message arrives, inf for never; None where it is not known.
+        measured: whether arrivals are measured, and so not known before the round has closed.
         present: ``[n]`` bool, the workers whose message counts this round, or None for all.
         trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``uses_trusted``; None if there is none.
     """
@@ -62,6 +64,8 @@ class Round(NamedTuple):
     drift: Tensor | None = None
     cohort: Tensor | None = None
     rushing: Tensor | None = None
+    arrivals: Tensor | None = None
+    measured: bool = False
     present: Tensor | None = None
     trusted: Tensor | None = None
 

@@ -336,8 +336,8 @@ BUGS = [
     Bug(
         "dSTAR waits for the last k",
         "algorithms/dstar.py",
-        "self.delays(round).sort(stable=True)",
-        "(-self.delays(round)).sort(stable=True)",
+        "self.arrivals(round).sort(stable=True)",
+        "(-self.arrivals(round)).sort(stable=True)",
         "papers",
     ),
     Bug("liars are as slow as the others", "algorithms/dstar.py", "seconds.masked_fill(round.rushing, 0.0)", "seconds", "papers"),
@@ -812,6 +812,51 @@ BUGS = [
         "return estimate",
         "sharded",
     ),
+    # stragglers, and the parameter server
+    Bug(
+        "first k by the algorithm's own clock",
+        "algorithms/dstar.py",
+        "self.delays(round) if round.arrivals is None else round.arrivals",
+        "self.delays(round)",
+        "stragglers",
+    ),
+    Bug("the dead speak", "exchange.py", "and comes(round, worker) and", "and", "stragglers"),
+    Bug(
+        "a key speaks for any rank",
+        "transports/parameter_server/desk.py",
+        "head.rank != owner:",
+        "False:",
+        "parameter_server_faults",
+    ),
+    Bug(
+        "messages of another dtype are taken",
+        "transports/parameter_server/desk.py",
+        "waiting.layout == call.layout and least",
+        "least",
+        "parameter_server_faults",
+    ),
+    Bug(
+        "the dead are waited for",
+        "transports/parameter_server/desk.py",
+        "member.active and member.route is not None and (",
+        "member.active and (",
+        "parameter_server_faults",
+    ),
+    Bug(
+        "a round closes by ranks instead of workers",
+        "transports/parameter_server/desk.py",
+        "return sum(self.asked[rank] for rank in self.bodies)",
+        "return 3 * len(self.bodies)",
+        "parameter_server",
+    ),
+    Bug(
+        "who comes back has lost its mirror",
+        "algorithms/byz_ef21_sgdm.py",
+        "._replace(g=server.g[worker].clone())",
+        "",
+        "parameter_server",
+    ),
+    Bug("who is behind computes", "strategy.py", "parts = [None] * len(parts)", "pass", "parameter_server"),
 ]
 
 

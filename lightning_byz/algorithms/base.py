@@ -106,6 +106,10 @@ class Algorithm(ABC):
         """``[n]`` bool: the workers that take part in this round; all of them by default."""
         return torch.ones(round.n, dtype=torch.bool)
 
+    def first(self, n: int) -> int:
+        """How many of n workers' messages a server waits for; all of them by default."""
+        return n
+
     def full_gradient(self, round: Round) -> bool:
         """Whether workers send the gradient over all their data in this round, instead of a minibatch's."""
         return False
@@ -124,8 +128,11 @@ class Algorithm(ABC):
         return Identity()
 
     def seconds(self, round: Round) -> float:
-        """How long the server waits for messages in this round, by a simulated clock."""
-        return 0.0
+        """How long the server waits for messages in this round: until the last one of the cohort that ever comes."""
+        if round.arrivals is None:
+            return 0.0
+        awaited = round.arrivals[self.cohort(round)]
+        return float(awaited[awaited.isfinite()].max(dim=0).values) if bool(awaited.isfinite().any()) else 0.0
 
     # -- the two halves -----------------------------------------------------------------------------------------------
 
@@ -136,6 +143,10 @@ class Algorithm(ABC):
     @abstractmethod
     def worker(self, grads: Gradients, state: Any, round: Round) -> tuple[Payload, Any]:
         """The payload that this worker sends, and its new state."""
+
+    def rejoined(self, x: Tensor, server: Any, worker: int) -> Any:
+        """The state of a worker that has lost its own, given the server's: the two halves have to fit together again."""
+        return self.init_worker(x)
 
     @abstractmethod
     def init_server(self, x: Tensor, n: int) -> Any:

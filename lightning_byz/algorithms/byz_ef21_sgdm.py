@@ -89,6 +89,9 @@ class ByzEF21SGDM(Algorithm):
     def init_worker(self, x: Tensor) -> WorkerState:
         return WorkerState(torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), dtype=torch.int64))
 
+    def rejoined(self, x: Tensor, server: ServerState, worker: int) -> WorkerState:
+        return self.init_worker(x)._replace(g=server.g[worker].clone())  # what it sends is a difference to the server's mirror
+
     def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
         v = torch.lerp(state.v, grads.current, self.eta) if state.rounds else grads.current.clone()
         c = self.compressor.encode(v - state.g, round.private("compressor", v.device))

@@ -118,7 +118,7 @@ class DStar(Algorithm):
     `DeviationFilter`), and every default here.
 
     Late messages never enter: who is among the first k is decided by arrival times before any content is looked at. Times are
-    simulated (``delays``), in-process and across ranks alike, and late workers do no work. A message that is not finite has arrived
+    simulated (``delays``, or in their place a `Stragglers` callback's), in-process and across ranks alike, and late workers do no work. A message that is not finite has arrived
     and counts as silence. Byzantine workers of a simulation arrive first, which is the worst case; k > 2f is needed for it.
 
     Args:
@@ -174,12 +174,21 @@ class DStar(Algorithm):
     def codec(self, round: Round) -> Compressor:
         return self.compressor
 
+    def arrivals(self, round: Round) -> Tensor:
+        """``[n]`` float64: the seconds after which each worker's message arrives: the round's own if it knows, else ``delays``."""
+        return self.delays(round) if round.arrivals is None else round.arrivals
+
+    def first(self, n: int) -> int:
+        return self.count(n)
+
     def cohort(self, round: Round) -> Tensor:
-        first = self.delays(round).sort(stable=True).indices[: self.count(round.n)]
+        if round.measured and round.arrivals is None:  # who is first will be known when they have come
+            return torch.ones(round.n, dtype=torch.bool)
+        first = self.arrivals(round).sort(stable=True).indices[: self.count(round.n)]
         return torch.zeros(round.n, dtype=torch.bool).index_fill_(0, first, True)
 
     def seconds(self, round: Round) -> float:
-        return float(self.delays(round).sort().values[self.count(round.n) - 1])
+        return super().seconds(round if round.measured else round._replace(arrivals=self.arrivals(round)))
 
     def rule(self, round: Round) -> Aggregator:
         rule = self.aggregator

@@ -1,9 +1,25 @@
 """Transports: how the messages of a round get from the workers to the rule."""
 
 from lightning_byz.transports.all_gather import AllGather
-from lightning_byz.transports.base import Message, Received, Transport
+from lightning_byz.transports.base import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.transports.byzantine import ByzantineTransport
 from lightning_byz.transports.in_process import InProcess
+from lightning_byz.transports.parameter_server import LeftBehindError, ParameterServer, RunIsOverError, ServerLostError, make_keys
 from lightning_byz.transports.sharded import Sharded
 
-__all__ = ["AllGather", "ByzantineTransport", "InProcess", "Message", "Received", "Sharded", "Transport"]
+__all__ = [
+    "AllGather",
+    "Awaited",
+    "ByzantineTransport",
+    "InProcess",
+    "LeftBehindError",
+    "Message",
+    "ParameterServer",
+    "Received",
+    "RunIsOverError",
+    "ServerLostError",
+    "Sharded",
+    "Transport",
+    "Verdict",
+    "make_keys",
+]

@@ -44,6 +44,40 @@ class Received(NamedTuple):
     valid: Tensor
 
 
+class Awaited(NamedTuple):
+    """For whose messages a server waits in a round.
+
+    Attributes:
+        spare: how many messages of the round's cohort it does not wait for: all but the first k.
+        least: so few are enough at the deadline.
+        full: whether workers compute gradients over all of their data first.
+    """
+
+    spare: int
+    least: int
+    full: bool
+
+
+class Verdict(NamedTuple):
+    """What a server makes of a round, for workers that do not see each other's messages.
+
+    Attributes:
+        cohort: ``[n]`` bool, the workers that took part.
+        present: ``[n]`` bool, the workers whose message counted.
+        used: ``[P]`` bool, as in the round's outcome.
+        answer: the estimate, in the downlink's wire format; None if the step is to be skipped.
+        seconds: how long the server waited.
+        reason: why there is no estimate; empty otherwise.
+    """
+
+    cohort: Tensor
+    present: Tensor
+    used: Tensor
+    answer: Payload | None
+    seconds: float
+    reason: str
+
+
 class Transport(ABC):
     """Moves the messages of a round from all workers to wherever they are aggregated.
 
@@ -54,6 +88,8 @@ class Transport(ABC):
     rank: int = 0
     world_size: int = 1
     workers_per_process: int = 1
+    measured: bool = False
+    """Whether messages arrive one by one: a round closes when the first k have come, and goes on without the dead."""
 
     def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
         """Called once the processes know each other, before the first round."""
@@ -73,9 +109,14 @@ class Transport(ABC):
         """The columns first .. last - 1 of vectors ``[dim]`` that this rank aggregates; all of them, or its shard."""
         return 0, dim
 
+    @property
+    def serves(self) -> bool:
+        """Whether this process has all messages, and runs the server's half of the algorithm."""
+        return True
+
     @abstractmethod
-    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
-        """One tuple of tensors of this layout from every local worker, to those of all n workers, in order."""
+    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
+        """One tuple of tensors of this layout from every local worker, to those of all n workers, in order; None for one not heard."""
 
     @abstractmethod
     def agree(self, tensor: Tensor) -> Tensor:
@@ -101,7 +142,7 @@ class Transport(ABC):
         """The whole messages of all n workers, in order, given those of the local ones."""
         layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
         gathered = self.gather([(message.flags, *message.payload) for message in messages], layout)
-        return [Message(flags, tuple(payload)) for flags, *payload in gathered]
+        return [Message(heard[0], tuple(heard[1:])) for heard in gathered if heard is not None]
 
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
         """What this rank aggregates of whole messages that every rank has."""
@@ -135,3 +176,21 @@ class Transport(ABC):
     def collect(self, columns: Tensor, dim: int) -> Tensor:
         """The same at rank 0 only, for checkpoints; elsewhere this rank's columns."""
         return columns
+
+    # -- for transports with a server -----------------------------------------------------------------------------------
+
+    def awaits(self, awaited: Awaited) -> None:  # noqa: B027  # a collective waits for all
+        """Told before workers compute: for whom the coming round will wait."""
+
+    def arrivals(self) -> Tensor | None:
+        """``[n]`` float64, the seconds after which the messages of the last round came, inf for those that did not; None if not `measured`."""
+        return None
+
+    def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:  # noqa: B027  # all know it themselves
+        """Tells the others what came of the round, in a process that serves. ``down``: the format of the answer."""
+
+    def submit(
+        self, messages: Sequence[Message], codec: Compressor, down: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> Verdict:
+        """The local workers' messages to the server, and what came of the round, in a process that does not serve."""
+        raise NotImplementedError

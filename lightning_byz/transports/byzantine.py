@@ -16,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.rows import Rows
-from lightning_byz.transports.base import Message, Received, Transport
+from lightning_byz.transports.base import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round, keyed_generator
 
 
@@ -57,11 +57,33 @@ class ByzantineTransport(Transport):
         self.memory: dict[str, Tensor] = {}
         self._dim: int | None = None
 
+    @property
+    def serves(self) -> bool:
+        return self.inner.serves
+
+    @property
+    def measured(self) -> bool:  # type: ignore[override]
+        return self.inner.measured
+
     def span(self, dim: int) -> tuple[int, int]:
         return self.inner.span(dim)
 
-    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
+    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         return self.inner.gather(messages, layout)
+
+    def awaits(self, awaited: Awaited) -> None:
+        self.inner.awaits(awaited)
+
+    def arrivals(self) -> Tensor | None:
+        return self.inner.arrivals()
+
+    def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:
+        self.inner.publish(verdict, down, dim, dtype)
+
+    def submit(
+        self, messages: Sequence[Message], codec: Compressor, down: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> Verdict:
+        return self.inner.submit(messages, codec, down, dim, dtype, round)
 
     def agree(self, tensor: Tensor) -> Tensor:
         return self.inner.agree(tensor)

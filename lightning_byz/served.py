@@ -1,0 +1,311 @@
+"""A run on a parameter server: what Lightning's collectives, checkpoints and launcher become when workers may die and come back."""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import io
+import logging
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_byz.compressors import Field
+from lightning_byz.setup_checks import UnsupportedSetupError
+from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError
+from lightning_byz.transports.parameter_server.protocol import fingerprint
+from lightning_byz.transports.wire import pack, packed_size, unpack
+
+log = logging.getLogger("lightning_byz")
+
+_POSITION = "lightning_byz_position"
+_DTYPES = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.bool, torch.complex64, torch.complex128),
+)
+
+
+class ServedRun:
+    """The part of the strategy that differs when a `ParameterServer` connects the processes, and torch.distributed does not.
+
+    Args:
+        strategy: the RobustStrategy.
+        transport: its transport.
+
+    Attributes:
+        validated: samples that this process has validated since the last time it was told.
+        snapshot_path: where a snapshot of the server lies that this process is to start from; None if there is none.
+    """
+
+    def __init__(self, strategy: Any, transport: ParameterServer) -> None:
+        self.strategy, self.transport = strategy, transport
+        self.validated = 0
+        self.snapshot_path: str | None = None
+        self._for_ranks: list[int] = []
+        self._metrics: list[tuple[Any, Any, Any]] = []
+
+    # -- the beginning and the end --------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connects to the others. If the run has begun without this process, it gets a snapshot."""
+        self.strategy.set_world_ranks()
+        environment, module = self.strategy.cluster_environment, self.strategy.lightning_module
+        tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+        nbytes = sum(0 if nn.parameter.is_lazy(tensor) else tensor.nbytes for tensor in tensors)
+        host, port, rank = environment.main_address, environment.main_port, environment.global_rank()
+        self._keep(self.transport.open(rank, self.strategy._world, host, port, nbytes))
+
+    def rejoin(self) -> None:
+        """Gets a snapshot in place of what this process has missed."""
+        self._keep(self.transport.rejoin())
+
+    def _keep(self, snapshot: bytes | None) -> None:
+        self.snapshot_path = None
+        if snapshot is not None:
+            handle, self.snapshot_path = tempfile.mkstemp(prefix="lightning_byz_", suffix=".ckpt")
+            with os.fdopen(handle, "wb") as file:
+                file.write(snapshot)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The snapshot to start from; it tells at which batch it was made."""
+        assert self.snapshot_path is not None
+        path, self.snapshot_path = self.snapshot_path, None
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        os.unlink(path)
+        self.transport.position = checkpoint.pop(_POSITION) - 1
+        return checkpoint
+
+    def assemble(self) -> None:
+        """At the start rank 0 waits for all others, for a while."""
+        missing = self.transport.wait_for_all()
+        if missing:
+            log.warning(f"Ranks {missing} have not come in {self.transport.start_timeout:.0f} s. The run begins without them.")
+
+    def leave(self, interrupted: bool) -> None:
+        """This entry point of the program has ended for this process."""
+        for metric, available, sync in reversed(self._metrics):
+            metric.distributed_available_fn, metric.dist_sync_fn = available, sync
+        self._metrics = []
+        self.transport.shut("The server has stopped with an error." if interrupted else "over")
+
+    def share_model(self, module: nn.Module) -> None:
+        """Rank 0's parameters and buffers for everybody; a process that comes back has them from its snapshot."""
+        if self.transport.catching_up:
+            return
+        tensors = [*module.parameters(), *module.buffers()]
+        layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        buffer = torch.zeros(packed_size(layout), dtype=torch.uint8)
+        pack([tensor.detach().cpu() for tensor in tensors], layout, buffer)
+        received = self.transport.from_server("model", buffer.numpy().tobytes())
+        if len(received) != len(buffer):
+            raise ValueError(
+                f"All ranks should have the same model. Found {len(received)} bytes of parameters and buffers at rank 0, and {len(buffer)} "
+                f"at rank {self.transport.rank}. Build it alike on all hosts."
+            )
+        for tensor, shared in zip(tensors, unpack(torch.frombuffer(bytearray(received), dtype=torch.uint8), layout), strict=True):
+            if not torch.equal(shared, tensor.cpu()):
+                tensor.copy_(shared)
+
+    # -- where the run is -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether this process takes part in no collective now."""
+        return not self.transport.is_open or self.transport.catching_up
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether this batch's round is known to be closed."""
+        return self.transport.behind
+
+    def begin_batch(self, batch_idx: int) -> None:
+        """A batch begins. Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
+        self.transport.at(self.transport.position + 1)
+        trainer = self.strategy.lightning_module.trainer
+        self._for_ranks = self.transport.wanting() if batch_idx % trainer.accumulate_grad_batches == 0 else []
+        if self._for_ranks:
+            trainer.save_checkpoint(f"snapshot for ranks {self._for_ranks}")
+
+    def takes_snapshot(self, checkpoint: dict[str, Any]) -> bool:
+        """Sends this checkpoint to those that want a snapshot; False if it is not meant for them, but for a file."""
+        if not self._for_ranks:
+            return False
+        strategy, ranks, share = self.strategy, self._for_ranks, self.transport.workers_per_process
+        workers = [worker for rank in ranks for worker in range(rank * share, (rank + 1) * share)]
+        states = [exchange.rejoined(workers, strategy._layout(i).like()) for i, exchange in enumerate(strategy.exchanges)]
+        server = [{**exchange.server_state(), "server": None} for exchange in strategy.exchanges]
+        kept = {name: value for name, value in checkpoint.items() if "hyper_parameters" not in name and "hparams" not in name}
+        buffer = io.BytesIO()
+        torch.save({**kept, "lightning_byz": strategy.run_state(server, states, {}), _POSITION: self.transport.position}, buffer)
+        self.transport.send_snapshot(ranks, buffer.getvalue())
+        log.warning(f"ParameterServer: ranks {ranks} join at step {strategy.exchanges[0].step}, from a snapshot.")
+        self._for_ranks, strategy._saved_alone = [], True
+        return True
+
+    # -- collectives ----------------------------------------------------------------------------------------------------
+
+    def barrier(self, name: str | None) -> None:
+        """Waits for all that are alive."""
+        self.transport.from_everybody(f"barrier {name}", b"\1", 1)
+
+    def broadcast(self, obj: Any, src: int) -> Any:
+        """The server's object. It travels as torch.save writes it and is read without running code: tensors, numbers, strings, containers."""
+        if src != 0:
+            raise UnsupportedSetupError(f"On a parameter server only rank 0 broadcasts. Found src={src}. Use src=0.")
+        if self.transport.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(obj, buffer)
+            try:
+                torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise UnsupportedSetupError(
+                    "A parameter server broadcasts tensors, numbers, strings and containers of these, so that nobody has to run what it is sent. "
+                    f"Found {type(obj).__name__}."
+                ) from error
+            self.transport.from_server("broadcast", buffer.getvalue())
+            return obj
+        received = self.transport.from_server("broadcast", b"")
+        return torch.load(io.BytesIO(received), weights_only=True) if received else obj
+
+    def gather(self, tensor: Tensor, same_shape: bool = True) -> list[Tensor]:
+        """The tensors of all ranks that are heard, this one's among them or not.
+
+        Args:
+            tensor: this rank's.
+            same_shape: whether the others' have to have its shape.
+        """
+        body = _described(tensor)
+        most = self.transport.largest_message if not same_shape else len(body)
+        bodies = self.transport.from_everybody("gather tensors", body, most)
+        tensors = [read for read in (_read(body, tensor, same_shape) for body in bodies.values()) if read is not None]
+        return tensors or [tensor]
+
+    def decide(self, decision: bool, everybody: bool) -> bool:
+        """A decision that up to f workers cannot force: the server's own, overruled by more than f votes of workers.
+
+        Args:
+            decision: this rank's vote.
+            everybody: whether one "no" is enough for "no"; else one "yes" for "yes". "One" is the server, or more than f workers.
+        """
+        heard = self.transport.from_everybody("decision", b"\1" if decision else b"\2", 1)
+        strong = b"\2" if everybody else b"\1"
+        resolved = getattr(self.strategy, "_resolved", None)
+        f = 0 if resolved is None else resolved.aggregator.f or 0
+        votes = sum(vote == strong for vote in heard.values()) * self.transport.workers_per_process
+        return everybody != (heard.get(0) == strong or votes > f)
+
+    def adopt_metrics(self, module: nn.Module) -> None:
+        """Metrics of torchmetrics sync through the server, where they would find no process group and report this rank's part alone."""
+        metrics: list[Any] = list(module.modules())
+        for metric in metrics:
+            if hasattr(metric, "distributed_available_fn") and hasattr(metric, "dist_sync_fn"):
+                self._metrics.append((metric, metric.distributed_available_fn, metric.dist_sync_fn))
+                metric.distributed_available_fn = lambda: not self.is_alone
+                metric.dist_sync_fn = lambda tensor, group=None: self.gather(tensor, same_shape=False)
+
+    def say_how_many_were_validated(self) -> None:
+        """Validation has ended: says how many samples it covered, which are fewer when workers are dead."""
+        trainer = self.strategy.lightning_module.trainer
+        mine, self.validated = self.validated, 0
+        if trainer.sanity_checking or self.is_alone:
+            return
+        total = int(torch.stack(self.gather(torch.tensor(mine, dtype=torch.int64))).sum())
+        if self.transport.rank == 0:
+            log.info(f"Validation covered {total} samples.")
+            for logger in trainer.loggers:
+                logger.log_metrics({"validated_samples": float(total)}, step=trainer.global_step)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def collect_states(
+        self, local: list[dict[int, dict[str, Tensor]]], random_states: tuple[Tensor, ...]
+    ) -> tuple[list[dict[int, Any]], dict[int, Any]]:
+        """At rank 0 the workers' states, by optimizer, and random states of all ranks that are heard; elsewhere this rank's."""
+        rank, share = self.transport.rank, self.transport.workers_per_process
+        keys = [(i, w - rank * share, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
+        tensors = [*random_states, *(local[i][w + rank * share][name] for i, w, name in keys)]
+        layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        sent = torch.zeros(packed_size(layout), dtype=torch.uint8)
+        pack([tensor.cpu() for tensor in tensors], layout, sent)
+        bodies = self.transport.from_everybody("save", sent.numpy().tobytes(), len(sent), layout=fingerprint(layout), tell=False)
+        everybody: list[dict[int, Any]] = [{} for _ in local]
+        states: dict[int, Any] = {}
+        for other, body in bodies.items():
+            unpacked = [tensor.clone() for tensor in unpack(torch.frombuffer(bytearray(body), dtype=torch.uint8), layout)]
+            states[other] = tuple(unpacked[: len(random_states)])
+            for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
+                everybody[i].setdefault(w + other * share, {})[name] = tensor
+        return everybody, states
+
+
+def _described(tensor: Tensor) -> bytes:
+    """A tensor's dtype, shape and values."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype not in _DTYPES:
+        raise UnsupportedSetupError(f"A parameter server gathers ordinary tensors. Found {tensor.dtype}.")
+    head = struct.pack(f"<BB{tensor.ndim}Q", _DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape)
+    return head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _read(body: bytes, like: Tensor, same_shape: bool) -> Tensor | None:
+    """The tensor that `_described` described, where it has the dtype of another one and its shape or its number of dimensions; else None."""
+    ndim = body[1] if len(body) >= 2 else 255
+    start = 2 + 8 * ndim
+    if len(body) < start or ndim != like.ndim or body[0] >= len(_DTYPES) or _DTYPES[body[0]] != like.dtype:
+        return None
+    shape = struct.unpack_from(f"<{ndim}Q", body, 2)
+    numel = 1
+    for size in shape:
+        numel *= size
+    if numel * like.element_size() != len(body) - start or (same_shape and shape != tuple(like.shape)):
+        return None
+    if numel == 0:
+        return like.new_empty(shape)
+    return torch.frombuffer(bytearray(body[start:]), dtype=torch.uint8).view(like.dtype).view(shape).to(like.device)
+
+
+def surviving_launcher(base: Any, served: ServedRun) -> Any:
+    """A launcher of scripts like Lightning's, which does not kill everybody when one process dies.
+
+    Args:
+        base: Lightning's own, of the package at hand.
+        served: the run.
+    """
+
+    class _SurvivingLauncher(base):  # type: ignore[misc]
+        def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+            environment = self.cluster_environment
+            environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+            if not environment.creates_processes_externally:
+                if self.num_nodes == 1:
+                    made = served.transport.make_own_keys(self.num_processes)
+                    if made is not None:
+                        atexit.register(shutil.rmtree, made, ignore_errors=True)
+                self._call_children_scripts()
+            if "OMP_NUM_THREADS" not in os.environ and self.num_processes > 1:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.num_processes))
+            arguments = inspect.signature(function).bind(*args, **kwargs)
+            try:
+                served.open()
+                while True:
+                    if served.snapshot_path is not None:
+                        arguments.arguments["ckpt_path"] = served.snapshot_path
+                    try:
+                        return function(*arguments.args, **arguments.kwargs)
+                    except LeftBehindError as error:
+                        log.warning(f"{error} It goes on from a snapshot.")
+                        served.rejoin()
+            except RunIsOverError as error:
+                log.warning(str(error))
+                served.transport.shut()
+                return None
+
+    environment = served.strategy.cluster_environment
+    return _SurvivingLauncher(environment, served.strategy.num_processes, served.strategy.num_nodes)

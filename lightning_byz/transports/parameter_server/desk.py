@@ -1,0 +1,318 @@
+"""The server's bookkeeping, without a socket or a clock of its own: who is there, who said what, what came of it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lightning_byz.transports.parameter_server.protocol import BadFrameError, Head, Kind, parse
+
+log = logging.getLogger("lightning_byz")
+
+Key = tuple[int, str]
+"""Position and name of a collective."""
+
+
+class Waiting(NamedTuple):
+    """A call of a worker that has no answer yet."""
+
+    key: Key
+    layout: int
+    body: memoryview
+
+
+@dataclass
+class Member:
+    """What the desk knows of a rank.
+
+    Attributes:
+        token: names its process; empty before its first hello.
+        route: where to answer; None if it is not connected.
+        waiting: its only unanswered call.
+        active: whether collectives wait for it; one that rejoins becomes active with its first call.
+        wants: whether it waits for a snapshot.
+        starting: whether it starts from one, and has not called yet.
+        left: whether it said good-bye.
+        heard: when it last said something.
+        pinged: when it was last looked for.
+    """
+
+    token: bytes = b""
+    route: bytes | None = None
+    waiting: Waiting | None = None
+    active: bool = False
+    wants: bool = False
+    starting: bool = False
+    left: bool = False
+    heard: float = 0.0
+    pinged: float = 0.0
+
+
+@dataclass
+class Call:
+    """A collective that the server has entered.
+
+    Attributes:
+        key: position and name.
+        layout: the fingerprint that bodies have to bear.
+        sizes: the least and the most bytes of a body; an empty one is silence.
+        asked: how many workers of each rank are to take part, by rank.
+        need: messages of as many workers are enough.
+        least: of as many are enough at the deadline, and when nobody else is alive.
+        deadline, give_up: when it closes with the least, and when with whatever there is.
+        opened: when the server entered it.
+    """
+
+    key: Key
+    layout: int
+    sizes: tuple[int, int]
+    asked: dict[int, int]
+    need: int
+    least: int
+    deadline: float
+    give_up: float
+    opened: float
+    bodies: dict[int, memoryview] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+
+    @property
+    def heard(self) -> int:
+        """How many workers' messages are here."""
+        return sum(self.asked[rank] for rank in self.bodies)
+
+
+class Desk:
+    """Takes messages in, and puts answers into ``outbox``.
+
+    Every worker has at most one unanswered call, so what is held is bounded: a body for each rank, and the results of the last
+    ``backlog`` positions.
+
+    Args:
+        ranks: number of processes; the server is rank 0.
+        session: 16 bytes that name this server.
+        entry: which of the program's entry points (fit, test, ...) it serves, counted from 0.
+        backlog: how many positions' results it keeps.
+
+    Attributes:
+        outbox: answers to send: (route, head, body).
+        rejected: how many messages were refused, by reason.
+        late: how many messages came after their collective had closed, by rank.
+    """
+
+    def __init__(self, ranks: int, session: bytes, entry: int, backlog: int) -> None:
+        self.session, self.entry, self.backlog = session, entry, backlog
+        self.members = {rank: Member() for rank in range(1, ranks)}
+        self.position = 0
+        self.begun = False
+        self.closing = ""
+        self.call: Call | None = None
+        self.results: dict[Key, bytes] = {}
+        self.outbox: list[tuple[bytes, bytes, bytes]] = []
+        self.rejected: Counter[str] = Counter()
+        self.late: Counter[int] = Counter()
+        self._told: dict[str, float] = {}
+
+    # -- what comes in ------------------------------------------------------------------------------------------------
+
+    def receive(self, route: bytes, frames: Sequence[memoryview | bytes], owner: int | None, now: float) -> None:
+        """One message.
+
+        Args:
+            route: where it came from.
+            frames: it.
+            owner: the rank whose key its connection has; None if keys are not looked at.
+            now: seconds of a monotonic clock.
+        """
+        try:
+            head, body = parse(frames)
+            self._receive(route, head, body, owner, now)
+        except BadFrameError as error:
+            self._reject(str(error), owner, now)
+
+    def _receive(self, route: bytes, head: Head, body: memoryview, owner: int | None, now: float) -> None:
+        if owner is not None and head.rank != owner:
+            raise BadFrameError("rank of another key")
+        member = self.members.get(head.rank)
+        if member is None:
+            raise BadFrameError("no such rank")
+        if head.kind is Kind.HELLO:
+            self._hello(member, route, head, body, now)
+            return
+        if head.session != self.session:
+            self._answer(route, Kind.CLOSED, head, b"This is another run's server.")
+            raise BadFrameError("another session")
+        if head.token != member.token:
+            self._answer(route, Kind.REFUSED, head, b"Another process has taken this rank.")
+            raise BadFrameError("another process of this rank")
+        member.route, member.heard = route, now
+        if head.kind is Kind.CALL:
+            self._called(head.rank, member, route, head, body, now)
+        elif head.kind is Kind.WANT:
+            member.wants, member.starting, member.active, member.waiting = True, False, False, None
+        elif head.kind is Kind.BYE:
+            member.left, member.active, member.waiting = True, False, None
+        else:
+            raise BadFrameError("not for a server")
+
+    def _hello(self, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
+        if len(body):
+            raise BadFrameError("body of a hello")
+        if head.position > self.entry:
+            return  # it is ahead, at the program's next entry point: it will ask again
+        if head.position < self.entry or self.closing:
+            self._answer(route, Kind.CLOSED, head, b"over")
+            return
+        if member.token != head.token:
+            if member.route is not None and not member.left:
+                self._answer(route, Kind.REFUSED, head, b"taken")  # until its connection is known to be gone
+                raise BadFrameError("rank is taken")
+            member.token, member.waiting, member.left, member.starting = head.token, None, False, False
+            member.active, member.wants = not self.begun, self.begun
+        member.route, member.heard = route, now
+        self._answer(route, Kind.BEGUN if member.wants else Kind.WELCOME, head)
+
+    def _called(self, rank: int, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
+        key = (head.position, head.name)
+        member.wants = member.starting = False
+        if head.position > self.position + 1:
+            raise BadFrameError("step of the future")
+        if member.waiting is not None and member.waiting.key == key:
+            raise BadFrameError("duplicate")
+        member.active, member.left = True, False
+        if key in self.results:
+            if len(body):
+                self.late[rank] += 1
+            self._answer(route, Kind.RESULT, head, self.results[key])
+        elif head.position < self.position - self.backlog:
+            self._answer(route, Kind.BEHIND, head)
+        elif head.position < self.position:
+            self._answer(route, Kind.NEVER, head)
+        else:
+            member.waiting = Waiting(key, head.layout, body)
+            self._take(rank, now)
+
+    def _take(self, rank: int, now: float) -> None:
+        """Moves a waiting call's body into the open collective, if that is where it belongs."""
+        call, waiting = self.call, self.members[rank].waiting
+        if call is None or waiting is None or waiting.key != call.key or rank in call.bodies or rank in call.silent:
+            return
+        self.members[rank].waiting = waiting._replace(body=memoryview(b""))
+        call.seconds[rank] = now - call.opened
+        least, most = call.sizes
+        if rank in call.asked and len(waiting.body) and waiting.layout == call.layout and least <= len(waiting.body) <= most:
+            call.bodies[rank] = waiting.body
+            return
+        call.silent.add(rank)
+        if len(waiting.body) and rank in call.asked:
+            self._reject("layout" if waiting.layout != call.layout else "size", rank, now)
+
+    def _reject(self, reason: str, rank: int | None, now: float) -> None:
+        self.rejected[reason] += 1
+        if now - self._told.get(reason, -1.0) >= 1.0 or reason not in self._told:
+            self._told[reason] = now
+            log.warning(
+                f"ParameterServer refused a message{'' if rank is None else f' of rank {rank}'}: {reason}. This was number "
+                f"{self.rejected[reason]}."
+            )
+
+    # -- what the server does -----------------------------------------------------------------------------------------
+
+    def advance(self, position: int) -> None:
+        """The server has come to a new batch: what it did not enter before, it never will."""
+        self.position = position
+        oldest = position - self.backlog
+        self.results = {key: result for key, result in self.results.items() if key[0] >= oldest}
+        for rank, member in self.members.items():
+            if member.waiting is not None and member.waiting.key[0] < position and member.route is not None:
+                kind = Kind.NEVER if member.waiting.key[0] >= oldest else Kind.BEHIND
+                self._settle(rank, kind)
+
+    def enter(self, call: Call, own: bytes) -> None:
+        """The server enters a collective, with its own body."""
+        self.call = call
+        if own and 0 in call.asked:
+            call.bodies[0] = memoryview(own)
+        else:
+            call.silent.add(0)
+        call.seconds[0] = 0.0
+        for rank in self.members:
+            self._take(rank, call.opened)
+
+    def is_done(self, now: float) -> bool:
+        """Whether the open collective may close."""
+        call = self.call
+        assert call is not None
+        if call.heard >= call.need or now >= call.give_up:
+            return True
+        missing = set(call.asked).difference(call.bodies, call.silent)
+        if call.heard >= call.least:
+            return now >= call.deadline or not any(self._may_come(rank, call) for rank in missing)
+        return not missing or (now >= call.deadline and not any(self._may_come(rank, call) for rank in missing))
+
+    def _may_come(self, rank: int, call: Call) -> bool:
+        """Whether a rank that has not answered this collective may still do so: it is alive, and does not wait in a later one."""
+        member = self.members[rank]
+        return member.active and member.route is not None and (member.waiting is None or member.waiting.key[0] < call.key[0])
+
+    def close(self) -> Call:
+        """Closes the open collective: who comes now is late."""
+        call = self.call
+        assert call is not None
+        self.call = None
+        return call
+
+    def publish(self, key: Key, result: bytes) -> None:
+        """The result of a collective, for all that wait and for those that come later."""
+        self.results[key] = result
+        for rank, member in self.members.items():
+            if member.waiting is not None and member.waiting.key == key:
+                self._settle(rank, Kind.RESULT, result)
+
+    def snapshot(self, ranks: Sequence[int], checkpoint: bytes) -> None:
+        """A snapshot for ranks that want one."""
+        for rank in ranks:
+            member = self.members[rank]
+            if member.wants and member.route is not None:
+                member.wants, member.starting = False, True
+                self._answer(member.route, Kind.SNAPSHOT, Head(Kind.WANT, token=member.token, rank=rank), checkpoint)
+
+    def wanting(self) -> list[int]:
+        """The ranks that wait for a snapshot."""
+        return [rank for rank, member in self.members.items() if member.wants and member.route is not None]
+
+    def deserted(self) -> bool:
+        """Whether nobody is left who may still ask for something."""
+        present = [member for member in self.members.values() if member.route is not None and not member.left]
+        return not any(member.active or member.wants or member.starting for member in present)
+
+    def gone(self, route: bytes) -> None:
+        """A connection has broken: its rank is dead, unless it comes back."""
+        for rank, member in self.members.items():
+            if member.route == route:
+                member.route = None
+                if not member.left:
+                    log.warning(f"ParameterServer: rank {rank} is gone. The run goes on without it.")
+
+    def shut(self, reason: str) -> None:
+        """Tells everybody that the run is over."""
+        self.closing = reason
+        for rank, member in self.members.items():
+            if member.route is not None and not member.left and (member.wants or reason != "over"):
+                self._answer(member.route, Kind.CLOSED, Head(Kind.BYE, token=member.token, rank=rank), reason.encode())
+
+    def _settle(self, rank: int, kind: Kind, body: bytes = b"") -> None:
+        """Answers a rank's waiting call."""
+        member = self.members[rank]
+        assert member.waiting is not None
+        position, name = member.waiting.key
+        member.waiting = None
+        if member.route is not None:
+            self._answer(member.route, kind, Head(Kind.CALL, token=member.token, rank=rank, position=position, name=name), body)
+
+    def _answer(self, route: bytes, kind: Kind, to: Head, body: bytes = b"") -> None:
+        head = Head(kind, self.session, to.token, to.rank, to.position, self.position, to.name)
+        self.outbox.append((route, head.pack(), body))
