@@ -16,9 +16,14 @@ from lightning_byz.rows import Rows
 
 @dataclass(frozen=True)
 class Mean(WeightedAggregator):
-    """The average of all rows. Not robust: one row can move it anywhere, so its f is always 0."""
+    """The average of all rows. Not robust: one row can move it anywhere, so its f is always 0. No paper: what DDP computes."""
 
     f: int | None = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.f is None:  # a configuration that replaces another rule keeps that rule's f
+            object.__setattr__(self, "f", 0)
 
     def most_f(self, n: int) -> int:
         return 0 if n else -1

@@ -1,14 +1,10 @@
-"""The command line: ``lightning-byz demo``, and Lightning's own ``fit``, ``validate``, ``test`` and ``predict`` from YAML files."""
+"""The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, ``list``, ``demo``."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
-import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import lightning_byz
 from lightning_byz.extras import MissingExtraError, require
@@ -28,22 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its options; None: those that the program was called with.
 
     Returns:
-        the exit status: 0, or 1 if an optional dependency is missing.
+        the exit status: 0; 1 if an optional dependency is missing; 2 if a configuration is wrong, and the message says what.
 
     Raises:
-        SystemExit: with status 2 if the arguments or a configuration file are wrong; the message says what.
+        SystemExit: with status 2 if the command itself is wrong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments and arguments[0] in _LIGHTNING:
-            _run_lightning(arguments, given=arguments != sys.argv[1:])
-            return 0
+            return _run_lightning(arguments, given=arguments != sys.argv[1:])
         options = _parser().parse_args(arguments)
-        _demo(options)
+        run: Callable[[argparse.Namespace], int] = options.run
+        return run(options)
     except MissingExtraError as error:
         print(f"lightning-byz: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,49 +54,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of all random streams (default: %(default)s)")
     demo.add_argument("--epochs", type=int, default=20, help="epochs of each of the three runs (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    about = "every algorithm, rule, attack, compressor, ... with its paper, or all about one of them"
+    parts = commands.add_parser("list", help=about, description=about[0].upper() + about[1:] + ".")
+    parts.add_argument("name", nargs="?", help="a kind (rules, attacks, ...) or a part (Krum, ALIE, ...); default: all kinds")
+    parts.set_defaults(run=_list)
     for name, text in _LIGHTNING.items():
         commands.add_parser(name, help=text)  # for --help; LightningCLI parses them
     return parser
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> int:
     require("lightning-byz demo", "demo", "matplotlib", "rich", "sklearn")
     from lightning_byz.demo import quickstart
 
     quickstart.main(options.output, options.seed, options.epochs)
+    return 0
 
 
-def _run_lightning(arguments: list[str], given: bool) -> None:
+def _list(options: argparse.Namespace) -> int:
+    require("lightning-byz list", "cli", "rich")
+    from rich.console import Console
+
+    from lightning_byz.cli import catalogue
+
+    if options.name is not None and options.name not in catalogue.KINDS:
+        try:
+            print(catalogue.described(options.name))
+        except ValueError as error:
+            print(f"lightning-byz list: {error}", file=sys.stderr)
+            return 2
+        return 0
+    console = Console()
+    if not console.is_terminal:
+        console.width = 320  # one line each
+    console.print(catalogue.table([options.name] if options.name else catalogue.KINDS))
+    return 0
+
+
+def _run_lightning(arguments: list[str], given: bool) -> int:
     require(f"lightning-byz {arguments[0]}", "cli", "jsonargparse", "rich")
-    home: Any = importlib.import_module("lightning.pytorch.cli" if lightning_byz._home == "lightning" else "pytorch_lightning.cli")
+    from lightning_byz.cli.runs import ByzantineCLI, ConfigurationError
+
     try:
-        home.LightningCLI(
-            args=arguments if given else None,
-            parser_kwargs={"prog": "lightning-byz", "exit_on_error": False},
-            seed_everything_default=0,
-        )
-    except argparse.ArgumentError as error:
-        print(f"lightning-byz {arguments[0]}: {_explained(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def _explained(message: str) -> str:
-    """What a parser has to say, after the one mistake that it is about, where that can be found in it."""
-    unknown = re.search(r"module '([\w.]+)' has no attribute '(\w+)'|Expected a dot import path string: (\w+)", message)
-    unwanted = re.search(r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
-    if unknown is not None:
-        module, name = unknown[1] or "lightning_byz", unknown[2] or unknown[3]
-        known = getattr(sys.modules.get(module), "__all__", [])
-        near = difflib.get_close_matches(name, known, n=1)
-        summary = f"there is no class {name} in {module}."
-        summary += f" Did you mean {module}.{near[0]}?" if near else ""
-        summary += f" It offers {', '.join(known)}." if known else ""
-    elif unwanted is not None:
-        summary = f"{unwanted[1]} has no argument {unwanted[2]!r}."
-    else:
-        return message
-    return f"{summary}\n\nIn detail: {message}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        ByzantineCLI(arguments if given else None)
+    except ConfigurationError as error:
+        print(f"lightning-byz {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
