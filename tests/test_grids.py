@@ -226,6 +226,7 @@ def test_a_cell_depends_on_nothing_that_ran_before_it(tmp_path):
 
 
 DIES = """
+import os
 from dataclasses import dataclass
 from lightning_byz.aggregators import Aggregator
 
