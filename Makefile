@@ -1,4 +1,5 @@
 # make demo    train with lying workers, in less than a minute; the picture lands in this folder
+# make grid    six rules against six attacks: a heatmap in outputs/grids/digits/report
 # make test    run the tests
 # make lint    style, types, import layers
 # make check   lint and test
@@ -10,10 +11,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint check docs chaos clean
+.PHONY: demo grid test lint check docs chaos clean
 
 demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
+
+grid: .venv/demo-installed
+	$(BIN)/lightning-byz grid configs/grids/digits.yaml
 
 test: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8

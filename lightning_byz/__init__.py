@@ -2,7 +2,7 @@
 
 ``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names of strategies too: this one with the
 algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy`, `ByzantineWorkers` and the data modules are those of the package that the program uses: the one that
+first. `ByzantineRobustStrategy`, `ByzantineWorkers`, `Classifier` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
 them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
 """
@@ -117,6 +117,7 @@ if TYPE_CHECKING:
         ByzantineRobustStrategy,
         ByzantineWorkers,
         CIFAR10DataModule,
+        Classifier,
         DigitsDataModule,
         FashionMNISTDataModule,
         LIBSVMDataModule,
@@ -127,6 +128,7 @@ else:
     ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
     ByzantineWorkers = _glue[_home].ByzantineWorkers
     CIFAR10DataModule = _glue[_home].CIFAR10DataModule
+    Classifier = _glue[_home].Classifier
     DigitsDataModule = _glue[_home].DigitsDataModule
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
@@ -163,6 +165,7 @@ __all__ = [
     "CIFAR10DataModule",
     "CenteredClip",
     "Chain",
+    "Classifier",
     "ClippedDifferences",
     "Contractive",
     "ContractiveRandK",

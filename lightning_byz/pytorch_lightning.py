@@ -6,7 +6,7 @@ is written once, elsewhere; this module only adds the base classes. The launcher
 
 from __future__ import annotations
 
-from pytorch_lightning import Callback, LightningDataModule
+from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
 from lightning_byz.callbacks import ByzantineWorkersCallback, StragglersCallback
@@ -16,6 +16,7 @@ from lightning_byz.data import (
     FashionMNISTData,
     LIBSVMData,
 )
+from lightning_byz.models import ClassifierModel
 from lightning_byz.strategy import (
     NAMED_STRATEGIES,
     RobustStrategy,
@@ -25,6 +26,7 @@ __all__ = [
     "ByzantineRobustStrategy",
     "ByzantineWorkers",
     "CIFAR10DataModule",
+    "Classifier",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
@@ -61,6 +63,10 @@ class FashionMNISTDataModule(FashionMNISTData, LightningDataModule):  # type: ig
 
 class CIFAR10DataModule(CIFAR10Data, LightningDataModule):  # type: ignore[misc]
     """CIFAR-10, every worker its own part; see `lightning_byz.data.CIFAR10Data`."""
+
+
+class Classifier(ClassifierModel, LightningModule):  # type: ignore[misc]
+    """A network, trained with the cross-entropy and SGD; see `lightning_byz.models.ClassifierModel`."""
 
 
 # Lightning trains a torch.compile'd module with an instance of a short list of its own strategies only. Ours leaves the module as

@@ -61,6 +61,10 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 """What ``Trainer(strategy=NAME)`` stands for: arguments of the strategy."""
 
 
+class TooFewGradientsError(RuntimeError):
+    """More steps in a row than ``max_skipped_steps`` allows had too few finite gradients: training has diverged."""
+
+
 class RobustStrategy(_Base):
     """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
 
@@ -718,7 +722,7 @@ class RobustStrategy(_Base):
         self._skipped_in_a_row += 1
         _warn(f"byzantine_robust: step {outcome.round.step} is skipped. {outcome.reason}")
         if self._skipped_in_a_row > self.max_skipped_steps:
-            raise RuntimeError(
+            raise TooFewGradientsError(
                 f"{self._skipped_in_a_row} steps in a row had too few finite gradients (max_skipped_steps="
                 f"{self.max_skipped_steps}). {outcome.reason} Silent in the last one: workers {outcome.silent}. Look for nan or "
                 "inf in their data or losses, or lower the learning rate."

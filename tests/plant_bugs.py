@@ -770,6 +770,13 @@ BUGS = [
     Bug("restore leaves numpy's stream alone", "rng.py", 'np.random.set_state(("MT19937"', 'print(("MT19937"', "exchange"),
     Bug("the last samples get lost", "batches.py", "(i * size) // parts", "i * (size // parts)", "exchange"),
     Bug("Byzantine workers' logs count", "step_logs.py", "said = counted & (column", "said = (column", "exchange"),
+    # command line
+    Bug("a grid forgets what it has done", "cli/grids.py", 'and result["status"] != "failed"}', "and False}", "grids"),
+    Bug("a failed cell is not tried again", "cli/grids.py", 'and result["status"] != "failed"}', "}", "grids"),
+    Bug("a dead process is used again", "cli/grids.py", "                    worker.restart()\n", "", "grids"),
+    Bug("cells share a logger's folder", "cli/grids.py", 'output / "cells" / name', 'output / "cells"', "grids"),
+    Bug("the worst case is the best", "cli/reports.py", "np.nanmin(values[i, :-1])", "np.nanmax(values[i, :-1])", "grids"),
+    Bug("the configuration is in the first logger only", "cli/runs.py", "in trainer.loggers:", "in trainer.loggers[:1]:", "cli"),
     # shards
     Bug(
         "a share's indices count from the beginning of the vector",

@@ -18,7 +18,7 @@ class Chain(Aggregator):
     """Pre-aggregations, applied in order, and the rule that aggregates what they make.
 
     All parts tolerate the same f: give it once, to the chain or to every part. A `Mean` at the end tolerates nobody, unless a
-    pre-aggregation in front of it bounds the rows (`PreAggregator.bounds_rows`); NNM does not.
+    pre-aggregation in front of it bounds the rows (`PreAggregator.bounds_rows`); NNM does not. No paper: a composition.
 
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.

@@ -23,6 +23,8 @@ def _clipped(rows: Rows, squared_norms: Tensor, limit: Tensor) -> Rows:
 class StaticClipping(PreAggregator):
     """Scales every row down to norm c at most: ``x_i min(1, c / ||x_i||)``.
 
+    Compared with `ARC` by Allouah et al., ICLR 2025 (arXiv 2405.14432).
+
     Args:
         c: the largest norm, > 0, in the units of the rows. ByzFL's default is 2.
     """

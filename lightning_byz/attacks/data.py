@@ -47,6 +47,8 @@ class LabelAttack(DataAttack):
 class LabelFlip(LabelAttack):
     """Trains on labels y -> num_classes - 1 - y. Labels below 0 (such as -100, which losses ignore) stay as they are.
 
+    No paper: folklore.
+
     Args:
         num_classes: number of classes; labels are 0 .. num_classes - 1.
         key: where a batch keeps its labels: the index in a tuple or list, or the key in a dict.

@@ -27,6 +27,8 @@ class Fault(Attack):
 class FlippedBit(Fault):
     """One bit of one number of the worker's own message is flipped, at a place drawn anew in every round.
 
+    No paper: a fault.
+
     Args:
         bit: which bit of the number, 0 for the lowest of the mantissa; negative ones count from the top, for any dtype: -1 is the sign,
             -2 the highest of the exponent, which makes of a number below 1 one near the largest. None: drawn too.
@@ -59,7 +61,10 @@ class FlippedBit(Fault):
 
 @dataclass(frozen=True)
 class Stuck(Fault):
-    """The worker repeats its last message: the one of the first round in which it is stuck, which is still as it should be."""
+    """The worker repeats its last message: the one of the first round in which it is stuck, which is still as it should be.
+
+    No paper: a fault.
+    """
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         scene = scene or Scene()
@@ -71,6 +76,8 @@ class Stuck(Fault):
 @dataclass(frozen=True)
 class WrongScale(Fault):
     """The worker's own message times a factor: a loss scale that was never taken out, a sum where a mean should be.
+
+    No paper: a fault.
 
     Args:
         factor: the factor. The default is the scale that PyTorch's GradScaler starts with.
@@ -87,6 +94,7 @@ class ShuffledLabels(LabelAttack):
     """The worker reads inputs and labels in different orders: every label is that of another sample of the batch.
 
     Labels are exchanged along one cycle through all samples, drawn anew in every step. A batch of one sample stays as it is.
+    No paper: a fault.
 
     Args:
         key: where a batch keeps its labels: the index in a tuple or list, or the key in a dict.

@@ -20,7 +20,7 @@ class SignFlip(Attack):
     """Minus the honest mean, scaled: ``-scale * mean(honest)``.
 
     ByzFL's SignFlipping at scale 1, which is `IPM` with epsilon 1. Against the plain mean it reverses the step only if
-    ``scale > h / b``, for h honest and b Byzantine workers; below that it shortens it.
+    ``scale > h / b``, for h honest and b Byzantine workers; below that it shortens it. No paper: folklore.
 
     Args:
         scale: factor of the flipped mean, > 0.
@@ -79,6 +79,8 @@ class ALIE(Attack):
 class Gaussian(Attack):
     """Noise of its own from every Byzantine worker: ``mean + std * N(0, I)``.
 
+    Blanchard et al., NeurIPS 2017 (arXiv 1703.02757), test Krum with it.
+
     Args:
         mean: the noise's mean.
         std: its standard deviation, > 0.
@@ -95,7 +97,7 @@ class Gaussian(Attack):
 
 @dataclass(frozen=True)
 class NotANumber(Attack):
-    """All nan: a test of the border, where such a row becomes silence."""
+    """All nan: a test of the border, where such a row becomes silence. No paper: a test."""
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, torch.nan)
@@ -104,6 +106,8 @@ class NotANumber(Attack):
 @dataclass(frozen=True)
 class Infinity(Attack):
     """All inf, or all -inf: a test of the border, where such a row becomes silence.
+
+    No paper: a test.
 
     Args:
         negative: send -inf.
@@ -119,6 +123,8 @@ class Infinity(Attack):
 class Huge(Attack):
     """The same huge finite number everywhere: a test of rules' arithmetic.
 
+    No paper: a test.
+
     Args:
         value: the number; finite in the dtype of the messages, or it is `Infinity`.
     """
@@ -131,7 +137,7 @@ class Huge(Attack):
 
 @dataclass(frozen=True)
 class Zero(Attack):
-    """Zeros: a worker that contributes nothing, and shortens the mean."""
+    """Zeros: a worker that contributes nothing, and shortens the mean. No paper: a test."""
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.zeros_like(own)
@@ -164,6 +170,7 @@ class AntiCGE(Attack):
 
     Minus the sum of the h - f honest messages of smallest norm, at a norm just below that of the next. An attack of LPD-EPFL's
     ByzantineMomentum code (``anticge``), which counts the smallest one twice in that sum; here every one counts once.
+    No paper: LPD-EPFL's code.
 
     Args:
         f: the f of the server's rule. None: the number of Byzantine workers.

@@ -19,6 +19,7 @@ class Mixture(Attack):
 
     The parts choose in order, and each knows the honest messages and its own workers only (ALIE's formula, say, counts those). One that
     tries its lies on the server finds there what the parts before it have chosen, and the honest messages of those after it.
+    No paper: a composition.
 
     Args:
         parts: the attacks on messages. A `DataAttack` takes a ByzantineWorkers of its own.

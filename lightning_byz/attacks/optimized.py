@@ -124,6 +124,8 @@ class FoE(_Optimized):
 class OptimizedIPM(_Optimized):
     """`IPM`, ``-tau * mean(honest)``, with the tau that moves the server's result the farthest: ByzFL's Optimal_InnerProductManipulation.
 
+    No paper: ByzFL's.
+
     Args:
         search: how tau is searched for. The default has ByzFL's settings.
     """
@@ -140,6 +142,7 @@ class OptimizedALIE(_Optimized):
     """`ALIE`, ``mean(honest) - tau * std(honest)``, with the tau that moves the server's result the farthest.
 
     ByzFL's Optimal_ALittleIsEnough, and LPD-EPFL's ``little`` with a search; both add the deviations where this, as `ALIE`, subtracts them.
+    No paper: ByzFL's.
 
     Args:
         search: how tau is searched for. The default has ByzFL's settings.

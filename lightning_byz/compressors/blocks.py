@@ -124,6 +124,8 @@ class _BlockParts(WireFormat):
 class PerTensor(_Blocks):
     """Compresses every parameter's gradient separately: ``PerTensor(TopK(ratio=0.01))`` keeps 1% of each, and at least one number.
 
+    No paper: a composition.
+
     Args:
         inner: the compressor of one tensor.
         sizes: the tensors' numbers of elements, in order. None: the strategy fills in those of the parameters that are trained.
@@ -151,7 +153,7 @@ class PerTensor(_Blocks):
 class PerShard(_Blocks):
     """Compresses equal shares of the vector separately, so that a rank that aggregates one of them needs nothing of the others.
 
-    The bounds are multiples of 32; a vector too short for that many shards has fewer.
+    The bounds are multiples of 32; a vector too short for that many shards has fewer. No paper: a composition.
 
     Args:
         inner: the compressor of one shard.

@@ -15,7 +15,7 @@ from lightning_byz.types import Payload
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """Sends the vector as it is: alpha = 1, omega = 0."""
+    """Sends the vector as it is: alpha = 1, omega = 0. No paper: no compression."""
 
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         return (Field((dim,), dtype),)

@@ -182,7 +182,10 @@ class _Random(_Sparse):
 
 @dataclass(frozen=True)
 class RandK(_Random):
-    """Keeps K coordinates drawn at random, times d / K: unbiased, omega = d / K - 1. For MARINA and DIANA, not for error feedback."""
+    """Keeps K coordinates drawn at random, times d / K: unbiased, omega = d / K - 1. For MARINA and DIANA, not for error feedback.
+
+    Konecny et al. 2016 (arXiv 1610.05492), random masks.
+    """
 
     def scale(self, dim: int) -> float:
         return dim / self.count(dim)
@@ -193,7 +196,10 @@ class RandK(_Random):
 
 @dataclass(frozen=True)
 class ContractiveRandK(_Random):
-    """Keeps K coordinates drawn at random, as they are: biased, contractive with alpha = K / d. For error feedback."""
+    """Keeps K coordinates drawn at random, as they are: biased, contractive with alpha = K / d. For error feedback.
+
+    Stich et al., NeurIPS 2018 (arXiv 1809.07599).
+    """
 
     def contraction(self, dim: int) -> float:
         return self.count(dim) / dim
