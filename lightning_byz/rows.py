@@ -248,6 +248,10 @@ class Rows:
             squares += torch.stack([torch.dot(wide, wide) for row in block for wide in (row.double(),)])
         return self.agree(self.sum(squares))
 
+    def norm(self, vector: Tensor) -> Tensor:
+        """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as these rows do."""
+        return self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square())).sqrt()
+
     # -- from n vectors to one ----------------------------------------------------------------------------------------
 
     def map(self, rule: Callable[[Tensor], Tensor]) -> Tensor:

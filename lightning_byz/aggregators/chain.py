@@ -53,6 +53,10 @@ class Chain(Aggregator):
         return not self.pre and self.rule.weighted
 
     @property
+    def coordinate_wise(self) -> bool:
+        return not self.pre and self.rule.coordinate_wise
+
+    @property
     def remembers(self) -> bool:
         return self.rule.remembers
 

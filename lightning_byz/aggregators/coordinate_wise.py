@@ -32,6 +32,10 @@ class Mean(WeightedAggregator):
         return self
 
     @property
+    def coordinate_wise(self) -> bool:
+        return True
+
+    @property
     def weighted(self) -> bool:
         return True
 
@@ -64,6 +68,10 @@ class CoordinateMedian(Aggregator):
         super().__post_init__()
         if self.middle not in ("mean", "lower"):
             raise ValueError(f"`middle` should be 'mean' or 'lower'. Found {self.middle!r}.")
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     @property
     def weighted(self) -> bool:
@@ -99,6 +107,10 @@ class TrimmedMean(Aggregator):
     nothing is subtracted from a sum, so that a row of 1e30 costs the others no digit.
     """
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
@@ -112,6 +124,10 @@ class MeaMed(Aggregator):
     Xie, Koyejo, Gupta 2018 (arXiv 1802.10116), mean around median. Needs n > 2f. Of two values at the same distance the smaller one
     counts as nearer.
     """
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
@@ -130,6 +146,10 @@ class Phocas(Aggregator):
 
     Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the smaller one counts as nearer.
     """
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None

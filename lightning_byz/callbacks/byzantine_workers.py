@@ -163,7 +163,7 @@ class ByzantineWorkersCallback(_Base):
 
             def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, exchange.algorithm, sorted(strategy.liars_at(outcome.round.step)))
+                    self._logs = self._measured(outcome, exchange, sorted(strategy.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
 
@@ -207,7 +207,7 @@ class ByzantineWorkersCallback(_Base):
         for transport, saved in zip(self._transports, self._saved, strict=False):  # either is empty until both are known
             transport.load_state_dict(saved)
 
-    def _measured(self, outcome: Outcome, algorithm: Algorithm, byzantine: list[int]) -> dict[str, float]:
+    def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: list[int]) -> dict[str, float]:
         present = outcome.round.present
         assert present is not None
         values = {
@@ -218,10 +218,11 @@ class ByzantineWorkersCallback(_Base):
         honest = torch.tensor([bool(here) and w not in byzantine for w, here in enumerate(present)])
         if outcome.estimate is None or not bool(honest.any()):
             return values
-        rows = outcome.seen.select(honest).dense()
-        values["byz/cosine"] = float(cosine_to_honest_mean(outcome.estimate, rows))
-        values["byz/relative_error"] = float(relative_error(outcome.estimate, rows))
-        weights = _weights(algorithm, outcome)
+        mean = outcome.seen.select(honest).dense().double().mean(0)
+        mean = exchange.transport.assemble(mean, len(outcome.estimate))[None]
+        values["byz/cosine"] = float(cosine_to_honest_mean(outcome.estimate, mean))
+        values["byz/relative_error"] = float(relative_error(outcome.estimate, mean))
+        weights = _weights(exchange.algorithm, outcome)
         if weights is not None:
             values["byz/byzantine_weight"] = float(weights[byzantine].sum())
         return values
