@@ -120,6 +120,7 @@ if TYPE_CHECKING:
         DigitsDataModule,
         FashionMNISTDataModule,
         LIBSVMDataModule,
+        RobustnessMonitor,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -129,6 +130,7 @@ else:
     DigitsDataModule = _glue[_home].DigitsDataModule
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
+    RobustnessMonitor = _glue[_home].RobustnessMonitor
 
 __all__ = [
     "ALIE",
@@ -206,6 +208,7 @@ __all__ = [
     "RandomSign",
     "Replicated",
     "RobustSGD",
+    "RobustnessMonitor",
     "ScaledSign",
     "ShiftBack",
     "ShiftedExponential",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback
+from lightning_byz.callbacks import ByzantineWorkersCallback, RobustnessMonitorCallback
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -28,6 +28,7 @@ __all__ = [
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "RobustnessMonitor",
 ]
 
 
@@ -40,6 +41,10 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
 
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):
     """Makes some workers lie; see `lightning_byz.callbacks.ByzantineWorkersCallback`."""
+
+
+class RobustnessMonitor(RobustnessMonitorCallback, Callback):
+    """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see `lightning_byz.callbacks.RobustnessMonitorCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):

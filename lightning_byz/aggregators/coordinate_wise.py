@@ -26,6 +26,9 @@ class Mean(WeightedAggregator):
     def with_f(self, f: int) -> Mean:
         return self
 
+    def kappa(self, n: int) -> float | None:
+        return 0.0
+
     @property
     def weighted(self) -> bool:
         return True
@@ -64,6 +67,10 @@ class CoordinateMedian(Aggregator):
     def weighted(self) -> bool:
         return True
 
+    def kappa(self, n: int) -> float | None:
+        assert self.f is not None
+        return 4 * (1 + self.f / (n - 2 * self.f)) ** 2 if self.middle == "mean" else None
+
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None:
             return rows.map(self._weighted_median(rows.shares))
@@ -93,6 +100,11 @@ class TrimmedMean(Aggregator):
     Yin et al., ICML 2018 (arXiv 1803.01498), CWTM. Needs n > 2f. The values that are left are added up in sorted order;
     nothing is subtracted from a sum, so that a row of 1e30 costs the others no digit.
     """
+
+    def kappa(self, n: int) -> float | None:
+        assert self.f is not None
+        ratio = self.f / (n - 2 * self.f)
+        return 6 * ratio * (1 + ratio)
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None

@@ -5,5 +5,6 @@ The classes to use are those of the Lightning package at hand: ``lightning_byz.l
 """
 
 from lightning_byz.callbacks.byzantine_workers import ByzantineWorkersCallback
+from lightning_byz.callbacks.robustness_monitor import RobustnessMonitorCallback
 
-__all__ = ["ByzantineWorkersCallback"]
+__all__ = ["ByzantineWorkersCallback", "RobustnessMonitorCallback"]
