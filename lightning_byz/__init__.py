@@ -121,6 +121,7 @@ if TYPE_CHECKING:
         FashionMNISTDataModule,
         LIBSVMDataModule,
         RobustnessMonitor,
+        ShadowMode,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -131,6 +132,7 @@ else:
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
     RobustnessMonitor = _glue[_home].RobustnessMonitor
+    ShadowMode = _glue[_home].ShadowMode
 
 __all__ = [
     "ALIE",
@@ -210,6 +212,7 @@ __all__ = [
     "RobustSGD",
     "RobustnessMonitor",
     "ScaledSign",
+    "ShadowMode",
     "ShiftBack",
     "ShiftedExponential",
     "ShuffledLabels",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback, RobustnessMonitorCallback
+from lightning_byz.callbacks import ByzantineWorkersCallback, RobustnessMonitorCallback, ShadowModeCallback
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -29,6 +29,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
     "RobustnessMonitor",
+    "ShadowMode",
 ]
 
 
@@ -45,6 +46,10 @@ class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc
 
 class RobustnessMonitor(RobustnessMonitorCallback, Callback):  # type: ignore[misc]
     """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see `lightning_byz.callbacks.RobustnessMonitorCallback`."""
+
+
+class ShadowMode(ShadowModeCallback, Callback):  # type: ignore[misc]
+    """Under plain DDP, reports which rank a robust rule would drop; see `lightning_byz.callbacks.ShadowModeCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]
