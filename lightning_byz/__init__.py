@@ -122,6 +122,7 @@ if TYPE_CHECKING:
         LIBSVMDataModule,
         RobustnessMonitor,
         ShadowMode,
+        SuspicionMonitor,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -133,6 +134,7 @@ else:
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
     RobustnessMonitor = _glue[_home].RobustnessMonitor
     ShadowMode = _glue[_home].ShadowMode
+    SuspicionMonitor = _glue[_home].SuspicionMonitor
 
 __all__ = [
     "ALIE",
@@ -222,6 +224,7 @@ __all__ = [
     "SignSGDMajorityVote",
     "StaticClipping",
     "Stuck",
+    "SuspicionMonitor",
     "TernGrad",
     "TopK",
     "TrimmedMean",

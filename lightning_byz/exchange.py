@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
         bytes_down: bytes of payload that one worker received.
         seconds: how long the server waited for messages, by the algorithm's simulated clock.
         reason: why there is no estimate; empty otherwise.
+        quarantined: the workers whose messages were left out, whatever they held.
     """
 
     round: Round
@@ -56,6 +57,7 @@ class Outcome(NamedTuple):
     bytes_down: int
     seconds: float = 0.0
     reason: str = ""
+    quarantined: frozenset[int] = frozenset()
 
     @property
     def seen(self) -> Rows:
@@ -64,9 +66,10 @@ class Outcome(NamedTuple):
 
     @property
     def silent(self) -> list[int]:
-        """The workers that were to take part and whose message did not count."""
+        """The workers that were to take part and whose message did not count, those in quarantine left aside."""
         assert self.round.present is not None and self.round.cohort is not None
-        return (self.round.cohort & ~self.round.present).nonzero().flatten().tolist()
+        absent = (self.round.cohort & ~self.round.present).nonzero().flatten().tolist()
+        return [worker for worker in absent if worker not in self.quarantined]
 
 
 class Exchange:
@@ -83,6 +86,7 @@ class Exchange:
         previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms that need the drift.
         observers: called with every outcome.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
+        quarantined: workers whose messages do not count from the next round on, the same on every rank; the rule's f is smaller by as many.
     """
 
     def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
@@ -95,6 +99,7 @@ class Exchange:
         self._rows: Tensor | None = None
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
+        self.quarantined: set[int] = set()
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.previous = len(like), None
@@ -150,19 +155,33 @@ class Exchange:
 
         received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
         spoke = torch.stack([flags[0] == 1 for flags, _ in received]).cpu() & round.cohort
-        present = spoke & torch.stack([codec.valid(payload, len(x)) for _, payload in received]).cpu()
+        left_out = torch.zeros_like(spoke)
+        left_out[sorted(self.quarantined)] = True
+        left_out &= round.cohort
+        present = spoke & ~left_out & torch.stack([codec.valid(payload, len(x)) for _, payload in received]).cpu()
         rows = Rows(
             self._decoded(received, present, codec, x),
             agree=self.transport.agree,
             generator=round.shared("rule"),
-            exposed=spoke & ~present,  # an honest worker checks what it sends
+            exposed=spoke & ~present | left_out,  # an honest worker checks what it sends
             shares=self.shares,
         )
         round = round._replace(present=present)
 
         flags = torch.stack([flags for flags, _ in received]).cpu()
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
-        outcome = Outcome(round, None, used, rows, lambda: rows, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
+        outcome = Outcome(
+            round,
+            None,
+            used,
+            rows,
+            lambda: rows,
+            rule,
+            messages[0].nbytes,
+            0,
+            self.algorithm.seconds(round),
+            quarantined=frozenset(self.quarantined),
+        )
         self.step += 1
         try:
             estimate, self.server = self.algorithm.server(rows, self.server, round)

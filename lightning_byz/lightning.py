@@ -9,7 +9,12 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback, RobustnessMonitorCallback, ShadowModeCallback
+from lightning_byz.callbacks import (
+    ByzantineWorkersCallback,
+    RobustnessMonitorCallback,
+    ShadowModeCallback,
+    SuspicionMonitorCallback,
+)
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -30,6 +35,7 @@ __all__ = [
     "LIBSVMDataModule",
     "RobustnessMonitor",
     "ShadowMode",
+    "SuspicionMonitor",
 ]
 
 
@@ -50,6 +56,10 @@ class RobustnessMonitor(RobustnessMonitorCallback, Callback):
 
 class ShadowMode(ShadowModeCallback, Callback):
     """Under plain DDP, reports which rank a robust rule would drop; see `lightning_byz.callbacks.ShadowModeCallback`."""
+
+
+class SuspicionMonitor(SuspicionMonitorCallback, Callback):
+    """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):

@@ -7,5 +7,6 @@ The classes to use are those of the Lightning package at hand: ``lightning_byz.l
 from lightning_byz.callbacks.byzantine_workers import ByzantineWorkersCallback
 from lightning_byz.callbacks.robustness_monitor import RobustnessMonitorCallback
 from lightning_byz.callbacks.shadow_mode import ShadowModeCallback
+from lightning_byz.callbacks.suspicion_monitor import SuspicionMonitorCallback
 
-__all__ = ["ByzantineWorkersCallback", "RobustnessMonitorCallback", "ShadowModeCallback"]
+__all__ = ["ByzantineWorkersCallback", "RobustnessMonitorCallback", "ShadowModeCallback", "SuspicionMonitorCallback"]
