@@ -118,8 +118,10 @@ if TYPE_CHECKING:
         ByzantineWorkers,
         CIFAR10DataModule,
         DigitsDataModule,
+        DuplicateBatchCheck,
         FashionMNISTDataModule,
         LIBSVMDataModule,
+        ReplicaCheck,
         RobustnessMonitor,
         ShadowMode,
         SuspicionMonitor,
@@ -130,8 +132,10 @@ else:
     ByzantineWorkers = _glue[_home].ByzantineWorkers
     CIFAR10DataModule = _glue[_home].CIFAR10DataModule
     DigitsDataModule = _glue[_home].DigitsDataModule
+    DuplicateBatchCheck = _glue[_home].DuplicateBatchCheck
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
+    ReplicaCheck = _glue[_home].ReplicaCheck
     RobustnessMonitor = _glue[_home].RobustnessMonitor
     ShadowMode = _glue[_home].ShadowMode
     SuspicionMonitor = _glue[_home].SuspicionMonitor
@@ -176,6 +180,7 @@ __all__ = [
     "DigitsDataModule",
     "Dirichlet",
     "DnC",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "FlippedBit",
     "Float16",
@@ -210,6 +215,7 @@ __all__ = [
     "Phocas",
     "RandK",
     "RandomSign",
+    "ReplicaCheck",
     "Replicated",
     "RobustSGD",
     "RobustnessMonitor",

@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy,
 
 from lightning_byz.callbacks import (
     ByzantineWorkersCallback,
+    DuplicateBatchCheckCallback,
+    ReplicaCheckCallback,
     RobustnessMonitorCallback,
     ShadowModeCallback,
     SuspicionMonitorCallback,
@@ -31,8 +33,10 @@ __all__ = [
     "ByzantineWorkers",
     "CIFAR10DataModule",
     "DigitsDataModule",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "ReplicaCheck",
     "RobustnessMonitor",
     "ShadowMode",
     "SuspicionMonitor",
@@ -60,6 +64,14 @@ class ShadowMode(ShadowModeCallback, Callback):
 
 class SuspicionMonitor(SuspicionMonitorCallback, Callback):
     """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
+
+
+class ReplicaCheck(ReplicaCheckCallback, Callback):
+    """Compares checksums of parameters and optimizer states across ranks; see `lightning_byz.callbacks.ReplicaCheckCallback`."""
+
+
+class DuplicateBatchCheck(DuplicateBatchCheckCallback, Callback):
+    """All ranks compute the same micro-batch now and then; see `lightning_byz.callbacks.DuplicateBatchCheckCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):

@@ -11,6 +11,8 @@ from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy,
 
 from lightning_byz.callbacks import (
     ByzantineWorkersCallback,
+    DuplicateBatchCheckCallback,
+    ReplicaCheckCallback,
     RobustnessMonitorCallback,
     ShadowModeCallback,
     SuspicionMonitorCallback,
@@ -31,8 +33,10 @@ __all__ = [
     "ByzantineWorkers",
     "CIFAR10DataModule",
     "DigitsDataModule",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "ReplicaCheck",
     "RobustnessMonitor",
     "ShadowMode",
     "SuspicionMonitor",
@@ -60,6 +64,14 @@ class ShadowMode(ShadowModeCallback, Callback):  # type: ignore[misc]
 
 class SuspicionMonitor(SuspicionMonitorCallback, Callback):  # type: ignore[misc]
     """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
+
+
+class ReplicaCheck(ReplicaCheckCallback, Callback):  # type: ignore[misc]
+    """Compares checksums of parameters and optimizer states across ranks; see `lightning_byz.callbacks.ReplicaCheckCallback`."""
+
+
+class DuplicateBatchCheck(DuplicateBatchCheckCallback, Callback):  # type: ignore[misc]
+    """All ranks compute the same micro-batch now and then; see `lightning_byz.callbacks.DuplicateBatchCheckCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""How a suspicion reaches people: the log, wandb's alerts, and a function of the user's."""
+"""How a suspicion reaches people: the log, wandb's alerts, and a function of the user's; and how ranks compare what they hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from lightning_byz.suspicion import SuspicionTest
 from lightning_byz.whereabouts import Whereabouts
@@ -38,6 +42,17 @@ def run_logger(trainer: Any) -> logging.Logger:
     """A logger below Lightning's own, so that its messages are seen and filtered as Lightning's are."""
     package = "lightning.pytorch" if type(trainer).__module__.startswith("lightning.") else "pytorch_lightning"
     return logging.getLogger(f"{package}.lightning_byz")
+
+
+def gathered(own: Tensor) -> list[Tensor]:
+    """All ranks' tensors, on the CPU, over torch.distributed's own group."""
+    if dist.get_backend() != "nccl":
+        own = own.cpu()
+    elif own.device.type == "cpu":
+        own = own.to(torch.device("cuda", torch.cuda.current_device()))
+    everybody = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybody, own)
+    return [other.cpu() for other in everybody]
 
 
 def accuse(

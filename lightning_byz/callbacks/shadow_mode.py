@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byz.aggregators import Aggregator, MultiKrum, TooFewRowsError, WeightedAggregator
-from lightning_byz.callbacks.accusations import Suspect, accuse, log_to_all, run_logger, scores
+from lightning_byz.callbacks.accusations import Suspect, accuse, gathered, log_to_all, run_logger, scores
 from lightning_byz.metrics import dropped
 from lightning_byz.rows import Rows
 from lightning_byz.sketch import Sketch
@@ -116,7 +115,7 @@ class ShadowModeCallback(_Base):
         self._rule.check(n)
         self.test = SuspicionTest(n, f, self.false_alarm_rate, self.compare)
         self.drops, self.looks = torch.zeros(n), 0
-        self.places = whereabouts(trainer.strategy.root_device, self._gather)
+        self.places = whereabouts(trainer.strategy.root_device, gathered)
         if self._saved is not None:
             self.test.load_state_dict(self._saved["test"])
             self.drops, self.looks = self._saved["drops"].clone(), self._saved["looks"]
@@ -126,19 +125,6 @@ class ShadowModeCallback(_Base):
                 f"Shadow mode: {self._rule!r} is asked in 2 of every {self.every_n_steps} steps whom of {n} ranks it would drop; DDP's mean is applied "
                 "as ever. " + "; ".join(str(place) for place in self.places) + "."
             )
-
-    @staticmethod
-    def _gather(own: Tensor) -> list[Tensor]:
-        """All ranks' tensors, on the CPU."""
-        device = own.device
-        if dist.get_backend() != "nccl":
-            device = torch.device("cpu")
-        elif device.type == "cpu":
-            device = torch.device("cuda", torch.cuda.current_device())
-        own = own.to(device)
-        everybody = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everybody, own)
-        return [other.cpu() for other in everybody]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.test is None or self._age % self.every_n_steps > 1:
@@ -174,7 +160,7 @@ class ShadowModeCallback(_Base):
         assert self._sketch is not None
         own = self._sketch.new(device=pl_module.device) if self._own is None else self._own
         self._own = None
-        self._compare(trainer, torch.stack(self._gather(own)))
+        self._compare(trainer, torch.stack(gathered(own)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         for handle in self._handles:
