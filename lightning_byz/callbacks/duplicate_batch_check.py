@@ -131,7 +131,8 @@ def outliers(sketches: Tensor, tolerance: float) -> list[int]:
     good = sketches[finite].double()
     median = good.quantile(0.5, dim=0) if len(good) < 3 else good.sort(dim=0).values[(len(good) - 1) // 2]
     far = (sketches.double() - median).norm(dim=1) > tolerance * median.norm()
-    return (~finite | far).nonzero().flatten().tolist()
+    odd: list[int] = (~finite | far).nonzero().flatten().tolist()
+    return odd
 
 
 def shared_batch(batch: Any, subject: int, device: torch.device) -> Any:
