@@ -14,8 +14,8 @@ supermartingale that starts at 1. By Ville's inequality it ever reaches 1 / a wi
 it runs. (Betting and e-processes: Shafer, JRSS A 2021; Ramdas, Grunwald, Vovk, Shafer, Statistical Science 2023, arXiv 2210.01948.)
 
 **The assumptions.** compare="others": workers draw from one pool of data (DDP's usual sampler, that shuffles), and what a row holds is fresh in every pair, so that
-momentum of earlier pairs has faded. Drawing without replacement, and parts of the data that a worker keeps, break this a little or a lot (docs/suspicion.md has
-measured rates).
+momentum of earlier pairs has faded. Drawing without replacement, and parts of the data that a worker keeps, break this a little or a lot (docs/suspicion.md says what was
+measured).
 
 compare="own_past": for workers with data of their own. Who has unusual data is always extreme, and nothing is exchangeable. Instead
 every worker's numbers, relative to the median worker's of the same pair, are compared with its own of up to 50 earlier pairs, and at least 15: the bet is that
