@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these")
     arguments = parser.parse_args()
     start = time.monotonic()
-    tables = measure(partial(train, data=arguments.data), arguments.output, arguments.jobs, [c for c in CANDIDATES if c[0] in arguments.rules])
+    tables = measure(
+        partial(train, data=arguments.data), arguments.output, arguments.jobs, [c for c in CANDIDATES if c[0] in arguments.rules]
+    )
     text = f"{tables}\n{machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
     (arguments.output / "report.md").write_text(text)
     print(text)

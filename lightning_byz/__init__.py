@@ -119,9 +119,14 @@ if TYPE_CHECKING:
         CIFAR10DataModule,
         Classifier,
         DigitsDataModule,
+        DuplicateBatchCheck,
         FashionMNISTDataModule,
         LIBSVMDataModule,
+        ReplicaCheck,
+        RobustnessMonitor,
+        ShadowMode,
         Stragglers,
+        SuspicionMonitor,
     )
 else:
     _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
@@ -130,9 +135,14 @@ else:
     CIFAR10DataModule = _glue[_home].CIFAR10DataModule
     Classifier = _glue[_home].Classifier
     DigitsDataModule = _glue[_home].DigitsDataModule
+    DuplicateBatchCheck = _glue[_home].DuplicateBatchCheck
     FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
     LIBSVMDataModule = _glue[_home].LIBSVMDataModule
     Stragglers = _glue[_home].Stragglers
+    ReplicaCheck = _glue[_home].ReplicaCheck
+    RobustnessMonitor = _glue[_home].RobustnessMonitor
+    ShadowMode = _glue[_home].ShadowMode
+    SuspicionMonitor = _glue[_home].SuspicionMonitor
 
 __all__ = [
     "ALIE",
@@ -175,6 +185,7 @@ __all__ = [
     "DigitsDataModule",
     "Dirichlet",
     "DnC",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "FlippedBit",
     "Float16",
@@ -210,9 +221,12 @@ __all__ = [
     "Phocas",
     "RandK",
     "RandomSign",
+    "ReplicaCheck",
     "Replicated",
     "RobustSGD",
+    "RobustnessMonitor",
     "ScaledSign",
+    "ShadowMode",
     "Sharded",
     "ShiftBack",
     "ShiftedExponential",
@@ -224,6 +238,7 @@ __all__ = [
     "StaticClipping",
     "Stragglers",
     "Stuck",
+    "SuspicionMonitor",
     "TernGrad",
     "TopK",
     "TrimmedMean",

@@ -46,6 +46,7 @@ class Outcome(NamedTuple):
         bytes_down: bytes of payload that one worker received.
         seconds: how long the server waited for messages, by the algorithm's simulated clock.
         reason: why there is no estimate; empty otherwise.
+        quarantined: the workers whose messages were left out, whatever they held.
     """
 
     round: Round
@@ -58,6 +59,7 @@ class Outcome(NamedTuple):
     bytes_down: int
     seconds: float = 0.0
     reason: str = ""
+    quarantined: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> Rows:
@@ -71,9 +73,10 @@ class Outcome(NamedTuple):
 
     @property
     def silent(self) -> list[int]:
-        """The workers that were to take part and whose message did not count."""
+        """The workers that were to take part and whose message did not count, those in quarantine left aside."""
         assert self.round.present is not None and self.round.cohort is not None
-        return (self.round.cohort & ~self.round.present).nonzero().flatten().tolist()
+        absent = (self.round.cohort & ~self.round.present).nonzero().flatten().tolist()
+        return [worker for worker in absent if worker not in self.quarantined]
 
 
 class Exchange:
@@ -91,6 +94,7 @@ class Exchange:
         observers: called with every outcome, where the server's half runs.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
         arrivals: step -> ``Round.arrivals``, in a simulation that knows them beforehand; a worker whose message never comes is silent.
+        quarantined: workers whose messages do not count from the next round on, the same on every rank; the rule's f is smaller by as many.
     """
 
     def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
@@ -106,6 +110,7 @@ class Exchange:
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
         self.arrivals: Callable[[int], Tensor | None] = lambda step: None
+        self.quarantined: set[int] = set()
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
@@ -197,7 +202,10 @@ class Exchange:
         rule = self.algorithm.rule(round)
         flags = torch.stack([flags for flags, _ in received.messages]).cpu()
         spoke = (flags[:, 0] == 1) & round.cohort
-        present = spoke & received.valid.cpu()
+        left_out = torch.zeros_like(spoke)
+        left_out[sorted(self.quarantined)] = True
+        left_out &= round.cohort
+        present = spoke & ~left_out & received.valid.cpu()
         first, last = self.transport.span(len(x))
         blank = Rows(
             x.new_empty(len(present), 0),
@@ -206,14 +214,15 @@ class Exchange:
             generator=round.shared("rule"),
             offset=first,
             dim=len(x),
-            exposed=spoke & ~present,  # an honest worker checks what it sends
+            exposed=spoke & ~present | left_out,  # an honest worker checks what it sends
             shares=self.shares,
         )
         decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[first:last])))
         round = round._replace(present=present, trusted=None if round.trusted is None else round.trusted[first:last])
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
-        outcome = Outcome(round, None, used, decode, decode, rule, messages[0].nbytes, 0, self.algorithm.seconds(round))
+        seconds, quarantined = self.algorithm.seconds(round), frozenset(self.quarantined)
+        outcome = Outcome(round, None, used, decode, decode, rule, messages[0].nbytes, 0, seconds, quarantined=quarantined)
         answer: Payload | None = None
         try:
             estimate, answer = self._answer(received, blank, decode, down, round)
@@ -294,6 +303,11 @@ class Exchange:
         for row, vector in zip(self._rows, vectors, strict=True):
             row.zero_() if vector is None else row.copy_(vector)
         return self._rows
+
+    def whole(self, columns: Tensor) -> Tensor:
+        """Whole vectors ``[..., d]``, given this rank's columns of them ``[..., width]``; all ranks have to ask. For monitors."""
+        assert self.dim is not None
+        return self.transport.assemble(columns, self.dim)
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 

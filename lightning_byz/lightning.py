@@ -9,7 +9,15 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback, StragglersCallback
+from lightning_byz.callbacks import (
+    ByzantineWorkersCallback,
+    DuplicateBatchCheckCallback,
+    ReplicaCheckCallback,
+    RobustnessMonitorCallback,
+    ShadowModeCallback,
+    StragglersCallback,
+    SuspicionMonitorCallback,
+)
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -28,9 +36,14 @@ __all__ = [
     "CIFAR10DataModule",
     "Classifier",
     "DigitsDataModule",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "ReplicaCheck",
+    "RobustnessMonitor",
+    "ShadowMode",
     "Stragglers",
+    "SuspicionMonitor",
 ]
 
 
@@ -47,6 +60,26 @@ class ByzantineWorkers(ByzantineWorkersCallback, Callback):
 
 class Stragglers(StragglersCallback, Callback):
     """Makes some workers late, or dead; see `lightning_byz.callbacks.StragglersCallback`."""
+
+
+class RobustnessMonitor(RobustnessMonitorCallback, Callback):
+    """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see `lightning_byz.callbacks.RobustnessMonitorCallback`."""
+
+
+class ShadowMode(ShadowModeCallback, Callback):
+    """Under plain DDP, reports which rank a robust rule would drop; see `lightning_byz.callbacks.ShadowModeCallback`."""
+
+
+class SuspicionMonitor(SuspicionMonitorCallback, Callback):
+    """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
+
+
+class ReplicaCheck(ReplicaCheckCallback, Callback):
+    """Compares checksums of parameters and optimizer states across ranks; see `lightning_byz.callbacks.ReplicaCheckCallback`."""
+
+
+class DuplicateBatchCheck(DuplicateBatchCheckCallback, Callback):
+    """All ranks compute the same micro-batch now and then; see `lightning_byz.callbacks.DuplicateBatchCheckCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):

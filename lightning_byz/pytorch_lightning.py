@@ -9,7 +9,15 @@ from __future__ import annotations
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
 from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
 
-from lightning_byz.callbacks import ByzantineWorkersCallback, StragglersCallback
+from lightning_byz.callbacks import (
+    ByzantineWorkersCallback,
+    DuplicateBatchCheckCallback,
+    ReplicaCheckCallback,
+    RobustnessMonitorCallback,
+    ShadowModeCallback,
+    StragglersCallback,
+    SuspicionMonitorCallback,
+)
 from lightning_byz.data import (
     CIFAR10Data,
     DigitsData,
@@ -28,9 +36,14 @@ __all__ = [
     "CIFAR10DataModule",
     "Classifier",
     "DigitsDataModule",
+    "DuplicateBatchCheck",
     "FashionMNISTDataModule",
     "LIBSVMDataModule",
+    "ReplicaCheck",
+    "RobustnessMonitor",
+    "ShadowMode",
     "Stragglers",
+    "SuspicionMonitor",
 ]
 
 
@@ -47,6 +60,26 @@ class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc
 
 class Stragglers(StragglersCallback, Callback):  # type: ignore[misc]
     """Makes some workers late, or dead; see `lightning_byz.callbacks.StragglersCallback`."""
+
+
+class RobustnessMonitor(RobustnessMonitorCallback, Callback):  # type: ignore[misc]
+    """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see `lightning_byz.callbacks.RobustnessMonitorCallback`."""
+
+
+class ShadowMode(ShadowModeCallback, Callback):  # type: ignore[misc]
+    """Under plain DDP, reports which rank a robust rule would drop; see `lightning_byz.callbacks.ShadowModeCallback`."""
+
+
+class SuspicionMonitor(SuspicionMonitorCallback, Callback):  # type: ignore[misc]
+    """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
+
+
+class ReplicaCheck(ReplicaCheckCallback, Callback):  # type: ignore[misc]
+    """Compares checksums of parameters and optimizer states across ranks; see `lightning_byz.callbacks.ReplicaCheckCallback`."""
+
+
+class DuplicateBatchCheck(DuplicateBatchCheckCallback, Callback):  # type: ignore[misc]
+    """All ranks compute the same micro-batch now and then; see `lightning_byz.callbacks.DuplicateBatchCheckCallback`."""
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]

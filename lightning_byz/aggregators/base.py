@@ -134,6 +134,14 @@ class Aggregator(Rule):
                 f"{100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
             )
 
+    def kappa(self, n: int) -> float | None:
+        """The constant with which it is proven to be (f, kappa)-robust for n rows; None where we know of no such proof.
+
+        For every set S of n - f rows with mean m_S, whatever the other rows hold, ``||result - m_S||^2 <= kappa / |S| sum_S ||x_i - m_S||^2``.
+        Allouah et al., AISTATS 2023 (arXiv 2302.01772); no rule has one below f / (n - 2f).
+        """
+        return None
+
     @abstractmethod
     def aggregate(self, rows: Rows) -> Tensor:
         """The rule itself, on finite rows and with an f that fits: ``Rows [n, d] -> [d]``."""

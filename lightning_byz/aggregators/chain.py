@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_byz.aggregators.base import Aggregator, PreAggregator
 from lightning_byz.aggregators.coordinate_wise import Mean
+from lightning_byz.aggregators.nearest_neighbor_mixing import NNM
 from lightning_byz.rows import Rows
 
 
@@ -70,6 +71,15 @@ class Chain(Aggregator):
 
     def with_f(self, f: int) -> Chain:
         return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))
+
+    def kappa(self, n: int) -> float | None:
+        """With NNM in front, 8 f / (n - f) (kappa + 1) for the rule's own kappa; None for other pre-aggregations."""
+        kappa = self.rule.kappa(n)
+        for part in self.pre:
+            if not isinstance(part, NNM) or isinstance(self.rule, Mean) or kappa is None or self.f is None:
+                return None
+            kappa = 8 * self.f / (n - self.f) * (kappa + 1)
+        return kappa
 
     def prepared(self, rows: Rows) -> Rows:
         """The rows that the rule at the end sees."""

@@ -31,6 +31,9 @@ class Mean(WeightedAggregator):
     def with_f(self, f: int) -> Mean:
         return self
 
+    def kappa(self, n: int) -> float | None:
+        return 0.0
+
     @property
     def coordinate_wise(self) -> bool:
         return True
@@ -77,6 +80,10 @@ class CoordinateMedian(Aggregator):
     def weighted(self) -> bool:
         return True
 
+    def kappa(self, n: int) -> float | None:
+        assert self.f is not None
+        return 4 * (1 + self.f / (n - 2 * self.f)) ** 2 if self.middle == "mean" else None
+
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None:
             return rows.map(self._weighted_median(rows.shares))
@@ -110,6 +117,11 @@ class TrimmedMean(Aggregator):
     @property
     def coordinate_wise(self) -> bool:
         return True
+
+    def kappa(self, n: int) -> float | None:
+        assert self.f is not None
+        ratio = self.f / (n - 2 * self.f)
+        return 6 * ratio * (1 + ratio)
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None

@@ -77,6 +77,11 @@ class GeometricMedian(WeightedAggregator):
     def weighted(self) -> bool:
         return True
 
+    def kappa(self, n: int) -> float | None:
+        assert self.f is not None
+        exact = self.iterations is None and self.nu is None
+        return 4 * (1 + self.f / (n - 2 * self.f)) ** 2 if exact else None
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n = len(rows)

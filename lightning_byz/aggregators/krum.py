@@ -103,6 +103,11 @@ class Krum(WeightedAggregator):
     def most_f(self, n: int) -> int:
         return (n - DEFINITIONS[self.definition].margin) // 2
 
+    def kappa(self, n: int) -> float | None:
+        """Of the definition that counts the n - f nearest rows, the row itself included."""
+        assert self.f is not None
+        return 6 * (1 + self.f / (n - 2 * self.f)) if self.definition == "byzfl" else None
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         scores = krum_scores(rows.squared_distances(), self.f, DEFINITIONS[self.definition])

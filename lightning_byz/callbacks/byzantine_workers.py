@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_byz import attacks
-from lightning_byz.aggregators import TooFewRowsError, WeightedAggregator
-from lightning_byz.aggregators.chain import Chain
-from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, DataAttack
+from lightning_byz.callbacks.robustness_monitor import about_honest
+from lightning_byz.callbacks.rounds import aggregated, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
-from lightning_byz.metrics import cosine_to_honest_mean, relative_error
 from lightning_byz.strategy import is_robust
 from lightning_byz.transports import ByzantineTransport
 from lightning_byz.types import keyed_generator, keyed_seed
@@ -208,23 +206,17 @@ class ByzantineWorkersCallback(_Base):
             transport.load_state_dict(saved)
 
     def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: list[int]) -> dict[str, float]:
-        present = outcome.round.present
-        assert present is not None
         values = {
             "byz/bytes_up": float(outcome.bytes_up),
             "byz/bytes_down": float(outcome.bytes_down),
             "byz/silent": float(len(outcome.silent)),
         }
-        honest = torch.tensor([bool(here) and w not in byzantine for w, here in enumerate(present)])
-        if outcome.estimate is None or not bool(honest.any()):
-            return values
-        mean = outcome.seen.select(honest).dense().double().mean(0)
-        mean = exchange.transport.assemble(mean, len(outcome.estimate))[None]
-        values["byz/cosine"] = float(cosine_to_honest_mean(outcome.estimate, mean))
-        values["byz/relative_error"] = float(relative_error(outcome.estimate, mean))
-        weights = _weights(exchange.algorithm, outcome)
-        if weights is not None:
-            values["byz/byzantine_weight"] = float(weights[byzantine].sum())
+        seen = None if outcome.estimate is None else aggregated(exchange, outcome)
+        if outcome.estimate is not None:
+            honest = torch.tensor([worker not in byzantine for worker in range(outcome.round.n)])
+            weights = None if seen is None else worker_weights(seen, outcome.round.n)
+            about = about_honest(outcome, exchange.whole, honest, weights)
+            values |= {name: about[name] for name in about if name != "byz/aggregation_error"}
         return values
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -235,25 +227,3 @@ class ByzantineWorkersCallback(_Base):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._logs = {}
-
-
-def _weights(algorithm: Algorithm, outcome: Outcome) -> torch.Tensor | None:
-    """``[n]`` the weight of every worker's row, where the rule has weights."""
-    present, cohort, rule = outcome.round.present, outcome.round.cohort, outcome.rule
-    assert present is not None
-    part = torch.ones_like(present) if cohort is None else cohort
-    spoke = part.clone() if algorithm.sees_absent else present & part
-    try:
-        rule, rows = rule.facing(outcome.seen.select(part), spoke[part])
-    except TooFewRowsError:  # an algorithm may go on with less than the rule asks for, as Byz-VR-MARINA-PP does
-        return None
-    if isinstance(rule, Chain):
-        rows, rule = rule.prepared(rows), rule.rule
-    if not isinstance(rule, WeightedAggregator):
-        return None
-    weights = rule.weights(rows).cpu()
-    if rows.mixing is not None:
-        weights = weights @ rows.mixing.cpu()
-    everyone = torch.zeros(len(present), dtype=torch.float64)
-    everyone[spoke] = weights
-    return everyone

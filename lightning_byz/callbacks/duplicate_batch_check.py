@@ -1,0 +1,186 @@
+"""DuplicateBatchCheck: do all ranks compute the same gradient of the same micro-batch?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_byz.buffers import WorkerBuffers
+from lightning_byz.callbacks.accusations import gathered, run_logger
+from lightning_byz.callbacks.replica_check import ReplicasDifferError, named, require_replicas
+from lightning_byz.gradients import FlatParameters
+from lightning_byz.quiet_passes import QuietPasses, random_states_kept
+from lightning_byz.sketch import Sketch
+from lightning_byz.whereabouts import Whereabouts, whereabouts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Base
+else:
+    _Base = object
+
+_LEAVES, _DIMS = 32, 8
+"""How many tensors a batch may hold, and how many dimensions each."""
+
+
+class DuplicateBatchCheckCallback(_Base):
+    """Every so many batches, all ranks compute the gradient of one rank's micro-batch (each rank's in turn), and the one that gets another result is named.
+
+    A device whose arithmetic is wrong in the same way every time replays its own errors faithfully; other devices do not make them. A check costs every rank one forward and
+    backward pass, and a broadcast of the batch. Nothing else notices: random states, logs, buffers, metrics and ``p.grad`` are afterwards what they were. The passes
+    draw from one random stream, so that all ranks drop the same units.
+
+    Works with every strategy whose ranks hold whole copies (``"ddp"``, ``"byzantine_robust"``), in automatic optimization. Batches are nested containers of tensors; what
+    else they hold (strings, numbers) is each rank's own and must not matter for the loss.
+
+    Args:
+        every_n_steps: batches between two checks.
+        tolerance: how far from the ranks' median gradient a rank's may lie, in parts of its length. Kernels that add up in any order differ by rounding; a device that is the
+            same everywhere and deterministic allows 0. Compared are sketches (see `lightning_byz.sketch`), which keep such distances.
+        action: "raise" a `ReplicasDifferError` on all ranks, or "warn", once for every set of ranks.
+        on_difference: called on rank 0 with the places of the ranks that differ.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        tolerance: float = 1e-3,
+        action: Literal["raise", "warn"] = "warn",
+        on_difference: Callable[[list[Whereabouts]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
+        if tolerance < 0:
+            raise ValueError(f"`tolerance` should be at least 0. Found tolerance={tolerance}.")
+        if action not in ("raise", "warn"):
+            raise ValueError(f"`action` should be 'raise' or 'warn'. Found {action!r}.")
+        self.every_n_steps, self.tolerance, self.action, self.on_difference = every_n_steps, tolerance, action, on_difference
+        self.checks = 0
+        self._told: set[frozenset[int]] = set()
+        self._batches = 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        require_replicas(trainer, type(self).__name__)
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(self).__name__} computes a training step without its optimizer step, which manual optimization does not allow. Found "
+                "automatic_optimization=False. Use ReplicaCheck or ShadowMode."
+            )
+        self._told, self._batches = set(), 0
+        self._places = whereabouts(trainer.strategy.root_device, gathered)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._batches += 1
+        if self._batches % self.every_n_steps:
+            return
+        subject = self.checks % trainer.world_size
+        self.checks += 1
+        shared = shared_batch(batch, subject, trainer.strategy.root_device)
+        sketches = torch.stack(gathered(self._gradient(trainer, pl_module, shared, batch_idx)))
+        odd = outliers(sketches, self.tolerance)
+        if odd:
+            self._report(trainer, odd, subject)
+
+    def _gradient(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> Tensor:
+        """The sketch of the batch's gradient at the parameters as they are; nan if it gives no loss."""
+        device, precision = trainer.strategy.root_device, trainer.precision_plugin
+        layout = FlatParameters([p for p in module.parameters() if p.requires_grad])
+
+        def training_step(*args: Any) -> Any:
+            with precision.train_step_context():
+                return module.training_step(*args)
+
+        passes = QuietPasses(module, WorkerBuffers(module, 1), precision, device, training_step)
+        with random_states_kept(device):
+            done = passes.gradient(layout, 0, (self.checks,), (batch, batch_idx), {})
+        sketch = Sketch(layout.dim)
+        out = sketch.new(device=device)
+        if done is None:
+            return out.fill_(torch.nan)
+        sketch.add(out, done.flat, 0)
+        return out
+
+    def _report(self, trainer: Any, odd: list[int], subject: int) -> None:
+        places = [self._places[rank] for rank in odd]
+        message = (
+            f"Batch {self._batches}: all ranks computed the gradient of rank {subject}'s micro-batch. {named(odd, self._places)} The same input and parameters "
+            "gave another gradient there: a silent fault of the device or its software."
+        )
+        if trainer.is_global_zero and frozenset(odd) not in self._told:
+            self._told.add(frozenset(odd))
+            run_logger(trainer).warning(message)
+            if self.on_difference is not None:
+                self.on_difference(places)
+        if self.action == "raise":
+            raise ReplicasDifferError(message)
+
+
+def outliers(sketches: Tensor, tolerance: float) -> list[int]:
+    """The ranks whose row of ``[n, m]`` is not finite where others' are, or farther than ``tolerance`` times its norm from the coordinate-wise median.
+
+    Two ranks are both as far from their median as each other: both are returned.
+    """
+    finite = torch.isfinite(sketches).all(1)
+    if not bool(finite.any()):
+        return []
+    good = sketches[finite].double()
+    median = good.quantile(0.5, dim=0) if len(good) < 3 else good.sort(dim=0).values[(len(good) - 1) // 2]
+    far = (sketches.double() - median).norm(dim=1) > tolerance * median.norm()
+    odd: list[int] = (~finite | far).nonzero().flatten().tolist()
+    return odd
+
+
+def shared_batch(batch: Any, subject: int, device: torch.device) -> Any:
+    """Rank ``subject``'s batch, on every rank: its tensors, in the containers of this rank's own batch. A collective.
+
+    Raises:
+        ValueError: on all ranks, if batches are not made of the same number of tensors, of the same dtypes and numbers of dimensions.
+    """
+    leaves: list[Tensor] = []
+    apply_to_collection(batch, Tensor, leaves.append)
+    header = torch.full((2 + _LEAVES * (_DIMS + 2),), -1, dtype=torch.int64)
+    fits = 0 < len(leaves) <= _LEAVES and all(leaf.ndim <= _DIMS for leaf in leaves)
+    header[0], header[1] = int(fits), len(leaves)
+    for i, leaf in enumerate(leaves if fits else ()):
+        place = 2 + i * (_DIMS + 2)
+        header[place], header[place + 1] = leaf.ndim, _DTYPES.index(leaf.dtype)
+        header[place + 2 : place + 2 + leaf.ndim] = torch.tensor(leaf.shape, dtype=torch.int64)
+    headers = torch.stack(gathered(header))
+    kinds = [index for i in range(_LEAVES) for index in (2 + i * (_DIMS + 2), 3 + i * (_DIMS + 2))]
+    if not bool((headers[:, 0] == 1).all()) or not bool((headers[:, [1, *kinds]] == headers[0, [1, *kinds]]).all()):
+        raise ValueError(
+            f"To compute each other's batches, all ranks' should hold the same number of tensors, 1 .. {_LEAVES}, of the same dtypes and numbers of "
+            f"dimensions. Found {headers[:, 1].tolist()} tensors in the ranks' batches. Leave DuplicateBatchCheck out."
+        )
+    received = []
+    for i, leaf in enumerate(leaves):
+        place = 4 + i * (_DIMS + 2)
+        shape = headers[subject, place : place + leaf.ndim].tolist()
+        mine = dist.get_rank() == subject
+        sent = leaf.detach().contiguous() if mine else torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+        sent = sent.to(device if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(sent, src=subject)
+        received.append(sent.to(leaf.device))
+    queue = iter(received)
+    return apply_to_collection(batch, Tensor, lambda leaf: next(queue))
+
+
+_DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+]

@@ -1,0 +1,145 @@
+"""ReplicaCheck: do all ranks still hold the same parameters and optimizer state?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_byz.callbacks.accusations import gathered, run_logger
+from lightning_byz.strategy import is_robust
+from lightning_byz.types import keyed_seed
+from lightning_byz.whereabouts import Whereabouts, whereabouts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Base
+else:
+    _Base = object
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 1 << 20
+
+
+class ReplicasDifferError(RuntimeError):
+    """Ranks that should hold the same numbers do not."""
+
+
+class ReplicaCheckCallback(_Base):
+    """Every so many steps, compares a checksum of the parameters and of the optimizers' state across ranks, and names the rank that differs.
+
+    In data-parallel training every rank applies the same update to the same weights, so that all must hold the same bits: a difference is a fault of a
+    device's memory or arithmetic, of a link, or of code that draws random numbers or logs into parameters on its own. Two checksums of 64 bits are compared, one of
+    the parameters and one of the optimizers' states, 16 bytes a rank; a check reads everything once. Whoever differs from the majority is named; without one, all ranks are.
+
+    Works with every strategy whose ranks hold whole copies (``"ddp"``, ``"byzantine_robust"``). Buffers are left out: DDP's BatchNorm statistics differ between steps.
+
+    Args:
+        every_n_steps: optimizer steps between two checks.
+        action: "raise" a `ReplicasDifferError` on all ranks, or "warn", once for every set of ranks that differ.
+        on_difference: called on rank 0 with the places of the ranks that differ.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        action: Literal["raise", "warn"] = "raise",
+        on_difference: Callable[[list[Whereabouts]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
+        if action not in ("raise", "warn"):
+            raise ValueError(f"`action` should be 'raise' or 'warn'. Found {action!r}.")
+        self.every_n_steps, self.action, self.on_difference = every_n_steps, action, on_difference
+        self.checks = 0
+        self._told: set[frozenset[int]] = set()
+        self._step = -1
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._told, self._step = set(), -1
+        require_replicas(trainer, type(self).__name__)
+        self._places = whereabouts(trainer.strategy.root_device, gathered)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self._step or step % self.every_n_steps:
+            return
+        self._step = step  # batches of one accumulation window see the same step
+        self.checks += 1
+        own = torch.tensor([checksum(pl_module.parameters()), checksum(_states(trainer.optimizers))], dtype=torch.int64)
+        sums = [tuple(other.tolist()) for other in gathered(own)]
+        odd, what = minority(sums)
+        if odd:
+            self._report(trainer, odd, what, step)
+
+    def _report(self, trainer: Any, odd: list[int], what: str, step: int) -> None:
+        places = [self._places[rank] for rank in odd]
+        message = (
+            f"After step {step}, ranks should hold the same {what}. {named(odd, self._places)} Look at the hardware of that host, and for code that "
+            "changes parameters on some ranks only."
+        )
+        if trainer.is_global_zero and frozenset(odd) not in self._told:
+            self._told.add(frozenset(odd))
+            run_logger(trainer).warning(message)
+            if self.on_difference is not None:
+                self.on_difference(places)
+        if self.action == "raise":
+            raise ReplicasDifferError(message)
+
+
+def require_replicas(trainer: Any, who: str) -> None:
+    """Raises unless there are several ranks, and each holds a whole copy of the module."""
+    whole = isinstance(trainer.strategy.model, DistributedDataParallel) or is_robust(trainer.strategy)
+    if not whole or trainer.world_size < 2 or not dist.is_initialized():
+        raise ValueError(
+            f"{who} compares ranks that hold copies of the same module, as Trainer(devices=n, strategy='ddp') or 'byzantine_robust' makes them. Found "
+            f"{type(trainer.strategy).__name__} with {trainer.world_size} ranks."
+        )
+
+
+def named(odd: Sequence[int], places: Sequence[Whereabouts]) -> str:
+    """A sentence about the ranks that differ."""
+    who = "; ".join(str(places[rank]) for rank in odd)
+    return f"No majority agrees: {who}." if len(odd) == len(places) else f"Different from the others: {who}."
+
+
+def minority(sums: list[tuple[int, ...]]) -> tuple[list[int], str]:
+    """The ranks whose checksums are not the majority's, all of them if there is no majority, and what differs."""
+    common, count = Counter(sums).most_common(1)[0]
+    if count == len(sums):
+        return [], ""
+    parts = [name for i, name in enumerate(("parameters", "optimizer state")) if len({each[i] for each in sums}) > 1]
+    odd = list(range(len(sums))) if 2 * count <= len(sums) else [rank for rank, each in enumerate(sums) if each != common]
+    return odd, " and ".join(parts)
+
+
+def _states(optimizers: Any) -> Iterator[Tensor]:
+    """All tensors of the optimizers' states, in the order of their parameters."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                yield from (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
+
+
+@torch.no_grad()
+def checksum(tensors: Any) -> int:
+    """A 63-bit sum of all bits of the tensors, each word times an odd number that depends on its place; the same on every device."""
+    total = 0
+    for index, tensor in enumerate(tensors):
+        words = tensor.detach().contiguous().reshape(-1)
+        words = words.to(torch.uint8) if words.dtype == torch.bool else words
+        words = torch.view_as_real(words).reshape(-1) if words.is_complex() else words
+        words = words.view(_INTEGERS[words.element_size()])
+        for first in range(0, len(words), _BLOCK):
+            block = words[first : first + _BLOCK].to(torch.int64)
+            place = torch.arange(first, first + len(block), device=block.device)
+            mixed = (block + place) * 0x2545F4914F6CDD1D  # wraps, as integers do
+            mixed = (mixed ^ (mixed >> 29)) * (2 * place + 1)
+            total += keyed_seed("replica", index, int(mixed.sum()))
+    return total % (1 << 63)

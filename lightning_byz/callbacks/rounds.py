@@ -1,0 +1,111 @@
+"""What a round says about its workers, for callbacks: who spoke, with which weight, and how far the rule's bound reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggregator
+from lightning_byz.aggregators.chain import Chain
+from lightning_byz.exchange import Exchange, Outcome
+from lightning_byz.metrics import spread, worst_relative_error
+from lightning_byz.rows import Rows
+from lightning_byz.types import Round
+
+
+class Aggregated(NamedTuple):
+    """What the rule saw.
+
+    Attributes:
+        rule: with the f that was left for the rows that spoke.
+        rows: their rows.
+        workers: ``[m]`` whose rows they are.
+        round: the round.
+        whole: `Exchange.whole`.
+    """
+
+    rule: Aggregator
+    rows: Rows
+    workers: Tensor
+    round: Round
+    whole: Callable[[Tensor], Tensor]
+
+    def again(self) -> Rows:
+        """The rows with the round's random stream at its start, so that the rule draws what it drew."""
+        return dataclasses.replace(self.rows, generator=self.round.shared("rule"))
+
+
+def aggregated(exchange: Exchange, outcome: Outcome) -> Aggregated | None:
+    """What the rule saw in a round; None if it could not run, as an algorithm may go on without it (Byz-VR-MARINA-PP)."""
+    present, cohort, rule = outcome.round.present, outcome.round.cohort, outcome.rule
+    assert present is not None
+    part = torch.ones_like(present) if cohort is None else cohort
+    spoke = part.clone() if exchange.algorithm.sees_absent else present & part
+    try:
+        rule, rows = rule.facing(outcome.seen.select(part), spoke[part])
+    except TooFewRowsError:
+        return None
+    return Aggregated(rule, rows, spoke.nonzero().flatten(), outcome.round, exchange.whole)
+
+
+def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
+    """``[n]`` float64: the weight of every worker's row, 0 for those that did not speak; None where the rule has no weights."""
+    rule, rows = seen.rule, seen.again()
+    if isinstance(rule, Chain):
+        rows, rule = rule.prepared(rows), rule.rule
+    if not isinstance(rule, WeightedAggregator):
+        return None
+    weights = rule.weights(rows).cpu()
+    if rows.mixing is not None:
+        weights = weights @ rows.mixing.cpu()
+    everyone = torch.zeros(n, dtype=torch.float64)
+    everyone[seen.workers] = weights
+    return everyone
+
+
+class Guarantee(NamedTuple):
+    """How the measured spread of the gradients compares with what the rule is proven to bear.
+
+    Attributes:
+        kappa: the rule's constant for the rows present (`Aggregator.kappa`).
+        spread: ``1/h sum_i ||x_i - mean||^2`` of the honest rows, or of those that are taken for them.
+        ratio: `worst_relative_error`; the guarantee holds below 1.
+    """
+
+    kappa: float
+    spread: float
+    ratio: float
+
+
+def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | None:
+    """The guarantee meter of a round; None for rules without a proven kappa, and for rows of unequal shares.
+
+    Measured are the rows that the rule saw (momenta, EF21 mirrors, ..., whatever the algorithm aggregates). If the honest workers are known,
+    these are the rows S. If not, S are the n - f rows nearest to each other: those nearest to the row whose n - f nearest, itself included,
+    are nearest. Liars among them can make their spread look smaller or larger than the honest one's by no more than they are near, so
+    it is an estimate, while "does not hold" of an honest set is a fact.
+
+    Args:
+        seen: what the rule saw.
+        honest: ``[n]`` bool, who is honest; None: nobody knows.
+    """
+    rule, rows = seen.rule, seen.rows
+    kappa = None if rows.shares is not None else rule.kappa(len(rows))
+    if kappa is None:
+        return None
+    assert rule.f is not None
+    if honest is not None:
+        keep = honest[seen.workers].nonzero().flatten()
+    else:
+        nearest = rows.squared_distances().cpu().sort(dim=1, stable=True)
+        center = nearest.values[:, : len(rows) - rule.f].sum(1).argmin()
+        keep = nearest.indices[center, : len(rows) - rule.f]
+    if not len(keep):
+        return None
+    chosen = seen.whole(rows.select(keep).dense()).double()
+    width = spread(chosen)
+    return Guarantee(kappa, float(width), float(worst_relative_error(width, chosen.mean(0).square().sum(), kappa)))

@@ -1,0 +1,218 @@
+"""SuspicionMonitor: which worker is lying? By what it sends, without any truth, with a false-alarm rate that the user sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.callbacks.accusations import Suspect, accuse, log_to_all, run_logger
+from lightning_byz.compressors import Field
+from lightning_byz.exchange import Exchange, Outcome
+from lightning_byz.sketch import Sketch
+from lightning_byz.strategy import is_robust
+from lightning_byz.suspicion import Compare, SuspicionTest
+from lightning_byz.whereabouts import Whereabouts, whereabouts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Base
+
+    from lightning_byz.strategy import RobustStrategy
+else:
+    _Base = object
+
+
+class SuspicionMonitorCallback(_Base):
+    """Scores every worker of a ``byzantine_robust`` run by the rows that the rule sees, and accuses one when chance explains them no longer.
+
+    The statistics, the test, and what its false-alarm rate assumes are described in `lightning_byz.suspicion`. In two consecutive rounds of every
+    ``every_n_steps`` it looks at (sketches of) the rows, and logs ``byz/suspicion/worker_<i>`` to all loggers: 0 is no evidence, from 1 on a worker is accused.
+    The first time, rank 0 warns, naming its rank, host and device; it sends the same by ``wandb.alert`` if the Trainer has a WandbLogger, and calls ``on_suspect``.
+    A worker without a finite message counts as infinitely far away.
+
+    What the test knows, and who is in quarantine, goes into checkpoints.
+
+    Args:
+        every_n_steps: two of so many rounds are looked at. None: as many as the workers' momenta take to fade to 5 % (30 for 0.9; 30 for algorithms whose
+            memory fades in another way; 2 without memory), for the test takes what a row holds for fresh.
+        false_alarm_rate: the probability that a run of honest workers ever accuses one, at most; shared among the run's optimizers.
+        compare: "others", where workers draw from one pool of data; "own_past", where their data differ.
+        num_byzantine: how many workers may be faulty; None: the f of the run's rule, or, where that is 0, max(1, (n - 1) // 3).
+        quarantine: leave an accused worker's messages out from then on; the rule's f is smaller by one for each. When f workers are in quarantine, nobody
+            else is looked for.
+        probation: after so many rounds in quarantine a worker is reinstated, as if it was new. None: never, unless you call `reinstate`.
+        sketch_size: how many numbers are kept of a row.
+        on_suspect: called on rank 0 with every `Suspect`, once.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        false_alarm_rate: float = 0.01,
+        compare: Compare = "others",
+        num_byzantine: int | None = None,
+        quarantine: bool = False,
+        probation: int | None = None,
+        sketch_size: int = 65_536,
+        on_suspect: Callable[[Suspect], None] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 2),
+            ("probation", probation, 1),
+            ("sketch_size", sketch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` should be at least {least}. Found {name}={value}.")
+        if probation is not None and not quarantine:
+            raise ValueError(f"`probation` is the time in quarantine. Found probation={probation} with quarantine=False.")
+        self.every_n_steps, self.false_alarm_rate, self.compare = every_n_steps, false_alarm_rate, compare
+        self.num_byzantine, self.quarantine, self.probation = num_byzantine, quarantine, probation
+        self.sketch_size, self.on_suspect = sketch_size, on_suspect
+        self.tests: list[SuspicionTest] = []
+        self.places: list[Whereabouts] = []
+        self.quarantined: dict[int, int] = {}
+        """Since which round each worker in quarantine is there."""
+        self._sketches: list[Sketch | None] = []
+        self._exchanges: list[Exchange] = []
+        self._told: set[int] = set()
+        self._saved: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and not is_robust(trainer.strategy):
+            raise ValueError(
+                f"{type(self).__name__} looks at the rounds of Trainer(strategy='byzantine_robust'). Found "
+                f"{type(trainer.strategy).__name__}. To watch the ranks of plain DDP, use ShadowMode."
+            )
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        strategy: RobustStrategy = trainer.strategy
+        self._exchanges = exchanges = strategy.exchanges
+        algorithm, n = exchanges[0].algorithm, strategy.n
+        if exchanges[0].transport.measured:
+            raise ValueError(
+                f"{type(self).__name__} scores workers on every rank alike, which takes a transport that shows every rank every round. Found "
+                f"{type(exchanges[0].transport).__name__}. Use AllGather() or Sharded(), or RobustnessMonitor, which the server runs alone."
+            )
+        if self.quarantine and algorithm.sees_absent:
+            raise ValueError(
+                f"Quarantine leaves a worker's messages out. Found {type(algorithm).__name__}, whose rule goes on with what it knows of absent "
+                "workers. Use quarantine=False, or an algorithm whose rule sees this round's messages only, such as RobustSGD."
+            )
+        f = (algorithm.aggregator.f or max(1, (n - 1) // 3)) if self.num_byzantine is None else self.num_byzantine
+        self.tests = [SuspicionTest(n, f, self.false_alarm_rate / len(exchanges), self.compare) for _ in exchanges]
+        self._sketches = [None] * len(exchanges)
+        self.places = whereabouts(strategy.root_device, lambda own: self._gathered(strategy, own), strategy.workers_per_process)
+        self.quarantined, self._told = {}, set()
+        if self._saved is not None:
+            for test, state in zip(self.tests, self._saved["tests"], strict=True):
+                test.load_state_dict(state)
+            self.quarantined, self._told = dict(self._saved["quarantined"]), set(self._saved["told"])
+            self._saved = None
+        for index, exchange in enumerate(exchanges):
+            exchange.quarantined.update(self.quarantined)
+
+            def observe(outcome: Outcome, index: int = index) -> None:
+                self._observe(trainer, index, outcome)
+
+            exchange.observers.append(observe)
+
+    @staticmethod
+    def _gathered(strategy: RobustStrategy, own: Tensor) -> list[Tensor]:
+        copies, field = strategy.workers_per_process, Field(tuple(own.shape), own.dtype)
+        everybody = strategy.exchanges[0].transport.gather([[own.to(strategy.root_device)]] * copies, [field])
+        return [heard[0].cpu() for heard in everybody[::copies] if heard is not None]
+
+    # -- a round ------------------------------------------------------------------------------------------------------
+
+    def _observe(self, trainer: Any, index: int, outcome: Outcome) -> None:
+        step, every = outcome.round.step, self.every_n_steps or rounds_to_forget(self._exchanges[index].algorithm)
+        if self.probation is not None:
+            for worker in [worker for worker, since in self.quarantined.items() if step >= since + self.probation]:
+                self.reinstate(worker)
+                if trainer.is_global_zero:
+                    run_logger(trainer).warning(
+                        f"{self.places[worker]} is reinstated in step {step}, after {self.probation} in quarantine."
+                    )
+        if step % every > 1:
+            return
+        cohort = outcome.round.cohort
+        self.tests[index].observe(self._rows(index, outcome), cohort)
+        if trainer.loggers:
+            scores = torch.stack([test.scores for test in self.tests]).max(0).values
+            log_to_all(trainer, {f"byz/suspicion/worker_{worker}": float(score) for worker, score in enumerate(scores)})
+        verdicts = torch.zeros(self.tests[index].n, dtype=torch.uint8)
+        verdicts[sorted(self.tests[index].accused)] = 1
+        accused = outcome.rows.agree(verdicts.to(outcome.rows.values.device)).nonzero().flatten().tolist()  # rank 0 decides
+        for worker in sorted(set(accused) - self._told):
+            self._accuse(trainer, index, worker, step)
+
+    def _rows(self, index: int, outcome: Outcome) -> Tensor:
+        """``[n, m]`` what rank 0 keeps of the rows; nan for those that were to speak and did not."""
+        rows = outcome.seen
+        dim = rows.values.shape[1] if rows.dim is None else rows.dim
+        sketch = self._sketches[index]
+        if sketch is None or sketch.dim != dim:
+            sketch = self._sketches[index] = Sketch(dim, self.sketch_size, outcome.round.seed)
+        out = sketch.new(outcome.round.n, device=rows.values.device)
+        for first, _, block in rows.blocks():
+            sketch.add(out, block, rows.offset + first)
+        out = rows.agree(rows.sum(out)).cpu()
+        out[outcome.silent] = torch.nan
+        return out
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    def _accuse(self, trainer: Any, index: int, worker: int, step: int) -> None:
+        self._told.add(worker)
+        remark, f = "", self.tests[index].f
+        if self.quarantine and len(self.quarantined) < f:
+            self.quarantined[worker] = step
+            for exchange, test in zip(self._exchanges, self.tests, strict=True):
+                exchange.quarantined.add(worker)
+                test.exclude(worker)
+            remark = "It is in quarantine now: its messages no longer count."
+        elif self.quarantine:
+            remark = f"Its messages count as before: f={f} workers are in quarantine already."
+        accuse(trainer, self.tests[index], self.places[worker], step, remark, self.on_suspect)
+
+    def reinstate(self, worker: int) -> None:
+        """Ends a worker's quarantine; what was held against it is forgotten. To be called on every rank, at the same step.
+
+        Raises:
+            ValueError: if it is not in quarantine.
+        """
+        if worker not in self.quarantined:
+            raise ValueError(
+                f"Only a worker in quarantine can be reinstated. Found {worker}; in quarantine: {sorted(self.quarantined)}."
+            )
+        del self.quarantined[worker]
+        self._told.discard(worker)
+        for exchange, test in zip(self._exchanges, self.tests, strict=True):
+            exchange.quarantined.discard(worker)
+            test.readmit(worker)
+
+    # -- checkpoint ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the tests know, and who is in quarantine; the same on every rank."""
+        tests = [test.state_dict() for test in self.tests]
+        return {"tests": tests, "quarantined": dict(self.quarantined), "told": sorted(self._told)} if tests else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, as soon as the run begins."""
+        self._saved = state_dict or None
+
+
+def rounds_to_forget(algorithm: Algorithm) -> int:
+    """After how many rounds 5 % of what a worker's row held are left in it: 2 at least, and 30 where nobody has worked it out."""
+    if algorithm.stateless:
+        return 2
+    if not isinstance(algorithm, RobustSGD):
+        return 30
+    beta = algorithm.worker_momentum
+    return max(2, math.ceil(math.log(0.05) / math.log(beta))) if beta else 2
