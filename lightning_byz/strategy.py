@@ -342,11 +342,6 @@ class RobustStrategy(_Base):
         self._resolved.aggregator.check_shares(shares)
         return shares / shares.sum()
 
-    def wrap_transport(self, wrap: Callable[[Transport], Transport]) -> None:
-        """Puts a transport around the run's; for callbacks that simulate faults (in or after ``on_fit_start``)."""
-        for exchange in self.exchanges:
-            exchange.transport = wrap(exchange.transport)
-
     @torch.no_grad()
     def _share_model(self) -> None:
         """Rank 0's parameters and buffers for everybody."""
