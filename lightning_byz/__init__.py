@@ -100,7 +100,7 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
-from lightning_byz.transports import AllGather, InProcess
+from lightning_byz.transports import AllGather, InProcess, Sharded
 
 __version__ = "0.1.0"
 
@@ -221,6 +221,7 @@ __all__ = [
     "RobustnessMonitor",
     "ScaledSign",
     "ShadowMode",
+    "Sharded",
     "ShiftBack",
     "ShiftedExponential",
     "ShuffledLabels",

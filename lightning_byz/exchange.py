@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -11,11 +13,10 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.compressors import Compressor
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Message, Transport
-from lightning_byz.types import Gradients, Round
+from lightning_byz.transports import Message, Received, Transport
+from lightning_byz.types import Gradients, Payload, Round
 
 
 class Contribution(NamedTuple):
@@ -37,7 +38,7 @@ class Outcome(NamedTuple):
         round: the round, with ``present`` set.
         estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
-        rows: the decoded messages ``[n, d]``, until the next round; absent rows are 0.
+        decode: makes the messages' rows, until the next round.
         look: makes the rows that the estimate stands for, until the next round.
         rule: the rule that aggregated the cohort's rows.
         bytes_up: bytes of payload that one worker of the cohort sent.
@@ -50,7 +51,7 @@ class Outcome(NamedTuple):
     round: Round
     estimate: Tensor | None
     used: Tensor
-    rows: Rows
+    decode: Callable[[], Rows]
     look: Callable[[], Rows]
     rule: Aggregator
     bytes_up: int
@@ -60,8 +61,13 @@ class Outcome(NamedTuple):
     quarantined: frozenset[int] = frozenset()
 
     @property
+    def rows(self) -> Rows:
+        """The decoded messages ``[n, d]``, or the columns of them that this rank aggregates; absent rows are 0."""
+        return self.decode()
+
+    @property
     def seen(self) -> Rows:
-        """The rows that the estimate stands for, ``[n, d]``; those of workers that are not present mean nothing."""
+        """The rows that the estimate stands for, as ``rows``; those of workers that are not present mean nothing. On all ranks or on none."""
         return self.look()
 
     @property
@@ -93,18 +99,21 @@ class Exchange:
         self.algorithm, self.transport, self.seed, self.shares = algorithm, transport, seed, shares
         self.step = 0
         self.dim: int | None = None
+        self.dtype = torch.float32
         self.workers: dict[int, Any] = {}
         self.server: Any = None
         self.previous: Tensor | None = None
         self._rows: Tensor | None = None
+        self._last: Tensor | None = None  # the last estimate, for algorithms whose next one differs from it in few coordinates
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
         self.quarantined: set[int] = set()
 
     def _start(self, like: Tensor) -> None:
-        self.dim, self.previous = len(like), None
+        self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
-        self.server = self.algorithm.init_server(like, self.transport.n)
+        first, last = self.transport.span(self.dim)
+        self.server = self.algorithm.init_server(like[first:last], self.transport.n)
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
@@ -154,28 +163,33 @@ class Exchange:
             messages.append(message)
 
         received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
-        spoke = torch.stack([flags[0] == 1 for flags, _ in received]).cpu() & round.cohort
+        flags = torch.stack([flags for flags, _ in received.messages]).cpu()
+        spoke = (flags[:, 0] == 1) & round.cohort
         left_out = torch.zeros_like(spoke)
         left_out[sorted(self.quarantined)] = True
         left_out &= round.cohort
-        present = spoke & ~left_out & torch.stack([codec.valid(payload, len(x)) for _, payload in received]).cpu()
-        rows = Rows(
-            self._decoded(received, present, codec, x),
+        present = spoke & ~left_out & received.valid.cpu()
+        first, last = self.transport.span(len(x))
+        blank = Rows(
+            x.new_empty(len(present), 0),
+            total=self.transport.total,
             agree=self.transport.agree,
             generator=round.shared("rule"),
+            offset=first,
+            dim=len(x),
             exposed=spoke & ~present | left_out,  # an honest worker checks what it sends
             shares=self.shares,
         )
-        round = round._replace(present=present)
+        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[first:last])))
+        round = round._replace(present=present, trusted=None if round.trusted is None else round.trusted[first:last])
 
-        flags = torch.stack([flags for flags, _ in received]).cpu()
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         outcome = Outcome(
             round,
             None,
             used,
-            rows,
-            lambda: rows,
+            decode,
+            decode,
             rule,
             messages[0].nbytes,
             0,
@@ -184,14 +198,19 @@ class Exchange:
         )
         self.step += 1
         try:
-            estimate, self.server = self.algorithm.server(rows, self.server, round)
+            estimate, answer = self._answer(received, blank, decode, round)
         except TooFewRowsError as error:
             outcome = outcome._replace(reason=str(error))
         else:
             self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
             if self.algorithm.needs_drift:
                 self.previous = x.clone()
-            outcome = self._answered(outcome, estimate, messages[0])
+            server = self.server
+            outcome = outcome._replace(
+                estimate=estimate,
+                look=lambda: self.algorithm.seen(decode(), server, round),
+                bytes_down=self.transport.bytes_down(messages[0], answer),
+            )
         for observer in self.observers:
             observer(outcome)
         return outcome
@@ -205,22 +224,30 @@ class Exchange:
             round = round._replace(trusted=trusted if bool(all_finite(trusted)) else None)
         return round
 
-    def _answered(self, outcome: Outcome, estimate: Tensor, message: Message) -> Outcome:
-        """The outcome with its estimate, as a worker decodes what the server sends."""
-        down = self.algorithm.downlink(outcome.round)
-        answer = down.encode(estimate, outcome.round.shared("downlink", estimate.device))
-        server, rows, round = self.server, outcome.rows, outcome.round
-        return outcome._replace(
-            estimate=down.decode(answer, len(estimate)),
-            look=lambda: self.algorithm.seen(rows, server, round),
-            bytes_down=self.transport.bytes_down(message, answer),
-        )
+    def _answer(self, received: Received, blank: Rows, decode: Callable[[], Rows], round: Round) -> tuple[Tensor, Payload]:
+        """The whole estimate as a worker decodes it, and the payload that told it; and the server's new state."""
+        assert self.dim is not None and round.present is not None
+        codec, dtype = self.algorithm.downlink(round), blank.values.dtype
+        speaking = round.present.nonzero().flatten().tolist()
+        answer = self.algorithm.tally([received.messages[worker].payload for worker in speaking], blank, round)
+        if answer is None:
+            estimate, self.server = self.algorithm.server(decode(), self.server, round)
+            if self.algorithm.changes_few and self._last is not None:
+                whole, answer = self.transport.revise(estimate, self._last)
+                self._last = whole.clone()
+                return whole, answer
+            answer = codec.encode(estimate, round.shared("downlink", estimate.device))
+        whole, answer = self.transport.spread(answer, codec, self.dim, dtype)
+        if self.algorithm.changes_few:
+            self._last = whole.clone()  # who writes into the estimate changes no state
+        return whole, answer
 
-    def _decoded(self, received: Sequence[Message], present: Tensor, codec: Compressor, like: Tensor) -> Tensor:
-        """The messages as rows ``[n, d]``, in memory that the next round uses again; absent rows are 0."""
+    def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
+        """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
         dim = len(like)
         vectors = [
-            codec.decode(payload, dim) if here else None for here, (_, payload) in zip(present.tolist(), received, strict=True)
+            received.format.decode(payload, dim) if here else None
+            for here, (_, payload) in zip(present.tolist(), received.messages, strict=True)
         ]
         together = _side_by_side(vectors)
         if together is not None:
@@ -238,14 +265,31 @@ class Exchange:
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
-    def server_state(self) -> dict[str, Any]:
-        """The server's half and the round number, as plain containers of tensors."""
-        return {
-            "step": self.step,
-            "dim": self.dim,
-            "server": None if self.dim is None else self.server._asdict(),
-            "previous": self.previous,
-        }
+    def server_state(self, alone: bool = False) -> dict[str, Any]:
+        """The server's half and the round number, as plain containers of tensors.
+
+        Where the server's state lies in shards it is collected at rank 0; the other ranks' answers hold their shards.
+
+        Args:
+            alone: this rank is the only one that asks. Without the other ranks' shards there is no server state then.
+        """
+        server = None
+        if self.dim is not None and not (alone and self.transport.span(self.dim) != (0, self.dim)):
+            columns = self._whole_server()
+            server = {
+                name: self.transport.collect(value, self.dim) if columns[name][1] else value
+                for name, value in self.server._asdict().items()
+            }
+        return {"step": self.step, "dim": self.dim, "server": server, "previous": self.previous}
+
+    def _whole_server(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """For every tensor of the server's state: its shape for whole vectors, and whether its last dimension is that of the coordinates."""
+        assert self.dim is not None
+        now, longer = (
+            self.algorithm.init_server(torch.empty(dim, dtype=self.dtype, device="meta"), self.transport.n)._asdict()
+            for dim in (self.dim, self.dim + 1)
+        )
+        return {name: (tuple(value.shape), value.shape != longer[name].shape) for name, value in now.items()}
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors."""
@@ -264,7 +308,19 @@ class Exchange:
         if server["dim"] is None:
             return
         self._start(like.new_zeros(server["dim"]))
-        self.server = _restored(self.server, server["server"], "server")
+        if (
+            server["server"] is None
+        ):  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
+            return
+        columns = self._whole_server()
+        _check_shapes({name: shape for name, (shape, _) in columns.items()}, server["server"], "server")
+        first, last = self.transport.span(server["dim"])
+        self.server = type(self.server)(
+            *(
+                (server["server"][name][..., first:last] if columns[name][1] else server["server"][name]).to(now)
+                for name, now in self.server._asdict().items()
+            )
+        )
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:
@@ -298,7 +354,11 @@ def _flags(present: bool, used: Tensor) -> Tensor:
 
 
 def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
-    shapes = {name: tuple(value.shape) for name, value in fresh._asdict().items()}
+    _check_shapes({name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner)
+    return type(fresh)(*(saved[name].to(value) for name, value in fresh._asdict().items()))
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, Tensor], owner: str) -> None:
     found = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != found:
         raise ValueError(
@@ -306,4 +366,3 @@ def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
             "algorithm, or to other settings of it. Use the settings that the checkpoint was written with, or start a new run "
             "from its weights: Model.load_from_checkpoint(path)."
         )
-    return type(fresh)(*(saved[name].to(getattr(fresh, name)) for name in shapes))

@@ -18,10 +18,14 @@ from lightning_byz.finite import all_finite
 from lightning_byz.order_statistics import median_of_rows
 
 _BLOCK = 32_768
-"""Columns that are worked on at a time: 20 float32 rows of a block are 2.6 MB, which stay in a core's second-level cache."""
+"""Columns that a core works on at a time: 20 float32 rows of them are 2.6 MB, about a second-level cache. It is also the least that torch gives to
+a thread, so that a block of as many times this as there are threads keeps all of them busy."""
 
 _BLOCK_ON_ACCELERATOR = 1 << 20
 """The same where kernels cost more to launch than to fetch a block from memory again."""
+
+_NARROW = 8_192
+"""Columns that are held in float64 at a time, for products: as many bytes again."""
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -45,6 +49,7 @@ class Rows:
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
             the same. They come from the run's configuration, never from a worker.
         exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
+        compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
     """
 
     values: Tensor
@@ -58,6 +63,7 @@ class Rows:
     last: Tensor | None = None
     shares: Tensor | None = None
     exposed: Tensor | None = None
+    compiled: bool = False
     _cache: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list, repr=False)
     """Values, index and the inner products of these base rows, once somebody asked for them."""
 
@@ -106,13 +112,25 @@ class Rows:
     def _base(self, block: Tensor) -> Tensor:
         return block if self.index is None else block[self.index]
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.values.device.type == "cpu"
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        """Where the blocks of columns begin and end."""
+        width = self.values.shape[1]
+        size = _BLOCK * torch.get_num_threads() if self._on_cpu else _BLOCK_ON_ACCELERATOR
+        return [(first, min(first + size, width)) for first in range(0, width, size)]
+
+    def block(self, first: int, last: int) -> Tensor:
+        """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for reading only."""
+        block = self._base(self.values[:, first:last]).to(self.work_dtype)
+        return block if self.mixing is None else self.mixing.to(block.dtype) @ block
+
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading only."""
-        size = _BLOCK if self.values.device.type == "cpu" else _BLOCK_ON_ACCELERATOR
-        for first in range(0, self.values.shape[1], size):
-            last = min(first + size, self.values.shape[1])
-            block = self._base(self.values[:, first:last]).to(self.work_dtype)
-            yield first, last, block if self.mixing is None else self.mixing.to(block.dtype) @ block
+        for first, last in self._bounds():
+            yield first, last, self.block(first, last)
 
     def dense(self) -> Tensor:
         """The rows as one matrix ``[n, d_local]`` (a copy where rows are selected or mixed)."""
@@ -180,16 +198,17 @@ class Rows:
             if values is self.values and index is self.index:
                 return products
         products = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.values.device)
-        room: Tensor | None = None  # one block in float64
+        room: Tensor | None = None
         for _, _, block in base.blocks():
-            if self.mixing is not None:
-                block = self.mixing @ block.double()
-            if self.mixing is not None or block.dtype == torch.float64:
-                block = block - median_of_rows(block)
-            else:
-                room = torch.empty_like(block, dtype=torch.float64) if room is None else room
-                block = room[:, : block.shape[1]].copy_(block)
-            products.addmm_(block, block.T)
+            for narrow in torch.split(block, _NARROW if self._on_cpu else block.shape[1], dim=1):
+                if self.mixing is not None:
+                    wide = self.mixing @ narrow.double()
+                else:
+                    room = torch.empty(narrow.shape, dtype=torch.float64, device=block.device) if room is None else room
+                    wide = room[:, : narrow.shape[1]].copy_(narrow)
+                if self.mixing is not None or block.dtype == torch.float64:
+                    wide -= median_of_rows(wide)
+                products.addmm_(wide, wide.T)
         products = self.sum(products)
         if self.mixing is None:
             self._cache[:] = [(self.values, self.index, products)]
@@ -229,13 +248,24 @@ class Rows:
             squares += torch.stack([torch.dot(wide, wide) for row in block for wide in (row.double(),)])
         return self.agree(self.sum(squares))
 
+    def norm(self, vector: Tensor) -> Tensor:
+        """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as these rows do."""
+        return self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square())).sqrt()
+
     # -- from n vectors to one ----------------------------------------------------------------------------------------
 
     def map(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
         """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``."""
-        out = self.values.new_empty(self.values.shape[1])
-        for first, last, block in self.blocks():
-            out[first:last] = rule(block)
+        width = self.values.shape[1]
+        out = self.values.new_empty(width)
+        if not self.compiled:
+            bounds = self._bounds()
+        else:  # one pass over rows as they are stored; over selected or mixed ones, as much at a time as is worth a copy
+            rule = torch.compile(rule, dynamic=True)
+            size = width if self.index is None and self.mixing is None else _BLOCK_ON_ACCELERATOR // 4
+            bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
+        for first, last in bounds:
+            out[first:last] = rule(self.block(first, last))
         return out
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -244,7 +274,9 @@ class Rows:
         if self.mixing is not None:
             weights = weights @ self.mixing
         used = weights.nonzero().flatten()
-        rows, weights = replace(self, mixing=None).select(used), weights[used].to(self.work_dtype)
+        rows, weights = replace(self, mixing=None, compiled=False), weights[used].to(self.work_dtype)
+        if len(used) < len(rows):
+            rows = rows.select(used)
 
         def weighted_sum(block: Tensor) -> Tensor:
             total = torch.zeros_like(block[0])

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_byz.aggregators import Mean
+from lightning_byz.aggregators import CAF, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.transports import Sharded, Transport
 
 log = logging.getLogger("lightning_byz")
 
-DEFAULT_ALGORITHM = RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)
-"""NNM and a trimmed mean, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+DEFAULT_ALGORITHM = RobustSGD(aggregator=CAF(), worker_momentum=0.9, undo_worker_momentum=True)
+"""CAF, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
 
 
 class UnsupportedSetupError(ValueError):
@@ -81,6 +82,21 @@ def resolve_algorithm(
         warn(f"byzantine_robust: {type(rule).__name__} tolerates no Byzantine worker among n={n}.")
     resolved.check(n)
     return resolved
+
+
+@rank_zero_only
+def explain_downlink(algorithm: Algorithm, transport: Transport) -> None:
+    """Logs what comes down on shards in answer to messages that name few coordinates each."""
+    if not isinstance(transport, Sharded) or not getattr(getattr(algorithm, "compressor", None), "sparse", False):
+        return
+    name, rule = type(algorithm).__name__, algorithm.aggregator
+    if algorithm.changes_few:
+        log.info(f"{name} on Sharded: of the estimate, only the coordinates that have changed are sent down.")
+    else:
+        log.info(
+            f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. With few ranks AllGather moves fewer bytes; so does "
+            "ByzEF21SGDM here, with a rule that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean."
+        )
 
 
 def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:

@@ -31,7 +31,7 @@ from lightning_byz.exchange import Contribution, Exchange, Outcome
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
-from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, resolve_algorithm
+from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, explain_downlink, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import AllGather, InProcess, Transport
@@ -65,7 +65,7 @@ class RobustStrategy(_Base):
 
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
-            which is NNM and a trimmed mean, uncompressed; with one or two workers, a plain mean without momentum.
+            which is CAF, uncompressed; with one or two workers, a plain mean without momentum.
         transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
         workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
             n = processes x workers_per_process workers.
@@ -289,6 +289,7 @@ class RobustStrategy(_Base):
             check_setup(self, trainer, self._resolved)
         transport = self.transport or (AllGather() if self._world > 1 else InProcess())
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
+        explain_downlink(self._resolved, transport)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
@@ -753,7 +754,7 @@ class RobustStrategy(_Base):
                 "n": self.n,
                 "workers_per_process": self.workers_per_process,
                 "algorithm": repr(self._resolved),
-                "server": [exchange.server_state() for exchange in self.exchanges],
+                "server": [exchange.server_state(self._alone() or self._saved_alone) for exchange in self.exchanges],
                 "workers": workers,
                 "rng": states,
                 "micro_step": self._micro_step,
@@ -827,7 +828,11 @@ class RobustStrategy(_Base):
         for i, exchange in enumerate(self.exchanges):
             exchange.load(saved["server"][i], saved["workers"][i], FlatParameters.of(self.optimizers[i]).like())
         missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
-        if missing:
+        if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
+            _warn(
+                "The checkpoint was written by one rank alone, which held its shard of the state only. The algorithm starts afresh."
+            )
+        elif missing:
             _warn(f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with a fresh state.")
         self._micro_step = saved["micro_step"]
         self._skipped_in_a_row = saved["skipped_in_a_row"]

@@ -364,7 +364,7 @@ BUGS = [
         "papers",
     ),
     Bug("the downlink is not encoded", "algorithms/signsgd_majority_vote.py", "    def downlink(", "    def _downlink(", "papers"),
-    Bug("late messages enter", "exchange.py", "present = spoke & round.cohort", "present = spoke", "papers"),
+    Bug("late messages enter", "exchange.py", "(flags[:, 0] == 1) & round.cohort", "(flags[:, 0] == 1)", "papers"),
     Bug(
         "who is not sampled is called silent",
         "exchange.py",
@@ -379,7 +379,7 @@ BUGS = [
         "        self.step += 1\n        self.previous = x.clone()\n",
         "papers",
     ),
-    Bug("the previous parameters are not saved", "exchange.py", '"previous": self.previous,', '"previous": None,', "exchange"),
+    Bug("the previous parameters are not saved", "exchange.py", '"previous": self.previous}', '"previous": None}', "exchange"),
     # gradients besides the minibatch's
     Bug(
         "the previous pass has other dropout masks",
@@ -614,9 +614,7 @@ BUGS = [
         "in new_states.items()}",
         "exchange",
     ),
-    Bug(
-        "messages are not checked", "exchange.py", "(flags[0] == 1) & codec.valid(payload, len(like))", "flags[0] == 1", "exchange"
-    ),
+    Bug("messages are not checked", "exchange.py", "present = spoke & received.valid.cpu()", "present = spoke.clone()", "exchange"),
     Bug("f gradients make a parameter used", "exchange.py", ".sum(0) > min(", ".sum(0) >= min(", "exchange"),
     Bug("a resumed run starts at round 0", "exchange.py", 'self.step = server["step"]', "self.step = 0", "exchange"),
     Bug(
@@ -645,7 +643,7 @@ BUGS = [
     Bug(
         "a candidate skips the codec",
         "transports/byzantine.py",
-        "values[worker] = self.codec.decode(payload, self.dim) if",
+        "values[worker] = self._columns(payload) if",
         "values[worker] = lie if",
         "exchange",
     ),
@@ -769,6 +767,48 @@ BUGS = [
     Bug("restore leaves numpy's stream alone", "rng.py", 'np.random.set_state(("MT19937"', 'print(("MT19937"', "exchange"),
     Bug("the last samples get lost", "batches.py", "(i * size) // parts", "i * (size // parts)", "exchange"),
     Bug("Byzantine workers' logs count", "step_logs.py", "said = counted & (column", "said = (column", "exchange"),
+    # shards
+    Bug(
+        "a share's indices count from the beginning of the vector",
+        "compressors/sparse.py",
+        "index[start:end] - first)",
+        "index[start:end])",
+        "compressors",
+    ),
+    Bug(
+        "a share shrinks by its own dimension",
+        "compressors/quantization.py",
+        "self.contraction(dim))",
+        "self.contraction(last - first))",
+        "compressors",
+    ),
+    Bug("a vote that is one short", "algorithms/signsgd_majority_vote.py", "heard // 2 + 1)", "heard // 2)", "exchange"),
+    Bug(
+        "votes carry no farther than one bit",
+        "compressors/bits.py",
+        "plane ^ carry, plane & carry",
+        "plane ^ carry, plane & ~plane",
+        "compressors",
+    ),
+    Bug("a nan in another share goes unnoticed", "transports/base.py", "self.total((~valid).double()) == 0", "valid", "sharded"),
+    Bug("norms are of a share", "rows.py", "self.agree(self.sum(torch.linalg", "self.agree((torch.linalg", "sharded"),
+    Bug("rules do not add up over the ranks", "exchange.py", "total=self.transport.total,", "", "sharded"),
+    Bug("rules take a share for the whole", "exchange.py", "dim=len(x),\n", "dim=None,\n", "sharded"),
+    Bug("shares of the state are not collected", "exchange.py", "if columns[name][1] else value", "if False else value", "sharded"),
+    Bug(
+        "the last estimate survives a checkpoint",
+        "exchange.py",
+        "self._last = len(like), like.dtype, None, None",
+        "_ = len(like), like.dtype, None, None",
+        "sharded",
+    ),
+    Bug(
+        "attackers on shards see their share of the trial only",
+        "transports/byzantine.py",
+        "return self.transport.assemble(estimate, self.dim)",
+        "return estimate",
+        "sharded",
+    ),
 ]
 
 

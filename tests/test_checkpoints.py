@@ -33,6 +33,7 @@ from lightning_byz import (
     PerTensor,
     RandK,
     RobustSGD,
+    Sharded,
     ShiftBack,
     SignSGDMajorityVote,
     Stuck,
@@ -51,6 +52,7 @@ ALGORITHMS = {
     "marina-pp": ByzVRMarinaPP(CoordinateMedian(), p=0.4, cohort_size=3, full_batches=2),
     "clipped": ClippedDifferences(RobustSGD(TrimmedMean(), worker_momentum=0.5), cohort_size=2),
     "signum": SignSGDMajorityVote(),
+    "ef21 on shards": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
 }
 
 
@@ -80,14 +82,19 @@ class Resumable(Plain):
 
 def strategy_of(name: str, devices: int) -> ByzantineRobustStrategy:
     return ByzantineRobustStrategy(
-        algorithm=ALGORITHMS[name], workers_per_process=1 if devices > 1 else 4, start_method="fork", seed=7
+        algorithm=ALGORITHMS[name],
+        transport=Sharded() if "on shards" in name else None,
+        workers_per_process=1 if devices > 1 else 4,
+        start_method="fork",
+        seed=7,
     )
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["epoch end", "inside an epoch"])
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("name", "devices"), [(name, devices) for name in ALGORITHMS for devices in (1, 4) if devices > 1 or "on shards" not in name]
+)
 def test_killed_and_resumed_is_uninterrupted(name: str, devices: int, where: str, tmp_path: Path) -> None:
     if where == "epoch end" and devices == 1 and not hasattr(FitLoop, "is_resuming"):
         pytest.skip("this Lightning draws the shuffling order twice when it resumes at the end of an epoch")

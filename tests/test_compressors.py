@@ -1,5 +1,6 @@
 """Laws over every compressor in the zoo."""
 
+import itertools
 import math
 
 import numpy as np
@@ -27,7 +28,7 @@ from lightning_byz.compressors import (
     TernGrad,
     TopK,
 )
-from lightning_byz.compressors.bits import look_up_bits, pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.bits import at_least, look_up_bits, pack_bits, packed_bytes, unpack_bits
 from lightning_byz.compressors.sparse import largest
 
 D = 20
@@ -332,6 +333,53 @@ def test_per_tensor_needs_the_sizes():
         PerTensor(TopK(k=1), (1, 2)).encode(torch.ones(4))
     with pytest.raises(TypeError, match="should be a compressor.*Found 0.1"):
         PerTensor(0.1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 9, 20])
+def test_votes_are_counted_on_packed_bits(n):
+    votes = torch.rand(n, 100, generator=stream(n)) < torch.linspace(0, 1, 100)
+    packed = [pack_bits(row, 1) for row in votes]
+    before = [row.clone() for row in packed]
+    for count in range(1, n + 2):
+        assert torch.equal(unpack_bits(at_least(packed, count), 1, 100).bool(), votes.sum(0) >= count)
+    assert all(torch.equal(a, b) for a, b in zip(packed, before, strict=True))
+
+
+@each(COMPRESSORS)
+@laws
+@given(d=st.integers(1, 400), shards=st.integers(1, 6), seed=st.integers(0, 10**6))
+def test_the_shares_of_a_payload_are_the_columns_of_what_it_stands_for(case, d, shards, seed):
+    compressor, x = case.of(d), rows_for(1, d, seed, mean=0.0, dtype=torch.float32)[0]
+    size = 32 * -(-d // (32 * shards))
+    bounds = [min(i * size, d) for i in range(shards + 1)]
+    parts = [compressor.part(d, first, last) for first, last in itertools.pairwise(bounds)]
+    payload = compressor.encode(x, stream(seed))
+    if any(part is None for part in parts):
+        with pytest.raises(TypeError, match="cannot be split"):
+            compressor.split(payload, d, bounds)
+        return
+    shares, decoded = compressor.split(payload, d, bounds), []
+    for part, share, (first, last) in zip(parts, shares, itertools.pairwise(bounds), strict=True):
+        layout = part.layout(last - first, torch.float32)
+        assert [tensor.dtype for tensor in share] == [field.dtype for field in layout]
+        if compressor.sparse:
+            assert all(tensor.shape <= field.shape for tensor, field in zip(share, layout, strict=True))
+        else:
+            assert [tuple(tensor.shape) for tensor in share] == [field.shape for field in layout]
+        assert part.valid(share, last - first)
+        decoded.append(part.decode(share, last - first))
+    assert torch.equal(torch.cat(decoded), compressor.decode(payload, d))
+    if compressor.sparse:
+        sizes = [sum(len(share[i]) for share in shares) for i in range(len(payload))]
+        assert sizes == [len(tensor) for tensor in payload]
+
+
+def test_which_payloads_cannot_be_cut():
+    """Those of low rank, and codes that are packed for tensors that begin inside a word."""
+    whole = {case.name for case in COMPRESSORS if case.of(200).part(200, 32, 64) is None}
+    assert whole == {"rank_1", "rank_2_twice", "low_rank_per_tensor"}
+    assert PerTensor(Sign(), (40, 60)).part(100, 0, 32) is not None
+    assert PerTensor(Sign(), (40, 60)).part(100, 32, 64) is None
 
 
 @laws

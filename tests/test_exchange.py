@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
-from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, Mean, TrimmedMean
-from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
+from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
@@ -184,6 +184,30 @@ def test_gradients_are_not_modified_and_the_dtype_is_kept():
         outcome = Exchange(ByzEF21SGDM(robust(1)), connected(), 0).run(contributions(grads), LIKE.to(dtype))
         assert outcome.estimate.dtype == dtype
         assert torch.equal(grads, before)
+
+
+@pytest.mark.parametrize("tie", ["plus_one", "zero", "random"])
+@pytest.mark.parametrize("absent", [(), (1,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_the_vote_on_packed_bits_is_the_rules(tie, absent):
+    """Also where it is too few: four of five absent leave one, and nobody can be outvoted."""
+    algorithm = SignSGDMajorityVote(MajorityVote(f=1, tie=tie), momentum=0.0)
+
+    @dataclasses.dataclass(frozen=True)
+    class Decoding(SignSGDMajorityVote):
+        def tally(self, payloads, rows, round):
+            return None
+
+    decoding = Decoding(algorithm.aggregator, 0.0)
+    grads = grads_of(d=70) - 1
+    like = torch.zeros(70, dtype=torch.float64)
+    found, expected = (Exchange(method, connected(), 3).run(contributions(grads, absent), like) for method in (algorithm, decoding))
+    assert found.reason == expected.reason
+    if found.reason:
+        assert found.estimate is None
+    else:
+        assert torch.equal(found.estimate, expected.estimate)
+        assert found.bytes_down == expected.bytes_down
+    assert torch.equal(found.rows.dense(), expected.rows.dense())
 
 
 def test_observers_see_every_outcome_and_rounds_are_counted():

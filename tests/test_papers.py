@@ -622,8 +622,8 @@ class ShiftBack(ByzantineTransport):
         super().__init__(inner, Anything(), workers, lambda step: True)
         self.where = where
 
-    def exchange(self, messages, codec, dim, dtype, round):
-        everybody = self.inner.exchange(messages, codec, dim, dtype, round)
+    def everybody(self, messages, codec, dim, dtype, round):
+        everybody = self.inner.everybody(messages, codec, dim, dtype, round)
         liars = [w for w in self.byzantine if round.cohort[w]]
         if 2 * len(liars) > int(round.cohort.sum()):
             for w in liars:

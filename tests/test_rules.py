@@ -1,7 +1,9 @@
 """What single rules promise beyond the laws."""
 
+import dataclasses
 import itertools
 import math
+import shutil
 import time
 
 import oracles
@@ -334,3 +336,38 @@ def test_rules_work_under_torch_compile(rule):
     x = rows_for(11, 50)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(rule.__call__, backend="eager")(x), rule(x))
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        Chain(rule=TrimmedMean(), f=2, compile=True),
+        Chain(pre=(NNM(),), rule=CoordinateMedian(), f=2, compile=True),
+        Chain(rule=Krum(), f=2, compile=True),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_compiled_chain_gives_what_it_gives_uncompiled(chain, silent, monkeypatch):
+    """Whole rows, selected ones and mixed ones, in several blocks. Captured as graphs, without generating code."""
+    compile, compiled = torch.compile, []
+
+    def capture(function, **options):
+        compiled.append(function)
+        return compile(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", capture)
+    x = rows_for(11, (1 << 18) + 50)
+    if silent:
+        x[3, 7] = torch.nan
+    torch._dynamo.reset()
+    assert torch.equal(chain(x), dataclasses.replace(chain, compile=False)(x))
+    assert len(compiled) == (0 if isinstance(chain.rule, Krum) else 1)  # Krum only combines rows
+    assert dataclasses.replace(chain, compile=False) != chain and chain.with_f(1).compile
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_median_runs_as_generated_code():
+    x = rows_for(4, 1000)
+    torch._dynamo.reset()
+    assert torch.equal(Chain(rule=CoordinateMedian(f=1), compile=True)(x), CoordinateMedian(f=1)(x))

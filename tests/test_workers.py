@@ -34,6 +34,7 @@ from lightning_byz import (
     PerTensor,
     RandK,
     RobustSGD,
+    Sharded,
     ShuffledLabels,
     SignSGDMajorityVote,
     Stuck,
@@ -129,6 +130,35 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
             for metric in ("loss", "byz/cosine", "byz/relative_error", "byz/byzantine_weight"):
                 assert report["metrics"].get(metric) == pytest.approx(runs[0][0]["metrics"].get(metric), nan_ok=True)
     assert runs[0][0]["steps"] == 20
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("algorithm", "attack", "exact"),
+    [
+        (RobustSGD(CoordinateMedian(), worker_momentum=0.9), NotANumber(), True),
+        (SignSGDMajorityVote(), ALIE(z=1.5), True),
+        (ByzEF21SGDM(compressor=TopK(ratio=0.1)), IPM(10.0), False),
+        (DStar(), OptimizedALIE(), False),
+    ],
+    ids=repr,
+)
+def test_shards_are_in_process(algorithm: Any, attack: Any, exact: bool, tmp_path: Path) -> None:
+    """The same seed with all workers in one process, and with a shard of the coordinates in each of two."""
+    runs = []
+    for devices, transport in ((1, None), (2, Sharded())):
+        torch.manual_seed(1)
+        strategy = ByzantineRobustStrategy(
+            algorithm=algorithm, transport=transport, workers_per_process=6 // devices, start_method="fork", seed=7
+        )
+        callbacks = [ByzantineWorkers(attack, workers=[1])]
+        runs += fit(tmp_path, Streams(norm=True, dropout=0.2), strategy, devices=devices, callbacks=callbacks)
+    for report in runs[1:]:
+        (assert_equal if exact else assert_close)(runs[0], report)
+        assert_equal(runs[1], report)
+        assert report["metrics"].keys() == runs[0]["metrics"].keys()
+        for metric, value in runs[0]["metrics"].items():
+            assert report["metrics"][metric] == pytest.approx(value, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.processes

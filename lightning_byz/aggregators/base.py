@@ -68,6 +68,11 @@ class Aggregator(Rule):
         return False
 
     @property
+    def coordinate_wise(self) -> bool:
+        """Whether every coordinate of the result is a function of that coordinate of the rows alone, the same in every round."""
+        return False
+
+    @property
     def remembers(self) -> bool:
         """Whether the result depends on the last round's, which algorithms then keep and give it as ``rows.last``."""
         return False

@@ -24,10 +24,14 @@ class Chain(Aggregator):
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.
         rule: the aggregator at the end.
+        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of them, 3 to 5 times faster on large models (docs/performance.md).
+            It needs what torch.compile needs (on CPUs a C++ compiler), and some seconds in the first rounds, and again whenever the number of rows changes. Other
+            rules, such as Krum, do not change.
     """
 
     pre: Sequence[PreAggregator] = ()
     rule: Aggregator = None  # type: ignore[assignment]  # a field without default cannot follow f=None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +52,10 @@ class Chain(Aggregator):
     @property
     def weighted(self) -> bool:
         return not self.pre and self.rule.weighted
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return not self.pre and self.rule.coordinate_wise
 
     @property
     def remembers(self) -> bool:
@@ -77,7 +85,7 @@ class Chain(Aggregator):
         """The rows that the rule at the end sees."""
         for part in self.pre:
             rows = part(rows)
-        return rows
+        return dataclasses.replace(rows, compiled=rows.compiled or self.compile)
 
     def aggregate(self, rows: Rows) -> Tensor:
         return self.rule.aggregate(self.prepared(rows))

@@ -30,6 +30,10 @@ class Mean(WeightedAggregator):
         return 0.0
 
     @property
+    def coordinate_wise(self) -> bool:
+        return True
+
+    @property
     def weighted(self) -> bool:
         return True
 
@@ -62,6 +66,10 @@ class CoordinateMedian(Aggregator):
         super().__post_init__()
         if self.middle not in ("mean", "lower"):
             raise ValueError(f"`middle` should be 'mean' or 'lower'. Found {self.middle!r}.")
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     @property
     def weighted(self) -> bool:
@@ -101,6 +109,10 @@ class TrimmedMean(Aggregator):
     nothing is subtracted from a sum, so that a row of 1e30 costs the others no digit.
     """
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
     def kappa(self, n: int) -> float | None:
         assert self.f is not None
         ratio = self.f / (n - 2 * self.f)
@@ -120,6 +132,10 @@ class MeaMed(Aggregator):
     counts as nearer.
     """
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
@@ -137,6 +153,10 @@ class Phocas(Aggregator):
 
     Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the smaller one counts as nearer.
     """
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None

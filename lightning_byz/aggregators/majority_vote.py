@@ -31,6 +31,10 @@ class MajorityVote(Aggregator):
         if self.tie not in ("plus_one", "zero", "random"):
             raise ValueError(f"`tie` should be 'plus_one', 'zero' or 'random'. Found {self.tie!r}.")
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return self.tie != "random"
+
     def aggregate(self, rows: Rows) -> Tensor:
         n, tie = len(rows), self.tie
         vote = rows.map(lambda block: (n - 2 * (block < 0).sum(0)).sign().to(block.dtype))

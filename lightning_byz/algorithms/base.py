@@ -36,6 +36,7 @@ class Algorithm(ABC):
         needs_trusted: it cannot do without.
         sees_absent: the rule also sees what it knows of workers that are absent (EF21's mirrors).
         keeps_last: it keeps the rule's last result, for rules that remember it (`aggregate`).
+        changes_few: the estimate differs from the last one in few coordinates only: those that some message names.
         stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
     """
 
@@ -62,6 +63,11 @@ class Algorithm(ABC):
                 f"{type(self).__name__} does not keep the last result of its rule. Found {self.aggregator!r}, which starts from it. Use "
                 "CenteredClip(start='median'), or another rule."
             )
+
+    @property
+    def changes_few(self) -> bool:
+        """Whether the estimate differs from the last one in few coordinates only, which a transport may then send alone."""
+        return False
 
     @property
     def stateless(self) -> bool:
@@ -147,6 +153,21 @@ class Algorithm(ABC):
         Raises:
             TooFewRowsError: if nothing can be said about this round; no state has changed then.
         """
+
+    def tally(self, payloads: Sequence[Payload], rows: Rows, round: Round) -> Payload | None:
+        """The answer that `server` and `downlink` would give, straight from encoded messages; None, the default: they are to be decoded.
+
+        For algorithms whose server remembers nothing.
+
+        Args:
+            payloads: of the workers that are present, or one share of the coordinates of each.
+            rows: ``[n, 0]`` what is known of all workers' rows besides their numbers.
+            round: with ``present`` set.
+
+        Raises:
+            TooFewRowsError: as `server`.
+        """
+        return None
 
     def aggregate(self, rows: Rows, last: Tensor, round: Round) -> tuple[Tensor, Tensor]:
         """The rule's result, and what to keep of it as ``last`` for the next round.

@@ -82,6 +82,10 @@ class ByzEF21SGDM(Algorithm):
     def codec(self, round: Round) -> Compressor:
         return self.compressor
 
+    @property
+    def changes_few(self) -> bool:
+        return self.aggregator.coordinate_wise and self.compressor.sparse
+
     def init_worker(self, x: Tensor) -> WorkerState:
         return WorkerState(torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), dtype=torch.int64))
 

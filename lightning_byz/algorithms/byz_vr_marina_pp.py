@@ -105,12 +105,12 @@ class _Clipped(Algorithm):
     def init_server(self, x: Tensor, n: int) -> ServerState:
         return ServerState(torch.zeros_like(x), torch.zeros_like(x), x.new_full((), _UNLIMITED, dtype=torch.float64))
 
-    def limit(self, g: Tensor, round: Round) -> Tensor:
-        """lambda_{k+1}, the norm that rows are clipped to: a 0-d float64 tensor."""
+    def limit(self, g: Tensor, rows: Rows, round: Round) -> Tensor:
+        """lambda_{k+1}, the norm that rows are clipped to: a 0-d float64 tensor. ``g [d]`` is the estimate so far."""
         if self.clipping is None:
             return torch.full((), _UNLIMITED, dtype=torch.float64, device=g.device)
         assert round.drift is not None
-        length = round.drift if self.clipping_unit == "drift" else torch.linalg.vector_norm(g, dtype=torch.float64)
+        length = round.drift if self.clipping_unit == "drift" else rows.norm(g)
         return self.clipping * length
 
     def differences(self, rows: Rows, base: Tensor) -> Rows:
@@ -123,7 +123,7 @@ class _Clipped(Algorithm):
             g = rule(*among(rows, round, cohort))
             state = self.init_server(g, round.n)._replace(g=g)
             return g.clone(), state
-        lam = self.limit(state.g, round)
+        lam = self.limit(state.g, rows, round)
         here, present = among(rows, round, cohort)
         if (
             self.clipping is not None and present is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, MajorityVote
 from lightning_byz.algorithms.base import Algorithm, NoState
 from lightning_byz.compressors import Compressor, Identity, Sign, TernGrad
+from lightning_byz.compressors.bits import at_least
 from lightning_byz.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -93,6 +95,13 @@ class SignSGDMajorityVote(Algorithm):
             coins = torch.randint(2, v.shape, generator=generator, device=v.device).to(v.dtype)
             v = torch.where(v == 0, 2 * coins - 1, v)
         return self.codec(round).encode(v), state
+
+    def tally(self, payloads: Sequence[Payload], rows: Rows, round: Round) -> Payload | None:
+        rule, heard = self.aggregator, len(payloads)
+        if not isinstance(rule, MajorityVote) or rule.tie == "zero" or (rule.tie == "random" and heard % 2 == 0):
+            return None
+        rule.facing(rows, round.present)
+        return at_least([bits for bits, _ in payloads], heard // 2 + 1), payloads[0][1]
 
     def init_server(self, x: Tensor, n: int) -> NoState:
         return NoState()

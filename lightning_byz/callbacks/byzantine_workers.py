@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_byz import attacks
-from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
 from lightning_byz.callbacks.rounds import aggregated, worker_weights
@@ -162,7 +161,7 @@ class ByzantineWorkersCallback(_Base):
 
             def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, exchange.algorithm, sorted(strategy.liars_at(outcome.round.step)))
+                    self._logs = self._measured(outcome, exchange, sorted(strategy.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
 
@@ -206,16 +205,17 @@ class ByzantineWorkersCallback(_Base):
         for transport, saved in zip(self._transports, self._saved, strict=False):  # either is empty until both are known
             transport.load_state_dict(saved)
 
-    def _measured(self, outcome: Outcome, algorithm: Algorithm, byzantine: list[int]) -> dict[str, float]:
+    def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: list[int]) -> dict[str, float]:
         values = {
             "byz/bytes_up": float(outcome.bytes_up),
             "byz/bytes_down": float(outcome.bytes_down),
             "byz/silent": float(len(outcome.silent)),
         }
-        seen = None if outcome.estimate is None else aggregated(algorithm, outcome)
+        seen = None if outcome.estimate is None else aggregated(exchange.algorithm, outcome)
         if outcome.estimate is not None:
             honest = torch.tensor([worker not in byzantine for worker in range(outcome.round.n)])
-            about = about_honest(outcome, honest, None if seen is None else worker_weights(seen, outcome.round.n))
+            weights = None if seen is None else worker_weights(seen, outcome.round.n)
+            about = about_honest(outcome, exchange.transport, honest, weights)
             values |= {name: about[name] for name in about if name != "byz/aggregation_error"}
         return values
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_byz import metrics
-from lightning_byz.algorithms import Algorithm
 from lightning_byz.callbacks.rounds import Aggregated, aggregated, guarantee, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.strategy import is_robust
+from lightning_byz.transports import Transport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
@@ -76,7 +76,7 @@ class RobustnessMonitorCallback(_Base):
                 for name in _TOTALS:
                     self._totals[name] += getattr(outcome, name)
                 if outcome.round.step % self.every_n_steps == 0:
-                    self._logs.update(self._measured(outcome, exchange.algorithm, self._liars(strategy, outcome.round.step)))
+                    self._logs.update(self._measured(outcome, exchange, self._liars(strategy, outcome.round.step)))
 
             exchange.observers.append(observe)
 
@@ -86,11 +86,11 @@ class RobustnessMonitorCallback(_Base):
             return None
         return strategy.liars_at(step).union(self.byzantine or ())
 
-    def _measured(self, outcome: Outcome, algorithm: Algorithm, byzantine: set[int] | None) -> dict[str, float]:
+    def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: set[int] | None) -> dict[str, float]:
         values = {f"byz/{name}": float(getattr(outcome, name)) for name in _TOTALS}
         values |= {f"byz/total_{name}": total for name, total in self._totals.items()}
         values["byz/silent"] = float(len(outcome.silent))
-        seen = None if outcome.estimate is None else aggregated(algorithm, outcome)
+        seen = None if outcome.estimate is None else aggregated(exchange.algorithm, outcome)
         if seen is None:
             return values
         n = outcome.round.n
@@ -98,7 +98,7 @@ class RobustnessMonitorCallback(_Base):
         honest = None
         if byzantine is not None:
             honest = torch.tensor([worker not in byzantine for worker in range(n)])
-            values |= about_honest(outcome, honest, weights)
+            values |= about_honest(outcome, exchange.transport, honest, weights)
             kappa = _needed_kappa(seen, honest)
             values |= {} if kappa is None else {"byz/kappa": kappa}
         if weights is not None and byzantine is not None:
@@ -129,11 +129,12 @@ class RobustnessMonitorCallback(_Base):
         self._totals = dict(state_dict)
 
 
-def about_honest(outcome: Outcome, honest: Tensor, weights: Tensor | None) -> dict[str, float]:
+def about_honest(outcome: Outcome, transport: Transport, honest: Tensor, weights: Tensor | None) -> dict[str, float]:
     """The estimate against the honest rows' mean, and the weight of the others.
 
     Args:
         outcome: of a round that gave an estimate.
+        transport: the run's, which puts slices of columns together.
         honest: ``[n]`` bool, who is honest.
         weights: ``[n]``, see `worker_weights`.
     """
@@ -141,7 +142,8 @@ def about_honest(outcome: Outcome, honest: Tensor, weights: Tensor | None) -> di
     here = honest & outcome.round.present
     if not bool(here.any()):
         return {}
-    rows = outcome.seen.select(here).dense()
+    mean = outcome.seen.select(here).dense().double().mean(0)
+    rows = transport.assemble(mean, len(outcome.estimate))[None]
     values = {
         "byz/aggregation_error": float(metrics.aggregation_error(outcome.estimate, rows)),
         "byz/relative_error": float(metrics.relative_error(outcome.estimate, rows)),
@@ -157,4 +159,8 @@ def _needed_kappa(seen: Aggregated, honest: Tensor) -> float | None:
     keep = honest[seen.workers]
     if seen.rule.remembers or not bool(keep.any()):
         return None
-    return float(metrics.empirical_kappa(seen.rule.aggregate(seen.again()), seen.rows.select(keep).dense()))
+    result, rows = seen.rule.aggregate(seen.again()).double(), seen.rows.select(keep).dense().double()
+    mean = rows.mean(0)
+    error = float(seen.rows.sum((result - mean).square().sum()))  # over all slices of columns
+    width = float(seen.rows.sum((rows - mean).square().sum() / len(rows)))
+    return 0.0 if error == 0 else error / width if width else float("inf")

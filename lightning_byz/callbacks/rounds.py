@@ -12,7 +12,7 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggre
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.exchange import Outcome
-from lightning_byz.metrics import spread, worst_relative_error
+from lightning_byz.metrics import worst_relative_error
 from lightning_byz.rows import Rows
 from lightning_byz.types import Round
 
@@ -105,5 +105,7 @@ def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | Non
     if not len(keep):
         return None
     chosen = rows.select(keep).dense().double()
-    width = spread(chosen)
-    return Guarantee(kappa, float(width), float(worst_relative_error(width, chosen.mean(0).square().sum(), kappa)))
+    mean = chosen.mean(0)
+    width = rows.sum((chosen - mean).square().sum() / len(chosen))  # over all slices of columns
+    squared_norm = rows.sum(mean.square().sum())
+    return Guarantee(kappa, float(width), float(worst_relative_error(width, squared_norm, kappa)))

@@ -1,6 +1,6 @@
 """Compressors: what goes on the wire instead of a dense vector."""
 
-from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.compressors.base import Compressor, Field, WireFormat
 from lightning_byz.compressors.blocks import PerShard, PerTensor
 from lightning_byz.compressors.identity import Identity
 from lightning_byz.compressors.low_rank import LowRank
@@ -34,4 +34,5 @@ __all__ = [
     "Sign",
     "TernGrad",
     "TopK",
+    "WireFormat",
 ]

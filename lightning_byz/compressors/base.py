@@ -26,20 +26,12 @@ class Field(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Compressor(ABC):
-    """Maps a vector to the payload that goes on the wire, and back.
-
-    A payload's size depends on the dimension alone, never on values, so that a receiver knows every shape before a byte
-    arrives. Compressors are frozen dataclasses: they hold parameters, never state.
-    """
+class WireFormat(ABC):
+    """What a receiver knows of a payload: its layout, whether it may be decoded, and what it stands for."""
 
     @abstractmethod
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         """The shapes and dtypes of the payload of a vector of ``dim`` numbers of ``dtype``."""
-
-    @abstractmethod
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
-        """The payload of ``x [d]``; ``x`` is not modified. Random compressors draw from ``generator`` alone."""
 
     @abstractmethod
     def decode(self, payload: Payload, dim: int) -> Tensor:
@@ -53,9 +45,43 @@ class Compressor(ABC):
         """
         return torch.stack([all_finite(t) for t in payload if t.is_floating_point()]).all()
 
+
+class Compressor(WireFormat):
+    """Maps a vector to the payload that goes on the wire, and back.
+
+    A payload's size depends on the dimension alone, never on values, so that a receiver knows every shape before a byte
+    arrives. Compressors are frozen dataclasses: they hold parameters, never state.
+    """
+
+    @abstractmethod
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
+        """The payload of ``x [d]``; ``x`` is not modified. Random compressors draw from ``generator`` alone."""
+
     def nbytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one payload."""
         return sum(field.nbytes for field in self.layout(dim, dtype))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a payload lists some coordinates only, so that the sizes of its shares depend on where these lie."""
+        return False
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        """The wire format of a payload's share of coordinates first .. last - 1 of ``dim``, as of a vector ``[last - first]``.
+
+        The shares of a sparse compressor's payload may be of any sizes, but tensor i of all shares, one after the other, is as long as
+        tensor i of the payload; the part's layout is that of the largest share. None, the default: a payload cannot be cut there.
+
+        Args:
+            dim: numbers of the whole vector.
+            first: where the share begins, a multiple of 32, or ``dim``.
+            last: where it ends, likewise.
+        """
+        return None
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        """The shares of a payload: that of coordinates ``bounds[i] .. bounds[i + 1] - 1`` for each i, where there is a `part` for it."""
+        raise TypeError(f"The payloads of {self!r} cannot be split: a compressor whose `part` is not None should have a `split`.")
 
     def for_sizes(self, sizes: Sequence[int]) -> Compressor:
         """The same compressor for vectors that are laid out as tensors of these numbers of elements, one after the other.

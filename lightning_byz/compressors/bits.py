@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     """
     per_byte = 8 // width
     padding = packed_bytes(len(values), width) * per_byte - len(values)
-    codes = values.to(torch.uint8)
+    codes = values.view(torch.uint8) if values.dtype == torch.bool else values.to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, padding)) if padding else codes.contiguous()
     if per_byte == 1:
         return codes
@@ -31,6 +33,17 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     # else there: all the shifts that two codes could meet by are different.
     words, top = codes.view(_WORDS[width]), 8 * (per_byte - 1)
     return ((words * sum(1 << (top - (8 - width) * i) for i in range(per_byte))) >> top).to(torch.uint8)
+
+
+def cut_bits(packed: Tensor, width: int, first: int, last: int) -> Tensor:
+    """Integers first .. last - 1 of those that `pack_bits` packed, packed, without a copy; first is a multiple of 32."""
+    start = first * width // 8 if first < last else 0
+    return packed[start : start + packed_bytes(last - first, width)]
+
+
+def can_cut(count: int, first: int, last: int) -> bool:
+    """Whether `cut_bits` can cut first .. last - 1 out of ``count`` packed integers: whole words, or nothing."""
+    return first == last or (first % 32 == 0 and (last % 32 == 0 or last == count))
 
 
 def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
@@ -54,3 +67,33 @@ def look_up_bits(packed: Tensor, width: int, count: int, meaning: Tensor) -> Ten
     every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
     table = meaning[unpack_bits(every_byte, width, 256 * 8 // width).int()].view(256, 8 // width)
     return table.index_select(0, packed.int()).view(-1)[:count]
+
+
+def at_least(rows: Sequence[Tensor], count: int) -> Tensor:
+    """The bits that are set in ``count >= 1`` of the rows or more, uint8 ``[bytes]``; nothing is unpacked.
+
+    The rows are added up bit by bit: plane i holds bit i of all the sums, 32 of them in a word, so that a row costs two operations on words
+    for every plane that its carry reaches; the sums are then compared with ``count`` from the highest plane down.
+
+    Args:
+        rows: packed bits of equal size, a multiple of 4 bytes.
+        count: how many rows it takes.
+    """
+    if len(rows[0]) == 0:  # an empty slice may start anywhere, and cannot be viewed as words
+        return rows[0].clone()
+    words = [row.contiguous().view(torch.int32) for row in rows]
+    planes: list[Tensor] = []
+    for carry in words:
+        for i, plane in enumerate(planes):
+            planes[i], carry = plane ^ carry, plane & carry
+        if len(planes) < len(words).bit_length():
+            planes.append(carry)
+    more, equal = torch.zeros_like(words[0]), torch.full_like(words[0], -1)
+    for i in range(max(len(planes), count.bit_length()) - 1, -1, -1):
+        plane = planes[i] if i < len(planes) else torch.zeros_like(more)
+        if count >> i & 1:
+            equal &= plane
+        else:
+            more |= equal & plane
+            equal &= ~plane
+    return (more | equal).view(torch.uint8)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.compressors.base import Compressor, Field, WireFormat
 from lightning_byz.types import Payload
 
 
@@ -53,6 +53,25 @@ class _Blocks(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return torch.stack([self.inner.valid(share, size) for share, size in self._shares(payload, dim)]).all()
 
+    @property
+    def sparse(self) -> bool:
+        return self.inner.sparse
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        parts, sizes = [], self.blocks(dim)
+        for size, (start, end) in zip(sizes, _inside(sizes, (first, last)), strict=True):
+            part = self.inner.part(size, start, end)
+            if part is None:
+                return None
+            parts.append((part, end - start))
+        return _BlockParts(tuple(parts))
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        shares: list[Payload] = [()] * (len(bounds) - 1)
+        for (block, size), inside in zip(self._shares(payload, dim), _inside(self.blocks(dim), bounds), strict=True):
+            shares = [(*share, *more) for share, more in zip(shares, self.inner.split(block, size, inside), strict=True)]
+        return shares
+
     def contraction(self, dim: int) -> float | None:
         return None if not self.contractive else min(self.inner.contraction(size) or 0.0 for size in self.blocks(dim))
 
@@ -66,6 +85,39 @@ class _Blocks(Compressor):
     @property
     def unbiased(self) -> bool:
         return self.inner.unbiased
+
+
+def _inside(sizes: Sequence[int], bounds: Sequence[int]) -> Iterator[list[int]]:
+    """The bounds as seen from the beginning of each block, and no farther than its ends."""
+    start = 0
+    for size in sizes:
+        yield [min(max(bound - start, 0), size) for bound in bounds]
+        start += size
+
+
+@dataclass(frozen=True)
+class _BlockParts(WireFormat):
+    """What of every block lies in one share of the coordinates; blocks that lie elsewhere are there, and empty.
+
+    Args:
+        parts: every block's format there, and how many coordinates of it.
+    """
+
+    parts: tuple[tuple[WireFormat, int], ...]
+
+    def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        return tuple(field for part, size in self.parts for field in part.layout(size, dtype))
+
+    def _shares(self, payload: Payload) -> Iterator[tuple[WireFormat, Payload, int]]:
+        each = len(payload) // len(self.parts)
+        for i, (part, size) in enumerate(self.parts):
+            yield part, payload[i * each : (i + 1) * each], size
+
+    def decode(self, payload: Payload, dim: int) -> Tensor:
+        return torch.cat([part.decode(share, size) for part, share, size in self._shares(payload)])
+
+    def valid(self, payload: Payload, dim: int) -> Tensor:
+        return torch.stack([part.valid(share, size) for part, share, size in self._shares(payload)]).all()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +25,12 @@ class Identity(Compressor):
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         return payload[0]
+
+    def part(self, dim: int, first: int, last: int) -> Identity:
+        return self
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        return [(payload[0][first:last],) for first, last in pairwise(bounds)]
 
     def contraction(self, dim: int) -> float:
         return 1.0

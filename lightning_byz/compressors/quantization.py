@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors.base import Compressor, Field
-from lightning_byz.compressors.bits import look_up_bits, pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.base import Compressor, Field, WireFormat
+from lightning_byz.compressors.bits import can_cut, cut_bits, look_up_bits, pack_bits, packed_bytes, unpack_bits
 from lightning_byz.types import Payload
 
 
@@ -46,6 +47,13 @@ class Sign(Compressor):
         bits, like = payload
         return look_up_bits(bits, 1, dim, like.new_tensor([1.0, -1.0]))
 
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        return self if can_cut(dim, first, last) else None
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        packed, rest = payload
+        return [(cut_bits(packed, 1, first, last), rest) for first, last in pairwise(bounds)]
+
 
 @dataclass(frozen=True)
 class ScaledSign(Compressor):
@@ -64,6 +72,13 @@ class ScaledSign(Compressor):
     def decode(self, payload: Payload, dim: int) -> Tensor:
         bits, scale = payload
         return look_up_bits(bits, 1, dim, torch.cat([scale, -scale]))
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        return self if can_cut(dim, first, last) else None
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        packed, rest = payload
+        return [(cut_bits(packed, 1, first, last), rest) for first, last in pairwise(bounds)]
 
     def contraction(self, dim: int) -> float:
         return 1 / dim
@@ -117,6 +132,13 @@ class QSGD(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return super().valid(payload, dim) & (unpack_bits(payload[0], self.width, dim) <= 2 * self.levels).all()
 
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        return self if can_cut(dim, first, last) else None
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        packed, rest = payload
+        return [(cut_bits(packed, self.width, first, last), rest) for first, last in pairwise(bounds)]
+
     def variance(self, dim: int) -> float:
         return min(dim / self.levels**2, math.sqrt(dim) / self.levels)
 
@@ -136,7 +158,7 @@ class TernGrad(QSGD):
             raise ValueError(f"TernGrad has one level. Found levels={self.levels}. Use QSGD for more.")
 
     def scale(self, x: Tensor) -> Tensor:
-        largest: Tensor = torch.linalg.vector_norm(x, torch.inf)
+        largest: Tensor = torch.linalg.vector_norm(x, torch.inf) if len(x) else x.new_zeros(())
         return largest.reshape(1)
 
     def variance(self, dim: int) -> float:
@@ -170,6 +192,13 @@ class NaturalCompression(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return (payload[0] <= 254).all()
 
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        return self if can_cut(dim, first, last) else None
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        code, signs, like = payload
+        return [(code[first:last], cut_bits(signs, 1, first, last), like) for first, last in pairwise(bounds)]
+
     def variance(self, dim: int) -> float:
         return 1 / 8
 
@@ -188,6 +217,12 @@ class BFloat16(Compressor):
     def decode(self, payload: Payload, dim: int) -> Tensor:
         values, like = payload
         return values.to(like.dtype)
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat:
+        return self
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        return [(payload[0][first:last], payload[1]) for first, last in pairwise(bounds)]
 
     def contraction(self, dim: int) -> float:
         return 1 - 2.0**-16
@@ -210,6 +245,12 @@ class Float16(Compressor):
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return super().valid(payload, dim) & (payload[0].abs() <= 1).all()
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat:
+        return self
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        return [(payload[0][first:last], payload[1]) for first, last in pairwise(bounds)]
 
     def contraction(self, dim: int) -> float:
         return 1 - 2.0**-21 - dim * 2.0**-48
@@ -241,6 +282,17 @@ class Contractive(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.valid(payload, dim)
 
+    @property
+    def sparse(self) -> bool:
+        return self.inner.sparse
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat | None:
+        inner = self.inner.part(dim, first, last)
+        return None if inner is None else _Shrunk(inner, self.contraction(dim))
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
+        return self.inner.split(payload, dim, bounds)
+
     def for_sizes(self, sizes: Sequence[int]) -> Contractive:
         return replace(self, inner=self.inner.for_sizes(sizes))
 
@@ -252,3 +304,20 @@ class Contractive(Compressor):
         omega = self.inner.variance(dim)
         assert omega is not None
         return 1 / (1 + omega)
+
+
+@dataclass(frozen=True)
+class _Shrunk(WireFormat):
+    """A share of a `Contractive` payload: its factor is that of the whole vector."""
+
+    inner: WireFormat
+    factor: float
+
+    def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        return self.inner.layout(dim, dtype)
+
+    def decode(self, payload: Payload, dim: int) -> Tensor:
+        return self.inner.decode(payload, dim) * self.factor
+
+    def valid(self, payload: Payload, dim: int) -> Tensor:
+        return self.inner.valid(payload, dim)

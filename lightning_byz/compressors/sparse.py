@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors.base import Compressor, Field
+from lightning_byz.compressors.base import Compressor, Field, WireFormat
 from lightning_byz.finite import all_finite
 from lightning_byz.types import Payload
 
@@ -42,6 +44,32 @@ def largest(x: Tensor, count: int) -> Tensor:
         if len(candidates) >= count:
             return candidates[x[candidates].abs().topk(count, sorted=False).indices]
     return x.abs().topk(count, sorted=False).indices
+
+
+@dataclass(frozen=True)
+class SparsePart(WireFormat):
+    """Values and their strictly increasing indices: those of a sparse payload that lie in one share of the coordinates.
+
+    Args:
+        count: how many there are at most.
+    """
+
+    count: int
+
+    def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+        count = min(self.count, dim)
+        return Field((count,), dtype), Field((count,), _index_dtype(dim))
+
+    def decode(self, payload: Payload, dim: int) -> Tensor:
+        values, index = payload
+        return values.new_zeros(dim).index_copy_(0, index.long(), values)
+
+    def valid(self, payload: Payload, dim: int) -> Tensor:
+        values, index = payload
+        if len(values) != len(index) or len(index) == 0:
+            return torch.tensor(len(values) == len(index), device=values.device)
+        inside = (index[0] >= 0) & (index[-1] < dim)
+        return all_finite(values) & inside & (index[1:] > index[:-1]).all()
 
 
 @dataclass(frozen=True)
@@ -92,13 +120,23 @@ class _Sparse(Compressor):
         return x[index] * self.scale(len(x)), index.to(_index_dtype(len(x)))
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
-        values, index = payload
-        return values.new_zeros(dim).index_copy_(0, index.long(), values)
+        return SparsePart(self.count(dim)).decode(payload, dim)
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
+        return SparsePart(self.count(dim)).valid(payload, dim)
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
+    def part(self, dim: int, first: int, last: int) -> WireFormat:
+        return SparsePart(self.count(dim))
+
+    def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
         values, index = payload
-        inside = (index[0] >= 0) & (index[-1] < dim)
-        return all_finite(values) & inside & (index[1:] > index[:-1]).all()
+        places = torch.searchsorted(index, torch.tensor(bounds, dtype=index.dtype, device=index.device)).tolist()
+        cuts = zip(pairwise(places), bounds, strict=False)
+        return [(values[start:end], index[start:end] - first) for (start, end), first in cuts]
 
 
 @dataclass(frozen=True)

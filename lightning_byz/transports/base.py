@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors import Compressor, Field
+from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
 from lightning_byz.types import Payload, Round
 
 
@@ -28,6 +28,20 @@ class Message(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the payload."""
         return sum(tensor.nbytes for tensor in self.payload)
+
+
+class Received(NamedTuple):
+    """The messages of a round, or the shares of them that this rank aggregates.
+
+    Attributes:
+        messages: of all n workers, in order.
+        format: how their payloads are decoded: to vectors of the columns of this rank's `Transport.span`.
+        valid: ``[n]`` bool, whether they may be, by all ranks' shares of them.
+    """
+
+    messages: list[Message]
+    format: WireFormat
+    valid: Tensor
 
 
 class Transport(ABC):
@@ -55,6 +69,10 @@ class Transport(ABC):
         """The workers of this process."""
         return range(self.rank * self.workers_per_process, (self.rank + 1) * self.workers_per_process)
 
+    def span(self, dim: int) -> tuple[int, int]:
+        """The columns first .. last - 1 of vectors ``[dim]`` that this rank aggregates; all of them, or its shard."""
+        return 0, dim
+
     @abstractmethod
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
         """One tuple of tensors of this layout from every local worker, to those of all n workers, in order."""
@@ -63,12 +81,57 @@ class Transport(ABC):
     def agree(self, tensor: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor that decisions depend on."""
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a small tensor over the ranks that hold the other columns."""
+        return tensor
+
     @abstractmethod
     def bytes_down(self, message: Message, answer: Payload) -> int:
         """Bytes of payload that a worker receives in a round in which each sends ``message`` and a server would send ``answer``."""
 
-    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
-        """The messages of all n workers, in order, given those of the local ones."""
+    # -- up -----------------------------------------------------------------------------------------------------------
+
+    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
+        """What this rank aggregates of the messages of all n workers, given those of the local ones."""
+        return self.deliver(self.everybody(messages, codec, dim, dtype, round), codec, dim)
+
+    def everybody(
+        self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> list[Message]:
+        """The whole messages of all n workers, in order, given those of the local ones."""
         layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
-        everybody = self.gather([(message.flags, *message.payload) for message in messages], layout)
-        return [Message(flags, tuple(payload)) for flags, *payload in everybody]
+        gathered = self.gather([(message.flags, *message.payload) for message in messages], layout)
+        return [Message(flags, tuple(payload)) for flags, *payload in gathered]
+
+    def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
+        """What this rank aggregates of whole messages that every rank has."""
+        return Received(list(everybody), codec, self._valid(everybody, codec, dim))
+
+    def _valid(self, messages: Sequence[Message], format: WireFormat, width: int) -> Tensor:
+        """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other columns; those without a payload are not."""
+        no = torch.zeros((), dtype=torch.bool, device=messages[0].flags.device)
+        valid = torch.stack([format.valid(payload, width) if payload else no for _, payload in messages])
+        return self.total((~valid).double()) == 0
+
+    # -- down ---------------------------------------------------------------------------------------------------------
+
+    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded."""
+        return codec.decode(answer, dim), answer
+
+    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+        """The same of an estimate that differs from the ``last [dim]``, which all ranks know, in few coordinates only.
+
+        Args:
+            estimate: this rank's columns of it.
+            last: the last estimate; not modified.
+        """
+        return self.spread((estimate,), Identity(), len(last), estimate.dtype)
+
+    def assemble(self, columns: Tensor, dim: int) -> Tensor:
+        """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""
+        return columns
+
+    def collect(self, columns: Tensor, dim: int) -> Tensor:
+        """The same at rank 0 only, for checkpoints; elsewhere this rank's columns."""
+        return columns

@@ -16,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.rows import Rows
-from lightning_byz.transports.base import Message, Transport
+from lightning_byz.transports.base import Message, Received, Transport
 from lightning_byz.types import Payload, Round, keyed_generator
 
 
@@ -57,14 +57,35 @@ class ByzantineTransport(Transport):
         self.memory: dict[str, Tensor] = {}
         self._dim: int | None = None
 
+    def span(self, dim: int) -> tuple[int, int]:
+        return self.inner.span(dim)
+
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
         return self.inner.gather(messages, layout)
 
     def agree(self, tensor: Tensor) -> Tensor:
         return self.inner.agree(tensor)
 
+    def total(self, tensor: Tensor) -> Tensor:
+        return self.inner.total(tensor)
+
     def bytes_down(self, message: Message, answer: Payload) -> int:
         return self.inner.bytes_down(message, answer)
+
+    def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
+        return self.inner.deliver(everybody, codec, dim)
+
+    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+        return self.inner.spread(answer, codec, dim, dtype)
+
+    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+        return self.inner.revise(estimate, last)
+
+    def assemble(self, columns: Tensor, dim: int) -> Tensor:
+        return self.inner.assemble(columns, dim)
+
+    def collect(self, columns: Tensor, dim: int) -> Tensor:
+        return self.inner.collect(columns, dim)
 
     def state_dict(self) -> dict[str, Any]:
         """What the attack remembers, as plain containers of tensors; the same on every rank."""
@@ -74,10 +95,23 @@ class ByzantineTransport(Transport):
         """Restores what `state_dict` gave."""
         self._dim, self.memory = state["dim"], dict(state["memory"])
 
-    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> list[Message]:
-        everybody = self.inner.exchange(messages, codec, dim, dtype, round)
-        if round.step == 0 or dim != self._dim:  # a new run, or other parameters: nothing that is remembered belongs to it
+    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
+        """On shards, whole messages are gathered for the attackers to see; that is a simulation's traffic, and counted nowhere."""
+        if not self.active(round.step):
+            self._begin(dim, round)
+            return self.inner.exchange(messages, codec, dim, dtype, round)
+        return self.deliver(self.everybody(messages, codec, dim, dtype, round), codec, dim)
+
+    def _begin(self, dim: int, round: Round) -> None:
+        """Forgets what belongs to another run, or to other parameters."""
+        if round.step == 0 or dim != self._dim:
             self._dim, self.memory = dim, {}
+
+    def everybody(
+        self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> list[Message]:
+        everybody = self.inner.everybody(messages, codec, dim, dtype, round)
+        self._begin(dim, round)
         if not self.active(round.step):
             return everybody
 
@@ -97,7 +131,7 @@ class ByzantineTransport(Transport):
         server = None
         if self.algorithm is not None and self.state is not None:
             server = _Server(
-                self.algorithm, self.state(), everybody, honest, own, codec, dim, dtype, round, self.inner.agree, self.shares
+                self.algorithm, self.state(), everybody, honest, own, codec, dim, dtype, round, self.inner, self.shares
             )
         scene = Scene(
             generator=keyed_generator("attack", round.seed, round.step, device=seen.device),
@@ -150,7 +184,7 @@ class _Server:
         honest: the honest workers.
         own: the workers whose lies are tried.
         codec, dim, dtype, round: as in `Transport.exchange`.
-        agree: as in `Transport.agree`.
+        transport: the one that moves the messages; on shards each rank makes its columns of the estimate.
         shares: as in `Exchange`.
     """
 
@@ -163,27 +197,44 @@ class _Server:
     dim: int
     dtype: torch.dtype
     round: Round
-    agree: Callable[[Tensor], Tensor]
+    transport: Transport
     shares: Tensor | None
+
+    def _columns(self, payload: Payload) -> Tensor:
+        """A decoded message, as far as this rank aggregates it."""
+        first, last = self.transport.span(self.dim)
+        return self.codec.decode(payload, self.dim)[first:last]
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
-        """``[n, d]`` and ``[n]`` bool: all messages, and who is present."""
+        """``[n, width]`` and ``[n]`` bool: all messages, and who is present."""
         present = torch.stack([(flags[0] == 1) & self.codec.valid(payload, self.dim) for flags, payload in self.everybody]).cpu()
         like = self.everybody[0].payload[0]
-        values = torch.zeros(len(present), self.dim, dtype=self.dtype, device=like.device)
+        first, last = self.transport.span(self.dim)
+        values = torch.zeros(len(present), last - first, dtype=self.dtype, device=like.device)
         for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):
             if here:
-                row.copy_(self.codec.decode(payload, self.dim))
+                row.copy_(self._columns(payload))
         return values, present
 
     def _estimate(self, algorithm: Algorithm) -> Tensor:
         values, present = self._decoded
-        rows = Rows(values, agree=self.agree, generator=self.round.shared("rule"), shares=self.shares)
+        first, last = self.transport.span(self.dim)
+        rows = Rows(
+            values,
+            total=self.transport.total,
+            agree=self.transport.agree,
+            generator=self.round.shared("rule"),
+            offset=first,
+            dim=self.dim,
+            shares=self.shares,
+        )
+        trusted = None if self.round.trusted is None else self.round.trusted[first:last]
         try:
-            return algorithm.server(rows, self.state, self.round._replace(present=present))[0]
+            estimate, _ = algorithm.server(rows, self.state, self.round._replace(present=present, trusted=trusted))
         except TooFewRowsError:
             return values.new_zeros(self.dim)
+        return self.transport.assemble(estimate, self.dim)
 
     def aggregate(self, lies: Tensor) -> Tensor:
         """The server's estimate ``[d]`` for these lies ``[b, d]``; zeros if it would skip the step."""
@@ -191,7 +242,7 @@ class _Server:
         for worker, lie in zip(self.own, lies, strict=True):
             payload = _encoded(lie, worker, self.codec, self.dtype, self.round)
             present[worker] = bool(self.codec.valid(payload, self.dim))
-            values[worker] = self.codec.decode(payload, self.dim) if present[worker] else 0.0
+            values[worker] = self._columns(payload) if present[worker] else 0.0
         return self._estimate(self.algorithm)
 
     def target(self) -> Tensor:

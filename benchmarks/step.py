@@ -1,0 +1,253 @@
+"""How long a training step takes, and how much of it is the exchange: DDP and its communication hooks beside this package's strategy.
+
+``python benchmarks/step.py`` starts four processes on this machine. Under a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+(torchrun, SLURM's with these variables, or several hosts by hand) every process runs the same command, and rank 0 prints. All methods
+take turns in one run: some steps each, several times over. The *exposed exchange* is a method's step minus the step of the same processes
+without communication, at the same time. Bytes are those that leave the network interface named by GLOO_SOCKET_IFNAME, by the kernel's count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from _runs import machine, markdown
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_byz import (
+    NNM,
+    AllGather,
+    ByzEF21SGDM,
+    Chain,
+    CoordinateMedian,
+    Mean,
+    MultiKrum,
+    RobustSGD,
+    Sharded,
+    SignSGDMajorityVote,
+    TopK,
+    TrimmedMean,
+)
+from lightning_byz.lightning import ByzantineRobustStrategy
+
+WARM_UP = 2
+
+
+def resnet18() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """11.2 million parameters, on images of 32 x 32."""
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10), (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+
+
+class Transformer(nn.Module):
+    """11.4 million parameters, on 32 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
+        self.embed, self.layers, self.head = nn.Embedding(1000, 384), nn.TransformerEncoder(layer, 6), nn.Linear(384, 1000)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(tokens)).mean(1))
+
+
+def transformer() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    return Transformer(), (torch.randint(1000, (64, 32)), torch.randint(1000, (64,)))
+
+
+MODELS = {"resnet18": resnet18, "transformer": transformer}
+
+
+class Hooked(DDPStrategy):
+    """DDP with a communication hook, also on a CPU, where Lightning leaves hooks out."""
+
+    def __init__(self, hook: Callable[..., Any], state: Callable[[], Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.hook, self.state = hook, state
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.model.register_comm_hook(self.state(), self.hook)
+
+
+def power_sgd() -> PowerSGDState:
+    return PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+
+
+def robust(algorithm: Any, transport: Any = Sharded) -> Callable[[], Any]:
+    return lambda: ByzantineRobustStrategy(algorithm, transport(), num_byzantine=None)
+
+
+def ef21(rule: Any) -> ByzEF21SGDM:
+    return ByzEF21SGDM(rule, TopK(ratio=0.01))
+
+
+NNM_TRIMMED = Chain(pre=(NNM(),), rule=TrimmedMean())
+METHODS: dict[str, Callable[[], Any]] = {
+    "no communication": lambda: "auto",
+    "DDP": DDPStrategy,
+    "DDP, fp16 hook": lambda: Hooked(fp16_compress_hook, lambda: None),
+    "DDP, PowerSGD hook": lambda: Hooked(powerSGD_hook, power_sgd),
+    "mean": robust(RobustSGD(Mean())),
+    "median": robust(RobustSGD(CoordinateMedian())),
+    "NNM + trimmed mean": robust(RobustSGD(NNM_TRIMMED)),
+    "Multi-Krum": robust(RobustSGD(MultiKrum())),
+    "Byz-EF21-SGDM, Top-1%, median": robust(ef21(CoordinateMedian())),
+    "Byz-EF21-SGDM, Top-1%, NNM (AllGather)": robust(ef21(NNM_TRIMMED), AllGather),
+    "signSGD majority vote": robust(SignSGDMajorityVote()),
+    "mean (AllGather)": robust(RobustSGD(Mean()), AllGather),
+    "NNM + trimmed mean (AllGather)": robust(RobustSGD(NNM_TRIMMED), AllGather),
+    "signSGD majority vote (AllGather)": robust(SignSGDMajorityVote(), AllGather),
+}
+
+
+class Module(L.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+class Clock(L.Callback):
+    """When every step ended, and how many bytes had left by then."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.sent: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.times.append(time.perf_counter())
+        self.sent.append(bytes_sent())
+
+
+def bytes_sent() -> int:
+    """By this host's interface since it exists; 0 on loopback."""
+    counter = Path("/sys/class/net") / os.environ.get("GLOO_SOCKET_IFNAME", "lo") / "statistics/tx_bytes"
+    return int(counter.read_text()) if counter.exists() and counter.parts[-3] != "lo" else 0
+
+
+def steps_of(method: str, model: str, steps: int, batch_size: int, world: int) -> tuple[list[float], list[float]]:
+    """Seconds and bytes of this many steps of a method."""
+    torch.manual_seed(0)
+    net, tensors = MODELS[model]()
+    clock, alone = Clock(), method == "no communication"
+    loader = DataLoader(TensorDataset(*tensors), batch_size=batch_size)
+    trainer = L.Trainer(
+        strategy=METHODS[method](),
+        accelerator="cpu",
+        devices=1,
+        num_nodes=1 if alone else world,
+        plugins=[] if alone else [LightningEnvironment()],
+        max_steps=WARM_UP + steps,
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    dist.barrier()
+    trainer.fit(Module(net), loader)
+    dist.barrier()
+    after = range(WARM_UP, len(clock.times))
+    return [clock.times[i] - clock.times[i - 1] for i in after], [float(clock.sent[i] - clock.sent[i - 1]) for i in after]
+
+
+def measure(arguments: argparse.Namespace, world: int) -> None:
+    names = [name for name in METHODS if not arguments.methods or name in ("no communication", "DDP", *arguments.methods)]
+    for model in arguments.models:
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        sent: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(arguments.rounds):
+            for name in names:
+                times, counts = steps_of(name, model, arguments.steps, arguments.batch_size, world)
+                seconds[name] += times
+                sent[name] += counts
+                if dist.get_rank() == 0:
+                    print(f"{model}, {name}: {[round(1000 * t) for t in times]} ms", file=sys.stderr, flush=True)
+        if dist.get_rank() == 0:
+            print(table(model, seconds, sent), flush=True)
+
+
+def table(model: str, seconds: dict[str, list[float]], sent: dict[str, list[float]]) -> str:
+    step = {name: statistics.median(times) for name, times in seconds.items()}
+    sizes = {name: statistics.median(counts) for name, counts in sent.items()}
+    base, rows = step["no communication"], []
+    for name, time_of_step in step.items():
+        if name == "no communication":
+            rows.append([name, f"{1000 * base:.0f}", "", "", "", ""])
+            continue
+        exposed, ddp = time_of_step - base, step["DDP"] - base
+        ratio = sizes[name] / sizes["DDP"] if sizes["DDP"] else 0.0
+        wire = [f"{sizes[name] / 1e6:.2f}", f"{ratio:.3f}"] if ratio else ["", ""]
+        rows.append([name, f"{1000 * time_of_step:.0f}", f"{1000 * exposed:.0f}", f"{exposed / ddp:.2f}", *wire])
+    parameters = sum(p.numel() for p in MODELS[model]()[0].parameters())
+    header = ["method", "step, ms", "exposed exchange, ms", "over DDP's", "MB sent a step by a host", "over DDP's"]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return (
+        f"#### {model}, {parameters:,} parameters, {dist.get_world_size()} ranks\n\n{markdown(header, rows)}\n"
+        f"{machine()}, {torch.get_num_threads()} thread a rank, {os.getloadavg()[0]:.1f} processes running; peak memory of rank 0: {memory:.1f} GB.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="these only, beside DDP")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps at a time")
+    parser.add_argument("--rounds", type=int, default=3, help="how often all methods take their turn")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--ranks", type=int, default=4, help="processes to start where no launcher did")
+    arguments = parser.parse_args()
+    if "RANK" not in os.environ:
+        sys.exit(on_this_machine(arguments.ranks))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0")  # to Lightning, every process is a node of one device
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    measure(arguments, world)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_this_machine(ranks: int) -> int:
+    """Runs this command once for each rank; the exit status is that of the first rank that fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared.setdefault("OMP_NUM_THREADS", "1")
+    children = [subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(rank)}) for rank in range(ranks)]
+    return next((code for code in [child.wait() for child in children] if code), 0)
+
+
+if __name__ == "__main__":
+    main()

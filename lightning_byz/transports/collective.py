@@ -1,0 +1,64 @@
+"""What the transports over torch.distributed share: who is connected, and who sends what to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_byz.compressors import Field
+from lightning_byz.transports.base import Transport
+from lightning_byz.transports.wire import pack, packed_size, unpack
+
+
+class Collective(Transport):
+    """A transport over torch.distributed, with any backend. Every rank has to take part in every call."""
+
+    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+        if world_size == 1:
+            raise ValueError(
+                f"{type(self).__name__} connects several processes. Found one. Use Trainer(devices=n), or leave `transport` out to hold "
+                "all workers in this process."
+            )
+        super().connect(rank, world_size, workers_per_process, device)
+        self._gloo = dist.get_backend() == "gloo"
+        self._device = torch.device("cpu") if self._gloo else device
+        self._received: dict[int, Tensor] = {}
+
+    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
+        """The result is in memory that the next gather of the same size uses again."""
+        device, size = messages[0][0].device, packed_size(layout)
+        share = len(messages) * size
+        if share not in self._received:
+            self._received[share] = torch.zeros(self.world_size, share, dtype=torch.uint8, device=self._device)
+        received = self._received[share]
+        own = received[self.rank]
+        for message, out in zip(messages, own.view(len(messages), size), strict=True):
+            pack(message, layout, out)
+        if self._gloo:  # three to four times faster than gloo's own all-gather
+            self._swap([[own]] * self.world_size, [[row] for row in received])
+        else:
+            dist.all_gather_into_tensor(received.view(-1), own.clone())
+        return [unpack(buffer, layout) for buffer in received.to(device).view(self.n, size)]
+
+    def agree(self, tensor: Tensor) -> Tensor:
+        shared = tensor.to(self._device, copy=True)
+        dist.broadcast(shared, src=0)
+        return shared.to(tensor.device)
+
+    def _swap(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
+        """Sends ``outgoing[r]`` to each other rank r, which receives it in its ``incoming``, straight from one's memory to the other's.
+
+        Args:
+            outgoing: contiguous tensors for every rank; those for this rank are left alone. Empty ones are not sent.
+            incoming: contiguous tensors of the same shapes and dtypes, on the backend's device.
+        """
+        operations = []
+        for distance in range(1, self.world_size):
+            source, target = (self.rank - distance) % self.world_size, (self.rank + distance) % self.world_size
+            operations += [dist.P2POp(dist.irecv, tensor, source) for tensor in incoming[source] if tensor.numel()]
+            operations += [dist.P2POp(dist.isend, tensor.to(self._device), target) for tensor in outgoing[target] if tensor.numel()]
+        for request in dist.batch_isend_irecv(operations) if operations else ():
+            request.wait()

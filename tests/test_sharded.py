@@ -1,0 +1,258 @@
+"""Sharded in three real processes gives what one process gives: every rule, algorithm, compressor and attack of the zoo."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from zoo import ALGORITHMS, ATTACKS, COMPRESSORS, RULES, laws, robust, rows_for
+
+from lightning_byz import (
+    ALIE,
+    ByzEF21SGDM,
+    CoordinateMedian,
+    FoE,
+    Mean,
+    PerTensor,
+    RobustSGD,
+    Sharded,
+    SignSGDMajorityVote,
+    TopK,
+    TrimmedMean,
+)
+from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.transports import AllGather, ByzantineTransport, InProcess, Message, Transport
+from lightning_byz.transports.sharded import shard_bounds
+from lightning_byz.types import Gradients
+
+RANKS, N, D, P = 3, 12, 200, 2
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.processes
+
+
+class Case(NamedTuple):
+    """A run of a few rounds.
+
+    Attributes:
+        exact: sharded and whole give the same bits.
+        attack: what workers 1 and 7 send.
+    """
+
+    algorithm: Any
+    exact: bool = False
+    attack: Any = None
+    dtype: torch.dtype = torch.float64
+    dim: int = D
+
+
+COORDINATE_WISE = ("mean", "median", "trimmed_mean", "meamed", "phocas", "majority_vote")
+CASES: dict[str, Case] = {
+    **{f"rule {c.name}": Case(RobustSGD(c.rule), c.name in COORDINATE_WISE, dtype=torch.float32) for c in RULES},
+    **{f"algorithm {c.name}": Case(c.algorithm) for c in ALGORITHMS},
+    **{f"compressor {c.name}": Case(RobustSGD(Mean(), c.of(D)), True, dtype=torch.float32) for c in COMPRESSORS},
+    **{f"attack {c.name}": Case(RobustSGD(robust()), attack=c.attack, dtype=torch.float32) for c in ATTACKS},
+    "attacked mirrors": Case(ByzEF21SGDM(robust(), TopK(ratio=0.1)), attack=FoE()),
+    "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
+    "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
+    "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
+    "fewer numbers than ranks": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=2)), True, dim=8),
+    "one word": Case(SignSGDMajorityVote(), True, dim=32),
+}
+
+
+def contributions(step: int, case: Case, workers: range) -> list[Contribution]:
+    """Worker 3 is absent in one round, and worker 5 has a nan, in the last shard, in another."""
+    grads = rows_for(N, case.dim, seed=step, dtype=case.dtype)
+    grads[5, -1] = torch.nan if step == 1 else grads[5, -1]
+    used = torch.ones(N, P, dtype=torch.bool)
+    used[::2, 1] = False
+    everybody = [Contribution(None if step == 2 and w == 3 else Gradients(g, g.flip(0)), used[w]) for w, g in enumerate(grads)]
+    return [everybody[worker] for worker in workers]
+
+
+def connected(transport: Transport, rank: int = 0, world: int = 1) -> Transport:
+    transport.connect(rank, world, N // world, CPU)
+    return transport
+
+
+def play(case: Case, transport: Transport) -> dict[str, Any]:
+    """What a rank sees of a run; in its middle, its state goes through a checkpoint into another exchange."""
+    like = torch.zeros(case.dim, dtype=case.dtype)
+
+    def made() -> Exchange:
+        exchange = Exchange(case.algorithm.with_f(case.algorithm.aggregator.f or 0), transport, seed=3)
+        if case.attack is not None:
+            exchange.transport = ByzantineTransport(
+                transport,
+                case.attack,
+                [1, 7],
+                lambda step: step < 3,
+                algorithm=exchange.algorithm,
+                state=lambda: exchange.server,
+                x=lambda: like + 1,
+            )
+        return exchange
+
+    exchange, outcomes, state = made(), [], None
+    for step in range(4):
+        outcome = exchange.run(contributions(step, case, transport.workers), like + step**2, trusted=like + 1)
+        outcomes.append(
+            {
+                "estimate": outcome.estimate.clone(),
+                "used": outcome.used,
+                "silent": outcome.silent,
+                "up": outcome.bytes_up,
+                "down": outcome.bytes_down,
+                "seen": transport.assemble(outcome.seen.dense(), case.dim).clone(),
+            }
+        )
+        if step == 1:
+            state = exchange.server_state()
+            whole = [state]
+            if transport.world_size > 1:
+                dist.broadcast_object_list(whole, src=0)  # as every rank reads the same file
+            workers, lying = exchange.worker_states(), exchange.transport
+            exchange = made()
+            exchange.load(whole[0], workers, like)
+            if case.attack is not None:
+                exchange.transport.load_state_dict(lying.state_dict())
+    return {"outcomes": outcomes, "state": state}
+
+
+def rank_main(rank: int, folder: Path, work: Callable[[int], Any]) -> None:
+    torch.set_num_threads(1)
+    try:
+        meet = f"file://{folder}/meet"
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
+        torch.save(work(rank), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def in_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """What each of three forked ranks makes of its number."""
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            rank_main(rank, folder, work)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * RANKS
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+    """All cases, by rank."""
+
+    def work(rank: int) -> dict[str, Any]:
+        transport = connected(Sharded(), rank, RANKS)
+        return {name: play(case, transport) for name, case in CASES.items()}
+
+    return in_ranks(tmp_path_factory.mktemp("ranks"), work)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_give_what_the_whole_gives(name: str, sharded: list[dict[str, Any]]) -> None:
+    case = CASES[name]
+    whole = play(case, connected(InProcess()))
+    exact = {"rtol": 0, "atol": 0} if case.exact else {}
+    for rank in range(RANKS):
+        found = sharded[rank][name]
+        for a, b, first in zip(whole["outcomes"], found["outcomes"], sharded[0][name]["outcomes"], strict=True):
+            torch.testing.assert_close(b["estimate"], a["estimate"], **exact)
+            torch.testing.assert_close(b["seen"], a["seen"], **exact)
+            assert torch.equal(b["estimate"], first["estimate"]), "ranks differ"
+            assert torch.equal(b["used"], a["used"])
+            assert (b["silent"], b["up"]) == (a["silent"], a["up"])
+    for name_of, value in whole["state"]["server"].items():
+        torch.testing.assert_close(sharded[0][name]["state"]["server"][name_of], value, **exact)
+
+
+def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, Any]]) -> None:
+    """At most K of each of n workers, as a number and its index; all of them, once, after the checkpoint in the middle."""
+    outcomes = sharded[0]["few coordinates change"]["outcomes"]
+    assert [outcomes[step]["down"] == 8 * 2000 for step in range(4)] == [True, False, True, False]
+    assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 3))
+
+
+# -- the border -----------------------------------------------------------------------------------------------------------
+
+DAMAGE: dict[str, Callable[..., Any]] = {
+    "nan in the last shard": lambda values, index: (torch.cat([values[:-1], values[:1] * torch.nan]), index),
+    "unsorted": lambda values, index: (values, index.flip(0)),
+    "two of a kind": lambda values, index: (values, torch.cat([index[:1], index[:-1]])),
+    "outside": lambda values, index: (values, torch.cat([index[:-1], index[-1:] + D])),
+    "below": lambda values, index: (values, index - D),
+    "too few": lambda values, index: (values[:-1], index[:-1]),
+}
+
+
+def test_a_broken_message_is_silence_on_every_rank_and_hurts_no_other(tmp_path: Path) -> None:
+    codec, grads = TopK(k=10), rows_for(N, D, dtype=torch.float32)
+    payloads = [codec.encode(row) for row in grads]
+
+    def work(rank: int) -> Any:
+        transport, found = connected(Sharded(), rank, RANKS), {}
+        first, last = transport.span(D)
+        for name, damage in DAMAGE.items():
+            messages = [
+                Message(torch.ones(3, dtype=torch.uint8), damage(*payload) if worker == 5 else payload)
+                for worker, payload in enumerate(payloads)
+                if worker in transport.workers
+            ]
+            received = transport.exchange(messages, codec, D, torch.float32, None)
+            rows = [received.format.decode(m.payload, last - first) for w, m in enumerate(received.messages) if w != 5]
+            found[name] = received.valid.tolist(), torch.stack(rows)
+        return found
+
+    everybody = in_ranks(tmp_path, work)
+    for name in DAMAGE:
+        assert all(found[name][0] == [worker != 5 for worker in range(N)] for found in everybody), name
+        whole = torch.stack([codec.decode(payload, D) for worker, payload in enumerate(payloads) if worker != 5])
+        assert torch.equal(torch.cat([found[name][1] for found in everybody], 1), whole)
+
+
+def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> None:
+    """EF21's estimates without their mirrors would be worth nothing."""
+    case = CASES["algorithm ef21_top_k"]
+
+    def work(rank: int) -> Any:
+        transport = connected(Sharded(), rank, RANKS)
+        exchange, resumed = (Exchange(case.algorithm, transport, seed=3) for _ in range(2))
+        exchange.run(contributions(0, case, transport.workers), torch.zeros(D).double())
+        state = exchange.server_state(alone=True)
+        resumed.load(state, exchange.worker_states(), torch.zeros(D).double())
+        return state["server"], resumed.step, resumed.server.g.any().item(), any(w.g.any() for w in resumed.workers.values())
+
+    assert in_ranks(tmp_path, work) == [(None, 1, False, False)] * RANKS
+
+
+@laws
+@given(dim=st.integers(0, 500), shards=st.integers(1, 9))
+def test_shards_are_equal_words_that_cover_everything_once(dim: int, shards: int) -> None:
+    bounds = shard_bounds(dim, shards)
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, dim, shards + 1)
+    assert all(bound % 32 == 0 or bound == dim for bound in bounds)
+    assert sorted(bounds) == bounds
+    assert max(b - a for a, b in pairwise(bounds)) < dim / shards + 32
+
+
+@pytest.mark.parametrize("transport", [AllGather(), Sharded()], ids=lambda transport: type(transport).__name__)
+def test_one_process_has_nobody_to_connect_with(transport: Transport) -> None:
+    with pytest.raises(ValueError, match=r"connects several processes. Found one"):
+        transport.connect(0, 1, 4, CPU)
