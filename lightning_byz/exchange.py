@@ -304,11 +304,6 @@ class Exchange:
             row.zero_() if vector is None else row.copy_(vector)
         return self._rows
 
-    def whole(self, columns: Tensor) -> Tensor:
-        """Whole vectors ``[..., d]``, given this rank's columns of them ``[..., width]``; all ranks have to ask. For monitors."""
-        assert self.dim is not None
-        return self.transport.assemble(columns, self.dim)
-
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
     def server_state(self, alone: bool = False) -> dict[str, Any]:

@@ -211,11 +211,11 @@ class ByzantineWorkersCallback(_Base):
             "byz/bytes_down": float(outcome.bytes_down),
             "byz/silent": float(len(outcome.silent)),
         }
-        seen = None if outcome.estimate is None else aggregated(exchange, outcome)
+        seen = None if outcome.estimate is None else aggregated(exchange.algorithm, outcome)
         if outcome.estimate is not None:
             honest = torch.tensor([worker not in byzantine for worker in range(outcome.round.n)])
             weights = None if seen is None else worker_weights(seen, outcome.round.n)
-            about = about_honest(outcome, exchange.whole, honest, weights)
+            about = about_honest(outcome, exchange.transport, honest, weights)
             values |= {name: about[name] for name in about if name != "byz/aggregation_error"}
         return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning_byz import metrics
 from lightning_byz.callbacks.rounds import Aggregated, aggregated, guarantee, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.strategy import is_robust
+from lightning_byz.transports import Transport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
@@ -89,7 +90,7 @@ class RobustnessMonitorCallback(_Base):
         values = {f"byz/{name}": float(getattr(outcome, name)) for name in _TOTALS}
         values |= {f"byz/total_{name}": total for name, total in self._totals.items()}
         values["byz/silent"] = float(len(outcome.silent))
-        seen = None if outcome.estimate is None else aggregated(exchange, outcome)
+        seen = None if outcome.estimate is None else aggregated(exchange.algorithm, outcome)
         if seen is None:
             return values
         n = outcome.round.n
@@ -97,7 +98,7 @@ class RobustnessMonitorCallback(_Base):
         honest = None
         if byzantine is not None:
             honest = torch.tensor([worker not in byzantine for worker in range(n)])
-            values |= about_honest(outcome, exchange.whole, honest, weights)
+            values |= about_honest(outcome, exchange.transport, honest, weights)
             kappa = _needed_kappa(seen, honest)
             values |= {} if kappa is None else {"byz/kappa": kappa}
         if weights is not None and byzantine is not None:
@@ -128,12 +129,12 @@ class RobustnessMonitorCallback(_Base):
         self._totals = dict(state_dict)
 
 
-def about_honest(outcome: Outcome, whole: Callable[[Tensor], Tensor], honest: Tensor, weights: Tensor | None) -> dict[str, float]:
+def about_honest(outcome: Outcome, transport: Transport, honest: Tensor, weights: Tensor | None) -> dict[str, float]:
     """The estimate against the honest rows' mean, and the weight of the others.
 
     Args:
         outcome: of a round that gave an estimate.
-        whole: `Exchange.whole`.
+        transport: the run's, which puts slices of columns together.
         honest: ``[n]`` bool, who is honest.
         weights: ``[n]``, see `worker_weights`.
     """
@@ -141,7 +142,8 @@ def about_honest(outcome: Outcome, whole: Callable[[Tensor], Tensor], honest: Te
     here = honest & outcome.round.present
     if not bool(here.any()):
         return {}
-    rows = whole(outcome.seen.select(here).dense())
+    mean = outcome.seen.select(here).dense().double().mean(0)
+    rows = transport.assemble(mean, len(outcome.estimate))[None]
     values = {
         "byz/aggregation_error": float(metrics.aggregation_error(outcome.estimate, rows)),
         "byz/relative_error": float(metrics.relative_error(outcome.estimate, rows)),
@@ -157,4 +159,8 @@ def _needed_kappa(seen: Aggregated, honest: Tensor) -> float | None:
     keep = honest[seen.workers]
     if seen.rule.remembers or not bool(keep.any()):
         return None
-    return float(metrics.empirical_kappa(seen.whole(seen.rule.aggregate(seen.again())), seen.whole(seen.rows.select(keep).dense())))
+    result, rows = seen.rule.aggregate(seen.again()).double(), seen.rows.select(keep).dense().double()
+    mean = rows.mean(0)
+    error = float(seen.rows.sum((result - mean).square().sum()))  # over all slices of columns
+    width = float(seen.rows.sum((rows - mean).square().sum() / len(rows)))
+    return 0.0 if error == 0 else error / width if width else float("inf")

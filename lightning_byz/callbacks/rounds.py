@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
-from lightning_byz.exchange import Exchange, Outcome
-from lightning_byz.metrics import spread, worst_relative_error
+from lightning_byz.algorithms import Algorithm
+from lightning_byz.exchange import Outcome
+from lightning_byz.metrics import worst_relative_error
 from lightning_byz.rows import Rows
 from lightning_byz.types import Round
 
@@ -25,31 +25,29 @@ class Aggregated(NamedTuple):
         rows: their rows.
         workers: ``[m]`` whose rows they are.
         round: the round.
-        whole: `Exchange.whole`.
     """
 
     rule: Aggregator
     rows: Rows
     workers: Tensor
     round: Round
-    whole: Callable[[Tensor], Tensor]
 
     def again(self) -> Rows:
         """The rows with the round's random stream at its start, so that the rule draws what it drew."""
         return dataclasses.replace(self.rows, generator=self.round.shared("rule"))
 
 
-def aggregated(exchange: Exchange, outcome: Outcome) -> Aggregated | None:
+def aggregated(algorithm: Algorithm, outcome: Outcome) -> Aggregated | None:
     """What the rule saw in a round; None if it could not run, as an algorithm may go on without it (Byz-VR-MARINA-PP)."""
     present, cohort, rule = outcome.round.present, outcome.round.cohort, outcome.rule
     assert present is not None
     part = torch.ones_like(present) if cohort is None else cohort
-    spoke = part.clone() if exchange.algorithm.sees_absent else present & part
+    spoke = part.clone() if algorithm.sees_absent else present & part
     try:
         rule, rows = rule.facing(outcome.seen.select(part), spoke[part])
     except TooFewRowsError:
         return None
-    return Aggregated(rule, rows, spoke.nonzero().flatten(), outcome.round, exchange.whole)
+    return Aggregated(rule, rows, spoke.nonzero().flatten(), outcome.round)
 
 
 def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
@@ -106,6 +104,8 @@ def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | Non
         keep = nearest.indices[center, : len(rows) - rule.f]
     if not len(keep):
         return None
-    chosen = seen.whole(rows.select(keep).dense()).double()
-    width = spread(chosen)
-    return Guarantee(kappa, float(width), float(worst_relative_error(width, chosen.mean(0).square().sum(), kappa)))
+    chosen = rows.select(keep).dense().double()
+    mean = chosen.mean(0)
+    width = rows.sum((chosen - mean).square().sum() / len(chosen))  # over all slices of columns
+    squared_norm = rows.sum(mean.square().sum())
+    return Guarantee(kappa, float(width), float(worst_relative_error(width, squared_norm, kappa)))

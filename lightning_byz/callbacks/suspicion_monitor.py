@@ -147,7 +147,8 @@ class SuspicionMonitorCallback(_Base):
             log_to_all(trainer, {f"byz/suspicion/worker_{worker}": float(score) for worker, score in enumerate(scores)})
         verdicts = torch.zeros(self.tests[index].n, dtype=torch.uint8)
         verdicts[sorted(self.tests[index].accused)] = 1
-        accused = outcome.rows.agree(verdicts.to(outcome.rows.values.device)).nonzero().flatten().tolist()  # rank 0 decides
+        agree = self._exchanges[index].transport.agree
+        accused = agree(verdicts.to(trainer.strategy.root_device)).nonzero().flatten().tolist()  # rank 0 decides
         for worker in sorted(set(accused) - self._told):
             self._accuse(trainer, index, worker, step)
 
