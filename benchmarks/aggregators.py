@@ -49,7 +49,9 @@ def rules(n: int, f: int) -> dict[str, Timed]:
     mixed = byz.NNM(f=f)
     return {
         "median": byz.CoordinateMedian(f=f),
+        "median, compiled": byz.Chain(rule=byz.CoordinateMedian(), f=f, compile=True),
         "trimmed_mean": byz.TrimmedMean(f=f),
+        "trimmed_mean, compiled": byz.Chain(rule=byz.TrimmedMean(), f=f, compile=True),
         "meamed": byz.MeaMed(f=f),
         "phocas": byz.Phocas(f=f),
         "bulyan": byz.Bulyan(f=min(f, small)),
@@ -74,6 +76,7 @@ def rules(n: int, f: int) -> dict[str, Timed]:
         "bucketing+median": byz.Chain(pre=(byz.Bucketing(),), rule=byz.CoordinateMedian(), f=min(f, byz.Bucketing().most_f(n))),
         "nnm+mean": lambda rows: byz.Mean()(mixed(Rows(rows))),
         "nnm+trimmed_mean": nnm(byz.TrimmedMean(), f),
+        "nnm+trimmed_mean, compiled": byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean(), f=f, compile=True),
         "nnm+median": nnm(byz.CoordinateMedian(), f),
         "arc+nnm+trimmed_mean": byz.Chain(pre=(byz.ARC(), byz.NNM()), rule=byz.TrimmedMean(), f=f),
     }
@@ -184,14 +187,15 @@ def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: fl
     rivals = peers(n, f) if with_peers else {}
     lines = []
     for name, rule in rules(n, f).items():
+        known_as = name.removesuffix(", compiled")
         tries = math.comb(n, f) if name in ("mda", "smea") else 0  # peers visit every subset, and for SMEA there is no other way
         if (only and name not in only) or (name == "smea" and tries > mda):
             continue
-        theirs = {peer: known[name] for peer, known in rivals.items() if name in known and tries <= mda}
+        theirs = {peer: known[known_as] for peer, known in rivals.items() if known_as in known and tries <= mda}
         found = compare(rule, theirs, rows, patience)
         over = found["ours"] / found["mean"]
         faster = {peer: found[peer] / found["ours"] for peer in theirs}
-        aim, aim_peer = TARGETS.get(name, (None, None)) if (n, d >= 10_000_000) == (20, True) else (None, None)
+        aim, aim_peer = TARGETS.get(known_as, (None, None)) if (n, d >= 10_000_000) == (20, True) else (None, None)
         verdict = "" if aim is None else ("yes" if over <= aim else "no") + f" (<= {aim})"
         if aim_peer is not None and faster:
             verdict += ", " + ("yes" if min(faster.values()) >= aim_peer else "no") + f" (>= {aim_peer})"
