@@ -146,7 +146,7 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
     """The training itself, in real processes. Raises if it does not end as it should."""
 
     def job(folder: Path) -> None:
-        transport = ParameterServer(keys=folder / "keys", lost_after=10.0, start_timeout=60.0, deadline=5.0)
+        transport = ParameterServer(keys=folder / "keys", lost_after=10.0, start_timeout=300.0, deadline=5.0)
         lie = SignFlip(2.0) if chaos.seed % 2 else IPM(2.0)
         liars = [] if chaos.liar is None else [ByzantineWorkers(lie, workers=[chaos.liar])]
         module = trained(strategy(chaos, transport=transport), chaos, chaos.n, [Killed(folder, chaos), *liars], folder)

@@ -66,7 +66,7 @@ class Ranks:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
         self.processes[rank].join()
 
-    def wait(self, ranks: Sequence[int] | None = None, timeout: float = 250) -> dict[int, int | None]:
+    def wait(self, ranks: Sequence[int] | None = None, timeout: float = 500) -> dict[int, int | None]:
         """The exit codes, once these have ended."""
         codes = {}
         for rank in range(self.size) if ranks is None else ranks:

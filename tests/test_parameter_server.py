@@ -52,7 +52,7 @@ def job(
     def run(folder: Path) -> None:
         torch.manual_seed(0)
         strategy = make(
-            transport=ParameterServer(keys=folder / "keys", **{"lost_after": 5.0, "start_timeout": 60.0, **(server or {})})
+            transport=ParameterServer(keys=folder / "keys", **{"lost_after": 5.0, "start_timeout": 300.0, **(server or {})})
         )
         settings = {name: value() if name == "logger" else value for name, value in trainer.items()}
         fitted = L.Trainer(
@@ -156,7 +156,7 @@ def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> N
 
     def every_algorithm(folder: Path) -> None:
         rank = int(os.environ["LOCAL_RANK"])
-        transport = ParameterServer(keys=folder / "keys", start_timeout=60.0)
+        transport = ParameterServer(keys=folder / "keys", start_timeout=300.0)
         transport.open(rank, 3, "127.0.0.1", int(os.environ["MASTER_PORT"]), 1000)
         transport.wait_for_all()
         transport.connect(rank, 3, 3, torch.device("cpu"))

@@ -133,7 +133,7 @@ def rank_main(rank: int, folder: Path, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     try:
         meet = f"file://{folder}/meet"
-        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=2))
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
         torch.save(work(rank), folder / f"{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
