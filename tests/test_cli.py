@@ -4,6 +4,7 @@ import csv
 import importlib
 import pickle
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ from lightning_byz.extras import MissingExtraError, require
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "digits.yaml"
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_run_is_left():
+    """One in progress would be taken over by the next test's logger, and what was in the environment is remembered."""
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+        sys.modules["wandb"].teardown()
 
 
 @pytest.fixture
