@@ -38,7 +38,7 @@ def test_the_first_page_trains(tmp_path):
         "max_epochs=5", "max_epochs=1, accelerator='cpu', limit_train_batches=2, logger=False, enable_checkpointing=False"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"tensor\(0\.\d+\) tensor\(-?[01]\.\d+\)", done.stdout)
@@ -86,7 +86,7 @@ def test_the_notebook_runs(tmp_path):
     assert "epochs = 12" in code
     done = subprocess.run(
         [sys.executable, "-c", code.replace("epochs = 12", "epochs = 1").replace("steps=100", "steps=20")],
-        cwd=tmp_path, env={**environment(), "MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=280, check=False,
+        cwd=tmp_path, env={**environment(), "MPLBACKEND": "agg"}, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

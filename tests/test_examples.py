@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 def run(*command, cwd, env=None):
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=280, check=False
+        [*map(str, command)], cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -101,7 +101,7 @@ def test_the_commands_for_two_machines(tmp_path):
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for node in range(2)
     ]  # fmt: skip
-    outputs = [node.communicate(timeout=280)[0] for node in nodes]
+    outputs = [node.communicate(timeout=500)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
     assert "byzantine_robust: " in outputs[0]
     assert "byzantine_robust: " not in outputs[1]

@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -106,7 +106,7 @@ def test_two_nodes(tmp_path: Path) -> None:
         for node in range(2)
     ]  # fmt: skip
     for node in nodes:
-        output, _ = node.communicate(timeout=240)
+        output, _ = node.communicate(timeout=500)
         assert node.returncode == 0, output
     assert_ranks_agree(tmp_path, 4)
 

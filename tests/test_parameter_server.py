@@ -442,7 +442,7 @@ if __name__ == "__main__":
         k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     }
     command = [sys.executable, str(script), str(Path(__file__).parent)]
-    settings = {"env": {**clean, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 240}
+    settings = {"env": {**clean, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 500}
     done = subprocess.run(command, check=False, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     words = next(line for line in done.stdout.splitlines() if line.startswith("keys ")).split()

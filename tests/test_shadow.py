@@ -43,7 +43,7 @@ def launch(folder: Path, *arguments: str, shadow: str | None = "1") -> str:
     environment |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
     environment |= {} if shadow is None else {lightning_byz_shadow.VARIABLE: shadow}
     command = [sys.executable, str(HERE / "ddp_script.py"), str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
