@@ -115,17 +115,6 @@ def test_the_config_for_several_machines_runs_on_one(here):
     assert fit("--config", CONFIGS / "multi_node.yaml", *one, "--trainer.fast_dev_run=2") == 0
 
 
-def test_the_sweep_s_runs_train(here, monkeypatch):
-    sweep = yaml.safe_load((CONFIGS / "wandb_sweep.yaml").read_text())
-    monkeypatch.chdir(CONFIGS.parent)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    program, command, *arguments = sweep["command"]
-    assert (program, command, arguments.pop()) == ("lightning-byz", "fit", "${args}")
-    chosen = [f"--{name}={choice['values'][-1]}" for name, choice in sweep["parameters"].items()]
-    where = ("--trainer.logger.save_dir", here)
-    assert fit(*arguments, *chosen, *where, "--trainer.max_steps=1", quiet=QUIET[1:]) == 0
-
-
 # -- loggers --------------------------------------------------------------------------------------------------------------
 
 THREE_LOGGERS = """

@@ -1,6 +1,5 @@
 """Every example runs, and says what it should: on tiny files in the real sets' formats, for a few steps."""
 
-import itertools
 import json
 import os
 import re
@@ -136,38 +135,27 @@ def test_the_slurm_script(tmp_path):
 
 
 def test_the_sweep(tmp_path):
-    """The first and the last run of the grid, with the command that wandb's agent would run, without a network."""
-    sweep = yaml.safe_load((EXAMPLES / "wandb_sweep" / "sweep.yaml").read_text())
+    """The first and the last run of the sweep, as wandb's agent would start them, and the command of its page; without a network."""
+    sweep = yaml.safe_load((ROOT / "configs" / "wandb_sweep.yaml").read_text())
     assert sweep["method"] == "grid"
-    names = list(sweep["parameters"])
-    grid = list(itertools.product(*(parameter["values"] for parameter in sweep["parameters"].values())))
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
-    both = []
-    for values in (grid[0], grid[-1]):
-        options = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
+    (alone,) = (command for command in commands(EXAMPLES / "wandb_sweep" / "README.md") if "WANDB_MODE" in command)
+    mode, *alone = shlex.split(alone)
+    assert mode == "WANDB_MODE=offline"
+    runs = [alone]
+    for end in (0, -1):
+        options = [f"--{name}={choice['values'][end]}" for name, choice in sweep["parameters"].items()]
         fill = {"${program}": [sweep["program"]], "${args}": options}
-        both.append([part for piece in sweep["command"] for part in fill.get(piece, [piece])] + limits)
-    assert {command[0] for command in both} == {"lightning-byz"}
+        runs.append([part for piece in sweep["command"] for part in fill.get(piece, [piece])])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
+    assert {command[0] for command in runs} == {"lightning-byz"}
     code = (
-        "import json, sys\nfrom lightning_byz import cli\nfor command in json.loads(sys.argv[1]): assert cli.main(command[1:]) == 0"
+        "import json, sys, wandb\nfrom lightning_byz import cli\n"
+        "for run in json.loads(sys.argv[1]):\n    assert cli.main(run[1:]) == 0\n    wandb.finish()"
     )
     offline = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    run(sys.executable, "-c", code, json.dumps(both), cwd=tmp_path, env=offline)
-    assert len(list(tmp_path.glob("outputs/wandb/offline-run-*/*.wandb"))) == 2
-
-
-def test_the_page_on_the_sweep(tmp_path):
-    """Its command for one run names the files and options that there are."""
-    (alone,) = (command for command in commands(EXAMPLES / "wandb_sweep" / "README.md") if "WANDB_MODE" in command)
-    words = shlex.split(alone)
-    sweep = (EXAMPLES / "wandb_sweep" / "sweep.yaml").read_text()
-    assert words[0] == "WANDB_MODE=offline"
-    assert words[3:5] == ["--config", "examples/wandb_sweep/train.yaml"]
-    for option in words[5:]:
-        name, _, value = option.removeprefix("--").partition("=")
-        assert name in sweep
-        assert value in sweep
+    run(sys.executable, "-c", code, json.dumps([command + limits for command in runs]), cwd=tmp_path, env=offline)
+    assert len(list(tmp_path.glob("outputs/wandb/offline-run-*/*.wandb"))) == 3
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------------

@@ -44,12 +44,21 @@ class Keeps(L.pytorch.loggers.logger.DummyLogger):
         self.rows.append((int(step or 0), dict(metrics)))
 
 
-class WandbLogger(Keeps):
-    """What a WandbLogger's run offers."""
+class KeepsAlerts(L.pytorch.loggers.WandbLogger):
+    """A WandbLogger without a run: what it would send is kept."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(save_dir="unused", offline=True)
+        self.rows: list[tuple[int, dict[str, float]]] = []
         self.alerts: list[dict[str, str]] = []
+
+    log_metrics = Keeps.log_metrics  # type: ignore[assignment]
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def finalize(self, status: str) -> None:
+        pass
 
     @property
     def experiment(self) -> Any:
@@ -62,7 +71,7 @@ class WandbLogger(Keeps):
 @pytest.mark.parametrize(("fault", "within"), [(WrongScale(), 2), (SignFlip(), 60), (LabelFlip(3), 100)], ids=repr)
 def test_it_finds_the_worker_and_tells_everybody(fault: Any, within: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     suspects: list[Any] = []
-    logger = WandbLogger()
+    logger = KeepsAlerts()
     callbacks = [ByzantineWorkers(fault, workers=[3], start=10), SuspicionMonitor(on_suspect=suspects.append)]
     with caplog.at_level(logging.WARNING):
         (report,) = fit(

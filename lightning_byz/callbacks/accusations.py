@@ -44,6 +44,11 @@ def run_logger(trainer: Any) -> logging.Logger:
     return logging.getLogger(f"{package}.lightning_byz")
 
 
+def is_wandb(logger: Any) -> bool:
+    """Whether it is a WandbLogger, or made from one, of either package's Lightning; nothing is imported to know."""
+    return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)
+
+
 def gathered(own: Tensor) -> list[Tensor]:
     """All ranks' tensors, on the CPU, over torch.distributed's own group."""
     if dist.get_backend() != "nccl":
@@ -85,9 +90,8 @@ def accuse(
         return suspect
     run_logger(trainer).warning(message)
     for logger in trainer.loggers:
-        alert = getattr(logger.experiment, "alert", None) if type(logger).__name__ == "WandbLogger" else None
-        if alert is not None:
-            alert(title=f"lightning_byz: rank {place.rank} on {place.host} is suspect", text=message)
+        if is_wandb(logger):
+            logger.experiment.alert(title=f"lightning_byz: rank {place.rank} on {place.host} is suspect", text=message)
     if on_suspect is not None:
         on_suspect(suspect)
     return suspect

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,23 +11,18 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_byz.buffers import WorkerBuffers
-from lightning_byz.callbacks.accusations import gathered, run_logger
-from lightning_byz.callbacks.replica_check import ReplicasDifferError, named, require_replicas
+from lightning_byz.callbacks.accusations import gathered
+from lightning_byz.callbacks.replicas import ReplicasCallback, named
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import QuietPasses, random_states_kept
 from lightning_byz.sketch import Sketch
-from lightning_byz.whereabouts import Whereabouts, whereabouts
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback as _Base
-else:
-    _Base = object
+from lightning_byz.whereabouts import Whereabouts
 
 _LEAVES, _DIMS = 32, 8
 """How many tensors a batch may hold, and how many dimensions each."""
 
 
-class DuplicateBatchCheckCallback(_Base):
+class DuplicateBatchCheckCallback(ReplicasCallback):
     """Every so many batches, all ranks compute the gradient of one rank's micro-batch (each rank's in turn), and the one that gets another result is named.
 
     A device whose arithmetic is wrong in the same way every time replays its own errors faithfully; other devices do not make them. A check costs every rank one forward and
@@ -52,27 +47,19 @@ class DuplicateBatchCheckCallback(_Base):
         action: Literal["raise", "warn"] = "warn",
         on_difference: Callable[[list[Whereabouts]], None] | None = None,
     ) -> None:
-        super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
+        super().__init__(every_n_steps, action, on_difference)
         if tolerance < 0:
             raise ValueError(f"`tolerance` should be at least 0. Found tolerance={tolerance}.")
-        if action not in ("raise", "warn"):
-            raise ValueError(f"`action` should be 'raise' or 'warn'. Found {action!r}.")
-        self.every_n_steps, self.tolerance, self.action, self.on_difference = every_n_steps, tolerance, action, on_difference
-        self.checks = 0
-        self._told: set[frozenset[int]] = set()
-        self._batches = 0
+        self.tolerance = tolerance
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        require_replicas(trainer, type(self).__name__)
+        super().on_fit_start(trainer, pl_module)
         if not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(self).__name__} computes a training step without its optimizer step, which manual optimization does not allow. Found "
                 "automatic_optimization=False. Use ReplicaCheck or ShadowMode."
             )
-        self._told, self._batches = set(), 0
-        self._places = whereabouts(trainer.strategy.root_device, gathered)
+        self._batches = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._batches += 1
@@ -84,7 +71,11 @@ class DuplicateBatchCheckCallback(_Base):
         sketches = torch.stack(gathered(self._gradient(trainer, pl_module, shared, batch_idx)))
         odd = outliers(sketches, self.tolerance)
         if odd:
-            self._report(trainer, odd, subject)
+            message = (
+                f"Batch {self._batches}: all ranks computed the gradient of rank {subject}'s micro-batch. {named(odd, self._places)} The same input and "
+                "parameters gave another gradient there: a silent fault of the device or its software."
+            )
+            self.report(trainer, odd, message)
 
     def _gradient(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> Tensor:
         """The sketch of the batch's gradient at the parameters as they are; nan if it gives no loss."""
@@ -104,20 +95,6 @@ class DuplicateBatchCheckCallback(_Base):
             return out.fill_(torch.nan)
         sketch.add(out, done.flat, 0)
         return out
-
-    def _report(self, trainer: Any, odd: list[int], subject: int) -> None:
-        places = [self._places[rank] for rank in odd]
-        message = (
-            f"Batch {self._batches}: all ranks computed the gradient of rank {subject}'s micro-batch. {named(odd, self._places)} The same input and parameters "
-            "gave another gradient there: a silent fault of the device or its software."
-        )
-        if trainer.is_global_zero and frozenset(odd) not in self._told:
-            self._told.add(frozenset(odd))
-            run_logger(trainer).warning(message)
-            if self.on_difference is not None:
-                self.on_difference(places)
-        if self.action == "raise":
-            raise ReplicasDifferError(message)
 
 
 def outliers(sketches: Tensor, tolerance: float) -> list[int]:

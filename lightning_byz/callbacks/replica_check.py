@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_byz.callbacks.accusations import gathered, run_logger
-from lightning_byz.strategy import is_robust
+from lightning_byz.callbacks.accusations import gathered
+from lightning_byz.callbacks.replicas import ReplicasCallback, named
 from lightning_byz.types import keyed_seed
-from lightning_byz.whereabouts import Whereabouts, whereabouts
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback as _Base
-else:
-    _Base = object
+from lightning_byz.whereabouts import Whereabouts
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20
 
 
-class ReplicasDifferError(RuntimeError):
-    """Ranks that should hold the same numbers do not."""
-
-
-class ReplicaCheckCallback(_Base):
+class ReplicaCheckCallback(ReplicasCallback):
     """Every so many steps, compares a checksum of the parameters and of the optimizers' state across ranks, and names the rank that differs.
 
     In data-parallel training every rank applies the same update to the same weights, so that all must hold the same bits: a difference is a fault of a
@@ -50,20 +39,11 @@ class ReplicaCheckCallback(_Base):
         action: Literal["raise", "warn"] = "raise",
         on_difference: Callable[[list[Whereabouts]], None] | None = None,
     ) -> None:
-        super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
-        if action not in ("raise", "warn"):
-            raise ValueError(f"`action` should be 'raise' or 'warn'. Found {action!r}.")
-        self.every_n_steps, self.action, self.on_difference = every_n_steps, action, on_difference
-        self.checks = 0
-        self._told: set[frozenset[int]] = set()
-        self._step = -1
+        super().__init__(every_n_steps, action, on_difference)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._told, self._step = set(), -1
-        require_replicas(trainer, type(self).__name__)
-        self._places = whereabouts(trainer.strategy.root_device, gathered)
+        super().on_fit_start(trainer, pl_module)
+        self._step = -1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -75,37 +55,11 @@ class ReplicaCheckCallback(_Base):
         sums = [tuple(other.tolist()) for other in gathered(own)]
         odd, what = minority(sums)
         if odd:
-            self._report(trainer, odd, what, step)
-
-    def _report(self, trainer: Any, odd: list[int], what: str, step: int) -> None:
-        places = [self._places[rank] for rank in odd]
-        message = (
-            f"After step {step}, ranks should hold the same {what}. {named(odd, self._places)} Look at the hardware of that host, and for code that "
-            "changes parameters on some ranks only."
-        )
-        if trainer.is_global_zero and frozenset(odd) not in self._told:
-            self._told.add(frozenset(odd))
-            run_logger(trainer).warning(message)
-            if self.on_difference is not None:
-                self.on_difference(places)
-        if self.action == "raise":
-            raise ReplicasDifferError(message)
-
-
-def require_replicas(trainer: Any, who: str) -> None:
-    """Raises unless there are several ranks, and each holds a whole copy of the module."""
-    whole = isinstance(trainer.strategy.model, DistributedDataParallel) or is_robust(trainer.strategy)
-    if not whole or trainer.world_size < 2 or not dist.is_initialized():
-        raise ValueError(
-            f"{who} compares ranks that hold copies of the same module, as Trainer(devices=n, strategy='ddp') or 'byzantine_robust' makes them. Found "
-            f"{type(trainer.strategy).__name__} with {trainer.world_size} ranks."
-        )
-
-
-def named(odd: Sequence[int], places: Sequence[Whereabouts]) -> str:
-    """A sentence about the ranks that differ."""
-    who = "; ".join(str(places[rank]) for rank in odd)
-    return f"No majority agrees: {who}." if len(odd) == len(places) else f"Different from the others: {who}."
+            message = (
+                f"After step {step}, ranks should hold the same {what}. {named(odd, self._places)} Look at the hardware of that host, and for code "
+                "that changes parameters on some ranks only."
+            )
+            self.report(trainer, odd, message)
 
 
 def minority(sums: list[tuple[int, ...]]) -> tuple[list[int], str]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lightning_byz
+from lightning_byz.callbacks.accusations import is_wandb
 from lightning_byz.cli.runs import ByzantineCLI
 from lightning_byz.exchange import Outcome
 from lightning_byz.strategy import TooFewGradientsError, is_robust
@@ -126,7 +127,7 @@ def run(config: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 def _finish_wandb(trainer: Any) -> None:
     """Ends the run of a WandbLogger, which the next cell's would otherwise go on with."""
-    if trainer is not None and any(type(logger).__name__ == "WandbLogger" for logger in trainer.loggers):
+    if trainer is not None and any(is_wandb(logger) for logger in trainer.loggers):
         import wandb
 
         with contextlib.suppress(Exception):  # a cell's result does not depend on what becomes of its log

@@ -33,7 +33,9 @@ class LogConfig(SaveConfigCallback):
     """Writes the run's whole configuration into its loggers as hyperparameters, and to the folder of its own, if it has one, as a file."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.save_to_log_dir = bool(trainer.loggers) and hasattr(trainer.loggers[0], "log_dir")  # others' folders hold several runs
+        self.save_to_log_dir = any(
+            logger.log_dir is not None for logger in trainer.loggers[:1]
+        )  # others have one folder for all runs
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
