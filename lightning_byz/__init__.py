@@ -44,6 +44,7 @@ from lightning_byz.aggregators import (
 )
 from lightning_byz.algorithms import (
     EF14,
+    ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
     ByzVRDM21,
@@ -166,6 +167,7 @@ __all__ = [
     "Bucketing",
     "Bulyan",
     "ByLabel",
+    "ByzDIANA",
     "ByzDM21",
     "ByzEF21SGDM",
     "ByzVRDM21",

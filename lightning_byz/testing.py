@@ -352,6 +352,8 @@ def _attack_cases(attack: Attack, h: int, b: int, d: int, symmetric: bool) -> It
 
     def alone() -> None:
         assert lies(honest[:1], own[:1]).shape == (1, d), "one honest worker is not enough for it"
+        if attack.alone:
+            assert lies(honest[:0], own).shape == (b, d), "it says that it needs no honest worker, and does"
 
     def order() -> None:
         torch.testing.assert_close(lies(honest.flip(0)), lies(), equal_nan=True)

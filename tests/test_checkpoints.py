@@ -21,6 +21,7 @@ from models import GAN, CountsBatches, Plain, StatefulLoader, blobs
 
 from lightning_byz import (
     EF14,
+    ByzDIANA,
     ByzEF21SGDM,
     ByzVRDM21,
     ByzVRMarinaPP,
@@ -46,6 +47,7 @@ ALGORITHMS = {
     "default": None,
     "momentum": RobustSGD(aggregator=TrimmedMean(), compressor=RandK(ratio=0.5), worker_momentum=0.9, server_momentum=0.5),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
+    "diana": ByzDIANA(compressor=RandK(ratio=0.2), alpha=0.2),
     "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
     "vr-dm21": ByzVRDM21(compressor=TopK(ratio=0.3)),
     "dstar": DStar(),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_algorithms import D, N, connected, contributions, frozen, gradients, play, same, start
 from zoo import ALGORITHMS, ATTACKS, laws, robust, rows_for
 
+from lightning_byz import attacks
 from lightning_byz.aggregators import (
     Bucketing,
     Chain,
@@ -23,6 +24,7 @@ from lightning_byz.aggregators import (
     TrimmedMean,
 )
 from lightning_byz.algorithms import (
+    ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
     ByzVRDM21,
@@ -99,6 +101,46 @@ def test_eta_1_is_ef21():
         x, *a, _ = play(dm, gradients(step), *a, step)
         y, *b, _ = play(ef, gradients(step), *b, step)
         assert torch.equal(x, y)
+
+
+# -- DIANA ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compressor", [RandK(k=3), Identity()], ids=repr)
+def test_diana_with_a_mean_is_the_formula(compressor):
+    algorithm = ByzDIANA(Mean(), compressor, alpha=0.25)
+    workers, server = start(algorithm)
+    h = np.zeros((N, D))
+    for step in range(12):
+        grads = gradients(step)
+        estimate, workers, server, _ = play(algorithm, grads, workers, server, step)
+        g = np.zeros((N, D))
+        for i in range(N):
+            round = Round(step, N, i, 3)
+            c = compressor.encode(grads[i] - torch.from_numpy(h[i]), round.private("compressor"))
+            sent = compressor.decode(c, D).numpy()
+            g[i], h[i] = h[i] + sent, h[i] + 0.25 * sent
+        assert estimate.numpy() == pytest.approx(g.mean(0), abs=1e-9)
+    assert server.h.numpy() == pytest.approx(h, abs=1e-9)
+    assert all(torch.equal(workers[i].h, server.h[i]) for i in range(N))
+
+
+def test_diana_s_shifts_learn_constant_gradients():
+    """Its compression's noise vanishes, which that of compressed SGD does not."""
+    algorithm, grads = ByzDIANA(Mean(), RandK(k=3), alpha=3 / D), gradients(0)
+    workers, server = start(algorithm)
+    for step in range(150):
+        estimate, workers, server, _ = play(algorithm, grads, workers, server, step)
+    assert estimate.numpy() == pytest.approx(grads.numpy().mean(0), abs=1e-6)
+
+
+def test_diana_refuses_what_would_run_away():
+    with pytest.raises(ValueError, match=r"alpha < 2 / \(1 \+ omega\). Found alpha=0.5 and omega=9.*Use alpha=0.1"):
+        ByzDIANA(Mean(), RandK(k=1), alpha=0.5).init_worker(torch.zeros(10))
+    with pytest.raises(ValueError, match="unbiased.*TopK.*RandK"):
+        ByzDIANA(Mean(), TopK(k=1))
+    with pytest.raises(ValueError, match="alpha=0"):
+        ByzDIANA(alpha=0)
 
 
 # -- Byz-VR-MARINA-PP -----------------------------------------------------------------------------------------------------
@@ -667,3 +709,19 @@ def test_clipping_is_what_survives_cohorts_with_a_byzantine_majority(clipping, c
     gap = loss(x) - loss(optimum)
     assert (gap < 1e-6) == converges
     assert converges or gap > 1e-2
+
+
+def test_a_cohort_without_honest_workers_is_pulled_back_too():
+    """In such a round an attack that needs nobody to look at acts; one that does behaves."""
+    algorithm = ByzVRMarinaPP(CoordinateMedian(f=1), p=1e-9, cohort_size=2, clipping=None)
+    for attack, acts in ((attacks.ShiftBack(scale=5.0), True), (attacks.SignFlip(), False)):
+        exchange, x = attacked(algorithm, attack, range(N - 1), 0)
+        acted, before = [], ZERO
+        for step in range(12):
+            x.append(torch.full((D,), float(step), dtype=torch.float64))
+            outcome = exchange.run(contributions(torch.ones(N, D).double(), torch.ones(N, D).double()), x[-1])
+            if step and not outcome.round.cohort[N - 1]:
+                acted.append(not torch.equal(outcome.estimate, before))
+            before = outcome.estimate
+        assert len(acted) > 3
+        assert set(acted) == {acts}

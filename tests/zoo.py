@@ -48,6 +48,7 @@ from lightning_byz.aggregators import (
 from lightning_byz.algorithms import (
     EF14,
     Algorithm,
+    ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
     ByzVRDM21,
@@ -572,6 +573,9 @@ ALGORITHMS = [
     AlgorithmCase("ef14_top_k", EF14(robust(), TopK(ratio=0.3)), tolerates=()),
     AlgorithmCase("ef14_mean", EF14(Mean(), ScaledSign()), tolerates=()),
     AlgorithmCase("ef21_mean", ByzEF21SGDM(Mean(), TopK(ratio=0.3), eta=0.2), tolerates=()),
+    AlgorithmCase("diana_identity", ByzDIANA(robust(), Identity(), alpha=0.5)),
+    AlgorithmCase("diana_rand_k", ByzDIANA(robust(), RandK(ratio=0.5), alpha=0.5), tolerates=()),
+    AlgorithmCase("diana_qsgd", ByzDIANA(robust(), QSGD(levels=7), alpha=0.5)),
     AlgorithmCase("dm21_identity", ByzDM21(robust(), Identity(), eta=0.5)),
     AlgorithmCase("dm21_top_k", ByzDM21(robust(), TopK(ratio=0.3), eta=0.5)),
     AlgorithmCase("vr_dm21_top_k", ByzVRDM21(robust(), TopK(ratio=0.3), eta=0.3)),

@@ -1,6 +1,7 @@
 """Algorithms: one published method per file, with its worker half and its server half side by side."""
 
 from lightning_byz.algorithms.base import Algorithm, NoState
+from lightning_byz.algorithms.byz_diana import ByzDIANA
 from lightning_byz.algorithms.byz_dm21 import ByzDM21, ByzVRDM21
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
 from lightning_byz.algorithms.byz_vr_marina_pp import ByzVRMarinaPP, ClippedDifferences
@@ -12,6 +13,7 @@ from lightning_byz.algorithms.signsgd_majority_vote import SignSGDMajorityVote
 __all__ = [
     "EF14",
     "Algorithm",
+    "ByzDIANA",
     "ByzDM21",
     "ByzEF21SGDM",
     "ByzVRDM21",

@@ -77,12 +77,17 @@ class Attack(ABC):
     values, never the wire format.
     """
 
+    @property
+    def alone(self) -> bool:
+        """Whether it has an answer where no honest worker takes part, ``h = 0``; otherwise the Byzantine workers behave in such a round."""
+        return False
+
     @abstractmethod
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         """The Byzantine messages.
 
         Args:
-            honest: ``[h, d]`` the messages of the honest workers that take part in this round, h >= 1; not to be modified.
+            honest: ``[h, d]`` the messages of the honest workers that take part in this round; not to be modified. h >= 1, unless `alone`.
             own: ``[b, d]`` what the Byzantine workers that take part would have sent had they been honest; not to be modified. 0 for
                 one that would have been silent.
             scene: what else the attackers see. None: nothing.

@@ -19,6 +19,10 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Fault(Attack):
     """Something that happens to each worker's own message."""
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def forges(self, b: int) -> list[bool]:
         return [False] * b
 

@@ -89,6 +89,10 @@ class Gaussian(Attack):
     mean: float = 0.0
     std: float = 1.0
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         generator = (scene or Scene()).generator
         noise = torch.randn(own.shape, generator=generator, device=generator.device, dtype=torch.float32)
@@ -98,6 +102,10 @@ class Gaussian(Attack):
 @dataclass(frozen=True)
 class NotANumber(Attack):
     """All nan: a test of the border, where such a row becomes silence. No paper: a test."""
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, torch.nan)
@@ -115,6 +123,10 @@ class Infinity(Attack):
 
     negative: bool = False
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, -torch.inf if self.negative else torch.inf)
 
@@ -131,6 +143,10 @@ class Huge(Attack):
 
     value: float = 1e30
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.full_like(own, self.value)
 
@@ -138,6 +154,10 @@ class Huge(Attack):
 @dataclass(frozen=True)
 class Zero(Attack):
     """Zeros: a worker that contributes nothing, and shortens the mean. No paper: a test."""
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return torch.zeros_like(own)
@@ -150,6 +170,10 @@ class BitFlip(Attack):
     The "bit flip" of Karimireddy et al. (arXiv 2006.09365) and of Byz-VR-MARINA, and the sign inversion of signSGD's experiments.
     """
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return -own
 
@@ -157,6 +181,10 @@ class BitFlip(Attack):
 @dataclass(frozen=True)
 class RandomSign(Attack):
     """Each worker's own message with a random sign at every coordinate: the randomising adversary of signSGD (arXiv 1810.05291)."""
+
+    @property
+    def alone(self) -> bool:
+        return True
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         generator = (scene or Scene()).generator

@@ -55,6 +55,10 @@ class Mixture(Attack):
         ends = list(accumulate(counts))
         return [range(end - count, end) for count, end in zip(counts, ends, strict=True)]
 
+    @property
+    def alone(self) -> bool:
+        return all(part.alone for part in self.parts)
+
     def forges(self, b: int) -> list[bool]:
         return [answer for part, share in zip(self.parts, self.shares(b), strict=True) for answer in part.forges(len(share))]
 

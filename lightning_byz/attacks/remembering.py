@@ -94,6 +94,10 @@ class ShiftBack(Attack):
 
     scale: float = 1.0
 
+    @property
+    def alone(self) -> bool:
+        return True
+
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         scene = scene or Scene()
         x = scene.parameters(self).to(own)

@@ -144,12 +144,12 @@ class ByzantineTransport(Transport):
             if cohort[worker] and worker not in others and bool(flags[0]) and bool(codec.valid(payload, dim)):
                 rows[worker] = codec.decode(payload, dim)
         honest = [worker for worker in rows if worker not in self.byzantine]
-        if not honest:
+        if not honest and not self.attack.alone:
             return everybody
         forges = zip(self.byzantine, self.attack.forges(len(self.byzantine)), strict=True)
         own = [worker for worker, forged in forges if worker in rows or (forged and cohort[worker])]
-        seen = torch.stack([rows[worker] for worker in honest])
-        zero = torch.zeros_like(seen[0])
+        zero = torch.zeros(dim, dtype=dtype, device=everybody[0].flags.device)
+        seen = torch.stack([rows[worker] for worker in honest]) if honest else zero.new_empty(0, dim)
         server = None
         if self.algorithm is not None and self.state is not None:
             server = _Server(
