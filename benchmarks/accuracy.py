@@ -47,7 +47,7 @@ SETTINGS = {
     ("a9a", "ranks"): Setting(64, 300, "SGD(momentum=0.9)", 0.1, 1),
     ("a9a", "in-process"): Setting(32, 300, "SGD(momentum=0.9)", 0.1, 1),
     ("resnet18", "ranks"): Setting(64, 60, "SGD(momentum=0.9)", 0.03, 1),
-    ("resnet18", "in-process"): Setting(16, 50, "SGD(momentum=0.9)", 0.03, 1),
+    ("resnet18", "in-process"): Setting(16, 100, "SGD(momentum=0.9)", 0.03, 1),
 }
 OPTIMIZERS = {"SGD(momentum=0.9)": partial(torch.optim.SGD, momentum=0.9)}
 BREAKING = ("SignFlip(10)", "Gaussian(100)")  # those that averaging is shown
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["resnet18", "a9a"], help="one task")
     parser.add_argument("--setup", choices=list(SETUPS), help="one setup")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where results are kept; a rerun goes on there")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; for in-process runs, with OMP_NUM_THREADS=1")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -251,7 +252,8 @@ def main() -> None:
         return
     tasks = [arguments.only] if arguments.only else ["a9a", "resnet18"]
     setups = [arguments.setup] if arguments.setup else list(SETUPS)
-    text = report(run_all(all_runs(tasks, setups), partial(launch, data=arguments.data), arguments.output)) + f"{machine()}.\n"
+    results = run_all(all_runs(tasks, setups), partial(launch, data=arguments.data), arguments.output, arguments.jobs)
+    text = report(results) + f"{machine()}.\n"
     (arguments.output / "report.md").write_text(text)
     print(text)
 

@@ -177,20 +177,13 @@ class Phocas(Aggregator):
 def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
     """The mean of the ``keep`` values nearest to ``center [c]``, column by column, of rows ``[c]`` in ascending order.
 
-    The nearest values stand side by side in the order. A window of them moves up by one as long as the value that enters is nearer than
-    the one that leaves.
+    The nearest values stand side by side in the order. A window of them moves up by one, ``ordered[k + keep]`` in place of ``ordered[k]``, as long as the
+    value that enters is nearer than the one that leaves.
     """
-    n = len(ordered)
-    start = torch.zeros_like(center, dtype=torch.int16)
-    for k in range(n - keep):
-        start += ordered[k + keep] - center < center - ordered[k]
-    total = torch.zeros_like(center)
-    for i, row in enumerate(ordered):
-        if n - keep <= i < keep:  # in every window
-            total += row
-        else:
-            total += torch.where((start <= i) & (i < start + keep), row, 0)
-    return total / keep
+    window = ordered[:keep]
+    for k, entering in enumerate(ordered[keep:]):
+        window[k % keep] = torch.where(entering - center < center - ordered[k], entering, window[k % keep])
+    return _running_sum(window) / keep
 
 
 def _running_sum(rows: Tensor | list[Tensor]) -> Tensor:
