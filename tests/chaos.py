@@ -1,8 +1,9 @@
 """Trainings on a parameter server whose workers are killed at drawn moments: ``python tests/chaos.py [number ...]``, or ``make chaos``.
 
-Each of 30 seeds draws the number of workers, who of them is killed (SIGKILL, up to f), in which step and how many milliseconds into it, and
-who is started again; in every third training one of the living lies besides. A training passes if it ends, with an accuracy within one
-point of what the same seed gives undisturbed.
+Each of 30 seeds draws the number of workers, who of them is killed (SIGKILL), in which step and how many milliseconds into it, and who is started
+again; in every third training one of the living lies besides. The dead and the liar are f at most. A training passes if it ends, with an accuracy
+within one point of what the same seed gives undisturbed. The model is linear, so that equally good trainings end at nearly the same place: networks
+with a hidden layer differ by half a point from one seed to the next.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Chaos:
         seed: of everything drawn.
         n: processes; rank 0 serves and computes.
         f: faults that the rule tolerates.
-        deaths: rank -> (step, seconds into it), at most f of them.
+        deaths: rank -> (step, seconds into it); at most f, the liar counted.
         returns: the ranks that are started again.
         liar: a rank that lies from the beginning, or None.
     """
@@ -61,13 +62,14 @@ class Chaos:
     def drawn(cls, seed: int) -> Chaos:
         generator = random.Random(seed)
         n = generator.choice([5, 6, 7])
-        f = (n - 1) // 2 - (n > 5)
+        f = (n - 1) // 2
+        liar = seed % 3 == 2
         last = EPOCHS * (SAMPLES // BATCH) - 2
         order = generator.sample(range(1, n), n - 1)
-        dead = order[: generator.randint(1, f)]
+        dead = order[: generator.randint(1, f - liar)]
         deaths = {rank: (generator.randrange(1, last), generator.uniform(0, 0.03)) for rank in dead}
         returns = tuple(rank for rank in dead if generator.random() < 0.5)
-        return cls(seed, n, f, deaths, returns, order[-1] if seed % 3 == 2 else None)
+        return cls(seed, n, f, deaths, returns, order[-1] if liar else None)
 
 
 @functools.cache
@@ -82,7 +84,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 class Digits(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+        self.net = nn.Sequential(nn.BatchNorm1d(64), nn.Linear(64, 10))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -94,7 +96,7 @@ class Digits(L.LightningModule):
         self.log("accuracy", right, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.2, momentum=0.9)
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
 
@@ -146,7 +148,7 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
     """The training itself, in real processes. Raises if it does not end as it should."""
 
     def job(folder: Path) -> None:
-        transport = ParameterServer(keys=folder / "keys", lost_after=10.0, start_timeout=300.0, deadline=5.0)
+        transport = ParameterServer(keys=folder / "keys", lost_after=10.0, start_timeout=120.0, deadline=5.0)
         lie = SignFlip(2.0) if chaos.seed % 2 else IPM(2.0)
         liars = [] if chaos.liar is None else [ByzantineWorkers(lie, workers=[chaos.liar])]
         module = trained(strategy(chaos, transport=transport), chaos, chaos.n, [Killed(folder, chaos), *liars], folder)
@@ -158,6 +160,8 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
         for rank in chaos.returns:
             ranks.start(rank)
         codes = ranks.wait(timeout=900)
+        for rank in chaos.returns:  # one that comes back when all is over finds nobody
+            codes[rank] = 0 if codes[rank] == 1 and "ServerLostError: " in ranks.output(rank) else codes[rank]
         expected = {rank: -signal.SIGKILL if rank in chaos.deaths and rank not in chaos.returns else 0 for rank in range(chaos.n)}
         assert died == dict.fromkeys(sorted(chaos.deaths), -signal.SIGKILL) and codes == expected, f"{codes}\n{ranks.everything()}"
     return float(torch.load(folder / "accuracy.pt"))

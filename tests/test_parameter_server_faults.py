@@ -112,6 +112,16 @@ def test_a_fault_is_counted_and_nothing_else(fault: Fault) -> None:
     assert desk.is_done(0.0)
 
 
+def test_whom_a_rank_is_refused_learns_that_the_run_is_over() -> None:
+    """A process that was started again, and the server does not know yet that the one before it is dead."""
+    desk = a_desk()
+    hello = Head(Kind.HELLO, token=b"t" * 16, rank=1)
+    desk.receive(b"again", [hello.pack(), b""], 1, 0.0)
+    desk.outbox.clear()
+    desk.shut("over")
+    assert [(route, parse([head, body])[0].kind, body) for route, head, body in desk.outbox] == [(b"again", Kind.CLOSED, b"over")]
+
+
 def test_dtypes_and_shapes_have_other_fingerprints() -> None:
     layouts = [
         [Field((8,), torch.float32)], [Field((8,), torch.int32)], [Field((2, 4), torch.float32)], [Field((4,), torch.float64)],

@@ -38,6 +38,7 @@ class Member:
         left: whether it said good-bye.
         heard: when it last said something.
         pinged: when it was last looked for.
+        knocked: where another process stands that was told that this rank is taken, and its hello.
     """
 
     token: bytes = b""
@@ -49,6 +50,7 @@ class Member:
     left: bool = False
     heard: float = 0.0
     pinged: float = 0.0
+    knocked: tuple[bytes, Head] | None = None
 
 
 @dataclass
@@ -168,11 +170,12 @@ class Desk:
             return
         if member.token != head.token:
             if member.route is not None and not member.left:
+                member.knocked = route, head
                 self._answer(route, Kind.REFUSED, head, b"taken")  # until its connection is known to be gone
                 raise BadFrameError("rank is taken")
             member.token, member.waiting, member.left, member.starting = head.token, None, False, False
             member.active, member.wants = not self.begun, self.begun
-        member.route, member.heard = route, now
+        member.route, member.heard, member.knocked = route, now, None
         self._answer(route, Kind.BEGUN if member.wants else Kind.WELCOME, head)
 
     def _called(self, rank: int, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
@@ -303,6 +306,9 @@ class Desk:
         for rank, member in self.members.items():
             if member.route is not None and not member.left and (member.wants or reason != "over"):
                 self._answer(member.route, Kind.CLOSED, Head(Kind.BYE, token=member.token, rank=rank), reason.encode())
+            if member.knocked is not None:
+                route, hello = member.knocked
+                self._answer(route, Kind.CLOSED, hello, reason.encode())
 
     def _settle(self, rank: int, kind: Kind, body: bytes = b"") -> None:
         """Answers a rank's waiting call."""
