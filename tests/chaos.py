@@ -35,7 +35,7 @@ from lightning_byz import IPM, NNM, Chain, ParameterServer, RobustSGD, SignFlip,
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 TRAININGS = 30
-EPOCHS, SAMPLES, BATCH, POINT = 8, 1200, 64, 0.01
+EPOCHS, SAMPLES, BATCH, POINT = 30, 1200, 256, 0.01
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Digits(L.LightningModule):
         self.log("accuracy", right, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9, weight_decay=3e-3)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
 
