@@ -50,8 +50,8 @@ SETTINGS = {
     ("resnet18", "in-process"): Setting(16, 100, "SGD(momentum=0.9)", 0.03, 1),
 }
 OPTIMIZERS = {"SGD(momentum=0.9)": partial(torch.optim.SGD, momentum=0.9)}
-BREAKING = ("SignFlip(10)", "Gaussian(100)")  # those that averaging is shown
-ATTACKS = ("SignFlip(1)", "SignFlip(10)", "IPM(0.1)", "ALIE(1.5)", "Gaussian(100)", "NotANumber", "LabelFlip")
+BREAKING = ("SignFlip(10)", "Gaussian(300)")  # those that averaging is shown
+ATTACKS = ("SignFlip(1)", "SignFlip(10)", "IPM(0.1)", "ALIE(1.5)", "Gaussian(300)", "NotANumber", "LabelFlip")
 GARBAGE = "garbage images"  # worker 0 trains on noise; images only
 SAME = {"SignFlip(10)": "SignFlip(10) = IPM(10)"}
 
@@ -144,7 +144,7 @@ def train(run: Run, data: str) -> Run:
         "SignFlip(10)": byz.SignFlip(10.0),
         "IPM(0.1)": byz.IPM(0.1),
         "ALIE(1.5)": byz.ALIE(z=1.5),
-        "Gaussian(100)": byz.Gaussian(std=100.0),
+        "Gaussian(300)": byz.Gaussian(std=300.0),
         "NotANumber": byz.NotANumber(),
         "LabelFlip": byz.LabelFlip(2 if run["task"] == "a9a" else 10),
         GARBAGE: Garbage(),

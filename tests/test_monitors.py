@@ -15,12 +15,14 @@ from zoo import RULES, RuleCase, each
 from lightning_byz import (
     IPM,
     NNM,
+    AllGather,
     Chain,
     CoordinateMedian,
     GeometricMedian,
     Krum,
     MultiKrum,
     RobustSGD,
+    Sharded,
     SignFlip,
     TrimmedMean,
 )
@@ -120,9 +122,10 @@ class Keeps(L.Callback):
         self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")})
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.processes)])
-def test_the_monitor_knows_what_the_truth_says(devices: int, tmp_path: Path) -> None:
-    strategy = averaging(workers_per_process=4) if devices == 1 else averaging(start_method="fork")
+@pytest.mark.parametrize("transport", [None, *(pytest.param(t, marks=pytest.mark.processes) for t in (AllGather(), Sharded()))])
+def test_the_monitor_knows_what_the_truth_says(transport: Any, tmp_path: Path) -> None:
+    devices = 4 if transport else 1
+    strategy = averaging(transport=transport, start_method="fork") if transport else averaging(workers_per_process=4)
     callbacks = [ByzantineWorkers(SignFlip(10.0), workers=[1], start=2), RobustnessMonitor(), Keeps()]
     reports = fit(
         tmp_path, Plain(), strategy, devices=devices, data=loader(24 // devices), callbacks=callbacks, extra=logged, max_steps=4

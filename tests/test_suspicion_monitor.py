@@ -12,7 +12,7 @@ import torch
 from harness import averaging, fit
 from models import GAN, Plain, blobs, loader
 
-from lightning_byz import ByzEF21SGDM, LabelFlip, Mean, NotANumber, RobustSGD, SignFlip, WrongScale
+from lightning_byz import AllGather, ByzEF21SGDM, LabelFlip, Mean, NotANumber, RobustSGD, Sharded, SignFlip, WrongScale
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, RobustnessMonitor, SuspicionMonitor
 
 
@@ -106,8 +106,9 @@ def test_an_honest_run_accuses_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_on_ranks_all_agree(tmp_path: Path) -> None:
-    strategy = ByzantineRobustStrategy(RobustSGD(), start_method="fork", num_byzantine=1)
+@pytest.mark.parametrize("transport", [AllGather(), Sharded()], ids=lambda t: type(t).__name__)
+def test_on_ranks_all_agree(transport: Any, tmp_path: Path) -> None:
+    strategy = ByzantineRobustStrategy(RobustSGD(), transport, start_method="fork", num_byzantine=1)
     callbacks = [ByzantineWorkers(WrongScale(), workers=[2], start=4), SuspicionMonitor(quarantine=True)]
     reports = fit(tmp_path, Plain(), strategy, devices=4, data=data(4), callbacks=callbacks, extra=suspicions, max_steps=12)
     for report in reports:
