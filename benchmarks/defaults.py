@@ -34,6 +34,7 @@ RULES = {
     "NNM + TrimmedMean": Chain(pre=(NNM(),), rule=TrimmedMean()),
     "NNM + CoordinateMedian": Chain(pre=(NNM(),), rule=CoordinateMedian()),
     "CAF": CAF(),
+    "CAF, norm floor 0.3": CAF(norm_floor=0.3),
     "NNM + CAF": Chain(pre=(NNM(),), rule=CAF()),
 }
 MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")  # at the workers; undone: undo_worker_momentum

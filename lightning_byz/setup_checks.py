@@ -15,8 +15,8 @@ from lightning_byz.transports import Sharded, Transport
 
 log = logging.getLogger("lightning_byz")
 
-DEFAULT_ALGORITHM = RobustSGD(aggregator=CAF(), worker_momentum=0.9, undo_worker_momentum=True)
-"""CAF, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+DEFAULT_ALGORITHM = RobustSGD(aggregator=CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True)
+"""CAF that trusts no row much shorter than the others, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
 
 
 class UnsupportedSetupError(ValueError):

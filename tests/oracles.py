@@ -231,9 +231,16 @@ def smea(rows: Matrix, f: int) -> list[float]:
     return mean([rows[i] for i in best], f)
 
 
-def caf(rows: Matrix, f: int) -> list[float]:
-    c, best, out = [1.0] * len(rows), math.inf, rows[0]
-    while math.fsum(c) > len(rows) - 2 * f or math.isinf(best):
+def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
+    norms = [math.sqrt(squared_distance(row, [0.0] * len(row))) for row in rows]
+    order, floor = sorted(range(len(rows)), key=lambda i: norms[i]), norm_floor * sorted(norms)[(len(rows) - 1) // 2]
+    c, best, out = (
+        [0.0 if i in order[: min(f, len(rows) - 2 * f - 1)] and norms[i] < floor else 1.0 for i in range(len(rows))],
+        math.inf,
+        rows[0],
+    )
+    least = math.fsum(c) - 2 * f
+    while math.fsum(c) > least or math.isinf(best):
         mu, cov = covariance(rows, c)
         value, v = top_eigenpair(cov)
         if value < best:

@@ -35,6 +35,7 @@ from lightning_byz.aggregators import (
     TrimmedMean,
 )
 from lightning_byz.aggregators.sign_guard import largest_cluster
+from lightning_byz.attacks import IPM
 from lightning_byz.rows import Rows
 
 
@@ -154,6 +155,28 @@ def test_caf_keeps_more_weight_than_a_search_drops():
     weights = CAF(f=3).weights(Rows(x))
     assert (weights[-3:] == 0).all()
     assert weights[:-3].max() <= 2 * weights[:-3].mean()
+
+
+def test_caf_s_floor_takes_the_short_rows_out_of_the_noise():
+    """Six equal lies of a tenth of the mean among fourteen rows of noise: as published, the filter ends on them."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.nn.functional.normalize(torch.randn(2000, generator=generator), dim=0)
+    honest = mean + 3 * torch.randn(14, 2000, generator=generator) / 2000**0.5
+    x = torch.cat([honest, IPM(0.1)(honest, honest[:6])])
+    assert float(CAF(f=6)(x) @ mean) < 0.7
+    assert float(CAF(f=6, norm_floor=0.3)(x) @ mean) > 0.95
+    assert (CAF(f=6, norm_floor=0.3).weights(Rows(x))[-6:] == 0).all()
+
+
+def test_caf_s_floor_takes_f_rows_at_most_and_none_without_liars():
+    x = torch.randn(9, 13, generator=torch.Generator().manual_seed(0)).double()
+    x[:4] /= 100
+    weights = CAF(f=2, norm_floor=0.5).weights(Rows(x))
+    assert (weights[:4] == 0).sum() == 2
+    assert torch.equal(CAF(f=0, norm_floor=0.5)(x), CAF(f=0)(x))
+    torch.testing.assert_close(CAF(f=2, norm_floor=0.5)(1e3 * x), 1e3 * CAF(f=2, norm_floor=0.5)(x))
+    with pytest.raises(ValueError, match="norm_floor=1"):
+        CAF(norm_floor=1)
 
 
 # -- rules that sample ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import oracles
@@ -218,6 +219,16 @@ RULES = [
         exact_ties=False,
         unique_from=(3, 1),
         tolerance=1e-6,
+    ),
+    RuleCase(
+        "caf_floor",
+        CAF(f=2, norm_floor=0.9),
+        partial(oracles.caf, norm_floor=0.9),
+        (1.5323525456752916, -1.4512803565940944, 2.5979567675595283),
+        exact_ties=False,
+        unique_from=(3, 1),
+        tolerance=1e-6,
+        translation_equivariant=False,
     ),
     RuleCase(
         "dnc",
