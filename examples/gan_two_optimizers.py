@@ -1,8 +1,8 @@
 """A GAN: two optimizers, stepped by hand, on four processes of which one lies.
 
 Manual optimization needs one worker per process. Each optimizer's gradients go through a robust exchange of their own, with a state of
-their own. The data are eight points of noise on a circle; what counts is how many of them the generator finds: all 8, with 86 % of what it
-makes near one of them (with NNM and a trimmed mean as the rule). With `--average` it finds none: that is what DDP would do with the same lies.
+their own. The data are eight points of noise on a circle; what counts is how many of them the generator finds: all 8, with 87 % of what it
+makes near one of them. With `--average` it finds none: that is what DDP would do with the same lies.
 
 python examples/gan_two_optimizers.py [--average] [--devices 4] [--fast]
 """
