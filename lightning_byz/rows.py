@@ -254,15 +254,22 @@ class Rows:
 
     # -- from n vectors to one ----------------------------------------------------------------------------------------
 
-    def map(self, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``."""
+    def map(self, rule: Callable[[Tensor], Tensor], passes: int = 1) -> Tensor:
+        """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``.
+
+        Args:
+            rule: of a block.
+            passes: how often it reads what it makes of the rows; with more than one, compiled code writes that to memory in between, and
+                gets columns that fit into a cache.
+        """
         width = self.values.shape[1]
         out = self.values.new_empty(width)
         if not self.compiled:
             bounds = self._bounds()
         else:  # one pass over rows as they are stored; over selected or mixed ones, as much at a time as is worth a copy
             rule = torch.compile(rule, dynamic=True)
-            size = width if self.index is None and self.mixing is None else _BLOCK_ON_ACCELERATOR // 4
+            whole = self.index is None and self.mixing is None and (passes == 1 or not self._on_cpu)
+            size = width if whole else _BLOCK_ON_ACCELERATOR // 4
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
         for first, last in bounds:
             out[first:last] = rule(self.block(first, last))

@@ -149,7 +149,7 @@ class MeaMed(Aggregator):
             ordered = sorted_rows(block, 0, n)
             return mean_of_nearest(ordered, middle_of(ordered), n - f)
 
-        return rows.map(rule)
+        return rows.map(rule, passes=2)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Phocas(Aggregator):
             ordered = sorted_rows(block, 0, n)
             return mean_of_nearest(ordered, _running_sum(ordered[f : n - f]) / (n - 2 * f), n - f)
 
-        return rows.map(rule)
+        return rows.map(rule, passes=2)
 
 
 def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
