@@ -45,7 +45,7 @@ BUGS = [
         "rows",
     ),
     Bug("only the last block counts in distances", "rows.py", "products.addmm_(wide, wide.T)", "products = wide @ wide.T", "rows"),
-    Bug("only the last block is looked at for nan", "rows.py", "bad |= torch", "bad = torch", "aggregators"),
+    Bug("only the last block is looked at for nan", "rows.py", "bad |= torch", "bad = torch", "rows"),
     Bug("distances not agreed on", "rows.py", "return self.agree(distances)", "return distances", "rows"),
     Bug("sums over this slice only", "rows.py", "return self.total(partial)", "return partial", "aggregators"),
     Bug("selecting from selected rows", "rows.py", "keep if self.index is None else self.index[keep]", "keep", "rows"),

@@ -156,6 +156,13 @@ def test_a_lazy_row_that_needs_a_nan_is_not_finite():
     assert Rows(x).select(torch.tensor([2, 0])).finite().tolist() == [True, True]
 
 
+def test_a_mixture_is_finite_if_all_of_its_blocks_are(small_blocks):
+    x = rows_for(3, 30)
+    x[1, 4] = torch.nan
+    mixed = Rows(x).mix(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.25, 0.25]]))
+    assert mixed.finite().tolist() == [False, False]
+
+
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
 def test_combine_never_reads_rows_of_weight_zero(junk):
     x = rows_for(4, 10, dtype=torch.float32)
