@@ -24,6 +24,9 @@ a thread, so that a block of as many times this as there are threads keeps all o
 _BLOCK_ON_ACCELERATOR = 1 << 20
 """The same where kernels cost more to launch than to fetch a block from memory again."""
 
+_FEW = 32
+"""So many rows are sorted by compiled code without writing any to memory."""
+
 _NARROW = 8_192
 """Columns that are held in float64 at a time, for products: as many bytes again."""
 
@@ -259,8 +262,7 @@ class Rows:
 
         Args:
             rule: of a block.
-            passes: how often it reads what it makes of the rows; with more than one, compiled code writes that to memory in between, and
-                gets columns that fit into a cache.
+            passes: how often it reads what it makes of the rows; with more than one, compiled code gets columns that fit into a cache.
         """
         width = self.values.shape[1]
         out = self.values.new_empty(width)
@@ -268,7 +270,8 @@ class Rows:
             bounds = self._bounds()
         else:  # one pass over rows as they are stored; over selected or mixed ones, as much at a time as is worth a copy
             rule = torch.compile(rule, dynamic=True)
-            whole = self.index is None and self.mixing is None and (passes == 1 or not self._on_cpu)
+            one_pass = passes == 1 and len(self) <= _FEW  # else compiled code writes rows to memory in between
+            whole = self.index is None and self.mixing is None and (one_pass or not self._on_cpu)
             size = width if whole else _BLOCK_ON_ACCELERATOR // 4
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
         for first, last in bounds:
