@@ -24,9 +24,9 @@ class Chain(Aggregator):
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.
         rule: the aggregator at the end.
-        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of them: faster for a median, a trimmed
-            mean, MeaMed or Phocas of large models (docs/performance.md). It needs what torch.compile needs (on CPUs a C++ compiler), and some seconds in the first rounds, and again whenever the number of rows changes. Other
-            rules, such as Krum, do not change.
+        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of them: faster for a median, a trimmed mean, MeaMed
+            or Phocas of large models (docs/performance.md). It needs what torch.compile needs (on CPUs a C++ compiler), and some seconds in the
+            first rounds, and again whenever the number of rows changes. Other rules, such as Krum, do not change.
     """
 
     pre: Sequence[PreAggregator] = ()

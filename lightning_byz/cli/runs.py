@@ -33,9 +33,8 @@ class LogConfig(SaveConfigCallback):
     """Writes the run's whole configuration into its loggers as hyperparameters, and to the folder of its own, if it has one, as a file."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.save_to_log_dir = any(
-            logger.log_dir is not None for logger in trainer.loggers[:1]
-        )  # others have one folder for all runs
+        first = trainer.loggers[0] if trainer.loggers else None
+        self.save_to_log_dir = first is not None and first.log_dir is not None  # others have one folder for all runs
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
