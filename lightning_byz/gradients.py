@@ -26,6 +26,7 @@ class FlatParameters:
         self.dim = sum(self.sizes)
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._rows: Tensor | None = None
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> FlatParameters:
@@ -45,9 +46,15 @@ class FlatParameters:
         """``[P]`` bool: the parameters that have a gradient."""
         return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.bool)
 
-    def read_gradients(self, scale: float = 1.0) -> Tensor:
-        """The gradients as a new vector ``[d]``, times ``scale``; 0 where a parameter has none."""
-        flat = self.like()
+    def rows(self, workers: int) -> Tensor:
+        """Room for the gradients of so many workers, ``[workers, d]``: the same in every step, because fresh memory is slow."""
+        if self._rows is None or len(self._rows) != workers:
+            self._rows = torch.empty(workers, self.dim, dtype=self.dtype, device=self.device)
+        return self._rows
+
+    def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """The gradients as a vector ``[d]``, times ``scale``; 0 where a parameter has none. ``out``: where to; None: into a new one."""
+        flat = self.like() if out is None else out
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
             if p.grad is None:
                 piece.zero_()

@@ -8,7 +8,8 @@ columns goes through `sum`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,7 +29,16 @@ _FEW = 32
 """So many rows are sorted by compiled code without writing any to memory."""
 
 _NARROW = 8_192
-"""Columns that are held in float64 at a time, for products: as many bytes again."""
+"""Columns whose products and squares are summed in the rows' precision, by one thread, before they are added up in float64."""
+
+_WIDE = 32 * _NARROW
+"""Columns of which that is done at a time, whatever the number of threads is: it is to change no bit."""
+
+_CLOSE = 1e-2
+"""Rows whose squared distance is a smaller part of their squared norms have lost digits of it in float32 products, which keep 7 of the norms'."""
+
+_FAINT = 1e-20
+"""Squared norms below it may have lost digits to underflow, and those of the largest rows overflow."""
 
 
 def _identity(tensor: Tensor) -> Tensor:
@@ -67,8 +77,8 @@ class Rows:
     shares: Tensor | None = None
     exposed: Tensor | None = None
     compiled: bool = False
-    _cache: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list, repr=False)
-    """Values, index and the inner products of these base rows, once somebody asked for them."""
+    _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
+    """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -112,6 +122,11 @@ class Rows:
         weights = weights.to(device=self.values.device, dtype=torch.float64)
         return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None)
 
+    @property
+    def _stored(self) -> Sequence[int]:
+        """Where the rows that take part are stored."""
+        return range(len(self.values)) if self.index is None else self.index.tolist()
+
     def _base(self, block: Tensor) -> Tensor:
         return block if self.index is None else block[self.index]
 
@@ -119,16 +134,23 @@ class Rows:
     def _on_cpu(self) -> bool:
         return self.values.device.type == "cpu"
 
-    def _bounds(self) -> list[tuple[int, int]]:
-        """Where the blocks of columns begin and end."""
+    def _bounds(self, size: int | None = None) -> list[tuple[int, int]]:
+        """Where the blocks of columns begin and end; on a CPU they have the given size, or fit into its caches."""
         width = self.values.shape[1]
-        size = _BLOCK * torch.get_num_threads() if self._on_cpu else _BLOCK_ON_ACCELERATOR
+        size = size or _BLOCK * torch.get_num_threads() if self._on_cpu else _BLOCK_ON_ACCELERATOR
         return [(first, min(first + size, width)) for first in range(0, width, size)]
 
     def block(self, first: int, last: int) -> Tensor:
         """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for reading only."""
         block = self._base(self.values[:, first:last]).to(self.work_dtype)
         return block if self.mixing is None else self.mixing.to(block.dtype) @ block
+
+    def _parts(self, first: int, last: int) -> Iterator[Tensor]:
+        """The rows' columns first .. last - 1 one by one, in `work_dtype`, for reading only; nothing is copied that need not be."""
+        if self.mixing is not None:
+            yield from self.block(first, last)
+        else:
+            yield from (self.values[i, first:last].to(self.work_dtype) for i in self._stored)
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading only."""
@@ -169,13 +191,18 @@ class Rows:
 
     def finite(self) -> Tensor:
         """``[n]`` bool: the rows that hold neither nan nor inf, in any slice."""
-        if self.mixing is None:
-            stored = range(len(self.values)) if self.index is None else self.index.tolist()
-            bad = torch.stack([~all_finite(self.values[i]) for i in stored]) if stored else torch.zeros(0)
-        else:
+        base = replace(self, mixing=None)
+        if self.mixing is not None and bool((self.mixing.abs().sum(1) > 1 + 1e-9).any()):  # finite rows may add up to others
             bad = torch.zeros(len(self), dtype=torch.bool, device=self.values.device)
             for _, _, block in self.blocks():
                 bad |= torch.stack([~all_finite(row) for row in block])
+        else:  # a finite norm tells, and rules ask for norms next
+            unsure = (~base.squared_norms().isfinite()).nonzero().flatten().tolist() if self._is_quick else range(len(base))
+            bad = torch.zeros(len(base), dtype=torch.bool, device=self.values.device)
+            for i in unsure:
+                bad[i] = ~all_finite(self.values[self._stored[i]])
+            if self.mixing is not None:
+                bad = ((self.mixing != 0) & bad).any(1)
         bad = bad.to(device=self.values.device, dtype=torch.float64)
         return self.sum(bad) == 0
 
@@ -189,20 +216,57 @@ class Rows:
     def gram(self) -> Tensor:
         """``[n, n]`` float64 inner products, after a shift of all rows that cancels in distances.
 
-        Products are summed in float64, where those of float32 numbers are exact and cannot overflow, so that no row's size
-        costs another row's digits. Rows that are float64 already are first centred by their coordinate-wise median, which f
-        rows cannot move far from the others. Rows that were mixed with weights of different sums (clipped ones) are made, in
-        float64; for all other mixtures the base rows' products do.
+        No row's size may cost another row's digits. Products of float32 rows on a CPU are made in float32, block by block, and added up in
+        float64, which keeps 7 digits of the rows' norms; where two rows are so close that their distance would not have 5 of them left,
+        or a number leaves float32's range, they are made again in float64, where they are exact and cannot overflow. Rows that are float64
+        already are first centred by their coordinate-wise median, which f rows cannot move far from the others. Rows that were mixed with
+        weights of different sums (clipped ones) are made, in float64; for all other mixtures the base rows' products do.
         """
-        base = replace(self, mixing=None)
         if self.mixing is not None and self._keeps_shifts():
-            return self.mixing @ base.gram() @ self.mixing.T
-        for values, index, products in self._cache if self.mixing is None else []:
-            if values is self.values and index is self.index:
-                return products
+            return self.mixing @ replace(self, mixing=None).gram() @ self.mixing.T
+        known = self._known("products")
+        if known is not None:
+            return known
+        return self._keep("products", self._quick_products() if self.mixing is None and self._is_quick else self._exact_products())
+
+    def _known(self, what: str) -> Tensor | None:
+        """What somebody has asked for already, of exactly these rows."""
+        values, index, known = self._cache.get(what, (None, None, None))
+        return known if values is self.values and index is self.index and self.mixing is None else None
+
+    def _keep(self, what: str, made: Tensor) -> Tensor:
+        """The same, kept for whoever asks next."""
+        if self.mixing is None:
+            self._cache[what] = (self.values, self.index, made)
+        return made
+
+    @property
+    def _is_quick(self) -> bool:
+        """Whether float32 products are faster, and what they say."""
+        whole = torch.get_float32_matmul_precision() == "highest"  # else the user allows products of fewer digits
+        return self._on_cpu and whole and self.work_dtype == torch.float32
+
+    def _quick_products(self) -> Tensor:
+        """Inner products in float32, and in float64 where that is not enough."""
+        products = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for first, last in self._bounds(_WIDE):
+            chunks = _chunks(self.block(first, last)).transpose(0, 1)
+            products += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
+        products = self.sum(products)
+        squares = products.diagonal()
+        both = squares[:, None] + squares[None, :]
+        apart = (both - 2 * products > _CLOSE * both) & (both > _FAINT)  # no comparison with a nan or an inf holds on both sides
+        close = ~apart.fill_diagonal_(True).all(1) | ~products.isfinite().all(1)
+        close = self.agree(close.double()) > 0
+        if bool(close.any()):
+            products[close[:, None] & close] = self.select(close)._exact_products().flatten()
+        return products
+
+    def _exact_products(self) -> Tensor:
+        """Inner products in float64."""
         products = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.values.device)
         room: Tensor | None = None
-        for _, _, block in base.blocks():
+        for _, _, block in replace(self, mixing=None).blocks():
             for narrow in torch.split(block, _NARROW if self._on_cpu else block.shape[1], dim=1):
                 if self.mixing is not None:
                     wide = self.mixing @ narrow.double()
@@ -212,10 +276,7 @@ class Rows:
                 if self.mixing is not None or block.dtype == torch.float64:
                     wide -= median_of_rows(wide)
                 products.addmm_(wide, wide.T)
-        products = self.sum(products)
-        if self.mixing is None:
-            self._cache[:] = [(self.values, self.index, products)]
-        return products
+        return self.sum(products)
 
     def squared_distances(self) -> Tensor:
         """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf`` where it overflows."""
@@ -240,15 +301,37 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """``[n]`` float64 ``||x_i||^2``."""
-        return self.squared_distances_to(None)
+        known = self._known("squares")
+        if known is not None:
+            return known
+        products = None if self.work_dtype == torch.float64 else self._known("products")  # float64 rows are shifted first
+        return self._keep("squares", self._squares(None) if products is None else self.agree(products.diagonal()))
 
     def squared_distances_to(self, center: Tensor | None) -> Tensor:
         """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the origin)."""
+        return self.squared_norms() if center is None else self._squares(center)
+
+    def _squares(self, center: Tensor | None) -> Tensor:
+        """`squared_distances_to`, made anew: in float32 where that is enough."""
+        if not self._is_quick:
+            return self._sums_of_squares(center, torch.float64)
+        squares = self._sums_of_squares(center, torch.float32)
+        unsure = ~(squares > _FAINT) | ~squares.isfinite()
+        if bool(unsure.any()):
+            squares[unsure] = self.select(unsure)._sums_of_squares(center, torch.float64)
+        return squares
+
+    def _sums_of_squares(self, center: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The same from sums over blocks that are made in ``dtype``."""
         squares = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
-        for first, last, block in self.blocks():
+        for first, last in self._bounds(_WIDE):
+            parts = self._parts(first, last)
             if center is not None:
-                block = block - center[first:last].to(block.dtype)
-            squares += torch.stack([torch.dot(wide, wide) for row in block for wide in (row.double(),)])
+                middle = center[first:last].to(self.work_dtype)
+                room = torch.empty_like(middle)
+                parts = (torch.sub(part, middle, out=room) for part in parts)
+            norms = [torch.linalg.vector_norm(_chunks(part), dim=-1, dtype=dtype) for part in parts]
+            squares += torch.stack(norms).double().square().sum(-1)
         return self.agree(self.sum(squares))
 
     def norm(self, vector: Tensor) -> Tensor:
@@ -284,14 +367,24 @@ class Rows:
         if self.mixing is not None:
             weights = weights @ self.mixing
         used = weights.nonzero().flatten()
-        rows, weights = replace(self, mixing=None, compiled=False), weights[used].to(self.work_dtype)
-        if len(used) < len(rows):
-            rows = rows.select(used)
+        runs = _runs([self._stored[i] for i in used.tolist()])
+        shares = torch.split(weights[used].to(self.work_dtype), [end - start for start, end in runs])
+        out = torch.zeros(self.values.shape[1], dtype=self.work_dtype, device=self.values.device)
+        for first, last in self._bounds():
+            for (start, end), share in zip(runs, shares, strict=True):
+                out[first:last].addmv_(self.values[start:end, first:last].to(self.work_dtype).T, share)
+        return out.to(self.values.dtype)
 
-        def weighted_sum(block: Tensor) -> Tensor:
-            total = torch.zeros_like(block[0])
-            for weight, row in zip(weights.unbind(0), block.unbind(0), strict=True):
-                total.addcmul_(row, weight)
-            return total
 
-        return rows.map(weighted_sum)
+def _chunks(block: Tensor) -> Tensor:
+    """Columns ``[..., width]`` as ``[..., chunks, _NARROW]``, followed by zeros; as one chunk if they are fewer."""
+    size = min(block.shape[-1], _NARROW)
+    missing = -block.shape[-1] % size
+    whole = torch.nn.functional.pad(block, (0, missing)) if missing else block
+    return whole.view(*block.shape[:-1], -1, size)
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """The stretches ``start .. end - 1`` that numbers make, one after the other."""
+    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
+    return [(numbers[a], numbers[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(numbers)])]

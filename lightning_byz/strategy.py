@@ -586,9 +586,11 @@ class RobustStrategy(_Base):
             layout.clear_gradients()
             with buffers.of(i):
                 self.precision_plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
-            flat, used = layout.read_gradients(), layout.used()
-            before, used_before = self._accumulated[i], self._accumulated_used[i]
-            self._accumulated[i] = flat if before is None else before.add_(flat)
+            used, before, used_before = layout.used(), self._accumulated[i], self._accumulated_used[i]
+            if before is None:
+                self._accumulated[i] = layout.read_gradients(out=layout.rows(self.workers_per_process)[i])
+            else:
+                before.add_(layout.read_gradients())
             self._accumulated_used[i] = used if used_before is None else used_before | used
         self._losses = [None] * self.workers_per_process
         self._show_mean(layout)
@@ -598,14 +600,13 @@ class RobustStrategy(_Base):
 
     def _show_mean(self, layout: FlatParameters) -> None:
         """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
-        rows = [row for row in self._accumulated if row is not None]
+        here = [i for i, row in enumerate(self._accumulated) if row is not None]
         used = [used for used in self._accumulated_used if used is not None]
-        if not rows:
+        if not here:
             return
-        mean = rows[0].clone()
-        for row in rows[1:]:
-            mean += row
-        layout.write_gradients(mean.div_(len(rows)), torch.stack(used).any(0).tolist())
+        rows = layout.rows(self.workers_per_process)
+        mean = (rows if len(here) == len(rows) else rows[here]).mean(0)
+        layout.write_gradients(mean, torch.stack(used).any(0).tolist())
 
     # -- a step: the exchange -----------------------------------------------------------------------------------------
 
@@ -660,7 +661,7 @@ class RobustStrategy(_Base):
                 used = layout.used()
                 lossless = self.lightning_module.automatic_optimization and self._lossless[0]
                 absent = lossless or not bool(used.any())
-                flat = None if absent else layout.read_gradients(unscale)
+                flat = None if absent else layout.read_gradients(unscale, out=layout.rows(1)[0])
             else:
                 accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
                 flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated

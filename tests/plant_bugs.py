@@ -45,6 +45,12 @@ BUGS = [
         "rows",
     ),
     Bug("only the last block counts in distances", "rows.py", "products.addmm_(wide, wide.T)", "products = wide @ wide.T", "rows"),
+    Bug("only the last float32 products count", "rows.py", "products += torch.bmm", "products = torch.bmm", "rows"),
+    Bug("close rows keep their float32 products", "rows.py", "if bool(close.any()):", "if False:", "rows"),
+    Bug("float32 products of tiny rows", "rows.py", " & (both > _FAINT)", "", "rows"),
+    Bug("only the last block counts in norms", "rows.py", "squares += torch.stack(norms)", "squares = torch.stack(norms)", "rows"),
+    Bug("norms that leave float32's range", "rows.py", "if bool(unsure.any()):", "if False:", "rows"),
+    Bug("norms of shifted rows", "rows.py", "None if self.work_dtype == torch.float64 else self._known", "self._known", "rows"),
     Bug("only the last block is looked at for nan", "rows.py", "bad |= torch", "bad = torch", "rows"),
     Bug("distances not agreed on", "rows.py", "return self.agree(distances)", "return distances", "rows"),
     Bug("sums over this slice only", "rows.py", "return self.total(partial)", "return partial", "aggregators"),
@@ -254,8 +260,8 @@ BUGS = [
     Bug(
         "CenteredClip forgets its last result",
         "aggregators/centered_clipping.py",
-        "if rows.last is None else rows.last",
-        "",
+        "else rows.last",
+        "else None",
         "rules",
     ),
     Bug(
@@ -290,7 +296,11 @@ BUGS = [
         "f rows may hold half of the data", "aggregators/base.py", "2 * float(largest.sum()) >=", "float(largest.sum()) >=", "rules"
     ),
     Bug(
-        "a stale Gram matrix", "rows.py", "if values is self.values and index is self.index:", "if True:", "aggregators algorithms"
+        "a stale Gram matrix",
+        "rows.py",
+        "if values is self.values and index is self.index and",
+        "if values is not None and",
+        "aggregators algorithms",
     ),
     Bug(
         "the estimate is the rule's memory",

@@ -467,7 +467,8 @@ def test_slices_of_the_columns_give_what_the_whole_rows_give(case, bounds, bad):
 def test_blocks_of_columns_change_nothing(case, monkeypatch):
     x = rows_for(N, 40, mean=10.0, dtype=torch.float32)
     whole = set_up(case)(x)
-    monkeypatch.setattr(rows_module, "_BLOCK", 7)
+    for name, columns in (("_BLOCK", 7), ("_NARROW", 3), ("_WIDE", 9)):
+        monkeypatch.setattr(rows_module, name, columns)
     close(set_up(case)(x), whole, 1e-6)
     x[4, 2] = torch.nan
     close(set_up(case)(x), set_up(case)(x, torch.arange(N) != 4), 1e-6)

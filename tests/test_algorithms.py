@@ -115,7 +115,8 @@ def aged(state, rounds):
 @each(ALGORITHMS)
 @pytest.mark.parametrize("rounds", [0, 100_000])
 def test_what_it_gives_is_its_own(case, rounds):
-    """Writing into the estimate, as optimizers and clipping do, changes no state and no gradient, in any round."""
+    """Writing into the estimate, as optimizers and clipping do, changes no state and no gradient, in any round; nor does the next
+    step's gradient, which comes into the same memory, change a state."""
     workers, server = start(case.algorithm)
     workers, server = [aged(state, rounds) for state in workers], aged(server, rounds)
     grads = gradients(0)
@@ -123,6 +124,10 @@ def test_what_it_gives_is_its_own(case, rounds):
     before = frozen(grads, *workers, server)
     estimate.fill_(1e6)
     assert same(before, frozen(grads, *workers, server))
+    before = frozen(*workers, server)
+    for gradient in grads:
+        gradient.fill_(1e6)
+    assert same(before, frozen(*workers, server))
 
 
 @each(ALGORITHMS)

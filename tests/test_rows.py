@@ -20,7 +20,8 @@ def true_squared_distances(x):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(rows_module, "_BLOCK", 7)
+    for name, columns in (("_BLOCK", 7), ("_NARROW", 3), ("_WIDE", 9)):
+        monkeypatch.setattr(rows_module, name, columns)
 
 
 # -- distances ------------------------------------------------------------------------------------------------------------
@@ -101,8 +102,35 @@ def test_distances_are_symmetric_with_a_zero_diagonal(n):
 def test_norms_and_distances_to_a_center_are_float64_and_do_not_overflow():
     x = torch.cat([rows_for(3, 20, dtype=torch.float32), torch.full((1, 20), 3e38)])
     center = rows_for(1, 20, seed=5, dtype=torch.float32)[0]
-    torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1))
-    torch.testing.assert_close(Rows(x).squared_distances_to(center), ((x.double() - center.double()) ** 2).sum(1))
+    torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        Rows(x).squared_distances_to(center), ((x.double() - center.double()) ** 2).sum(1), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("scale", [1e-25, 1e-12, 1.0, 1e12, 1e22])
+def test_products_and_norms_in_float32_are_right_over_all_of_its_range(scale):
+    """Where float32 products are not enough, they are made again."""
+    x = rows_for(9, 40, dtype=torch.float32)
+    x[1] = x[0] * (1 + 1e-4)  # two rows that are close, for their length
+    x[2] *= 1e-3
+    x[3] *= 1e3
+    x *= scale
+    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-4, atol=0)
+    torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
+    known = Rows(x)
+    known.gram()
+    torch.testing.assert_close(known.squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
+
+
+def test_products_are_float64_where_the_user_allows_coarse_ones():
+    x, before = rows_for(5, 300, dtype=torch.float32), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        torch.testing.assert_close(Rows(x).gram(), x.double() @ x.double().T, rtol=1e-12, atol=1e-12)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_decisions_go_through_agree():

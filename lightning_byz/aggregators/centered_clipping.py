@@ -49,10 +49,11 @@ class CenteredClip(Aggregator):
         for _ in range(self.iterations):
             distances = rows.squared_distances_to(v).sqrt()
             pulls = torch.where(distances > self.tau, self.tau / distances, 1.0) / n
-            v = v * (1 - pulls.sum()).to(v.dtype) + rows.combine(pulls)
+            moved = rows.combine(pulls)
+            v = moved if v is None else moved.add_(v, alpha=1 - float(pulls.sum()))
+        assert v is not None
         return v
 
-    def _start(self, rows: Rows) -> Tensor:
-        if self.start == "median":
-            return rows.map(median_of_rows)
-        return rows.values.new_zeros(rows.values.shape[1]) if rows.last is None else rows.last
+    def _start(self, rows: Rows) -> Tensor | None:
+        """Where v starts; None: at the origin."""
+        return rows.map(median_of_rows) if self.start == "median" else rows.last

@@ -48,7 +48,7 @@ class Mean(WeightedAggregator):
         return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.values.device)
 
     def aggregate(self, rows: Rows) -> Tensor:
-        if rows.shares is not None:
+        if rows.shares is not None or rows.mixing is not None:
             return super().aggregate(rows)
         return rows.map(lambda block: _running_sum(block) / len(block))
 
