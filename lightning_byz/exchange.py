@@ -37,7 +37,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         round: the round, with ``present`` set.
-        estimate: the gradient estimate ``[d]``, or None if too few rows were present: the step is to be skipped.
+        estimate: the gradient estimate ``[d]``, in memory that the next round may use again; None if too few rows were present: the
+            step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
         decode: makes the messages' rows, until the next round.
         look: makes the rows that the estimate stands for, until the next round.
@@ -106,6 +107,7 @@ class Exchange:
         self.server: Any = None
         self.previous: Tensor | None = None
         self._rows: Tensor | None = None
+        self._whole: Tensor | None = None  # room for an estimate that comes in shares
         self._last: Tensor | None = None  # the last estimate, for algorithms whose next one differs from it in few coordinates
         self.observers: list[Callable[[Outcome], None]] = []
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
@@ -278,7 +280,10 @@ class Exchange:
                 self._last = whole.clone()
                 return whole, answer
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
-        whole, answer = self.transport.spread(answer, down, self.dim, dtype)
+        shared = self.transport.span(self.dim) != (0, self.dim)
+        if shared and (self._whole is None or self._whole.shape != (self.dim,) or self._whole.dtype != dtype):
+            self._whole = torch.empty(self.dim, dtype=dtype, device=blank.values.device)
+        whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
         if self.algorithm.changes_few:
             self._last = whole.clone()  # who writes into the estimate changes no state
         return whole, answer

@@ -81,11 +81,17 @@ class FlatParameters:
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
             p.copy_(piece.view(p.shape))
 
-    def write_gradients(self, flat: Tensor, used: Sequence[bool], scale: float = 1.0) -> None:
-        """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that nobody used."""
+    def write_gradients(self, flat: Tensor, used: Sequence[bool], scale: float = 1.0, views: bool = False) -> None:
+        """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that nobody used.
+
+        ``views``: gradients may lie in the vector's own memory, which then is theirs.
+        """
         for piece, p, is_used in zip(torch.split(flat, self.sizes), self.parameters, used, strict=True):
             if not is_used:
                 p.grad = None
+                continue
+            if views and scale == 1 and p.dtype == flat.dtype and p.is_contiguous():
+                p.grad = piece.view(p.shape)
                 continue
             if p.grad is None:
                 p.grad = torch.empty_like(p)

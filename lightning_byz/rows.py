@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -143,7 +144,17 @@ class Rows:
     def block(self, first: int, last: int) -> Tensor:
         """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for reading only."""
         block = self._base(self.values[:, first:last]).to(self.work_dtype)
+        if self._factors is not None:
+            return self._factors.to(block.dtype)[:, None] * block
         return block if self.mixing is None else self.mixing.to(block.dtype) @ block
+
+    @cached_property
+    def _factors(self) -> Tensor | None:
+        """``[n]``, if the rows are multiples of the base rows, as clipped ones are; else None."""
+        if self.mixing is None or self.mixing.shape[0] != self.mixing.shape[1]:
+            return None
+        factors = self.mixing.diagonal()
+        return factors if int(self.mixing.count_nonzero()) == int(factors.count_nonzero()) else None
 
     def _parts(self, first: int, last: int) -> Iterator[Tensor]:
         """The rows' columns first .. last - 1 one by one, in `work_dtype`, for reading only; nothing is copied that need not be."""
@@ -219,15 +230,16 @@ class Rows:
         No row's size may cost another row's digits. Products of float32 rows on a CPU are made in float32, block by block, and added up in
         float64, which keeps 7 digits of the rows' norms; where two rows are so close that their distance would not have 5 of them left,
         or a number leaves float32's range, they are made again in float64, where they are exact and cannot overflow. Rows that are float64
-        already are first centred by their coordinate-wise median, which f rows cannot move far from the others. Rows that were mixed with
-        weights of different sums (clipped ones) are made, in float64; for all other mixtures the base rows' products do.
+        already are first centred by their coordinate-wise median, which f rows cannot move far from the others; if they were mixed with
+        weights of different sums (clipped ones), they are made for that. For all other mixtures the base rows' products do.
         """
         if self.mixing is not None and self._keeps_shifts():
             return self.mixing @ replace(self, mixing=None).gram() @ self.mixing.T
         known = self._known("products")
         if known is not None:
             return known
-        return self._keep("products", self._quick_products() if self.mixing is None and self._is_quick else self._exact_products())
+        quick = self._is_quick and (self.mixing is None or self._factors is not None)
+        return self._keep("products", self._corrected(self._quick_products()) if quick else self._exact_products())
 
     def _known(self, what: str) -> Tensor | None:
         """What somebody has asked for already, of exactly these rows."""
@@ -247,12 +259,17 @@ class Rows:
         return self._on_cpu and whole and self.work_dtype == torch.float32
 
     def _quick_products(self) -> Tensor:
-        """Inner products in float32, and in float64 where that is not enough."""
+        """Inner products in float32."""
+        if self._factors is not None:
+            return self._factors * replace(self, mixing=None).gram() * self._factors[:, None]
         products = torch.zeros(len(self), len(self), dtype=torch.float64)
         for first, last in self._bounds(_WIDE):
             chunks = _chunks(self.block(first, last)).transpose(0, 1)
             products += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
-        products = self.sum(products)
+        return self.sum(products)
+
+    def _corrected(self, products: Tensor) -> Tensor:
+        """Inner products from float32, with those of rows for which that is not enough made again."""
         squares = products.diagonal()
         both = squares[:, None] + squares[None, :]
         apart = (both - 2 * products > _CLOSE * both) & (both > _FAINT)  # no comparison with a nan or an inf holds on both sides
@@ -273,7 +290,7 @@ class Rows:
                 else:
                     room = torch.empty(narrow.shape, dtype=torch.float64, device=block.device) if room is None else room
                     wide = room[:, : narrow.shape[1]].copy_(narrow)
-                if self.mixing is not None or block.dtype == torch.float64:
+                if block.dtype == torch.float64:
                     wide -= median_of_rows(wide)
                 products.addmm_(wide, wide.T)
         return self.sum(products)
@@ -330,8 +347,11 @@ class Rows:
                 middle = center[first:last].to(self.work_dtype)
                 room = torch.empty_like(middle)
                 parts = (torch.sub(part, middle, out=room) for part in parts)
-            norms = [torch.linalg.vector_norm(_chunks(part), dim=-1, dtype=dtype) for part in parts]
-            squares += torch.stack(norms).double().square().sum(-1)
+            if dtype == torch.float64:
+                sums = [torch.dot(wide, wide) for wide in (part.double() for part in parts)]
+            else:  # a norm is twice as fast as a product
+                sums = [torch.linalg.vector_norm(_chunks(part), dim=-1).double().square().sum() for part in parts]
+            squares += torch.stack(sums)
         return self.agree(self.sum(squares))
 
     def norm(self, vector: Tensor) -> Tensor:

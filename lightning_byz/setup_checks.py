@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_byz.aggregators import CAF, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
-from lightning_byz.transports import Sharded, Transport
+from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 
 log = logging.getLogger("lightning_byz")
 
@@ -84,9 +84,28 @@ def resolve_algorithm(
     return resolved
 
 
+_SMALL = 1 << 20
+"""Bytes of a whole gradient up to which the number of collectives counts, not their size."""
+
+
+def default_transport(algorithm: Algorithm, processes: int, nbytes: int) -> Transport:
+    """Where the user names none: in this process, or over torch.distributed as moves the fewest bytes, or, where these are few, in the fewest collectives.
+
+    Args:
+        algorithm: the resolved algorithm.
+        processes: number of processes.
+        nbytes: of the whole gradient.
+    """
+    if processes == 1:
+        return InProcess()
+    sparse_up_dense_down = getattr(getattr(algorithm, "compressor", None), "sparse", False) and not algorithm.changes_few
+    return AllGather() if nbytes <= _SMALL or sparse_up_dense_down else Sharded()
+
+
 @rank_zero_only
-def explain_downlink(algorithm: Algorithm, transport: Transport) -> None:
-    """Logs what comes down on shards in answer to messages that name few coordinates each."""
+def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
+    """Logs how messages travel, and what comes down on shards in answer to messages that name few coordinates each."""
+    log.info(f"byzantine_robust: messages travel by {type(transport).__name__}.")
     if not isinstance(transport, Sharded) or not getattr(getattr(algorithm, "compressor", None), "sparse", False):
         return
     name, rule = type(algorithm).__name__, algorithm.aggregator

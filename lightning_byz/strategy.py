@@ -32,10 +32,10 @@ from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
-from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, explain_downlink, resolve_algorithm
+from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, default_transport, explain_transport, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
-from lightning_byz.transports import AllGather, InProcess, ParameterServer, Transport
+from lightning_byz.transports import ParameterServer, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
 
@@ -75,7 +75,8 @@ class RobustStrategy(_Base):
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
             which is CAF, uncompressed; with one or two workers, a plain mean without momentum.
-        transport: how messages travel. None: `InProcess` for one process, `AllGather` for several.
+        transport: how messages travel. None: `InProcess` for one process; for several, `Sharded`, or `AllGather` where that is faster: for
+            gradients of up to a megabyte, and for sparse messages whose answer is dense.
         workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
             n = processes x workers_per_process workers.
         num_byzantine: f, the number of Byzantine workers to tolerate. None: the most that the rule allows, up to
@@ -309,9 +310,10 @@ class RobustStrategy(_Base):
             return
         if self.n > 1:
             check_setup(self, trainer, self._resolved)
-        transport = self.transport or (AllGather() if self._world > 1 else InProcess())
+        largest = max((layout.dim * layout.dtype.itemsize for layout in map(FlatParameters.of, self.optimizers)), default=0)
+        transport = self.transport or default_transport(self._resolved, self._world, largest)
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
-        explain_downlink(self._resolved, transport)
+        explain_transport(self._resolved, transport)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
@@ -606,7 +608,7 @@ class RobustStrategy(_Base):
             return
         rows = layout.rows(self.workers_per_process)
         mean = (rows if len(here) == len(rows) else rows[here]).mean(0)
-        layout.write_gradients(mean, torch.stack(used).any(0).tolist())
+        layout.write_gradients(mean, torch.stack(used).any(0).tolist(), views=True)
 
     # -- a step: the exchange -----------------------------------------------------------------------------------------
 
@@ -699,7 +701,8 @@ class RobustStrategy(_Base):
             # A loss scaler wants to see a gradient for every step; an inf makes it skip this one.
             layout.poison_gradients() if scaler is not None else layout.clear_gradients()
         else:
-            layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale)
+            views = not exchange.transport.measured  # a server may still be sending the estimate
+            layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale, views)
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         self._accumulated = [None] * self.workers_per_process

@@ -48,7 +48,7 @@ BUGS = [
     Bug("only the last float32 products count", "rows.py", "products += torch.bmm", "products = torch.bmm", "rows"),
     Bug("close rows keep their float32 products", "rows.py", "if bool(close.any()):", "if False:", "rows"),
     Bug("float32 products of tiny rows", "rows.py", " & (both > _FAINT)", "", "rows"),
-    Bug("only the last block counts in norms", "rows.py", "squares += torch.stack(norms)", "squares = torch.stack(norms)", "rows"),
+    Bug("only the last block counts in norms", "rows.py", "squares += torch.stack(sums)", "squares = torch.stack(sums)", "rows"),
     Bug("norms that leave float32's range", "rows.py", "if bool(unsure.any()):", "if False:", "rows"),
     Bug("norms of shifted rows", "rows.py", "None if self.work_dtype == torch.float64 else self._known", "self._known", "rows"),
     Bug("only the last block is looked at for nan", "rows.py", "bad |= torch", "bad = torch", "rows"),

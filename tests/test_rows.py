@@ -72,6 +72,17 @@ def test_distances_of_clipped_rows_are_those_of_the_clipped_rows():
     torch.testing.assert_close(found, true_squared_distances(halves[:, None] * x.double()), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_clipped_rows_that_come_close_keep_their_distances():
+    """Rows that point almost the same way and differ in length are far from each other, until they are clipped to one length."""
+    x = rows_for(9, 40, dtype=torch.float32)
+    for i in range(1, 5):
+        x[i] = (1 + i) * (x[0] + 1e-4 * x[i])
+    factors = 1 / torch.linalg.vector_norm(x.double(), dim=1)
+    clipped = factors[:, None] * x.double()
+    torch.testing.assert_close(Rows(x).mix(factors.diag()).squared_distances(), true_squared_distances(clipped), rtol=1e-4, atol=0)
+
+
 def test_nearly_equal_float32_rows_keep_their_distances():
     x = rows_for(9, 50, mean=1e3, scale=1e-2, dtype=torch.float32)
     torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0)

@@ -86,8 +86,10 @@ class MoNNA(WeightedAggregator):
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        n, trusted = len(rows), self._position(rows)
-        distances = rows.squared_distances()[trusted]
+        n = len(rows)
+        trusted = torch.zeros(n, dtype=torch.float64)
+        trusted[self._position(rows)] = 1
+        distances = rows.squared_distances_to(rows.combine(trusted))
         return equal_weights(distances.sort(stable=True).indices[: n - self.f], n)
 
     def _position(self, rows: Rows) -> int:

@@ -156,8 +156,13 @@ class Transport(ABC):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
-        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded."""
+    def spread(
+        self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+    ) -> tuple[Tensor, Payload]:
+        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded.
+
+        ``out``: ``[dim]``, where the estimate may be put.
+        """
         return codec.decode(answer, dim), answer
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:

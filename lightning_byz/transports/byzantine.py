@@ -97,8 +97,10 @@ class ByzantineTransport(Transport):
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
         return self.inner.deliver(everybody, codec, dim)
 
-    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
-        return self.inner.spread(answer, codec, dim, dtype)
+    def spread(
+        self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+    ) -> tuple[Tensor, Payload]:
+        return self.inner.spread(answer, codec, dim, dtype, out)
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
         return self.inner.revise(estimate, last)

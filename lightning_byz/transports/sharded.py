@@ -124,18 +124,20 @@ class Sharded(Collective):
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def spread(self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Payload]:
+    def spread(
+        self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+    ) -> tuple[Tensor, Payload]:
         if isinstance(codec, Identity):  # numbers arrive where they belong
-            whole = self.assemble(answer[0], dim)
+            whole = self._joined(answer[0], dim, range(self.world_size), out)
             return whole, (whole,)
         sizes = [last - first for first, last in pairwise(shard_bounds(dim, self.world_size))]
         answers = [[_empty(field, self._device) for field in codec.layout(size, dtype)] for size in sizes]
         device = answer[0].device
-        for tensor, out in zip(answer, answers[self.rank], strict=True):
-            out.copy_(tensor)
+        for tensor, own in zip(answer, answers[self.rank], strict=True):
+            own.copy_(tensor)
         self._swap([answer] * self.world_size, answers)
         decoded = [codec.decode(tuple(t.to(device) for t in share), size) for share, size in zip(answers, sizes, strict=True)]
-        return torch.cat(decoded), tuple(tensor for share in answers for tensor in share)
+        return torch.cat(decoded, out=out), tuple(tensor for share in answers for tensor in share)
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
         """Every rank sends the coordinates of its share that have changed, or all of it where that is less."""
@@ -172,18 +174,20 @@ class Sharded(Collective):
     def collect(self, columns: Tensor, dim: int) -> Tensor:
         return self._joined(columns, dim, range(1))
 
-    def _joined(self, columns: Tensor, dim: int, ranks: Sequence[int]) -> Tensor:
-        """Whole vectors at these ranks; elsewhere this rank's columns."""
+    def _joined(self, columns: Tensor, dim: int, ranks: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Whole vectors at these ranks, in ``out`` if there is one that the backend can receive into; elsewhere this rank's columns."""
         rows = list(columns.reshape(math.prod(columns.shape[:-1]), columns.shape[-1]))
         outgoing = [rows if rank in ranks else [] for rank in range(self.world_size)]
         if self.rank not in ranks:
             self._swap(outgoing, [[]] * self.world_size)
             return columns
-        whole = torch.empty(*columns.shape[:-1], dim, dtype=columns.dtype, device=self._device)
+        whole = out
+        if whole is None or whole.device != self._device:
+            whole = torch.empty(*columns.shape[:-1], dim, dtype=columns.dtype, device=self._device)
         spans = list(pairwise(shard_bounds(dim, self.world_size)))
         incoming = [[row[first:last] for row in whole.view(-1, dim)] for first, last in spans]
-        for row, out in zip(rows, incoming[self.rank], strict=True):
-            out.copy_(row)
+        for row, own in zip(rows, incoming[self.rank], strict=True):
+            own.copy_(row)
         self._swap(outgoing, incoming)
         return whole.to(columns.device)
 
