@@ -47,7 +47,7 @@ SETTINGS = {
     ("a9a", "ranks"): Setting(64, 300, "SGD(momentum=0.9)", 0.1, 1),
     ("a9a", "in-process"): Setting(32, 300, "SGD(momentum=0.9)", 0.1, 1),
     ("resnet18", "ranks"): Setting(64, 60, "SGD(momentum=0.9)", 0.03, 1),
-    ("resnet18", "in-process"): Setting(16, 50, "SGD(momentum=0.9)", 0.03, 1),
+    ("resnet18", "in-process"): Setting(64, 50, "SGD(momentum=0.9)", 0.03, 1),
 }
 OPTIMIZERS = {"SGD(momentum=0.9)": partial(torch.optim.SGD, momentum=0.9)}
 BREAKING = ("SignFlip(10)", "Gaussian(300)")  # those that averaging is shown

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_byz.aggregators import CoordinateMedian, TooFewRowsError
 from lightning_byz.compressors import Field
+from lightning_byz.finite import all_finite
 from lightning_byz.transports import Transport
 
 
@@ -115,22 +116,36 @@ class WorkerBuffers:
             everybody = transport.gather(messages, layout)
             present_ones = (everybody[worker] for worker in present.nonzero().flatten().tolist())
             speaking = [tensors for tensors in present_ones if tensors is not None]
-            for position, i in enumerate(which):
-                start = self.start[i]
-                if not speaking:
-                    continue
-                if not start.is_floating_point():
-                    merged[i] = speaking[0][position]
-                    continue
-                try:
-                    rows = torch.stack([row[position].reshape(-1) for row in speaking])
-                    merged[i] = CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(rows).view(start.shape)
-                except TooFewRowsError:
-                    merged[i] = start
+            for group in _by_dtype([self.start[i] for i in which]) if speaking else ():
+                said = [[row[position] for position in group] for row in speaking]
+                agreed = _medians(said, f) if said[0][0].is_floating_point() else said[0]
+                for position, value in zip(group, agreed, strict=True):
+                    merged[which[position]] = self.start[which[position]] if value is None else value
         for buffer, value in zip(self._read(), merged, strict=True):
             if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.begin()
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of the tensors of each dtype."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(position)
+    return list(groups.values())
+
+
+def _medians(rows: Sequence[Sequence[Tensor]], f: int) -> list[Tensor | None]:
+    """The coordinate-wise median of each of some tensors, over workers that have one value of each; None where too few are finite."""
+    flat = torch.stack([torch.cat([tensor.reshape(-1) for tensor in row]) for row in rows])
+    if len(rows[0]) > 1 and not bool(all_finite(flat)):  # who has a nan in one tensor has a say in the others
+        return [_medians([[row[i]] for row in rows], f)[0] for i in range(len(rows[0]))]
+    try:
+        median = CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(flat)
+    except TooFewRowsError:
+        return [None] * len(rows[0])
+    parts = torch.split(median, [tensor.numel() for tensor in rows[0]])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, rows[0], strict=True)]
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
