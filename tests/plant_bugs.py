@@ -521,13 +521,7 @@ BUGS = [
     Bug(
         "ALIE with the other sign", "attacks/messages.py", "honest.mean(0) - self.factor", "honest.mean(0) + self.factor", "attacks"
     ),
-    Bug(
-        "ALIE with the biased deviation",
-        "attacks/messages.py",
-        "spread = honest.std(0) if",
-        "spread = honest.std(0, unbiased=False) if",
-        "attacks",
-    ),
+    Bug("ALIE divides by h, not h - 1", "attacks/base.py", "squares.div_(len(rows) - 1)", "squares.div_(len(rows))", "attacks"),
     Bug("ALIE with one supporter less", "attacks/messages.py", "n // 2 + 1 - f", "n // 2 - f", "attacks"),
     Bug("IPM forgets its sign", "attacks/messages.py", "everyone(-self.epsilon", "everyone(self.epsilon", "attacks"),
     Bug("AntiCGE one norm too long", "attacks/messages.py", "norms[min(kept, h - 1)]", "norms[min(kept + 1, h - 1)]", "attacks"),

@@ -130,6 +130,11 @@ def test_products_and_norms_in_float32_are_right_over_all_of_its_range(scale):
     x *= scale
     torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-4, atol=0)
     torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_are_right_after_products_are_known(dtype):
+    x = rows_for(5, 40, mean=10.0, dtype=dtype)
     known = Rows(x)
     known.gram()
     torch.testing.assert_close(known.squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
@@ -195,10 +200,11 @@ def test_a_lazy_row_that_needs_a_nan_is_not_finite():
     assert Rows(x).select(torch.tensor([2, 0])).finite().tolist() == [True, True]
 
 
-def test_a_mixture_is_finite_if_all_of_its_blocks_are(small_blocks):
+@pytest.mark.parametrize("weight", [1.0, 3.0])  # means, whose rows tell, and sums, which are looked at themselves
+def test_a_mixture_is_finite_if_all_of_its_blocks_are(small_blocks, weight):
     x = rows_for(3, 30)
     x[1, 4] = torch.nan
-    mixed = Rows(x).mix(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.25, 0.25]]))
+    mixed = Rows(x).mix(weight * torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.25, 0.25]]))
     assert mixed.finite().tolist() == [False, False]
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.attacks.base import Attack, Scene, everyone
+from lightning_byz.attacks.base import Attack, Scene, everyone, spread
 from lightning_byz.rows import Rows
 
 
@@ -71,8 +71,7 @@ class ALIE(Attack):
         return statistics.NormalDist().inv_cdf(share) if 0 < share < 1 else 0.0
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
-        spread = honest.std(0) if len(honest) > 1 else torch.zeros_like(honest[0])
-        return everyone(honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread, own)
+        return everyone(honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread(honest), own)
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ class AntiCGE(Attack):
 
 
 _DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "std": lambda honest, mean: honest.std(0) if len(honest) > 1 else torch.zeros_like(mean),
+    "std": lambda honest, mean: spread(honest),
     "sign": lambda honest, mean: mean.sign(),
     "unit": lambda honest, mean: mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny),
 }

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.attacks.base import Attack, Scene, everyone
+from lightning_byz.attacks.base import Attack, Scene, everyone, spread
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ class OptimizedALIE(_Optimized):
     negative: bool = True
 
     def message(self, honest: Tensor) -> Callable[[float], Tensor]:
-        mean = honest.mean(0)
-        spread = honest.std(0) if len(honest) > 1 else torch.zeros_like(mean)
+        mean, deviation = honest.mean(0), spread(honest)
         sign = -1 if self.negative else 1
-        return lambda tau: mean + sign * tau * spread
+        return lambda tau: mean + sign * tau * deviation
