@@ -324,6 +324,21 @@ def test_the_report_of_a_grid(tmp_path, capsys):
     assert "NNM + Krum, ALIE(z=1.5), IID, f = 3, seed 1: failed" in text
 
 
+def test_the_report_of_a_grid_shows_suspicion_where_cells_logged_it(tmp_path):
+    folder = tmp_path / "grid"
+    invented_grid(folder)
+    with (folder / "results.csv").open(newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["attack"] != "none")
+    logs = folder / "cells" / row["cell"]
+    logs.mkdir(parents=True)
+    lines = [{"step": step, "epoch": 0, **{f"byz/suspicion/worker_{i}": float(i == 3) for i in range(5)}} for step in range(3)]
+    write_csv(logs / "metrics.csv", lines)
+    assert cli.main(["report", str(folder)]) == 0
+    names, text = pictures(folder / "report" / "index.html")
+    assert len([name for name in names if name.startswith("suspicion-")]) == 1
+    assert "Accused at some time: workers 3." in text
+
+
 def test_the_worst_case_is_the_lowest_mean_over_seeds(tmp_path):
     from lightning_byz.cli import reports
 

@@ -149,6 +149,7 @@ def _of_grid(folder: Path) -> _Page:
         figure = figures.heatmap(values, aggregations, [*worst, "worst"], {}, f"Worst {metric} over all attacks", percent)
         caption = "Under the attack that is worst for the rule, by setting; mean of seeds."
         page.pictures = {"worst": (figure, caption), **page.pictures}
+    _draw_suspicion(page, folder, rows)
     page.header = [*CELL_FIELDS, metric, "status", "wall_seconds"]
     for row in rows:
         page.table.append([f"{float(row[metric]):.4f}" if key == metric and row[metric] else row[key] for key in page.header])
@@ -158,6 +159,18 @@ def _of_grid(folder: Path) -> _Page:
             )
             page.problems.append((f"{label}: {row['status']}", row["reason"]))
     return page
+
+
+def _draw_suspicion(page: _Page, folder: Path, rows: list[Row]) -> None:
+    """Adds the suspicion of each worker under each attack, of the first cell whose logs hold any."""
+    for attack in _names(rows, "attack")[: figures.MOST_LINES]:
+        for row in (row for row in rows if row["attack"] == attack):
+            logs = sorted((folder / "cells" / row["cell"]).glob("**/metrics.csv"))
+            found = _over_time(_columns(logs[-1]), "suspicion", f"{_SUSPICION}, {attack}", 1.0) if logs else None
+            if found is not None:
+                cell = ", ".join(row[key] for key in ("aggregation", "heterogeneity")) + f", f = {row['f']}, seed {row['seed']}"
+                page.pictures[_slug("suspicion", attack)] = found[0], f"{cell}. Crosses: accused. {_accusation(found[1])}."
+                break
 
 
 _SETTING = ("algorithm", "f", "heterogeneity")
@@ -241,9 +254,7 @@ def _line(points: list[Row], aggregation: str, attack: str, x: str, y: str) -> f
 
 
 def _of_run(path: Path) -> _Page:
-    rows = _read(path)
-    found = {name: _column(rows, name) for name in rows[0] if name not in ("step", "epoch")}
-    columns = {name: column for name, column in found.items() if len(column[0])}
+    columns = _columns(path)
     page = _Page(f"Run {path.resolve().parent.parent.name} {path.resolve().parent.name}")
     steps = max(int(column[0][-1]) for column in columns.values()) + 1
     page.facts = [f"{steps} steps. From {path}."]
@@ -275,23 +286,16 @@ def _of_run(path: Path) -> _Page:
             line = figures.band(main, [at.tolist()], [columns[main][1].tolist()])
             figure = figures.panels({"": [line]}, label, main, f"{main.capitalize()} against {label}", True)
             page.pictures[_slug(main, measure)] = figure, "Summed up between the steps that were logged."
-    for kind, title, mark in (
-        ("suspicion", "Suspicion of each worker", 1.0),
-        ("weight", "Weight of each worker in the aggregate", None),
-    ):
-        workers = _workers(columns, f"byz/{kind}/worker_")
-        if workers:
-            at = np.unique(np.concatenate([columns[name][0] for name in workers.values()]))
-            values = np.full((len(workers), len(at)), np.nan)
-            for i, name in enumerate(workers.values()):
-                values[i, np.searchsorted(at, columns[name][0])] = columns[name][1]
-            figure = figures.over_time(values, at, [f"worker {worker}" for worker in workers], title, kind, mark)
-            accused = [
-                str(worker) for worker, row in zip(workers, values, strict=True) if mark is not None and np.nanmax(row) >= mark
-            ]
-            caption = f"Crosses, from {mark:g} on: accused. " if mark is not None else ""
-            caption += "" if mark is None else f"Accused at some time: workers {', '.join(accused)}." if accused else "Nobody was."
-            page.pictures[kind] = figure, caption or "0: its message did not count."
+    for kind, title, mark in (("suspicion", _SUSPICION, 1.0), ("weight", "Weight of each worker in the aggregate", None)):
+        found = _over_time(columns, kind, title, mark)
+        if found is not None:
+            figure, accused = found
+            caption = (
+                f"Crosses, from {mark:g} on: accused. {_accusation(accused)}."
+                if mark is not None
+                else "0: its message did not count."
+            )
+            page.pictures[kind] = figure, caption
             if accused:
                 page.facts.append(f"Workers that were accused: {', '.join(accused)}.")
     page.header = ["metric", "first", "last", "smallest", "largest"]
@@ -300,7 +304,35 @@ def _of_run(path: Path) -> _Page:
     return page
 
 
+def _over_time(columns: Mapping[str, Column], kind: str, title: str, mark: float | None) -> tuple[Figure, list[str]] | None:
+    """What was logged of each worker as ``byz/KIND/worker_I``, step by step, and the workers that reached the mark; None if nothing was."""
+    workers = _workers(columns, f"byz/{kind}/worker_")
+    if not workers:
+        return None
+    at = np.unique(np.concatenate([columns[name][0] for name in workers.values()]))
+    values = np.full((len(workers), len(at)), np.nan)
+    for i, name in enumerate(workers.values()):
+        values[i, np.searchsorted(at, columns[name][0])] = columns[name][1]
+    figure = figures.over_time(values, at, [f"worker {worker}" for worker in workers], title, kind, mark)
+    accused = [str(worker) for worker, row in zip(workers, values, strict=True) if mark is not None and np.nanmax(row) >= mark]
+    return figure, accused
+
+
+def _accusation(accused: Sequence[str]) -> str:
+    return f"Accused at some time: workers {', '.join(accused)}" if accused else "Nobody was"
+
+
 Column = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+_SUSPICION = "Suspicion of each worker"
+
+
+def _columns(path: Path) -> dict[str, Column]:
+    """The metrics of a CSVLogger's file that have values."""
+    rows = _read(path)
+    found = {name: _column(rows, name) for name in rows[0] if name not in ("step", "epoch")}
+    return {name: column for name, column in found.items() if len(column[0])}
 
 
 def _column(rows: Sequence[Row], name: str) -> Column:
