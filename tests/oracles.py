@@ -239,10 +239,13 @@ def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
         math.inf,
         rows[0],
     )
-    least = math.fsum(c) - 2 * f
-    while math.fsum(c) > least or math.isinf(best):
+    taken = len(rows) - round(math.fsum(c))
+    while math.fsum(c) > len(rows) - taken - 2 * f or math.isinf(best):
         mu, cov = covariance(rows, c)
         value, v = top_eigenpair(cov)
+        effective = math.fsum(c) ** 2 / math.fsum(weight**2 for weight in c)
+        if taken:
+            value = value * effective / (effective - 1) if effective - 1 > 1e-9 else math.inf
         if value < best:
             best, out = value, mu
         tau = [along(row, mu, v) ** 2 if weight > 0 else 0.0 for row, weight in zip(rows, c, strict=True)]

@@ -521,6 +521,7 @@ BUGS = [
     Bug(
         "ALIE with the other sign", "attacks/messages.py", "honest.mean(0) - self.factor", "honest.mean(0) + self.factor", "attacks"
     ),
+    Bug("CAF's floor ends on one row", "aggregators/spectral.py", "if taken:", "if False:", "rules"),
     Bug("ALIE divides by h, not h - 1", "attacks/base.py", "squares.div_(len(rows) - 1)", "squares.div_(len(rows))", "attacks"),
     Bug("ALIE with one supporter less", "attacks/messages.py", "n // 2 + 1 - f", "n // 2 - f", "attacks"),
     Bug("IPM forgets its sign", "attacks/messages.py", "everyone(-self.epsilon", "everyone(self.epsilon", "attacks"),

@@ -168,6 +168,14 @@ def test_caf_s_floor_takes_the_short_rows_out_of_the_noise():
     assert (CAF(f=6, norm_floor=0.3).weights(Rows(x))[-6:] == 0).all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_caf_s_floor_leaves_the_mean_of_the_rest(seed):
+    """Of four workers one sends a short lie: the filter does not go on until one honest row is left, whose variance is 0."""
+    honest = 1 + torch.randn(3, 500, generator=torch.Generator().manual_seed(seed))
+    x = torch.cat([honest, -0.1 * honest.mean(0, keepdim=True)])
+    torch.testing.assert_close(CAF(f=1, norm_floor=0.3)(x), honest.mean(0))
+
+
 def test_caf_s_floor_takes_f_rows_at_most_and_none_without_liars():
     x = torch.randn(9, 13, generator=torch.Generator().manual_seed(0)).double()
     x[:4] /= 100

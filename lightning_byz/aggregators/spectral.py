@@ -50,7 +50,9 @@ class CAF(WeightedAggregator):
 
     Args:
         norm_floor: rows shorter than this part of the median norm start without weight; the min(f, n - 2f - 1) shortest at most, so that
-            f liars stay a minority of those with weight. In [0, 1). 0, the paper's rule, has no floor; another one reads the vectors once more.
+            f liars stay a minority of those with weight. Where it takes any, variances are compared without the bias of unequal weights, divided by
+            ``1 - sum_i w_i^2``: the filter would else end on one or two of the few rows that are left, which vary little because there are so few. In
+            [0, 1). 0, the paper's rule, has no floor.
     """
 
     norm_floor: float = 0.0
@@ -65,11 +67,15 @@ class CAF(WeightedAggregator):
         n = len(rows)
         near, products = around_medoid(rows, self.f)
         start = self._long_enough(rows)
+        taken = float(start.sum()) < n
         least = float(start.sum()) - 2 * self.f
         c = start.to(products)[near]
         best, chosen = math.inf, c
         while float(c.sum()) > least or math.isinf(best):
             variance, tau = _top_direction(products, c)
+            if taken:  # the unbiased one of weighted rows: one row alone has none
+                spare = 1 - float((c / c.sum()).square().sum())
+                variance = variance / spare if spare > 1e-9 else math.inf
             if variance < best:
                 best, chosen = variance, c
             tau = torch.where(c > 0, tau, 0.0)
