@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import ALGORITHMS, ATTACKS, COMPRESSORS, RULES, laws, robust, rows_for
 
+import lightning_byz as byz
 from lightning_byz import (
     ALIE,
     ByzEF21SGDM,
@@ -31,6 +32,7 @@ from lightning_byz import (
     TrimmedMean,
 )
 from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.setup_checks import default_transport
 from lightning_byz.transports import AllGather, ByzantineTransport, InProcess, Message, Transport
 from lightning_byz.transports.sharded import shard_bounds
 from lightning_byz.types import Gradients
@@ -256,3 +258,22 @@ def test_shards_are_equal_words_that_cover_everything_once(dim: int, shards: int
 def test_one_process_has_nobody_to_connect_with(transport: Transport) -> None:
     with pytest.raises(ValueError, match=r"connects several processes. Found one"):
         transport.connect(0, 1, 4, CPU)
+
+
+# -- which transport a run has that names none ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "processes", "nbytes", "expected"),
+    [
+        (byz.RobustSGD(), 1, 10**9, InProcess),
+        (byz.RobustSGD(), 4, 10**9, Sharded),
+        (byz.RobustSGD(), 4, 10**5, AllGather),  # so few bytes that the number of collectives counts
+        (byz.SignSGDMajorityVote(), 4, 10**9, Sharded),
+        (byz.ByzEF21SGDM(byz.CoordinateMedian(), byz.TopK(ratio=0.01)), 4, 10**9, Sharded),  # few coordinates both ways
+        (byz.ByzEF21SGDM(byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean()), byz.TopK(ratio=0.01)), 4, 10**9, AllGather),
+        (byz.ByzDIANA(), 4, 10**9, AllGather),
+    ],
+)
+def test_the_default_transport_moves_the_fewest_bytes(algorithm, processes, nbytes, expected):
+    assert type(default_transport(algorithm, processes, nbytes)) is expected
