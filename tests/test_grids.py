@@ -328,9 +328,11 @@ def test_the_report_of_a_grid_shows_suspicion_where_cells_logged_it(tmp_path):
     folder = tmp_path / "grid"
     invented_grid(folder)
     with (folder / "results.csv").open(newline="") as file:
-        row = next(row for row in csv.DictReader(file) if row["attack"] != "none")
+        empty, row = [row for row in csv.DictReader(file) if row["attack"] != "none"][:2]
+    for cell in (empty, row):
+        (folder / "cells" / cell["cell"]).mkdir(parents=True)
+    (folder / "cells" / empty["cell"] / "metrics.csv").write_text("step,epoch\n")
     logs = folder / "cells" / row["cell"]
-    logs.mkdir(parents=True)
     lines = [{"step": step, "epoch": 0, **{f"byz/suspicion/worker_{i}": float(i == 3) for i in range(5)}} for step in range(3)]
     write_csv(logs / "metrics.csv", lines)
     assert cli.main(["report", str(folder)]) == 0

@@ -166,7 +166,10 @@ def _draw_suspicion(page: _Page, folder: Path, rows: list[Row]) -> None:
     for attack in _names(rows, "attack")[: figures.MOST_LINES]:
         for row in (row for row in rows if row["attack"] == attack):
             logs = sorted((folder / "cells" / row["cell"]).glob("**/metrics.csv"))
-            found = _over_time(_columns(logs[-1]), "suspicion", f"{_SUSPICION}, {attack}", 1.0) if logs else None
+            try:
+                found = _over_time(_columns(logs[-1]), "suspicion", f"{_SUSPICION}, {attack}", 1.0) if logs else None
+            except ReportError:  # its log has no line yet
+                continue
             if found is not None:
                 cell = ", ".join(row[key] for key in ("aggregation", "heterogeneity")) + f", f = {row['f']}, seed {row['seed']}"
                 page.pictures[_slug("suspicion", attack)] = found[0], f"{cell}. Crosses: accused. {_accusation(found[1])}."
