@@ -16,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
+from lightning_byz.transports import Awaited, Message, Received, Transport, Uplink, Verdict
 from lightning_byz.types import Gradients, Payload, Round
 
 
@@ -113,12 +113,16 @@ class Exchange:
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
         self.arrivals: Callable[[int], Tensor | None] = lambda step: None
         self.quarantined: set[int] = set()
+        self._upload: Upload | None = None  # of the coming round, if it has been opened
+        self._spare: dict[int, Any] = {}  # room for the local workers' next states
+        transport.cut(algorithm.coordinate_wise)
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
+        self._upload, self._spare = None, {}
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
-        first, last = self.transport.span(self.dim)
-        self.server = self.algorithm.init_server(like[first:last], self.transport.n) if self.transport.serves else None
+        mine = self.transport.columns(like)
+        self.server = self.algorithm.init_server(mine, self.transport.n) if self.transport.serves else None
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
@@ -147,6 +151,29 @@ class Exchange:
         return Awaited(cohort - need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
+    def open(self, x: Tensor) -> Upload | None:
+        """Begins the next round's way up, so that pieces of the local workers' messages may leave before their gradients are complete.
+
+        Every rank may, and need not: what it has not sent is sent in `run`. None where the algorithm or the transport wants whole messages.
+
+        Args:
+            x: as in `run`.
+        """
+        if self.dim != len(x):
+            self._start(x)
+        self._upload = self._opened(self.next_round(x), x)
+        return self._upload
+
+    def _opened(self, round: Round, x: Tensor) -> Upload | None:
+        if not (self.algorithm.coordinate_wise and self.transport.serves):
+            return None
+        uplink = self.transport.uplink(self.algorithm.codec(round), len(x), x.dtype, round)
+        if uplink is None:
+            return None
+        states = {worker: (self.workers[worker], self._spare.get(worker)) for worker in self.transport.workers}
+        return Upload(self.algorithm, round, uplink, states, x)
+
+    @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
         """One round.
 
@@ -162,7 +189,13 @@ class Exchange:
             self._start(x)
         round = self._agreed(self.next_round(x), trusted)
         assert round.cohort is not None
-        codec = self.algorithm.codec(round)
+        codec, down = self.algorithm.codec(round), self.algorithm.downlink(round)
+        upload = self._upload or self._opened(round, x)
+        self._upload = None
+        if upload is not None:
+            outcome = self._finished(self._uploaded(upload, contributions, down, round, x), upload.states, x)
+            self._spare = {worker: state for worker, state in upload.before.items() if self.workers[worker] is not state}
+            return outcome
 
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
@@ -178,11 +211,41 @@ class Exchange:
                 message = Message(_flags(False, contribution.used), empty)
             messages.append(message)
 
-        down = self.algorithm.downlink(round)
         if self.transport.serves:
-            outcome = self._served(messages, codec, down, round, x)
+            received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
+            outcome = self._served(received, messages[0], down, round, x)
         else:
             outcome = self._told(self.transport.submit(messages, codec, down, len(x), x.dtype, round), down, round, messages[0])
+        return self._finished(outcome, new_states, x)
+
+    def _uploaded(
+        self, upload: Upload, contributions: Sequence[Contribution], down: Compressor, round: Round, x: Tensor
+    ) -> Outcome:
+        """A round whose messages travel in pieces: what is left of them, and the server's half."""
+        assert round.cohort is not None
+        speaks = [
+            bool(round.cohort[worker]) and comes(round, worker) and contribution.grads is not None
+            for worker, contribution in zip(self.transport.workers, contributions, strict=True)
+        ]
+        rows = [
+            contribution.grads.current if here and contribution.grads is not None else None
+            for here, contribution in zip(speaks, contributions, strict=True)
+        ]
+        for first, last in upload.left:
+            upload.send([None if row is None else row[first:last] for row in rows])
+        for worker, here in zip(self.transport.workers, speaks, strict=True):
+            if not (here and upload.sound[worker]):
+                upload.states.pop(worker, None)
+        flags = [
+            _flags(worker in upload.states, contribution.used)
+            for worker, contribution in zip(self.transport.workers, contributions, strict=True)
+        ]
+        layout = self.algorithm.codec(round).layout(len(x), x.dtype)
+        sent = Message(flags[0], tuple(torch.empty(field.shape, dtype=field.dtype, device="meta") for field in layout))
+        return self._served(upload.uplink.close(flags), sent, down, round, x)
+
+    def _finished(self, outcome: Outcome, new_states: dict[int, Any], x: Tensor) -> Outcome:
+        """The outcome, once the local workers' states are those after the round; as they were if it gave no estimate."""
         self.step += 1
         if outcome.estimate is not None:
             assert outcome.round.present is not None
@@ -194,9 +257,8 @@ class Exchange:
             observer(outcome)
         return outcome
 
-    def _served(self, messages: Sequence[Message], codec: Compressor, down: Compressor, round: Round, x: Tensor) -> Outcome:
-        """The server's half."""
-        received = self.transport.exchange(messages, codec, len(x), x.dtype, round)
+    def _served(self, received: Received, sent: Message, down: Compressor, round: Round, x: Tensor) -> Outcome:
+        """The server's half. ``sent``: a local worker's message, for its size."""
         if round.measured:
             round = round._replace(arrivals=self.transport.arrivals())
             round = round._replace(cohort=self.algorithm.cohort(round))
@@ -208,23 +270,25 @@ class Exchange:
         left_out[sorted(self.quarantined)] = True
         left_out &= round.cohort
         present = spoke & ~left_out & received.valid.cpu()
-        first, last = self.transport.span(len(x))
+        spans = self.transport.spans(len(x))
+        width = sum(last - first for first, last in spans)
         blank = Rows(
             x.new_empty(len(present), 0),
             total=self.transport.total,
             agree=self.transport.agree,
             generator=round.shared("rule"),
-            offset=first,
+            spans=spans,
             dim=len(x),
             exposed=spoke & ~present | left_out,  # an honest worker checks what it sends
             shares=self.shares,
         )
-        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[first:last])))
-        round = round._replace(present=present, trusted=None if round.trusted is None else round.trusted[first:last])
+        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[:width])))
+        trusted = None if round.trusted is None else self.transport.columns(round.trusted)
+        round = round._replace(present=present, trusted=trusted)
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         seconds, quarantined = self.algorithm.seconds(round), frozenset(self.quarantined)
-        outcome = Outcome(round, None, used, decode, decode, rule, messages[0].nbytes, 0, seconds, quarantined=quarantined)
+        outcome = Outcome(round, None, used, decode, decode, rule, sent.nbytes, 0, seconds, quarantined=quarantined)
         answer: Payload | None = None
         try:
             estimate, answer = self._answer(received, blank, decode, down, round)
@@ -235,7 +299,7 @@ class Exchange:
             outcome = outcome._replace(
                 estimate=estimate,
                 look=lambda: self.algorithm.seen(decode(), server, round),
-                bytes_down=self.transport.bytes_down(messages[0], answer),
+                bytes_down=self.transport.bytes_down(sent, answer),
             )
         assert round.cohort is not None
         verdict = Verdict(round.cohort, present, used, answer, outcome.seconds, outcome.reason)
@@ -272,21 +336,51 @@ class Exchange:
         assert self.dim is not None and round.present is not None
         dtype = blank.values.dtype
         speaking = round.present.nonzero().flatten().tolist()
+        shared = self.transport.spans(self.dim) != ((0, self.dim),)
+        if shared and (self._whole is None or self._whole.shape != (self.dim,) or self._whole.dtype != dtype):
+            self._whole = torch.empty(self.dim, dtype=dtype, device=blank.values.device)
         answer = self.algorithm.tally([received.messages[worker].payload for worker in speaking], blank, round)
         if answer is None:
+            if self._answers_in_pieces(down):
+                return self._answer_in_pieces(decode(), round)
             estimate, self.server = self.algorithm.server(decode(), self.server, round)
             if self.algorithm.changes_few and self._last is not None:
                 whole, answer = self.transport.revise(estimate, self._last)
                 self._last = whole.clone()
                 return whole, answer
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
-        shared = self.transport.span(self.dim) != (0, self.dim)
-        if shared and (self._whole is None or self._whole.shape != (self.dim,) or self._whole.dtype != dtype):
-            self._whole = torch.empty(self.dim, dtype=dtype, device=blank.values.device)
         whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
         if self.algorithm.changes_few:
             self._last = whole.clone()  # who writes into the estimate changes no state
         return whole, answer
+
+    def _answers_in_pieces(self, down: Compressor) -> bool:
+        """Whether the estimate may be made and sent piece by piece."""
+        assert self.dim is not None
+        coordinate_wise = self.algorithm.coordinate_wise and self.algorithm.aggregator.coordinate_wise
+        return coordinate_wise and isinstance(down, Identity) and len(self.transport.spans(self.dim)) > 1
+
+    def _answer_in_pieces(self, rows: Rows, round: Round) -> tuple[Tensor, Payload]:
+        """As `_answer`; a piece is on its way while the next one is made."""
+        assert self.dim is not None
+        width, place, states, downlink = rows.values.shape[1], 0, [], None
+        for _, piece in rows.pieces():
+            size = piece.values.shape[1]
+            estimate, state = self.algorithm.server(piece, _piece_of(self.server, place, place + size, width), round)
+            if downlink is None:  # there will be an estimate
+                downlink = self.transport.downlink(self.dim, rows.values, self._whole)
+            downlink.send(estimate)
+            states.append(state)
+            place += size
+        assert downlink is not None
+        self.server = type(self.server)(
+            *(
+                torch.cat([state[i] for state in states]) if _is_whole(before, width) else states[-1][i]
+                for i, before in enumerate(self.server)
+            )
+        )
+        whole = downlink.close()
+        return whole, (whole,)
 
     def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
         """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
@@ -320,7 +414,7 @@ class Exchange:
             alone: this rank is the only one that asks. Without the other ranks' shards there is no server state then.
         """
         server = None
-        if self.dim is not None and self.server is not None and not (alone and self.transport.span(self.dim) != (0, self.dim)):
+        if self.dim is not None and self.server is not None and not (alone and self.transport.spans(self.dim) != ((0, self.dim),)):
             columns = self._whole_server()
             server = {
                 name: self.transport.collect(value, self.dim) if columns[name][1] else value
@@ -338,8 +432,8 @@ class Exchange:
         return {name: (tuple(value.shape), value.shape != longer[name].shape) for name, value in now.items()}
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
-        """The local workers' halves, by worker, as plain containers of tensors."""
-        return {worker: state._asdict() for worker, state in self.workers.items()}
+        """The local workers' halves, by worker, as plain containers of tensors of their own."""
+        return {worker: {name: t.clone() for name, t in state._asdict().items()} for worker, state in self.workers.items()}
 
     def load(self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor) -> None:
         """Restores what `server_state` and `worker_states` gave; workers that are missing start afresh.
@@ -361,10 +455,9 @@ class Exchange:
         if self.transport.serves:
             if whole is None:  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
                 return
-            first, last = self.transport.span(server["dim"])
             self.server = type(self.server)(
                 *(
-                    (whole[name][..., first:last] if columns[name][1] else whole[name]).to(now)
+                    (self.transport.columns(whole[name]) if columns[name][1] else whole[name]).to(now)
                     for name, now in self.server._asdict().items()
                 )
             )
@@ -382,6 +475,84 @@ class Exchange:
         """States for workers that have lost theirs, as plain containers of tensors; where the server's half runs."""
         x = torch.zeros_like(like)
         return {} if self.dim is None else {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
+
+
+class Upload:
+    """The local workers' messages of one round on their way up, bucket by bucket, and the states that they leave behind.
+
+    Args:
+        algorithm: a coordinate-wise one.
+        round: the round.
+        uplink: the way up.
+        states: by worker, its state, and room for the next one if there is any.
+        x: ``[d]``, for its size, dtype and device.
+
+    Attributes:
+        sound: by worker, whether all that it sent is finite.
+        states: by worker, its next state.
+    """
+
+    def __init__(self, algorithm: Algorithm, round: Round, uplink: Uplink, states: dict[int, tuple[Any, Any]], x: Tensor) -> None:
+        self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
+        self.codec = algorithm.codec(round)
+        self.like = x[:0]
+        self.before = {worker: state for worker, (state, _) in states.items()}
+        self.states = {worker: _room_for(state, spare, self.dim) for worker, (state, spare) in states.items()}
+        self.sound = dict.fromkeys(states, True)
+
+    @property
+    def left(self) -> list[tuple[int, int]]:
+        """The buckets that have not been sent, in order."""
+        return list(self.uplink.buckets[self.uplink.sent :])
+
+    @torch.no_grad()
+    def send(self, grads: Sequence[Tensor | None]) -> None:
+        """The next bucket of every local worker's gradient; None for those that have none. They are to be left alone until the round ends."""
+        first, last = self.uplink.buckets[self.uplink.sent]
+        payloads = []
+        for worker, g in zip(self.before, grads, strict=True):
+            if g is None:  # silence has the size of speech
+                self.sound[worker] = False
+                layout = self.codec.layout(last - first, self.like.dtype)
+                payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
+                continue
+            grads_here = Gradients(g)
+            before = _piece_of(self.before[worker], first, last, self.dim)
+            payload, after = self.algorithm.worker(grads_here, before, self.round._replace(worker=worker))
+            self.sound[worker] &= _is_finite(grads_here, self.codec) and bool(self.codec.valid(payload, last - first))
+            room = self.states[worker]
+            self.states[worker] = type(room)(
+                *(_put(place, new, first, last, self.dim) for place, new in zip(room, after, strict=True))
+            )
+            payloads.append(payload)
+        self.uplink.send(payloads)
+
+
+def _is_whole(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor of a coordinate-wise algorithm's state holds a number for every coordinate."""
+    return tensor.shape == (dim,)
+
+
+def _piece_of(state: Any, first: int, last: int, dim: int) -> Any:
+    """The state in some columns: a view."""
+    return type(state)(*(tensor[first:last] if _is_whole(tensor, dim) else tensor for tensor in state))
+
+
+def _room_for(state: Any, spare: Any, dim: int) -> Any:
+    """Room for the next state, which is written piece by piece; ``spare``: a state that nobody needs any more, or None."""
+    tensors = [
+        (torch.empty_like(tensor) if spare is None else old) if _is_whole(tensor, dim) else tensor
+        for tensor, old in zip(state, state if spare is None else spare, strict=True)
+    ]
+    return type(state)(*tensors)
+
+
+def _put(place: Tensor, new: Tensor, first: int, last: int, dim: int) -> Tensor:
+    """What becomes of a tensor of a state once columns first .. last - 1 are known."""
+    if not _is_whole(place, dim):
+        return new
+    place[first:last] = new
+    return place
 
 
 def comes(round: Round, worker: int) -> bool:

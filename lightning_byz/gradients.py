@@ -56,16 +56,21 @@ class FlatParameters:
         """The gradients as a vector ``[d]``, times ``scale``; 0 where a parameter has none. ``out``: where to; None: into a new one."""
         flat = self.like() if out is None else out
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
-            if p.grad is None:
-                piece.zero_()
-            elif p.grad.is_sparse:
-                raise ValueError(
-                    f"Gradients should be dense. Found a sparse one of shape {list(p.grad.shape)}. "
-                    "Set sparse=False in the embedding that makes it."
-                )
-            else:
-                piece.view(p.shape).copy_(p.grad)
+            self.read_gradient(p, piece)
         return flat.mul_(scale) if scale != 1 else flat
+
+    @staticmethod
+    def read_gradient(p: Tensor, out: Tensor) -> None:
+        """One parameter's gradient as a vector, into ``out``; 0 if it has none."""
+        if p.grad is None:
+            out.zero_()
+        elif p.grad.is_sparse:
+            raise ValueError(
+                f"Gradients should be dense. Found a sparse one of shape {list(p.grad.shape)}. "
+                "Set sparse=False in the embedding that makes it."
+            )
+        else:
+            out.view(p.shape).copy_(p.grad)
 
     @torch.no_grad()
     def read_parameters(self) -> Tensor:

@@ -57,7 +57,7 @@ class Rows:
         total: adds up a small tensor over the ranks that hold the other slices.
         agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
         generator: the round's random stream, the same on every rank, for rules that shuffle or sample.
-        offset: where this slice begins in the whole vectors.
+        spans: which columns first .. last - 1 of the whole vectors this slice holds, in order; None: it is all there is.
         dim: columns of the whole vectors; None: this slice is all there is.
         last: ``[d_local]``, the rule's last result, for rules that remember it (`Aggregator.remembers`); None in the first round.
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
@@ -72,7 +72,7 @@ class Rows:
     total: Callable[[Tensor], Tensor] = _identity
     agree: Callable[[Tensor], Tensor] = _identity
     generator: torch.Generator | None = None
-    offset: int = 0
+    spans: tuple[tuple[int, int], ...] | None = None
     dim: int | None = None
     last: Tensor | None = None
     shares: Tensor | None = None
@@ -184,15 +184,32 @@ class Rows:
 
     def columns(self, index: Tensor) -> Rows:
         """The rows in some columns of the whole vectors only, given by their indices; a slice keeps those that it holds."""
-        local = index.to(self.values.device) - self.offset
-        local = local[(local >= 0) & (local < self.values.shape[1])]
-        return replace(self, values=self.values[:, local], last=None, dim=None, offset=0)
+        index = index.to(self.values.device)
+        kept = [index[(index >= first) & (index < last)] - first + place for place, first, last in self._places()]
+        return replace(self, values=self.values[:, torch.cat(kept)], last=None, dim=None, spans=None)
 
     def span(self, first: int, last: int) -> Rows:
-        """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that it holds. Nothing is copied."""
-        width = self.values.shape[1]
-        first, last = (min(max(column - self.offset, 0), width) for column in (first, last))
-        return replace(self, values=self.values[:, first:last], last=None, dim=None, offset=0)
+        """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that it holds, copied where they lie apart."""
+        kept = [
+            self.values[:, place + max(first, begin) - begin : place + min(last, end) - begin]
+            for place, begin, end in self._places()
+            if max(first, begin) < min(last, end)
+        ]
+        values = kept[0] if len(kept) == 1 else torch.cat(kept, 1) if kept else self.values[:, :0]
+        return replace(self, values=values, last=None, dim=None, spans=None)
+
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """For every span: where it begins in this slice, and where it begins and ends in the whole vectors."""
+        place = 0
+        for first, last in ((0, self.values.shape[1]),) if self.spans is None else self.spans:
+            yield place, first, last
+            place += last - first
+
+    def pieces(self) -> Iterator[tuple[int, Rows]]:
+        """The rows of one span after the other, and where it begins in the whole vectors; for work on one coordinate at a time."""
+        for place, first, last in self._places():
+            values = self.values[:, place : place + last - first]
+            yield first, replace(self, values=values, spans=((first, last),), last=None, _cache={})
 
     # -- looking across columns ---------------------------------------------------------------------------------------
 

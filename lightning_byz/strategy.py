@@ -29,13 +29,14 @@ from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.overlap import Overlap, obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, default_transport, explain_transport, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
-from lightning_byz.transports import ParameterServer, Transport
+from lightning_byz.transports import ParameterServer, Sharded, Transport
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
 
@@ -155,6 +156,8 @@ class RobustStrategy(_Base):
 
         self._served = ServedRun(self, transport) if isinstance(transport, ParameterServer) else None
         self._roll_call: RollCall | None = None
+        self._overlap: Overlap | None = None
+        self._may_overlap = False
         self._saved_alone = False
         self.exchanges: list[Exchange] = []
         self.silences: dict[int, int] = {}
@@ -181,7 +184,15 @@ class RobustStrategy(_Base):
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
+        self._step_is_due = False  # once this micro-batch's gradients are there
+        self._drop_overlap()
         self._forget_passes()
+
+    def _drop_overlap(self) -> None:
+        """Takes the hooks off that send gradients during backward."""
+        if self._overlap is not None:
+            self._overlap.remove()
+        self._overlap = None
 
     def _forget_passes(self) -> None:
         """Back to before a round's first forward pass."""
@@ -314,6 +325,7 @@ class RobustStrategy(_Base):
         transport = self.transport or default_transport(self._resolved, self._world, largest)
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
         explain_transport(self._resolved, transport)
+        self._may_overlap = self._decide_overlap(trainer, transport)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
         for exchange in self.exchanges:
@@ -330,6 +342,19 @@ class RobustStrategy(_Base):
             self._exchange_before_clipping()
         if self._served is not None:
             self._served.adopt_metrics(self.lightning_module)
+
+    def _decide_overlap(self, trainer: Any, transport: Transport) -> bool:
+        """Whether messages leave during backward, where the transport can send them so; says why not."""
+        if not isinstance(transport, Sharded) or not transport.overlap or self.workers_per_process > 1:
+            return False
+        module = self.lightning_module
+        reason = obstacle(self._resolved, module, trainer.callbacks, self.precision_plugin, self.optimizers)
+        log.info(
+            "byzantine_robust: gradients are exchanged while backward runs."
+            if reason is None
+            else f"byzantine_robust: gradients are exchanged after backward, not during it: {reason}."
+        )
+        return reason is None
 
     def _shares(self) -> Tensor | None:
         """Every worker's share of the data, ``[n]``. Raises unless the rule can weigh them."""
@@ -571,6 +596,15 @@ class RobustStrategy(_Base):
                 "self.clip_gradients exchanges the gradients between the workers, and the optimizer's step should come next. Found "
                 "another backward pass. When you accumulate, call clip_gradients only right before optimizer.step()."
             )
+        if self._step_is_due and self._may_overlap:
+            layout, exchange = self._layout(0), self.exchanges[0]
+            if self._overlap is None and isinstance(
+                exchange.transport, Sharded
+            ):  # not behind attackers, who see all messages first
+                self._overlap = Overlap(layout, exchange)
+            if self._overlap is not None and self._losses[0] is not None:
+                with self._overlap.during_backward():
+                    return super().backward(closure_loss, optimizer, *args, **kwargs)
         if self.n == 1 or self.workers_per_process == 1 or self._scale_probe is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         module, buffers = self.lightning_module, self._buffers
@@ -618,7 +652,11 @@ class RobustStrategy(_Base):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
         def closure_and_exchange() -> Any:
-            loss = closure()
+            self._step_is_due = True
+            try:
+                loss = closure()
+            finally:
+                self._step_is_due = False
             if self._index(optimizer) not in self._exchanged:
                 self._exchange(optimizer)
             return loss if loss is None or self._step_logs.loss is None else self._step_logs.loss.to(loss)
@@ -650,6 +688,7 @@ class RobustStrategy(_Base):
                 )
                 self.exchanges[index].dim = None
             self._layouts[index] = now
+            self._drop_overlap()
             self.exchanges[index].algorithm = self._resolved.for_sizes(now.sizes)
             return now
         assert before is not None
@@ -663,7 +702,10 @@ class RobustStrategy(_Base):
                 used = layout.used()
                 lossless = self.lightning_module.automatic_optimization and self._lossless[0]
                 absent = lossless or not bool(used.any())
-                flat = None if absent else layout.read_gradients(unscale, out=layout.rows(1)[0])
+                if self._overlap is not None and self._overlap.began:
+                    flat = self._overlap.gradient()
+                else:
+                    flat = None if absent else layout.read_gradients(unscale, out=layout.rows(1)[0])
             else:
                 accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
                 flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated

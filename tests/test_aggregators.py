@@ -428,7 +428,7 @@ def on_slices(rule, x, bounds, present=None):
                 x[:, bounds[rank] : bounds[rank + 1]],
                 total=lambda t: meet(t, lambda: torch.stack(box).sum(0)),
                 agree=lambda t: meet(t, lambda: box[0].clone()),
-                offset=bounds[rank],
+                spans=((bounds[rank], bounds[rank + 1]),),
                 dim=bounds[-1],
             )
             out[rank] = rule(rows, present)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _runs import Run, _key, machine, markdown, run_all  # noqa: F401
-from defaults import mlp
+from defaults import initial, mlp
 
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack
@@ -146,24 +148,69 @@ def libsvm(name: str, data: str, normalize: bool) -> Labelled:
     return x, y
 
 
-def fashion_mnist(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images ``[60000, 784]`` and labels, then those of the test set, from ``DIR/FashionMNIST/raw``."""
-    from lightning_byz import FashionMNISTDataModule
+class Classifier:
+    """A small network and the images that it learns: ``"fashion_mnist"`` with an MLP, 784 - hidden - 10, or ``"cifar10"`` with two convolutions.
 
-    module = FashionMNISTDataModule(data)
-    module.setup("fit")
-    parts = []
-    for images in (module.training, module.held_out):
-        x, y = images.__getitems__(range(len(images)))
-        parts += [x.flatten(1), y]
-    return tuple(parts)
+    The convolutions: 16 of 5 x 5 and 32 of 3 x 3, both with stride 2 and ReLU, then a linear layer; 26,346 parameters.
 
+    Args:
+        name: which.
+        data: folder that holds FashionMNIST/raw or cifar-10-batches-py.
+        hidden: hidden units of the MLP.
+    """
 
-def mlp_gradients(w: Tensor, x: Tensor, y: Tensor, sizes: list[int]) -> Tensor:
-    """``[n, d]``: the gradients of the mean cross-entropy of n batches ``x [n, b, inputs]``, ``y [n, b]``, of the MLP with parameters w."""
-    copies = w.expand(len(x), -1).clone().requires_grad_()
-    loss = torch.nn.functional.cross_entropy(mlp(copies, x, sizes).flatten(0, 1), y.flatten(), reduction="sum") / x.shape[1]
-    return torch.autograd.grad(loss, copies)[0]
+    def __init__(self, name: str, data: str, hidden: int = 32) -> None:
+        from lightning_byz import CIFAR10DataModule, FashionMNISTDataModule
+
+        module = {"fashion_mnist": FashionMNISTDataModule, "cifar10": CIFAR10DataModule}[name](data)
+        module.setup("fit")
+        parts = [images.__getitems__(range(len(images))) for images in (module.training, module.held_out)]
+        (self.x, self.y), (self.x_test, self.y_test) = parts
+        self.sizes = [784, hidden, 10]
+        self.flat = name == "fashion_mnist"
+        if self.flat:
+            self.x, self.x_test = self.x.flatten(1), self.x_test.flatten(1)
+        self.shapes = [(16, 3, 5, 5), (16,), (32, 16, 3, 3), (32,), (10, 2048), (10,)]
+
+    def start(self, seed: int) -> Tensor:
+        """The first parameters ``[d]``, as torch's layers start theirs."""
+        torch.manual_seed(seed)
+        if self.flat:
+            return initial(self.sizes)
+        fans = [math.prod(shape[1:]) for shape in self.shapes[::2] for _ in range(2)]
+        return torch.cat(
+            [torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5).flatten() for shape, fan in zip(self.shapes, fans, strict=True)]
+        )
+
+    def logits(self, w: Tensor, x: Tensor) -> Tensor:
+        """``[batch, 10]``."""
+        if self.flat:
+            return mlp(w, x, self.sizes)
+        parts = w.split([math.prod(shape) for shape in self.shapes])
+        k1, b1, k2, b2, k3, b3 = (part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+        x = functional.conv2d(x, k1, b1, stride=2, padding=2).relu()
+        x = functional.conv2d(x, k2, b2, stride=2, padding=1).relu()
+        return functional.linear(x.flatten(1), k3, b3)
+
+    def gradients(self, w: Tensor, index: Tensor, flip: Tensor | None = None) -> Tensor:
+        """``[n, d]``: of the mean cross-entropy of n batches ``index [n, b]``; ``flip [n]`` bool: the workers that take 9 - y for y."""
+        x, y = self.x[index], self.y[index]
+        if flip is not None:
+            y = torch.where(flip[:, None], 9 - y, y)
+        if self.flat:  # all workers in one pass
+            copies = w.expand(len(x), -1).clone().requires_grad_()
+            loss = functional.cross_entropy(mlp(copies, x, self.sizes).flatten(0, 1), y.flatten(), reduction="sum") / x.shape[1]
+            return torch.autograd.grad(loss, copies)[0]
+        w = w.detach().requires_grad_()
+        losses = (functional.cross_entropy(self.logits(w, images), labels) for images, labels in zip(x, y, strict=True))
+        return torch.stack([torch.autograd.grad(loss, w)[0] for loss in losses])
+
+    @torch.no_grad()
+    def test(self, w: Tensor) -> tuple[float, float]:
+        """The mean cross-entropy on the test set, and the accuracy in percent."""
+        logits = torch.cat([self.logits(w, x) for x in self.x_test.split(1000)])
+        loss = float(functional.cross_entropy(logits, self.y_test).nan_to_num(1e9))
+        return loss, 100 * float((logits.argmax(1) == self.y_test).double().mean())
 
 
 # -- results ---------------------------------------------------------------------------------------------------------------

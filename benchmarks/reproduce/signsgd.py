@@ -13,25 +13,22 @@ from typing import Any
 
 import torch
 from _shared import (
+    Classifier,
     Simulation,
     all_of,
     band,
     batches,
-    fashion_mnist,
     figure,
     last,
     markdown,
     measure,
-    mlp_gradients,
     parser,
     pick,
     publish,
     spread,
     verdict,
 )
-from defaults import initial, mlp
 from torch import Tensor
-from torch.nn import functional
 
 from lightning_byz.aggregators import Mean, MultiKrum
 from lightning_byz.algorithms import RobustSGD, SignSGDMajorityVote
@@ -72,33 +69,25 @@ def toy(run: Run) -> Run:
 
 
 @cache
-def images(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fashion_mnist(data)
+def images(data: str, hidden: int) -> Classifier:
+    return Classifier("fashion_mnist", data, hidden)
 
 
 def train(run: Run, data: str) -> Run:
     """Test loss and accuracy along one run, against the bytes that one worker sent and received."""
-    x, y, x_test, y_test = images(data)
-    sizes = [x.shape[1], run["hidden"], 10]
-    torch.manual_seed(run["seed"])
+    task = images(data, run["hidden"])
     algorithm, lr = METHODS[run["method"]]
-    made = Simulation(algorithm, initial(sizes), run["workers"], run["seed"], lr, run["liars"], ATTACKS[run["attack"]])
-    stream = batches(y, run["workers"], run["batch"], run["seed"], IID())
+    made = Simulation(algorithm, task.start(run["seed"]), run["workers"], run["seed"], lr, run["liars"], ATTACKS[run["attack"]])
+    stream = batches(task.y, run["workers"], run["batch"], run["seed"], IID())
 
     def gradients(round: Round, cohort: Tensor) -> Sequence[Gradients]:
-        index = next(stream)
-        return [Gradients(row) for row in mlp_gradients(made.w, x[index], y[index], sizes)]
+        return [Gradients(row) for row in task.gradients(made.w, next(stream))]
 
     curves: Run = {"round": [], "megabytes": [], "loss": [], "accuracy": []}
     for step in range(run["rounds"] + 1):
         if step % (run["rounds"] // POINTS) == 0:
-            outputs = mlp(made.w, x_test, sizes)
-            found = (
-                step,
-                (made.bytes_up + made.bytes_down) / 1e6,
-                float(functional.cross_entropy(outputs, y_test).nan_to_num(1e9)),
-            )
-            for name, value in zip(curves, (*found, 100 * float((outputs.argmax(1) == y_test).double().mean())), strict=True):
+            found = (step, (made.bytes_up + made.bytes_down) / 1e6, *task.test(made.w))
+            for name, value in zip(curves, found, strict=True):
                 curves[name].append(value)
         made.step(gradients)
     return curves

@@ -42,6 +42,7 @@ class MajorityVote(Aggregator):
             return torch.where(vote == 0, 1, vote)
         if tie == "random":
             stream, dim = rows.stream, len(vote) if rows.dim is None else rows.dim
-            coins = torch.randint(2, (dim,), generator=stream, device=stream.device)[rows.offset : rows.offset + len(vote)]
+            coins = torch.randint(2, (dim,), generator=stream, device=stream.device)
+            coins = torch.cat([coins[first:last] for first, last in rows.spans or ((0, dim),)])
             return torch.where(vote == 0, (2 * coins - 1).to(vote), vote)
         return vote

@@ -38,6 +38,8 @@ class Algorithm(ABC):
         keeps_last: it keeps the rule's last result, for rules that remember it (`aggregate`).
         changes_few: the estimate differs from the last one in few coordinates only: those that some message names.
         stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
+        coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of its gradients and state alone, in every
+            round; and of the server's estimate and state likewise, if the rule is coordinate-wise. Such a message may leave piece by piece.
     """
 
     aggregator: Aggregator
@@ -72,6 +74,11 @@ class Algorithm(ABC):
     @property
     def stateless(self) -> bool:
         """Whether neither half remembers anything between rounds."""
+        return False
+
+    @property
+    def coordinate_wise(self) -> bool:
+        """Whether both halves, the rule aside, look at one coordinate at a time."""
         return False
 
     @abstractmethod

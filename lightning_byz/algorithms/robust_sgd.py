@@ -98,6 +98,10 @@ class RobustSGD(Algorithm):
     def stateless(self) -> bool:
         return self.worker_momentum == 0 and self.server_momentum == 0 and not self.aggregator.remembers
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return self.compressor.coordinate_wise
+
     def with_f(self, f: int) -> RobustSGD:
         return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))
 

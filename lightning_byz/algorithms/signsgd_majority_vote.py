@@ -67,6 +67,10 @@ class SignSGDMajorityVote(Algorithm):
     def stateless(self) -> bool:
         return self.momentum == 0
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return self.zero != "random"  # whose coins are drawn for the whole vector
+
     def with_f(self, f: int) -> SignSGDMajorityVote:
         return replace(self, aggregator=self.aggregator.with_f(f))
 

@@ -160,8 +160,9 @@ class SuspicionMonitorCallback(_Base):
         if sketch is None or sketch.dim != dim:
             sketch = self._sketches[index] = Sketch(dim, self.sketch_size, outcome.round.seed)
         out = sketch.new(outcome.round.n, device=rows.values.device)
-        for first, _, block in rows.blocks():
-            sketch.add(out, block, rows.offset + first)
+        for offset, piece in rows.pieces():
+            for first, _, block in piece.blocks():
+                sketch.add(out, block, offset + first)
         out = rows.agree(rows.sum(out)).cpu()
         out[outcome.silent] = torch.nan
         return out

@@ -66,6 +66,14 @@ class Compressor(WireFormat):
         """Whether a payload lists some coordinates only, so that the sizes of its shares depend on where these lie."""
         return False
 
+    @property
+    def coordinate_wise(self) -> bool:
+        """Whether the payload of a piece of the vector, cut at multiples of 32, is that piece's share of the payload.
+
+        Payloads of pieces, tensor by tensor one after the other, then are the payload of the vector that the pieces make up.
+        """
+        return False
+
     def part(self, dim: int, first: int, last: int) -> WireFormat | None:
         """The wire format of a payload's share of coordinates first .. last - 1 of ``dim``, as of a vector ``[last - first]``.
 

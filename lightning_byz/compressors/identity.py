@@ -17,6 +17,10 @@ from lightning_byz.types import Payload
 class Identity(Compressor):
     """Sends the vector as it is: alpha = 1, omega = 0. No paper: no compression."""
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         return (Field((dim,), dtype),)
 

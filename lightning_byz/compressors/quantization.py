@@ -37,6 +37,10 @@ class Sign(Compressor):
     The length is lost, so it is neither contractive nor unbiased. The sign of 0 is +1, as in the authors' code.
     """
 
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         return Field((packed_bytes(dim, 1),), torch.uint8), Field((0,), dtype)
 
@@ -209,6 +213,10 @@ class BFloat16(Compressor):
 
     No paper: a number format.
     """
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
 
     def layout(self, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         return Field((dim,), torch.bfloat16), Field((0,), dtype)

@@ -1,7 +1,7 @@
 """Transports: how the messages of a round get from the workers to the rule."""
 
 from lightning_byz.transports.all_gather import AllGather
-from lightning_byz.transports.base import Awaited, Message, Received, Transport, Verdict
+from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Uplink, Verdict
 from lightning_byz.transports.byzantine import ByzantineTransport
 from lightning_byz.transports.in_process import InProcess
 from lightning_byz.transports.parameter_server import LeftBehindError, ParameterServer, RunIsOverError, ServerLostError, make_keys
@@ -11,6 +11,7 @@ __all__ = [
     "AllGather",
     "Awaited",
     "ByzantineTransport",
+    "Downlink",
     "InProcess",
     "LeftBehindError",
     "Message",
@@ -20,6 +21,7 @@ __all__ = [
     "ServerLostError",
     "Sharded",
     "Transport",
+    "Uplink",
     "Verdict",
     "make_keys",
 ]

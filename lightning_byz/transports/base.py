@@ -78,6 +78,38 @@ class Verdict(NamedTuple):
     reason: str
 
 
+class Uplink(ABC):
+    """The messages of a round on their way up, bucket by bucket, in the order of ``buckets``, which is the same on every rank.
+
+    Attributes:
+        buckets: the columns first .. last - 1 of each; the last ones of the vector come first, as backward passes fill them.
+        sent: how many have been sent.
+    """
+
+    buckets: Sequence[tuple[int, int]]
+    sent: int = 0
+
+    @abstractmethod
+    def send(self, payloads: Sequence[Payload]) -> None:
+        """The next bucket of every local worker's message. The tensors are to be left alone until `close` has returned."""
+
+    @abstractmethod
+    def close(self, flags: Sequence[Tensor]) -> Received:
+        """What this rank aggregates, once all buckets are sent. ``flags``: of every local worker, as in `Message`."""
+
+
+class Downlink(ABC):
+    """An estimate on its way down, piece by piece, in the order of `Transport.spans`."""
+
+    @abstractmethod
+    def send(self, piece: Tensor) -> None:
+        """The next piece of this rank's columns."""
+
+    @abstractmethod
+    def close(self) -> Tensor:
+        """The whole estimate ``[dim]``, once all pieces are sent."""
+
+
 class Transport(ABC):
     """Moves the messages of a round from all workers to wherever they are aggregated.
 
@@ -105,9 +137,25 @@ class Transport(ABC):
         """The workers of this process."""
         return range(self.rank * self.workers_per_process, (self.rank + 1) * self.workers_per_process)
 
-    def span(self, dim: int) -> tuple[int, int]:
-        """The columns first .. last - 1 of vectors ``[dim]`` that this rank aggregates; all of them, or its shard."""
-        return 0, dim
+    def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
+        """Which columns first .. last - 1 of vectors ``[dim]`` this rank aggregates, in order; all of them, or its shard."""
+        return ((0, dim),)
+
+    def columns(self, whole: Tensor) -> Tensor:
+        """This rank's columns of ``whole [..., dim]``; a view where they lie together."""
+        parts = [whole[..., first:last] for first, last in self.spans(whole.shape[-1])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def cut(self, finely: bool) -> None:  # noqa: B027  # only shards are cut
+        """Told before the first round whether the algorithm is coordinate-wise, so that its messages may travel in many pieces."""
+
+    def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
+        """The way up for the messages of a round, bucket by bucket, of a coordinate-wise algorithm; None: whole messages only."""
+        return None
+
+    def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
+        """The way down for an estimate in several pieces, one for each of `spans`, where there are several. ``out``: as in `spread`."""
+        raise NotImplementedError
 
     @property
     def serves(self) -> bool:

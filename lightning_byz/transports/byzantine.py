@@ -16,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.rows import Rows
-from lightning_byz.transports.base import Awaited, Message, Received, Transport, Verdict
+from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round, keyed_generator
 
 
@@ -65,8 +65,11 @@ class ByzantineTransport(Transport):
     def measured(self) -> bool:  # type: ignore[override]
         return self.inner.measured
 
-    def span(self, dim: int) -> tuple[int, int]:
-        return self.inner.span(dim)
+    def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
+        return self.inner.spans(dim)
+
+    def cut(self, finely: bool) -> None:
+        self.inner.cut(finely)
 
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         return self.inner.gather(messages, layout)
@@ -101,6 +104,9 @@ class ByzantineTransport(Transport):
         self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
     ) -> tuple[Tensor, Payload]:
         return self.inner.spread(answer, codec, dim, dtype, out)
+
+    def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
+        return self.inner.downlink(dim, like, out)
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
         return self.inner.revise(estimate, last)
@@ -226,16 +232,15 @@ class _Server:
 
     def _columns(self, payload: Payload) -> Tensor:
         """A decoded message, as far as this rank aggregates it."""
-        first, last = self.transport.span(self.dim)
-        return self.codec.decode(payload, self.dim)[first:last]
+        return self.transport.columns(self.codec.decode(payload, self.dim))
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """``[n, width]`` and ``[n]`` bool: all messages, and who is present."""
         present = torch.stack([(flags[0] == 1) & self.codec.valid(payload, self.dim) for flags, payload in self.everybody]).cpu()
         like = self.everybody[0].payload[0]
-        first, last = self.transport.span(self.dim)
-        values = torch.zeros(len(present), last - first, dtype=self.dtype, device=like.device)
+        width = sum(last - first for first, last in self.transport.spans(self.dim))
+        values = torch.zeros(len(present), width, dtype=self.dtype, device=like.device)
         for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):
             if here:
                 row.copy_(self._columns(payload))
@@ -243,17 +248,16 @@ class _Server:
 
     def _estimate(self, algorithm: Algorithm) -> Tensor:
         values, present = self._decoded
-        first, last = self.transport.span(self.dim)
         rows = Rows(
             values,
             total=self.transport.total,
             agree=self.transport.agree,
             generator=self.round.shared("rule"),
-            offset=first,
+            spans=self.transport.spans(self.dim),
             dim=self.dim,
             shares=self.shares,
         )
-        trusted = None if self.round.trusted is None else self.round.trusted[first:last]
+        trusted = None if self.round.trusted is None else self.transport.columns(self.round.trusted)
         try:
             estimate, _ = algorithm.server(rows, self.state, self.round._replace(present=present, trusted=trusted))
         except TooFewRowsError:

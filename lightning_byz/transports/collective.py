@@ -55,10 +55,17 @@ class Collective(Transport):
             outgoing: contiguous tensors for every rank; those for this rank are left alone. Empty ones are not sent.
             incoming: contiguous tensors of the same shapes and dtypes, on the backend's device.
         """
+        outgoing = [[tensor.to(self._device) for tensor in tensors] for tensors in outgoing]
+        for request in self._start_swap(outgoing, incoming):
+            request.wait()
+
+    def _start_swap(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], tag: int = 0
+    ) -> list[dist.Work]:
+        """The same, begun, of tensors on the backend's device; ``tag`` keeps apart what is on its way at the same time, on gloo."""
         operations = []
         for distance in range(1, self.world_size):
             source, target = (self.rank - distance) % self.world_size, (self.rank + distance) % self.world_size
-            operations += [dist.P2POp(dist.irecv, tensor, source) for tensor in incoming[source] if tensor.numel()]
-            operations += [dist.P2POp(dist.isend, tensor.to(self._device), target) for tensor in outgoing[target] if tensor.numel()]
-        for request in dist.batch_isend_irecv(operations) if operations else ():
-            request.wait()
+            operations += [dist.P2POp(dist.irecv, tensor, source, tag=tag) for tensor in incoming[source] if tensor.numel()]
+            operations += [dist.P2POp(dist.isend, tensor, target, tag=tag) for tensor in outgoing[target] if tensor.numel()]
+        return dist.batch_isend_irecv(operations) if operations else []

@@ -6,15 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
-from lightning_byz.transports.base import Message, Received
+from lightning_byz.transports.base import Downlink, Message, Received, Uplink
 from lightning_byz.transports.collective import Collective
 from lightning_byz.types import Payload, Round
+
+_MOST_BUCKETS = 64
+_DOWN = 2**15 + 1
+"""The tag of estimates on their way down; below it are those of messages on their way up, above 0."""
 
 
 def shard_bounds(dim: int, shards: int) -> list[int]:
@@ -31,17 +36,55 @@ class Sharded(Collective):
     shares' small sums are added up over the ranks. Payloads that cannot be cut (`LowRank`) are sent whole to everybody, and decoded there
     for its share only.
 
+    Messages of coordinate-wise algorithms (`Algorithm.coordinate_wise`) travel in buckets, of which every rank has a share. A bucket leaves
+    as soon as the backward pass has filled it; the rule, where it is coordinate-wise, answers bucket by bucket, too. The results are those
+    of whole messages. The last coordinates go first; a parameter without a gradient holds its bucket back until backward has ended.
+
     Who must be honest: every *process*, as for `AllGather`; in addition each makes its share of the result for all others. What decisions
     depend on (distances, norms) is rank 0's.
+
+    Args:
+        overlap: send buckets; False: messages and results in one piece each, after backward. All ranks must be told the same.
+        bucket_size: coordinates of a bucket. There are 64 buckets at most; then they are larger.
     """
+
+    def __init__(self, overlap: bool = True, bucket_size: int = 1_048_576) -> None:
+        if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
+            raise ValueError(f"`bucket_size` should be a number of coordinates, an integer of at least 1. Found {bucket_size!r}.")
+        self.overlap, self.bucket_size = overlap, bucket_size
+        self._finely = False
+        self._bounds: dict[int, list[int]] = {}
 
     def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
         super().connect(rank, world_size, workers_per_process, device)
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
+        self._bounds.clear()
 
-    def span(self, dim: int) -> tuple[int, int]:
-        bounds = shard_bounds(dim, self.world_size)
-        return bounds[self.rank], bounds[self.rank + 1]
+    def cut(self, finely: bool) -> None:
+        self._finely = finely and self.overlap
+        self._bounds.clear()
+
+    def bounds(self, dim: int) -> list[int]:
+        """Where the ranks' shares of the buckets begin and end: bucket by bucket, rank by rank; all but the last are multiples of 32."""
+        if dim in self._bounds:
+            return self._bounds[dim]
+        size = dim
+        if self._finely:
+            unit = 32 * self.world_size
+            size = -(-max(self.bucket_size, dim // _MOST_BUCKETS) // unit) * unit
+        cuts = [0]
+        for first in range(0, dim, max(1, size)) or (0,):
+            cuts += [first + cut for cut in shard_bounds(min(size, dim - first), self.world_size)[1:]]
+        self._bounds[dim] = cuts
+        return cuts
+
+    def spans_of(self, rank: int, dim: int) -> tuple[tuple[int, int], ...]:
+        """The columns that a rank aggregates: its share of every bucket."""
+        bounds = self.bounds(dim)
+        return tuple((bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, self.world_size))
+
+    def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
+        return self.spans_of(self.rank, dim)
 
     def total(self, tensor: Tensor) -> Tensor:
         shared = tensor.to(self._device, copy=True)
@@ -55,12 +98,19 @@ class Sharded(Collective):
 
     def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
         """The result is in memory that the next exchange of the same layout uses again."""
-        bounds = shard_bounds(dim, self.world_size)
+        uplink = self.uplink(codec, dim, dtype, round)
+        if uplink is not None:
+            cuts = [first for first, _ in reversed(uplink.buckets)] + [dim]
+            pieces = [codec.split(message.payload, dim, cuts) for message in messages]
+            for bucket in reversed(range(len(uplink.buckets))):
+                uplink.send([mine[bucket] for mine in pieces])
+            return uplink.close([message.flags for message in messages])
         format = self._format(codec, dim)
         if format is None:
             return super().exchange(messages, codec, dim, dtype, round)
+        bounds = self.bounds(dim)
         shares = [codec.split(message.payload, dim, bounds) for message in messages]
-        first, last = self.span(dim)
+        ((first, last),) = self.spans(dim)
         flags = Field(tuple(messages[0].flags.shape), torch.uint8)
         if codec.sparse:
             layouts = self._announced(shares, codec.layout(dim, dtype))
@@ -69,10 +119,7 @@ class Sharded(Collective):
                 mine if layouts[worker] else [()] * self.world_size for worker, mine in zip(self.workers, shares, strict=True)
             ]
         else:
-            layout = (flags, *format.layout(last - first, dtype))
-            if layout not in self._room:
-                self._room[layout] = [_empty(Field((self.n, *field.shape), field.dtype), self._device) for field in layout]
-            incoming = [list(tensors) for tensors in zip(*self._room[layout], strict=True)]
+            incoming = [list(tensors) for tensors in zip(*self._rows((flags, *format.layout(last - first, dtype))), strict=True)]
 
         outgoing = [
             [tensor for message, mine in zip(messages, shares, strict=True) for tensor in (message.flags, *mine[rank])]
@@ -88,6 +135,16 @@ class Sharded(Collective):
         device = messages[0].flags.device
         received = [Message(flags.to(device), tuple(t.to(device) for t in payload)) for flags, *payload in incoming]
         return Received(received, format, self._valid(received, format, last - first))
+
+    def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
+        """Its result is in memory that the next round uses again."""
+        return _Uplink(self, codec, dim, dtype, round.step) if codec.coordinate_wise else None
+
+    def _rows(self, layout: tuple[Field, ...]) -> list[Tensor]:
+        """Room for what arrives here of all n workers: a tensor ``[n, ...]`` for each field."""
+        if layout not in self._room:
+            self._room[layout] = [_empty(Field((self.n, *field.shape), field.dtype), self._device) for field in layout]
+        return self._room[layout]
 
     def _announced(self, shares: Sequence[Sequence[Payload]], whole: Sequence[Field]) -> list[list[Field]]:
         """The layouts of what will arrive here of all n workers' payloads, whose shares differ in size.
@@ -108,21 +165,29 @@ class Sharded(Collective):
         ]
 
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
-        first, last = self.span(dim)
+        spans, bounds = self.spans(dim), self.bounds(dim)
+        width = sum(last - first for first, last in spans)
         format = self._format(codec, dim)
         if format is None:
-            window = _Window(codec, dim, first)
-            return Received(list(everybody), window, self._valid(everybody, window, last - first))
-        bounds = shard_bounds(dim, self.world_size)
-        here = [Message(flags, codec.split(payload, dim, bounds)[self.rank]) for flags, payload in everybody]
-        return Received(here, format, self._valid(here, format, last - first))
+            window = _Window(codec, dim, spans[0][0])
+            return Received(list(everybody), window, self._valid(everybody, window, width))
+        here = []
+        for flags, payload in everybody:
+            shares = codec.split(payload, dim, bounds)[self.rank :: self.world_size]
+            here.append(Message(flags, shares[0] if len(shares) == 1 else tuple(map(torch.cat, zip(*shares, strict=True)))))
+        return Received(here, format, self._valid(here, format, width))
 
     def _format(self, codec: Compressor, dim: int) -> WireFormat | None:
         """How this rank's share of a payload is decoded; None if payloads cannot be cut into all ranks' shares."""
-        parts = [codec.part(dim, first, last) for first, last in pairwise(shard_bounds(dim, self.world_size))]
+        if codec.coordinate_wise:
+            return codec
+        parts = [codec.part(dim, first, last) for first, last in pairwise(self.bounds(dim))]
         return None if any(part is None for part in parts) else parts[self.rank]
 
     # -- down ---------------------------------------------------------------------------------------------------------
+
+    def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
+        return _Downlink(self, dim, like, out)
 
     def spread(
         self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
@@ -130,19 +195,23 @@ class Sharded(Collective):
         if isinstance(codec, Identity):  # numbers arrive where they belong
             whole = self._joined(answer[0], dim, range(self.world_size), out)
             return whole, (whole,)
-        sizes = [last - first for first, last in pairwise(shard_bounds(dim, self.world_size))]
-        answers = [[_empty(field, self._device) for field in codec.layout(size, dtype)] for size in sizes]
+        spans = [self.spans_of(rank, dim) for rank in range(self.world_size)]
+        widths = [sum(last - first for first, last in mine) for mine in spans]
+        answers = [[_empty(field, self._device) for field in codec.layout(width, dtype)] for width in widths]
         device = answer[0].device
         for tensor, own in zip(answer, answers[self.rank], strict=True):
             own.copy_(tensor)
         self._swap([answer] * self.world_size, answers)
-        decoded = [codec.decode(tuple(t.to(device) for t in share), size) for share, size in zip(answers, sizes, strict=True)]
-        return torch.cat(decoded, out=out), tuple(tensor for share in answers for tensor in share)
+        whole = torch.empty(dim, dtype=dtype, device=device) if out is None else out
+        for share, width, mine in zip(answers, widths, spans, strict=True):
+            decoded = codec.decode(tuple(t.to(device) for t in share), width)
+            for (first, last), piece in zip(mine, torch.split(decoded, [last - first for first, last in mine]), strict=True):
+                whole[first:last] = piece
+        return whole, tuple(tensor for share in answers for tensor in share)
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
-        """Every rank sends the coordinates of its share that have changed, or all of it where that is less."""
-        bounds = shard_bounds(len(last), self.world_size)
-        spans = list(pairwise(bounds))
+        """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
+        spans = list(pairwise(self.bounds(len(last))))
         first, end = spans[self.rank]
         changed = (estimate != last[first:end]).nonzero().flatten()
         share: Payload = (estimate[changed], changed.to(torch.int32))
@@ -176,20 +245,120 @@ class Sharded(Collective):
 
     def _joined(self, columns: Tensor, dim: int, ranks: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Whole vectors at these ranks, in ``out`` if there is one that the backend can receive into; elsewhere this rank's columns."""
-        rows = list(columns.reshape(math.prod(columns.shape[:-1]), columns.shape[-1]))
-        outgoing = [rows if rank in ranks else [] for rank in range(self.world_size)]
+        rows = columns.reshape(math.prod(columns.shape[:-1]), columns.shape[-1])
+        own = [piece for row in rows for piece in torch.split(row, [last - first for first, last in self.spans(dim)])]
+        outgoing = [own if rank in ranks else [] for rank in range(self.world_size)]
         if self.rank not in ranks:
             self._swap(outgoing, [[]] * self.world_size)
             return columns
         whole = out
         if whole is None or whole.device != self._device:
             whole = torch.empty(*columns.shape[:-1], dim, dtype=columns.dtype, device=self._device)
-        spans = list(pairwise(shard_bounds(dim, self.world_size)))
-        incoming = [[row[first:last] for row in whole.view(-1, dim)] for first, last in spans]
-        for row, own in zip(rows, incoming[self.rank], strict=True):
-            own.copy_(row)
+        incoming = [
+            [row[first:last] for row in whole.view(-1, dim) for first, last in self.spans_of(rank, dim)]
+            for rank in range(self.world_size)
+        ]
+        for piece, place in zip(own, incoming[self.rank], strict=True):
+            place.copy_(piece)
         self._swap(outgoing, incoming)
         return whole.to(columns.device)
+
+
+class _Uplink(Uplink):
+    """All-to-all of one bucket after the other.
+
+    Args:
+        transport: whose ranks take part.
+        codec: a coordinate-wise one.
+        dim, dtype: of the vectors.
+        step: of the round; keeps its messages apart from another round's.
+    """
+
+    def __init__(self, transport: Sharded, codec: Compressor, dim: int, dtype: torch.dtype, step: int) -> None:
+        self.transport, self.codec, self.tag = transport, codec, 1 + step % 2**15
+        world, bounds = transport.world_size, transport.bounds(dim)
+        starts = range(0, len(bounds) - 1, world)
+        self.cuts = [bounds[start : start + world + 1] for start in reversed(starts)]
+        self.buckets = [(cuts[0], cuts[-1]) for cuts in self.cuts]
+        self.width = sum(last - first for first, last in transport.spans(dim))
+        self.rows = transport._rows(codec.layout(self.width, dtype))
+        self.requests: list[dist.Work] = []
+        self.kept: list[Any] = []
+        # where this rank's share of every bucket has its place in its rows, by field
+        ends, place = [], self.width
+        for cuts in self.cuts:
+            ends.append((place - (cuts[transport.rank + 1] - cuts[transport.rank]), place))
+            place = ends[-1][0]
+        lengths = {at: [field.shape[0] for field in codec.layout(at, dtype)] for at in {at for pair in ends for at in pair}}
+        self.places = [list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends]
+        if transport._gloo:  # a sender need not wait for a receiver whose backward pass is slower
+            for bucket in range(len(self.buckets)):
+                self.requests += transport._start_swap([[]] * world, self._expected(bucket), self.tag)
+
+    def _expected(self, bucket: int) -> list[list[Tensor]]:
+        """What arrives of a bucket, by rank."""
+        workers = self.transport.workers_per_process
+        return [
+            [
+                rows[worker, first:last]
+                for worker in range(rank * workers, (rank + 1) * workers)
+                for rows, (first, last) in zip(self.rows, self.places[bucket], strict=True)
+            ]
+            for rank in range(self.transport.world_size)
+        ]
+
+    def send(self, payloads: Sequence[Payload]) -> None:
+        transport, cuts = self.transport, self.cuts[self.sent]
+        dim, bounds = cuts[-1] - cuts[0], [cut - cuts[0] for cut in cuts]
+        shares = [self.codec.split(tuple(t.to(transport._device) for t in payload), dim, bounds) for payload in payloads]
+        outgoing = [[tensor for mine in shares for tensor in mine[rank]] for rank in range(transport.world_size)]
+        expected = self._expected(self.sent)
+        for tensor, out in zip(outgoing[transport.rank], expected[transport.rank], strict=True):
+            out.copy_(tensor)
+        nothing: list[list[Tensor]] = [[]] * transport.world_size
+        self.requests += transport._start_swap(outgoing, nothing if transport._gloo else expected, self.tag)
+        self.kept.append(shares)
+        self.sent += 1
+
+    def close(self, flags: Sequence[Tensor]) -> Received:
+        for request in self.requests:
+            request.wait()
+        self.kept.clear()
+        device = flags[0].device
+        said = self.transport.gather([[flag] for flag in flags], [Field(tuple(flags[0].shape), torch.uint8)])
+        received = [Message(flag, tuple(rows[worker].to(device) for rows in self.rows)) for worker, (flag,) in enumerate(said)]
+        return Received(received, self.codec, self.transport._valid(received, self.codec, self.width))
+
+
+class _Downlink(Downlink):
+    """Every rank's pieces to everybody, one after the other. Arguments as in `Transport.downlink`."""
+
+    def __init__(self, transport: Sharded, dim: int, like: Tensor, out: Tensor | None) -> None:
+        self.transport, self.device, whole = transport, like.device, out
+        if whole is None or whole.device != transport._device:
+            whole = torch.empty(dim, dtype=like.dtype, device=transport._device)
+        self.whole, self.sent = whole, 0
+        self.spans = [transport.spans_of(rank, dim) for rank in range(transport.world_size)]
+        self.requests: list[dist.Work] = []
+        if transport._gloo:
+            for piece in range(len(self.spans[0])):
+                self.requests += transport._start_swap([[]] * transport.world_size, self._expected(piece), _DOWN)
+
+    def _expected(self, piece: int) -> list[list[Tensor]]:
+        return [[self.whole[slice(*spans[piece])]] for spans in self.spans]
+
+    def send(self, piece: Tensor) -> None:
+        transport, expected = self.transport, self._expected(self.sent)
+        (own,) = expected[transport.rank]
+        own.copy_(piece)
+        nothing: list[list[Tensor]] = [[]] * transport.world_size
+        self.requests += transport._start_swap([[own]] * transport.world_size, nothing if transport._gloo else expected, _DOWN)
+        self.sent += 1
+
+    def close(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.whole.to(self.device)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""A worker's message leaves while its backward pass is still running."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_byz.algorithms import Algorithm
+from lightning_byz.exchange import Exchange, Upload
+from lightning_byz.gradients import FlatParameters
+
+
+class Overlap:
+    """Sends the buckets of the only local worker's message as soon as a backward pass has filled them.
+
+    Backward fills the vector from its end, roughly: the last parameters get their gradients first. Buckets leave in one order, which all
+    ranks share, so that a parameter without a gradient holds its bucket and all later ones back until `gradient` is asked for.
+
+    Args:
+        layout: the parameters.
+        exchange: whose next round the message is for.
+    """
+
+    def __init__(self, layout: FlatParameters, exchange: Exchange) -> None:
+        self.layout, self.exchange = layout, exchange
+        self.broken = False
+        """Whether a parameter's gradient has changed after it was sent, once: this model's backward passes cannot be overlapped."""
+        starts = [0]
+        for size in layout.sizes:
+            starts.append(starts[-1] + size)
+        self._starts = starts
+        self._upload: Upload | None = None
+        self._active = False
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._arrived, i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(layout.parameters)
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @property
+    def began(self) -> bool:
+        """Whether a message is on its way."""
+        return self._upload is not None
+
+    @contextmanager
+    def during_backward(self) -> Iterator[None]:
+        """The last backward pass before the exchange."""
+        self._upload = None if self.broken else self.exchange.open(self.layout.like())
+        self._written: set[int] = set()
+        self._late = False
+        if self._upload is not None:
+            self._buckets = self._upload.left
+            self._missing = [0] * len(self._buckets)
+            self._touches: list[list[int]] = [[] for _ in self.layout.parameters]
+            for b, (first, last) in enumerate(self._buckets):
+                for i, size in enumerate(self.layout.sizes):
+                    if size and self._starts[i] < last and self._starts[i + 1] > first:
+                        self._touches[i].append(b)
+                        self._missing[b] += 1
+        self._active = self._upload is not None
+        try:
+            yield
+        finally:
+            self._active = False
+
+    @torch.no_grad()
+    def _arrived(self, i: int, parameter: Tensor) -> None:
+        """A parameter's gradient is there."""
+        if not self._active:
+            return
+        assert self._upload is not None
+        again = i in self._written
+        if again and any(b < self._upload.uplink.sent for b in self._touches[i]):
+            self._late = True
+            return
+        row = self._write(i, parameter)
+        if again:
+            return
+        for b in self._touches[i]:
+            self._missing[b] -= 1
+        while self._upload.uplink.sent < len(self._buckets) and self._missing[self._upload.uplink.sent] == 0:
+            first, last = self._buckets[self._upload.uplink.sent]
+            self._upload.send([row[first:last]])
+
+    def _write(self, i: int, parameter: Tensor) -> Tensor:
+        row = self.layout.rows(1)[0]
+        self.layout.read_gradient(parameter, row[self._starts[i] : self._starts[i + 1]])
+        self._written.add(i)
+        return row
+
+    def gradient(self) -> Tensor | None:
+        """The whole gradient ``[d]``, after a backward pass that was overlapped; None if what was sent of it is not what it is."""
+        self._upload = None
+        if self._late:
+            self.broken = True
+            warnings.warn(
+                "byzantine_robust: a parameter received a gradient a second time in one backward pass, after the first was sent (reentrant "
+                "checkpointing does that). This worker is silent in this step, and sends its message after backward from now on. "
+                "Sharded(overlap=False) does so from the start.",
+                stacklevel=2,
+            )
+            return None
+        for i, parameter in enumerate(self.layout.parameters):
+            if i not in self._written:
+                self._write(i, parameter)
+        return self.layout.rows(1)[0]
+
+
+def obstacle(algorithm: Algorithm, module: Any, callbacks: Iterable[Any], precision: Any, optimizers: Iterable[Any]) -> str | None:
+    """Why a run needs the whole gradient before anything of it is sent; None: it does not."""
+    if not algorithm.coordinate_wise:
+        return f"{type(algorithm).__name__} looks at the whole vector"
+    if not module.automatic_optimization:
+        return "optimization is manual"
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        return "LBFGS evaluates its closure several times"
+    if getattr(precision, "scaler", None) is not None:
+        return "a loss scaler looks for overflows first"
+    if not _is_lightnings(module.backward):
+        return f"{type(module).__name__} has a `backward` of its own"
+    for hooked in (module, *callbacks):
+        if not _is_lightnings(hooked.on_after_backward):
+            return f"{type(hooked).__name__} has an `on_after_backward`, which may change gradients"
+    return None
+
+
+def _is_lightnings(method: Any) -> bool:
+    """Whether a hook is Lightning's own, which changes no gradient."""
+    return getattr(method, "__module__", "").startswith(("lightning.", "pytorch_lightning."))
