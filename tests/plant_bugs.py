@@ -831,7 +831,7 @@ BUGS = [
         "self.delays(round)",
         "stragglers",
     ),
-    Bug("the dead speak", "exchange.py", "and comes(round, worker) and", "and", "stragglers"),
+    Bug("the dead speak", "exchange.py", "and comes(round, worker) and _is_finite", "and _is_finite", "stragglers"),
     Bug(
         "a key speaks for any rank",
         "transports/parameter_server/desk.py",

@@ -1,0 +1,189 @@
+"""Messages that leave during backward give what messages after it give, bit for bit, whatever backward does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from harness import assert_close, assert_equal, cpu_amp, fit
+from models import Plain, loader, loss_of
+from torch.utils.checkpoint import checkpoint
+
+from lightning_byz import (
+    CAF,
+    NNM,
+    ByzEF21SGDM,
+    Chain,
+    CoordinateMedian,
+    NotANumber,
+    RobustSGD,
+    Sharded,
+    SignSGDMajorityVote,
+    TrimmedMean,
+)
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.overlap import Overlap
+
+pytestmark = pytest.mark.processes
+MEDIAN = RobustSGD(CoordinateMedian())
+RANKS = 3
+
+
+class Lossless(Plain):
+    """Rank 1 has no loss in the second step."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        return None if self.global_rank == 1 and batch_idx == 1 else loss
+
+
+class FirstHalfOnly(Plain):
+    """The second layer gets a gradient in the first micro-batch of a step only."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        hidden = self.net[0](batch[0])
+        return self.net[2](hidden).square().mean() if batch_idx % 2 == 0 else hidden.square().mean()
+
+
+class Twice(Plain):
+    """A layer that reentrant checkpointing meets twice gets two gradients in one backward pass."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x = batch[0].clone().requires_grad_()
+        layer = self.net[0]
+        for _ in range(2):
+            x = checkpoint(lambda x: layer(x)[:, :10] + x, x, use_reentrant=True)
+        return loss_of(self.net[1:], [torch.nn.functional.pad(x, (0, 6)), batch[1]])
+
+
+class Halves(Plain):
+    """Changes its gradients after backward."""
+
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            p.grad = None if p.grad is None else p.grad / 2
+
+
+class HalvesFromOutside(L.Callback):
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        Halves.on_after_backward(pl_module)
+
+
+class BackwardTwice(Plain):
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        (loss / 2).backward(retain_graph=True)
+        (loss / 2).backward()
+
+
+def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Sharded, **trainer: Any) -> list[dict[str, Any]]:
+    """Every rank's report; its extra is how many buckets were gone when backward ended, by step, and what the log said."""
+    gone: list[int] = []
+    said: list[str] = []
+    log = logging.getLogger("lightning_byz")
+    wanted = Overlap.gradient
+
+    def gradient(self: Overlap) -> Any:
+        gone.append(self._upload.uplink.sent)
+        return wanted(self)
+
+    strategy = ByzantineRobustStrategy(algorithm, transport, start_method="fork", seed=5)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Overlap, "gradient", gradient)
+        patched.setattr(log, "info", said.append)
+        L.seed_everything(7)
+        return fit(
+            folder,
+            make(),
+            strategy,
+            devices=RANKS,
+            data=loader(8),
+            extra=lambda *_: (list(gone), list(said)),
+            **{"max_epochs": 9, "max_steps": 4, **trainer},
+        )
+
+
+CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
+    # the model, the algorithm, arguments of the Trainer, and whether all of a step's buckets but the last should be gone before backward ends
+    "median": (Plain, MEDIAN, {}, True),
+    "adam": (lambda: Plain(optimizer="adam"), MEDIAN, {}, True),
+    "momenta": (Plain, RobustSGD(TrimmedMean(), worker_momentum=0.9, undo_worker_momentum=True), {}, True),
+    "server momentum": (Plain, RobustSGD(CoordinateMedian(), server_momentum=0.9), {}, True),
+    "a rule that needs distances": (Plain, RobustSGD(Chain(pre=(NNM(),), rule=TrimmedMean()), worker_momentum=0.5), {}, True),
+    "the default": (Plain, RobustSGD(CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True), {}, True),
+    "votes": (Plain, SignSGDMajorityVote(), {}, True),
+    "accumulation": (Plain, MEDIAN, {"accumulate_grad_batches": 2}, True),
+    "a gradient from an earlier micro-batch": (FirstHalfOnly, MEDIAN, {"accumulate_grad_batches": 2}, False),
+    "clipping": (Plain, MEDIAN, {"gradient_clip_val": 0.1}, True),
+    "batch norm": (lambda: Plain(norm=True), MEDIAN, {}, True),
+    "frozen": (lambda: Plain(frozen=True), MEDIAN, {}, True),
+    "unused": (lambda: Plain(unused=True), MEDIAN, {}, False),
+    "no loss": (Lossless, MEDIAN, {}, True),
+    "bfloat16": (Plain, MEDIAN, {"precision": "bf16-true"}, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path) -> None:
+    make, algorithm, trainer, early = CASES[name]
+    after = run(tmp_path / "after", make, algorithm, Sharded(overlap=False), **trainer)
+    during = run(tmp_path / "during", make, algorithm, Sharded(bucket_size=1), **trainer)
+    for a, b in zip(after, during, strict=True):
+        assert a["extra"][0] == []
+        assert_close(a, b, tolerance=1e-6) if name == "the default" else assert_equal(a, b)  # its sums are added up shard by shard
+    counts, said = during[0]["extra"]
+    assert "byzantine_robust: gradients are exchanged while backward runs." in said
+    assert len(counts) == 4
+    if early:
+        assert min(counts) >= 1, counts
+
+
+@pytest.mark.parametrize(
+    ("make", "algorithm", "trainer", "reason"),
+    [
+        (Plain, ByzEF21SGDM(CoordinateMedian()), {}, "ByzEF21SGDM looks at the whole vector"),
+        (Plain, MEDIAN, cpu_amp(), "a loss scaler"),
+        (lambda: Plain(optimizer="lbfgs"), MEDIAN, {}, "LBFGS"),
+        (Halves, MEDIAN, {}, "Halves has an `on_after_backward`"),
+        (Plain, MEDIAN, {"callbacks": [HalvesFromOutside()]}, "HalvesFromOutside has an `on_after_backward`"),
+        (BackwardTwice, MEDIAN, {}, "BackwardTwice has a `backward` of its own"),
+    ],
+    ids=["whole vector", "loss scaler", "lbfgs", "module hook", "callback hook", "backward"],
+)
+def test_what_needs_the_whole_gradient_waits_and_says_so(
+    make: Any, algorithm: Any, trainer: Any, reason: str, tmp_path: Path
+) -> None:
+    after = run(tmp_path / "after", make, algorithm, Sharded(overlap=False), **trainer)
+    during = run(tmp_path / "during", make, algorithm, Sharded(bucket_size=1), **trainer)
+    for a, b in zip(after, during, strict=True):
+        assert b["extra"][0] == []
+        assert_equal(a, b)
+    assert len([line for line in during[0]["extra"][1] if reason in line]) == 1
+
+
+def test_an_attack_sees_whole_messages(tmp_path: Path) -> None:
+    found = [
+        run(tmp_path / name, Plain, MEDIAN, transport, callbacks=[ByzantineWorkers(NotANumber(), workers=[2])])
+        for name, transport in (("after", Sharded(overlap=False)), ("during", Sharded(bucket_size=1)))
+    ]
+    assert found[1][0]["extra"][0] == []
+    assert_equal(found[0][0], found[1][0])
+
+
+def test_a_gradient_that_comes_twice_costs_a_step_and_no_more(tmp_path: Path) -> None:
+    """What was sent of it is wrong, so that everybody is silent in the first step; then nobody sends during backward any more."""
+    after = run(tmp_path / "after", Twice, MEDIAN, Sharded(overlap=False), max_steps=3)
+    during = run(tmp_path / "during", Twice, MEDIAN, Sharded(bucket_size=1), max_steps=4, limit_train_batches=4)
+    assert len(during[0]["extra"][0]) == 1
+    assert all(torch.equal(during[0]["weights"][name], during[1]["weights"][name]) for name in during[0]["weights"])
+    assert after[0]["steps"] == 3
+
+
+@pytest.mark.parametrize("size", [0, 1.5, True])
+def test_a_bucket_holds_something(size: Any) -> None:
+    with pytest.raises(ValueError, match="bucket_size"):
+        Sharded(bucket_size=size)
