@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, TypeGuard
 
@@ -18,6 +18,9 @@ from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
 from lightning_byz.transports import Awaited, Message, Received, Transport, Uplink, Verdict
 from lightning_byz.types import Gradients, Payload, Round
+
+_BLOCK = 2**20
+"""Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache for the next."""
 
 
 class Contribution(NamedTuple):
@@ -115,7 +118,7 @@ class Exchange:
         self.quarantined: set[int] = set()
         self._upload: Upload | None = None  # of the coming round, if it has been opened
         self._spare: dict[int, Any] = {}  # room for the local workers' next states
-        transport.cut(algorithm.coordinate_wise)
+        transport.cut(algorithm.codec(Round(step=0, n=transport.n, seed=seed)) if algorithm.coordinate_wise else None)
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
@@ -357,16 +360,19 @@ class Exchange:
     def _answers_in_pieces(self, down: Compressor) -> bool:
         """Whether the estimate may be made and sent piece by piece."""
         assert self.dim is not None
-        coordinate_wise = self.algorithm.coordinate_wise and self.algorithm.aggregator.coordinate_wise
-        return coordinate_wise and isinstance(down, Identity) and len(self.transport.spans(self.dim)) > 1
+        rule = self.algorithm.aggregator
+        plain = not rule.remembers and type(rule).__call__ is Aggregator.__call__
+        return plain and self.algorithm.coordinate_wise and isinstance(down, Identity) and len(self.transport.spans(self.dim)) > 1
 
     def _answer_in_pieces(self, rows: Rows, round: Round) -> tuple[Tensor, Payload]:
         """As `_answer`; a piece is on its way while the next one is made."""
         assert self.dim is not None
         width, place, states, downlink = rows.values.shape[1], 0, [], None
-        for _, piece in rows.pieces():
+        rule, speaking = self.algorithm.aggregator.facing(rows, round.present)
+        for (_, piece), result in zip(rows.pieces(), rule.in_pieces(speaking), strict=True):
             size = piece.values.shape[1]
-            estimate, state = self.algorithm.server(piece, _piece_of(self.server, place, place + size, width), round)
+            algorithm = replace(self.algorithm, aggregator=_Known(rule.f, result))  # type: ignore[type-var]
+            estimate, state = algorithm.server(piece, _piece_of(self.server, place, place + size, width), round)
             if downlink is None:  # there will be an estimate
                 downlink = self.transport.downlink(self.dim, rows.values, self._whole)
             downlink.send(estimate)
@@ -477,6 +483,20 @@ class Exchange:
         return {} if self.dim is None else {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
 
 
+@dataclass(frozen=True)
+class _Known(Aggregator):
+    """A rule whose result is known already."""
+
+    result: Tensor | None = None
+
+    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+        return self.aggregate(Rows.of(rows))
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        assert self.result is not None
+        return self.result
+
+
 class Upload:
     """The local workers' messages of one round on their way up, bucket by bucket, and the states that they leave behind.
 
@@ -516,16 +536,19 @@ class Upload:
                 layout = self.codec.layout(last - first, self.like.dtype)
                 payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
                 continue
-            grads_here = Gradients(g)
-            before = _piece_of(self.before[worker], first, last, self.dim)
-            payload, after = self.algorithm.worker(grads_here, before, self.round._replace(worker=worker))
-            self.sound[worker] &= _is_finite(grads_here, self.codec) and bool(self.codec.valid(payload, last - first))
-            room = self.states[worker]
-            self.states[worker] = type(room)(
-                *(_put(place, new, first, last, self.dim) for place, new in zip(room, after, strict=True))
-            )
-            payloads.append(payload)
+            cuts = [*range(first, last, _BLOCK), last]
+            blocks = [self._block(worker, g[a - first : b - first], a, b) for a, b in itertools.pairwise(cuts)]
+            payloads.append(blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True))))
         self.uplink.send(payloads)
+
+    def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
+        """What a worker sends of columns first .. last - 1."""
+        grads, before = Gradients(g), _piece_of(self.before[worker], first, last, self.dim)
+        payload, after = self.algorithm.worker(grads, before, self.round._replace(worker=worker))
+        self.sound[worker] &= _is_finite(grads, self.codec) and bool(self.codec.valid(payload, last - first))
+        room = self.states[worker]
+        self.states[worker] = type(room)(*(_put(place, new, first, last, self.dim) for place, new in zip(room, after, strict=True)))
+        return payload
 
 
 def _is_whole(tensor: Tensor, dim: int) -> bool:

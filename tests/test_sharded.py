@@ -178,10 +178,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str,
 
 @pytest.fixture(scope="module")
 def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """All cases, by rank, in buckets of 96 coordinates, of which some have left before the round is run, by other ranks more than by this."""
+    """All cases, by rank, in buckets of 96 float32 coordinates, of which some have left before the round is run, by other ranks more than by this."""
 
     def work(rank: int) -> dict[str, Any]:
-        transport = connected(Sharded(bucket_size=96), rank, RANKS)
+        transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
         return {name: play(case, transport, early=rank) for name, case in CASES.items()}
 
     return in_ranks(tmp_path_factory.mktemp("buckets"), work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -146,6 +147,13 @@ class Aggregator(Rule):
     def aggregate(self, rows: Rows) -> Tensor:
         """The rule itself, on finite rows and with an f that fits: ``Rows [n, d] -> [d]``."""
 
+    def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
+        """The result of `aggregate` for each of ``rows.pieces()``, as soon as it is known."""
+        if self.coordinate_wise:
+            yield from (self.aggregate(piece) for _, piece in rows.pieces())
+        else:
+            yield from torch.split(self.aggregate(rows), [piece.values.shape[1] for _, piece in rows.pieces()])
+
 
 @dataclass(frozen=True)
 class WeightedAggregator(Aggregator):
@@ -157,6 +165,13 @@ class WeightedAggregator(Aggregator):
 
     def aggregate(self, rows: Rows) -> Tensor:
         return rows.combine(self.weights(rows))
+
+    def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
+        if type(self).aggregate is not WeightedAggregator.aggregate:
+            yield from super().in_pieces(rows)
+            return
+        weights = self.weights(rows)
+        yield from (piece.combine(weights) for _, piece in rows.pieces())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -89,3 +89,6 @@ class Chain(Aggregator):
 
     def aggregate(self, rows: Rows) -> Tensor:
         return self.rule.aggregate(self.prepared(rows))
+
+    def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
+        return self.rule.in_pieces(self.prepared(rows))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_byz.transports.collective import Collective
 from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64
+_BLOCK = 2**18
 _DOWN = 2**15 + 1
 """The tag of estimates on their way down; below it are those of messages on their way up, above 0."""
 
@@ -45,14 +46,14 @@ class Sharded(Collective):
 
     Args:
         overlap: send buckets; False: messages and results in one piece each, after backward. All ranks must be told the same.
-        bucket_size: coordinates of a bucket. There are 64 buckets at most; then they are larger.
+        bucket_size: bytes of a bucket, about. There are 64 buckets at most; then they are larger.
     """
 
-    def __init__(self, overlap: bool = True, bucket_size: int = 1_048_576) -> None:
+    def __init__(self, overlap: bool = True, bucket_size: int = 2**22) -> None:
         if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
-            raise ValueError(f"`bucket_size` should be a number of coordinates, an integer of at least 1. Found {bucket_size!r}.")
+            raise ValueError(f"`bucket_size` should be a number of bytes, an integer of at least 1. Found {bucket_size!r}.")
         self.overlap, self.bucket_size = overlap, bucket_size
-        self._finely = False
+        self._bucket: int | None = None  # coordinates of a bucket; None: there is only one
         self._bounds: dict[int, list[int]] = {}
 
     def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
@@ -60,8 +61,10 @@ class Sharded(Collective):
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
         self._bounds.clear()
 
-    def cut(self, finely: bool) -> None:
-        self._finely = finely and self.overlap
+    def cut(self, codec: Compressor | None) -> None:
+        self._bucket = None
+        if codec is not None and self.overlap:
+            self._bucket = 32 * self.bucket_size // codec.nbytes(32, torch.float32)
         self._bounds.clear()
 
     def bounds(self, dim: int) -> list[int]:
@@ -69,9 +72,9 @@ class Sharded(Collective):
         if dim in self._bounds:
             return self._bounds[dim]
         size = dim
-        if self._finely:
+        if self._bucket is not None:
             unit = 32 * self.world_size
-            size = -(-max(self.bucket_size, dim // _MOST_BUCKETS) // unit) * unit
+            size = -(-max(self._bucket, dim // _MOST_BUCKETS, 1) // unit) * unit
         cuts = [0]
         for first in range(0, dim, max(1, size)) or (0,):
             cuts += [first + cut for cut in shard_bounds(min(size, dim - first), self.world_size)[1:]]
@@ -204,10 +207,23 @@ class Sharded(Collective):
         self._swap([answer] * self.world_size, answers)
         whole = torch.empty(dim, dtype=dtype, device=device) if out is None else out
         for share, width, mine in zip(answers, widths, spans, strict=True):
-            decoded = codec.decode(tuple(t.to(device) for t in share), width)
-            for (first, last), piece in zip(mine, torch.split(decoded, [last - first for first, last in mine]), strict=True):
-                whole[first:last] = piece
+            self._decode(tuple(t.to(device) for t in share), codec, width, mine, whole)
         return whole, tuple(tensor for share in answers for tensor in share)
+
+    @staticmethod
+    def _decode(share: Payload, codec: Compressor, width: int, spans: Sequence[tuple[int, int]], whole: Tensor) -> None:
+        """Puts what a share of a payload stands for where it belongs; where that can be, in blocks that are in a cache when they are put."""
+        size = _BLOCK if codec.coordinate_wise else max(1, width)
+        blocks = [(a, min(a + size, last)) for first, last in spans for a in range(first, last, size)]
+        lengths = [last - first for first, last in blocks]
+        decoded: Iterable[Tensor]
+        if codec.coordinate_wise:
+            pieces = codec.split(share, width, list(accumulate(lengths, initial=0)))
+            decoded = (codec.decode(piece, length) for piece, length in zip(pieces, lengths, strict=True))
+        else:
+            decoded = torch.split(codec.decode(share, width), lengths)
+        for (first, last), numbers in zip(blocks, decoded, strict=True):
+            whole[first:last] = numbers
 
     def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
         """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
