@@ -339,7 +339,7 @@ class Exchange:
         assert self.dim is not None and round.present is not None
         dtype = blank.values.dtype
         speaking = round.present.nonzero().flatten().tolist()
-        shared = self.transport.spans(self.dim) != ((0, self.dim),)
+        shared = self.transport.in_shards
         if shared and (self._whole is None or self._whole.shape != (self.dim,) or self._whole.dtype != dtype):
             self._whole = torch.empty(self.dim, dtype=dtype, device=blank.values.device)
         answer = self.algorithm.tally([received.messages[worker].payload for worker in speaking], blank, round)
@@ -347,14 +347,15 @@ class Exchange:
             if self._answers_in_pieces(down):
                 return self._answer_in_pieces(decode(), round)
             estimate, self.server = self.algorithm.server(decode(), self.server, round)
-            if self.algorithm.changes_few and self._last is not None:
-                whole, answer = self.transport.revise(estimate, self._last)
-                self._last = whole.clone()
+            if self._last is not None:
+                answer = self.transport.revise(estimate, self._last)
+                assert self._whole is not None
+                whole = self._whole.copy_(self._last)  # who writes into the estimate changes no state
                 return whole, answer
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
         whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
-        if self.algorithm.changes_few:
-            self._last = whole.clone()  # who writes into the estimate changes no state
+        if self.algorithm.changes_few and shared:
+            self._last = whole.clone()
         return whole, answer
 
     def _answers_in_pieces(self, down: Compressor) -> bool:
@@ -391,22 +392,20 @@ class Exchange:
     def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
         """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
         dim = len(like)
-        vectors = [
-            received.format.decode(payload, dim) if here else None
-            for here, (_, payload) in zip(present.tolist(), received.messages, strict=True)
-        ]
-        together = _side_by_side(vectors)
-        if together is not None:
-            return together
+        payloads = [message.payload if here else None for here, message in zip(present.tolist(), received.messages, strict=True)]
+        if isinstance(received.format, Identity):  # they may lie there already
+            together = _side_by_side([None if payload is None else payload[0] for payload in payloads])
+            if together is not None:
+                return together
         if (
             self._rows is None
-            or self._rows.shape != (len(vectors), dim)
+            or self._rows.shape != (len(payloads), dim)
             or self._rows.dtype != like.dtype
             or self._rows.device != like.device
         ):
-            self._rows = like.new_empty(len(vectors), dim)
-        for row, vector in zip(self._rows, vectors, strict=True):
-            row.zero_() if vector is None else row.copy_(vector)
+            self._rows = like.new_empty(len(payloads), dim)
+        for row, payload in zip(self._rows, payloads, strict=True):
+            row.zero_() if payload is None else received.format.decode_into(payload, row)
         return self._rows
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
@@ -420,7 +419,7 @@ class Exchange:
             alone: this rank is the only one that asks. Without the other ranks' shards there is no server state then.
         """
         server = None
-        if self.dim is not None and self.server is not None and not (alone and self.transport.spans(self.dim) != ((0, self.dim),)):
+        if self.dim is not None and self.server is not None and not (alone and self.transport.in_shards):
             columns = self._whole_server()
             server = {
                 name: self.transport.collect(value, self.dim) if columns[name][1] else value

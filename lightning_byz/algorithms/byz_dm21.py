@@ -59,7 +59,7 @@ class ByzDM21(ByzEF21SGDM):
         else:
             v, u = grads.current.clone(), grads.current.clone()
         c = self.compressor.encode(u - state.g, round.private("compressor", u.device))
-        g = state.g + self.compressor.decode(c, len(u))
+        g = self.compressor.added(state.g, c)
         return c, WorkerState(v, u, g, state.rounds + 1)
 
 

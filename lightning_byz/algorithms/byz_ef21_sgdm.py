@@ -95,7 +95,7 @@ class ByzEF21SGDM(Algorithm):
     def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
         v = torch.lerp(state.v, grads.current, self.eta) if state.rounds else grads.current.clone()
         c = self.compressor.encode(v - state.g, round.private("compressor", v.device))
-        g = state.g + self.compressor.decode(c, len(v))
+        g = self.compressor.added(state.g, c)
         return c, WorkerState(v, g, state.rounds + 1)
 
     def init_server(self, x: Tensor, n: int) -> ServerState:

@@ -37,6 +37,14 @@ class WireFormat(ABC):
     def decode(self, payload: Payload, dim: int) -> Tensor:
         """The vector ``[dim]`` that a valid payload stands for."""
 
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        """The same, into ``out [dim]``."""
+        out.copy_(self.decode(payload, len(out)))
+
+    def added(self, x: Tensor, payload: Payload) -> Tensor:
+        """``x [dim]`` plus the vector that a valid payload stands for; ``x`` is not modified."""
+        return x + self.decode(payload, len(x))
+
     def valid(self, payload: Payload, dim: int) -> Tensor:
         """Whether a payload that has this layout may be decoded: a 0-d bool tensor.
 

@@ -64,6 +64,10 @@ class SparsePart(WireFormat):
         values, index = payload
         return values.new_zeros(dim).index_copy_(0, index.long(), values)
 
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        values, index = payload
+        out.zero_().index_copy_(0, index.long(), values)
+
     def valid(self, payload: Payload, dim: int) -> Tensor:
         values, index = payload
         if len(values) != len(index) or len(index) == 0:
@@ -121,6 +125,13 @@ class _Sparse(Compressor):
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         return SparsePart(self.count(dim)).decode(payload, dim)
+
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        SparsePart(self.count(len(out))).decode_into(payload, out)
+
+    def added(self, x: Tensor, payload: Payload) -> Tensor:
+        values, index = payload
+        return x.index_add(0, index.long(), values)
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return SparsePart(self.count(dim)).valid(payload, dim)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
+from lightning_byz.compressors import Compressor, Field, WireFormat
 from lightning_byz.types import Payload, Round
 
 
@@ -120,6 +120,8 @@ class Transport(ABC):
     rank: int = 0
     world_size: int = 1
     workers_per_process: int = 1
+    in_shards: bool = False
+    """Whether every rank aggregates its share of the coordinates only."""
     measured: bool = False
     """Whether messages arrive one by one: a round closes when the first k have come, and goes on without the dead."""
 
@@ -213,14 +215,14 @@ class Transport(ABC):
         """
         return codec.decode(answer, dim), answer
 
-    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
-        """The same of an estimate that differs from the ``last [dim]``, which all ranks know, in few coordinates only.
+    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
+        """The payload that tells of an estimate which differs from the ``last [dim]`` in few coordinates only; for ranks with shards.
 
         Args:
             estimate: this rank's columns of it.
-            last: the last estimate; not modified.
+            last: the last estimate, which all ranks know; becomes this one.
         """
-        return self.spread((estimate,), Identity(), len(last), estimate.dtype)
+        raise NotImplementedError
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""

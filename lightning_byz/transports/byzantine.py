@@ -65,6 +65,10 @@ class ByzantineTransport(Transport):
     def measured(self) -> bool:  # type: ignore[override]
         return self.inner.measured
 
+    @property
+    def in_shards(self) -> bool:  # type: ignore[override]
+        return self.inner.in_shards
+
     def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
         return self.inner.spans(dim)
 
@@ -108,7 +112,7 @@ class ByzantineTransport(Transport):
     def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
         return self.inner.downlink(dim, like, out)
 
-    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
         return self.inner.revise(estimate, last)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:

@@ -49,6 +49,8 @@ class Sharded(Collective):
         bucket_size: bytes of a bucket, about. There are 64 buckets at most; then they are larger.
     """
 
+    in_shards = True
+
     def __init__(self, overlap: bool = True, bucket_size: int = 2**22) -> None:
         if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
             raise ValueError(f"`bucket_size` should be a number of bytes, an integer of at least 1. Found {bucket_size!r}.")
@@ -225,7 +227,7 @@ class Sharded(Collective):
         for (first, last), numbers in zip(blocks, decoded, strict=True):
             whole[first:last] = numbers
 
-    def revise(self, estimate: Tensor, last: Tensor) -> tuple[Tensor, Payload]:
+    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
         """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
         spans = list(pairwise(self.bounds(len(last))))
         first, end = spans[self.rank]
@@ -244,14 +246,13 @@ class Sharded(Collective):
         for tensor, out in zip(share, answers[self.rank], strict=True):
             out.copy_(tensor)
         self._swap([share] * self.world_size, answers)
-        whole = last.clone()
         for (first, end), (numbers, *places) in zip(spans, answers, strict=True):
-            numbers = numbers.to(whole.device)
+            numbers = numbers.to(last.device)
             if places:
-                whole[first:end].index_copy_(0, places[0].to(whole.device).long(), numbers)
+                last[first:end].index_copy_(0, places[0].to(last.device).long(), numbers)
             else:
-                whole[first:end] = numbers
-        return whole, tuple(tensor for answer in answers for tensor in answer)
+                last[first:end] = numbers
+        return tuple(tensor for answer in answers for tensor in answer)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         return self._joined(columns, dim, range(self.world_size))
