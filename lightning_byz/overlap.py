@@ -20,7 +20,8 @@ class Overlap:
     """Sends the buckets of the only local worker's message as soon as a backward pass has filled them.
 
     Backward fills the vector from its end, roughly: the last parameters get their gradients first. Buckets leave in one order, which all
-    ranks share, so that a parameter without a gradient holds its bucket and all later ones back until `gradient` is asked for.
+    ranks share, so that a parameter without a gradient holds its bucket and all later ones back until `gradient` is asked for. What has been
+    read of ``p.grad`` is released at once: the estimate will take its place.
 
     Args:
         layout: the parameters.
@@ -84,6 +85,7 @@ class Overlap:
             self._late = True
             return
         row = self._write(i, parameter)
+        parameter.grad = None
         if again:
             return
         for b in self._touches[i]:
@@ -94,9 +96,17 @@ class Overlap:
 
     def _write(self, i: int, parameter: Tensor) -> Tensor:
         row = self.layout.rows(1)[0]
-        self.layout.read_gradient(parameter, row[self._starts[i] : self._starts[i + 1]])
+        place = row[self._starts[i] : self._starts[i + 1]]
+        if i in self._written:
+            place.view(parameter.shape).add_(parameter.grad)  # type: ignore[arg-type]
+        else:
+            self.layout.read_gradient(parameter, place)
         self._written.add(i)
         return row
+
+    def used(self) -> Tensor:
+        """``[P]`` bool: the parameters that have a gradient."""
+        return self.layout.used() | torch.tensor([i in self._written for i in range(len(self.layout.parameters))], dtype=torch.bool)
 
     def gradient(self) -> Tensor | None:
         """The whole gradient ``[d]``, after a backward pass that was overlapped; None if what was sent of it is not what it is."""

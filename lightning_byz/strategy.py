@@ -699,13 +699,7 @@ class RobustStrategy(_Base):
         contributions = []
         for i in range(self.workers_per_process):
             if self.workers_per_process == 1:
-                used = layout.used()
-                lossless = self.lightning_module.automatic_optimization and self._lossless[0]
-                absent = lossless or not bool(used.any())
-                if self._overlap is not None and self._overlap.began:
-                    flat = self._overlap.gradient()
-                else:
-                    flat = None if absent else layout.read_gradients(unscale, out=layout.rows(1)[0])
+                flat, used = self._only_gradient(layout, unscale)
             else:
                 accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
                 flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated
@@ -714,6 +708,17 @@ class RobustStrategy(_Base):
             touched = torch.cat([used, self._buffers.changed(i)]).to(self.root_device)
             contributions.append(Contribution(grads, touched))
         return contributions
+
+    def _only_gradient(self, layout: FlatParameters, unscale: float) -> tuple[Tensor | None, Tensor]:
+        """The gradient of a process's only worker, None if there is none, and the parameters that have one."""
+        assert self.lightning_module is not None
+        if self._overlap is not None and self._overlap.began:
+            used = self._overlap.used()
+            return self._overlap.gradient(), used
+        used = layout.used()
+        if (self.lightning_module.automatic_optimization and self._lossless[0]) or not bool(used.any()):
+            return None, used
+        return layout.read_gradients(unscale, out=layout.rows(1)[0]), used
 
     def _gradients(self, i: int, flat: Tensor | None, used: Tensor) -> tuple[Gradients | None, Tensor]:
         """What the i-th local worker's half of the algorithm is given, and the parameters that its losses used."""

@@ -109,10 +109,43 @@ def test_the_gradients_are_those_of_the_loss():
     assert best < float(loss.detach())
 
 
-@pytest.mark.parametrize("name", ["marina_pp", "signsgd", "ef21", "dstar"])
+@pytest.mark.parametrize("flat", [True, False], ids=["mlp", "convolutions"])
+def test_the_classifier_is_the_network_that_it_says_it_is(flat):
+    from _shared import Classifier
+
+    made = object.__new__(Classifier)
+    made.flat, made.sizes = flat, [784, 5, 10]
+    made.shapes = [(16, 3, 5, 5), (16,), (32, 16, 3, 3), (32,), (10, 2048), (10,)]
+    generator = torch.Generator().manual_seed(4)
+    made.x = torch.randn(12, 784, generator=generator) if flat else torch.randn(12, 3, 32, 32, generator=generator)
+    made.y = torch.randint(10, (12,), generator=generator)
+    made.x_test, made.y_test = made.x, made.y
+    relu, linear, convolution = torch.nn.ReLU(), torch.nn.Linear, torch.nn.Conv2d
+    layers = [linear(784, 5), relu, linear(5, 10)]
+    if not flat:
+        layers = [convolution(3, 16, 5, 2, 2), relu, convolution(16, 32, 3, 2, 1), relu, torch.nn.Flatten(), linear(2048, 10)]
+    net = torch.nn.Sequential(*layers)
+    w = made.start(seed=3)
+    turned = [part.T if flat and part.ndim == 2 else part for part in net.parameters()]  # the MLP keeps [inputs, outputs]
+    for part, numbers in zip(turned, w.split([p.numel() for p in net.parameters()]), strict=True):
+        part.data.copy_(numbers.view(part.shape))
+    assert len(w) == sum(p.numel() for p in net.parameters()) == (3985 if flat else 26_346)
+
+    index, flip = torch.arange(12).view(3, 4), torch.tensor([False, True, False])
+    for row, mine, flipped in zip(made.gradients(w, index, flip), index, flip, strict=True):
+        labels = 9 - made.y[mine] if flipped else made.y[mine]
+        found = torch.autograd.grad(torch.nn.functional.cross_entropy(net(made.x[mine]), labels), list(net.parameters()))
+        theirs = torch.cat([(g.T if flat and g.ndim == 2 else g).flatten() for g in found])
+        torch.testing.assert_close(row, theirs)
+    loss, accuracy = made.test(w)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(net(made.x), made.y)), rel=1e-5)
+    assert accuracy == pytest.approx(100 * float((net(made.x).argmax(1) == made.y).float().mean()))
+
+
+@pytest.mark.parametrize("name", ["marina_pp", "signsgd", "ef21", "ef21_images", "dstar"])
 def test_what_has_not_been_run_is_not_judged(name):
     script = importlib.import_module(name)
-    arguments = {"marina_pp": [script.__dict__.get("MAIN")], "ef21": [[0.02]]}.get(name, [])
+    arguments = {"marina_pp": [script.__dict__.get("MAIN")], "ef21": [[0.02]], "ef21_images": [[0.5, 0.05]]}.get(name, [])
     page = script.report([], *arguments)
     assert "not run" in page
     assert "holds**" not in page

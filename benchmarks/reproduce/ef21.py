@@ -217,7 +217,7 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
             verdict("SF" in worse or "IPM" in worse if len(bad["SF"]) and len(bad["IPM"]) else None),
         ]
     )
-    rows.append(["the same on CIFAR-10 (ResNet-20) and FEMNIST", "", verdict(None)])
+    rows.append(["the same on CIFAR-10: see ef21_images; ResNet-20, FEMNIST", "", verdict(None)])
     claims = markdown(["paper's claim", "our measurement", "holds?"], rows)
     table = markdown(["method", *ATTACKS], [[m, *(shown(find(method=m, attack=a, rule="CWTM")) for a in ATTACKS)] for m in METHODS])
     rules = markdown(
