@@ -823,6 +823,52 @@ BUGS = [
         "return estimate",
         "sharded",
     ),
+    # overlap
+    Bug("a broken gradient is sent as sound", "exchange.py", "if not (here and upload.sound[worker]):", "if not here:", "sharded"),
+    Bug(
+        "a checkpoint's state is written into later",
+        "exchange.py",
+        "{name: t.clone() for name, t in state._asdict().items()}",
+        "dict(state._asdict())",
+        "sharded",
+    ),
+    Bug(
+        "the first coordinates are waited for first",
+        "transports/sharded.py",
+        "for start in reversed(starts)]",
+        "for start in starts]",
+        "sharded overlap",
+    ),
+    Bug("parameters without a gradient keep the last one", "overlap.py", "if i not in self._written:", "if False:", "overlap"),
+    Bug("a gradient that comes late is not noticed", "overlap.py", "self._late = True", "pass", "overlap"),
+    Bug(
+        "hooks that change gradients are overlooked",
+        "overlap.py",
+        "if not _is_lightnings(hooked.on_after_backward):",
+        "if False:",
+        "overlap",
+    ),
+    Bug(
+        "a slice's window is cut at the wrong place",
+        "rows.py",
+        "place + min(last, end) - begin",
+        "min(last, end) - begin",
+        "sharded",
+    ),
+    Bug(
+        "the server's state is that of the last piece",
+        "exchange.py",
+        "if _is_whole(before, width) else states[-1][i]",
+        "if False else states[-1][i]",
+        "sharded",
+    ),
+    Bug(
+        "every worker's message begins with the last one's momentum",
+        "exchange.py",
+        "before = Gradients(g), _piece_of(self.before[worker], first, last, self.dim)",
+        "before = Gradients(g), _piece_of(self.before[worker], 0, last - first, self.dim)",
+        "sharded",
+    ),
     # stragglers, and the parameter server
     Bug(
         "first k by the algorithm's own clock",

@@ -23,10 +23,12 @@ from lightning_byz import (
     ByzEF21SGDM,
     CoordinateMedian,
     FoE,
+    Identity,
     Mean,
     PerTensor,
     RobustSGD,
     Sharded,
+    Sign,
     SignSGDMajorityVote,
     TopK,
     TrimmedMean,
@@ -262,6 +264,37 @@ def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> N
         return state["server"], resumed.step, resumed.server.g.any().item(), any(w.g.any() for w in resumed.workers.values())
 
     assert in_ranks(tmp_path, work) == [(None, 1, False, False)] * RANKS
+
+
+def test_what_a_checkpoint_was_given_does_not_change_afterwards(tmp_path: Path) -> None:
+    """It may be written while training goes on."""
+    case = Case(RobustSGD(CoordinateMedian(f=2), worker_momentum=0.9, server_momentum=0.5))
+
+    def work(rank: int) -> Any:
+        transport = connected(Sharded(bucket_size=96), rank, RANKS)
+        exchange, like, kept = Exchange(case.algorithm, transport, seed=3), torch.zeros(D).double(), []
+        for step in range(4):
+            exchange.run(contributions(step, case, transport.workers), like)
+            states = {**exchange.worker_states(), -1: exchange.server_state()["server"]}
+            kept += [(tensor, tensor.clone()) for state in states.values() for tensor in state.values()]
+        return all(torch.equal(tensor, before) for tensor, before in kept), len(kept)
+
+    assert in_ranks(tmp_path, work) == [(True, 4 * (N // RANKS * 2 + 4))] * RANKS
+
+
+def test_buckets_are_cut_into_everybodys_shares() -> None:
+    """Of 64 at most; one bucket where messages are whole."""
+    transport = Sharded(bucket_size=4 * 96)
+    Transport.connect(transport, 1, 3, 1, CPU)
+    assert transport.bounds(200) == [0, 96, 192, 200]
+    transport.cut(Identity())
+    assert transport.bounds(200) == [0, 32, 64, 96, 128, 160, 192, 200, 200, 200]
+    assert transport.spans(200) == ((32, 64), (128, 160), (200, 200))
+    assert len(transport.bounds(96 * 1000)) - 1 <= 64 * 3
+    transport.cut(Sign())  # a bucket holds so many bytes of the message, of which a coordinate takes a bit
+    assert transport.bounds(200) == [0, 96, 192, 200]
+    transport.cut(None)
+    assert transport.bounds(96 * 1000) == [0, 32_000, 64_000, 96_000]
 
 
 @laws
