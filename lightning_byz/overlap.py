@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,12 +33,13 @@ class Overlap:
         self.layout, self.exchange = layout, exchange
         self.broken = False
         """Whether a parameter's gradient has changed after it was sent, once: this model's backward passes cannot be overlapped."""
-        starts = [0]
-        for size in layout.sizes:
-            starts.append(starts[-1] + size)
-        self._starts = starts
+        self._starts = list(accumulate(layout.sizes, initial=0))
         self._upload: Upload | None = None
-        self._active = False
+        self._active = self._late = False
+        self._written: set[int] = set()
+        self._buckets: list[tuple[int, int]] = []
+        self._touched: list[list[int]] = []  # by parameter, the buckets that it lies in
+        self._missing: list[int] = []  # by bucket, how many of its parameters have no gradient yet
         self._hooks = [
             p.register_post_accumulate_grad_hook(partial(self._arrived, i))  # type: ignore[no-untyped-call]
             for i, p in enumerate(layout.parameters)
@@ -57,22 +59,24 @@ class Overlap:
     def during_backward(self) -> Iterator[None]:
         """The last backward pass before the exchange."""
         self._upload = None if self.broken else self.exchange.open(self.layout.like())
-        self._written: set[int] = set()
-        self._late = False
+        self._written, self._late = set(), False
         if self._upload is not None:
-            self._buckets = self._upload.left
-            self._missing = [0] * len(self._buckets)
-            self._touches: list[list[int]] = [[] for _ in self.layout.parameters]
-            for b, (first, last) in enumerate(self._buckets):
-                for i, size in enumerate(self.layout.sizes):
-                    if size and self._starts[i] < last and self._starts[i + 1] > first:
-                        self._touches[i].append(b)
-                        self._missing[b] += 1
+            self._plan(self._upload.left)
         self._active = self._upload is not None
         try:
             yield
         finally:
             self._active = False
+
+    def _plan(self, buckets: list[tuple[int, int]]) -> None:
+        if buckets != self._buckets:
+            spans = list(pairwise(self._starts))
+            self._buckets = buckets
+            self._touched = [[b for b, (first, last) in enumerate(buckets) if a < last and first < z and a < z] for a, z in spans]
+        self._missing = [0] * len(buckets)
+        for touched in self._touched:
+            for b in touched:
+                self._missing[b] += 1
 
     @torch.no_grad()
     def _arrived(self, i: int, parameter: Tensor) -> None:
@@ -81,14 +85,14 @@ class Overlap:
             return
         assert self._upload is not None
         again = i in self._written
-        if again and any(b < self._upload.uplink.sent for b in self._touches[i]):
+        if again and any(b < self._upload.uplink.sent for b in self._touched[i]):
             self._late = True
             return
         row = self._write(i, parameter)
         parameter.grad = None
         if again:
             return
-        for b in self._touches[i]:
+        for b in self._touched[i]:
             self._missing[b] -= 1
         while self._upload.uplink.sent < len(self._buckets) and self._missing[self._upload.uplink.sent] == 0:
             first, last = self._buckets[self._upload.uplink.sent]

@@ -61,6 +61,11 @@ class Twice(Plain):
         return loss_of(self.net[1:], [torch.nn.functional.pad(x, (0, 6)), batch[1]])
 
 
+class Compiled(Plain):
+    def configure_model(self) -> None:
+        self.net.compile(backend="aot_eager")
+
+
 class Halves(Plain):
     """Changes its gradients after backward."""
 
@@ -124,6 +129,9 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
     "unused": (lambda: Plain(unused=True), MEDIAN, {}, False),
     "no loss": (Lossless, MEDIAN, {}, True),
     "bfloat16": (Plain, MEDIAN, {"precision": "bf16-true"}, True),
+    "bfloat16, mixed": (Plain, MEDIAN, {"precision": "bf16-mixed"}, True),
+    "checkpointing": (lambda: Plain(checkpointing=True), MEDIAN, {}, True),
+    "compiled": (Compiled, MEDIAN, {}, False),  # gradients may come all at once
 }
 
 
