@@ -869,6 +869,13 @@ BUGS = [
         "before = Gradients(g), _piece_of(self.before[worker], 0, last - first, self.dim)",
         "sharded",
     ),
+    Bug(
+        "what arrives is not looked at",
+        "transports/sharded.py",
+        "valid[worker] &= self.codec.valid(piece, width)",
+        "pass",
+        "sharded",
+    ),
     # stragglers, and the parameter server
     Bug(
         "first k by the algorithm's own clock",

@@ -37,7 +37,7 @@ from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.setup_checks import default_transport
 from lightning_byz.transports import AllGather, ByzantineTransport, InProcess, Message, Transport
 from lightning_byz.transports.sharded import shard_bounds
-from lightning_byz.types import Gradients
+from lightning_byz.types import Gradients, Round
 
 RANKS, N, D, P = 3, 12, 200, 2
 CPU = torch.device("cpu")
@@ -249,6 +249,24 @@ def test_a_broken_message_is_silence_on_every_rank_and_hurts_no_other(tmp_path: 
         assert all(found[name][0] == [worker != 5 for worker in range(N)] for found in everybody), name
         whole = torch.stack([codec.decode(payload, D) for worker, payload in enumerate(payloads) if worker != 5])
         assert torch.equal(torch.cat([found[name][1] for found in everybody], 1), whole)
+
+
+def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
+    """A worker may say that all is well: nobody believes it."""
+    grads = rows_for(N, D, dtype=torch.float32)
+    grads[5, 100], grads[7, 199] = torch.nan, torch.inf
+
+    def work(rank: int) -> Any:
+        transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
+        transport.cut(Identity())
+        messages = [Message(torch.ones(3, dtype=torch.uint8), (grads[worker],)) for worker in transport.workers]
+        received = transport.exchange(messages, Identity(), D, torch.float32, Round(step=0, n=N))
+        mine = transport.columns(grads)
+        return received.valid.tolist(), [
+            torch.equal(m.payload[0].nan_to_num(), g.nan_to_num()) for m, g in zip(received.messages, mine, strict=True)
+        ]
+
+    assert in_ranks(tmp_path, work) == [([worker not in (5, 7) for worker in range(N)], [True] * N)] * RANKS
 
 
 def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> None:

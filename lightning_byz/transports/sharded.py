@@ -299,7 +299,7 @@ class _Uplink(Uplink):
         self.buckets = [(cuts[0], cuts[-1]) for cuts in self.cuts]
         self.width = sum(last - first for first, last in transport.spans(dim))
         self.rows = transport._rows(codec.layout(self.width, dtype))
-        self.requests: list[dist.Work] = []
+        self.requests: list[list[dist.Work]] = [[] for _ in self.buckets]
         self.kept: list[Any] = []
         # where this rank's share of every bucket has its place in its rows, by field
         ends, place = [], self.width
@@ -309,8 +309,8 @@ class _Uplink(Uplink):
         lengths = {at: [field.shape[0] for field in codec.layout(at, dtype)] for at in {at for pair in ends for at in pair}}
         self.places = [list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends]
         if transport._gloo:  # a sender need not wait for a receiver whose backward pass is slower
-            for bucket in range(len(self.buckets)):
-                self.requests += transport._start_swap([[]] * world, self._expected(bucket), self.tag)
+            for bucket, requests in enumerate(self.requests):
+                requests += transport._start_swap([[]] * world, self._expected(bucket), self.tag)
 
     def _expected(self, bucket: int) -> list[list[Tensor]]:
         """What arrives of a bucket, by rank."""
@@ -333,18 +333,24 @@ class _Uplink(Uplink):
         for tensor, out in zip(outgoing[transport.rank], expected[transport.rank], strict=True):
             out.copy_(tensor)
         nothing: list[list[Tensor]] = [[]] * transport.world_size
-        self.requests += transport._start_swap(outgoing, nothing if transport._gloo else expected, self.tag)
+        self.requests[self.sent] += transport._start_swap(outgoing, nothing if transport._gloo else expected, self.tag)
         self.kept.append(shares)
         self.sent += 1
 
     def close(self, flags: Sequence[Tensor]) -> Received:
-        for request in self.requests:
-            request.wait()
+        valid = torch.ones(self.transport.n, dtype=torch.bool, device=self.transport._device)
+        for requests, places, cuts in zip(self.requests, self.places, self.cuts, strict=True):
+            for request in requests:
+                request.wait()
+            width = cuts[self.transport.rank + 1] - cuts[self.transport.rank]
+            for worker in range(self.transport.n):  # while later buckets are on their way
+                piece = tuple(rows[worker, first:last] for rows, (first, last) in zip(self.rows, places, strict=True))
+                valid[worker] &= self.codec.valid(piece, width)
         self.kept.clear()
         device = flags[0].device
         said = self.transport.gather([[flag] for flag in flags], [Field(tuple(flags[0].shape), torch.uint8)])
         received = [Message(flag, tuple(rows[worker].to(device) for rows in self.rows)) for worker, (flag,) in enumerate(said)]
-        return Received(received, self.codec, self.transport._valid(received, self.codec, self.width))
+        return Received(received, self.codec, self.transport.total((~valid).double()).to(device) == 0)
 
 
 class _Downlink(Downlink):
