@@ -237,7 +237,7 @@ class Exchange:
         for first, last in upload.left:
             upload.send([None if row is None else row[first:last] for row in rows])
         for worker, here in zip(self.transport.workers, speaks, strict=True):
-            if not (here and upload.sound[worker]):
+            if not (here and bool(upload.sound[worker])):
                 upload.states.pop(worker, None)
         flags = [
             _flags(worker in upload.states, contribution.used)
@@ -507,7 +507,7 @@ class Upload:
         x: ``[d]``, for its size, dtype and device.
 
     Attributes:
-        sound: by worker, whether all that it sent is finite.
+        sound: by worker, whether all that it sent is finite: a 0-d bool tensor.
         states: by worker, its next state.
     """
 
@@ -517,7 +517,7 @@ class Upload:
         self.like = x[:0]
         self.before = {worker: state for worker, (state, _) in states.items()}
         self.states = {worker: _room_for(state, spare, self.dim) for worker, (state, spare) in states.items()}
-        self.sound = dict.fromkeys(states, True)
+        self.sound = {worker: torch.ones((), dtype=torch.bool, device=x.device) for worker in states}
 
     @property
     def left(self) -> list[tuple[int, int]]:
@@ -531,7 +531,7 @@ class Upload:
         payloads = []
         for worker, g in zip(self.before, grads, strict=True):
             if g is None:  # silence has the size of speech
-                self.sound[worker] = False
+                self.sound[worker] = torch.zeros_like(self.sound[worker])
                 layout = self.codec.layout(last - first, self.like.dtype)
                 payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
                 continue
@@ -544,7 +544,10 @@ class Upload:
         """What a worker sends of columns first .. last - 1."""
         grads, before = Gradients(g), _piece_of(self.before[worker], first, last, self.dim)
         payload, after = self.algorithm.worker(grads, before, self.round._replace(worker=worker))
-        self.sound[worker] &= _is_finite(grads, self.codec) and bool(self.codec.valid(payload, last - first))
+        finite = (
+            [] if isinstance(self.codec, Identity) else [all_finite(g)]
+        )  # as `_is_finite`, but an accelerator is not waited for
+        self.sound[worker] = torch.stack([self.sound[worker], self.codec.valid(payload, last - first), *finite]).all()
         room = self.states[worker]
         self.states[worker] = type(room)(*(_put(place, new, first, last, self.dim) for place, new in zip(room, after, strict=True)))
         return payload
@@ -611,7 +614,7 @@ def _flags(present: bool, used: Tensor) -> Tensor:
 
 def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:
     _check_shapes({name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner)
-    return type(fresh)(*(saved[name].to(value) for name, value in fresh._asdict().items()))
+    return type(fresh)(*(saved[name].to(value, copy=True) for name, value in fresh._asdict().items()))  # it will be written into
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]], saved: dict[str, Tensor], owner: str) -> None:

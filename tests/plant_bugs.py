@@ -824,7 +824,13 @@ BUGS = [
         "sharded",
     ),
     # overlap
-    Bug("a broken gradient is sent as sound", "exchange.py", "if not (here and upload.sound[worker]):", "if not here:", "sharded"),
+    Bug(
+        "a broken gradient is sent as sound",
+        "exchange.py",
+        "if not (here and bool(upload.sound[worker])):",
+        "if not here:",
+        "sharded",
+    ),
     Bug(
         "a checkpoint's state is written into later",
         "exchange.py",
