@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -237,6 +238,9 @@ def _compressor_cases(compressor: Compressor, dims: Sequence[int], draws: int) -
         yield f"d = {dim}: the payload has the layout, whatever the values", partial(_has_layout, sized, x)
         yield f"d = {dim}: same generator, same payload; the input is not modified", partial(_is_pure, sized, x)
         yield f"d = {dim}: its own payloads are valid, and those with a nan are not", partial(_guards, sized, x)
+        yield f"d = {dim}: decoded into given memory, and added, it is what it decodes to", partial(_lands, sized, x)
+        if sized.coordinate_wise:
+            yield f"d = {dim}: the payloads of pieces make up the whole one", partial(_in_pieces, sized, x)
         if sized.contraction(dim) is not None:
             yield f"d = {dim}: contracts as declared", partial(_contracts, sized, x, draws)
         if sized.variance(dim) is not None:
@@ -269,6 +273,26 @@ def _guards(compressor: Compressor, x: Tensor) -> None:
             bad = part.clone(memory_format=torch.contiguous_format)
             bad.view(-1)[-1] = math.nan
             assert not bool(compressor.valid((*payload[:i], bad, *payload[i + 1 :]), len(x))), "a nan in the payload is valid"
+
+
+def _lands(compressor: Compressor, x: Tensor) -> None:
+    payload, given = compressor.encode(x, _stream()), x.clone()
+    decoded = compressor.decode(payload, len(x))
+    out = torch.full_like(x, 7.0)
+    compressor.decode_into(payload, out)
+    assert torch.equal(out, decoded), "decode_into and decode differ"
+    assert torch.equal(compressor.added(given, payload), x + decoded), "added is not the sum"
+    assert torch.equal(given, x), "added has overwritten its argument"
+
+
+def _in_pieces(compressor: Compressor, x: Tensor) -> None:
+    cuts = sorted({0, min(32, len(x)), min(96, len(x)), len(x)})
+    pieces = [compressor.encode(x[first:last], _stream()) for first, last in pairwise(cuts)]
+    for found, expected in zip(map(torch.cat, zip(*pieces, strict=True)), compressor.encode(x, _stream()), strict=True):
+        assert torch.equal(found, expected), "it is not coordinate-wise: pieces encode to other numbers than the whole"
+    shares = compressor.split(compressor.encode(x, _stream()), len(x), cuts)
+    for share, piece in zip(shares, pieces, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(share, piece, strict=True)), "a share is not its piece's payload"
 
 
 def _samples(compressor: Compressor, x: Tensor, draws: int) -> Tensor:

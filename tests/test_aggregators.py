@@ -447,6 +447,23 @@ def on_slices(rule, x, bounds, present=None):
 
 
 @each(RULES)
+def test_in_pieces_it_gives_the_same(case):
+    """Wherever its columns lie, and rows that are silent left out."""
+    x = rows_for(11, 90, seed=3)
+    x[4, 50] = torch.nan
+    rule = case.rule.with_f(min(2, case.rule.most_f(10))) if case.rule.most_f(11) >= 0 else case.rule
+    present = torch.arange(11) != 4
+    spans = ((0, 32), (64, 64), (96, 154))
+    rows = Rows(x, spans=spans, dim=160)
+    facing, speaking = rule.facing(rows, present)
+    pieces = list(facing.in_pieces(speaking))
+    assert [len(piece) for piece in pieces] == [32, 0, 58]
+    torch.testing.assert_close(torch.cat(pieces), rule(rows, present))
+    if rule.coordinate_wise:
+        torch.testing.assert_close(pieces[2], rule(x[:, 32:], present), rtol=0, atol=0)
+
+
+@each(RULES)
 @pytest.mark.parametrize("bounds", [(0, 40), (0, 1, 40), (0, 13, 26, 40), (0, 20, 20, 40)], ids=str)
 @pytest.mark.parametrize("bad", ["none", "1e30", "nan in one slice"])
 def test_slices_of_the_columns_give_what_the_whole_rows_give(case, bounds, bad):

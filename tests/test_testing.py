@@ -8,7 +8,7 @@ from zoo import ATTACKS, COMPRESSORS, RULES, each
 
 from lightning_byz.aggregators import CoordinateMedian, TrimmedMean
 from lightning_byz.attacks import Attack, LabelFlip, SignFlip
-from lightning_byz.compressors import Identity, RandK, TopK
+from lightning_byz.compressors import Identity, RandK, ScaledSign, TopK
 from lightning_byz.testing import (
     aggregator_laws,
     attack_laws,
@@ -139,3 +139,24 @@ def test_a_broken_attack_is_named():
     with pytest.raises(TypeError, match="an attack on data"):
         attack_laws(LabelFlip(10))
     check_attack(SignFlip())
+
+
+def test_a_scale_of_the_whole_vector_is_not_coordinate_wise():
+    class Claims(ScaledSign):
+        coordinate_wise = True
+
+    assert {
+        "d = 40: the payloads of pieces make up the whole one",
+        "d = 1000: the payloads of pieces make up the whole one",
+    } <= broken(compressor_laws(Claims()))
+
+
+def test_memory_that_is_given_is_written_to():
+    class Forgets(Identity):
+        def decode_into(self, payload, out):
+            out.add_(payload[0])
+
+        def added(self, x, payload):
+            return x.add_(payload[0])
+
+    assert "d = 40: decoded into given memory, and added, it is what it decodes to" in broken(compressor_laws(Forgets()))
