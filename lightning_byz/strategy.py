@@ -303,6 +303,7 @@ class RobustStrategy(_Base):
 
     def teardown(self) -> None:
         vars(self.precision_plugin).pop("clip_gradients", None)
+        self._drop_overlap()
         if self._served is not None:
             self._served.leave(self._interrupted())
         super().teardown()
@@ -598,9 +599,8 @@ class RobustStrategy(_Base):
             )
         if self._step_is_due and self._may_overlap:
             layout, exchange = self._layout(0), self.exchanges[0]
-            if self._overlap is None and isinstance(
-                exchange.transport, Sharded
-            ):  # not behind attackers, who see all messages first
+            seen_first = not isinstance(exchange.transport, Sharded)  # by simulated attackers, who look at whole messages
+            if self._overlap is None and not seen_first:
                 self._overlap = Overlap(layout, exchange)
             if self._overlap is not None and self._losses[0] is not None:
                 with self._overlap.during_backward():

@@ -191,6 +191,21 @@ def test_a_gradient_that_comes_twice_costs_a_step_and_no_more(tmp_path: Path) ->
     assert after[0]["steps"] == 3
 
 
+def test_a_module_keeps_no_hook_of_a_run_that_is_over(tmp_path: Path) -> None:
+    """Its next backward pass is nobody's but its own."""
+
+    class Afterwards(Plain):
+        def on_fit_end(self) -> None:
+            self.trainer.strategy.teardown()
+            self.net(torch.ones(2, 10)).sum().backward()
+            kept = [p.grad is not None and not p._post_accumulate_grad_hooks for p in self.parameters()]
+            torch.save(kept, tmp_path / f"kept{self.trainer.global_rank}.pt")
+
+    found = run(tmp_path / "during", Afterwards, MEDIAN, Sharded(bucket_size=1))
+    assert len(found[0]["extra"][0]) == 4
+    assert all(torch.load(tmp_path / f"kept{rank}.pt") == [True] * 4 for rank in range(RANKS))
+
+
 @pytest.mark.parametrize("size", [0, 1.5, True])
 def test_a_bucket_holds_something(size: Any) -> None:
     with pytest.raises(ValueError, match="bucket_size"):
