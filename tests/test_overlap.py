@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_byz import (
     CAF,
     NNM,
+    AllGather,
     ByzEF21SGDM,
     Chain,
     CoordinateMedian,
@@ -26,8 +27,9 @@ from lightning_byz import (
     SignSGDMajorityVote,
     TrimmedMean,
 )
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, RobustnessMonitor, SuspicionMonitor
 from lightning_byz.overlap import Overlap
+from lightning_byz.transports import Transport
 
 pytestmark = pytest.mark.processes
 MEDIAN = RobustSGD(CoordinateMedian())
@@ -85,7 +87,7 @@ class BackwardTwice(Plain):
         (loss / 2).backward()
 
 
-def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Sharded, **trainer: Any) -> list[dict[str, Any]]:
+def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Transport, **trainer: Any) -> list[dict[str, Any]]:
     """Every rank's report; its extra is how many buckets were gone when backward ended, by step, and what the log said."""
     gone: list[int] = []
     said: list[str] = []
@@ -180,6 +182,20 @@ def test_an_attack_sees_whole_messages(tmp_path: Path) -> None:
     ]
     assert found[1][0]["extra"][0] == []
     assert_equal(found[0][0], found[1][0])
+
+
+def test_monitors_see_the_same_rows(tmp_path: Path) -> None:
+    found = []
+    for name, transport in (("whole", AllGather()), ("during", Sharded(bucket_size=1))):
+        monitors = [RobustnessMonitor(every_n_steps=1), SuspicionMonitor(every_n_steps=2)]
+        found.append(run(tmp_path / name, Plain, MEDIAN, transport, callbacks=monitors))
+    (whole, *_), (during, *_) = found
+    assert_equal(whole, during)
+    assert len(during["extra"][0]) == 4
+    assert {name for name in during["metrics"] if name.startswith("byz/")} == {n for n in whole["metrics"] if n.startswith("byz/")}
+    for name, value in whole["metrics"].items():
+        if "bytes" not in name:
+            assert during["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_a_gradient_that_comes_twice_costs_a_step_and_no_more(tmp_path: Path) -> None:
