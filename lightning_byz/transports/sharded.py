@@ -19,6 +19,7 @@ from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64
 _BLOCK = 2**18
+"""Coordinates that are decoded at a time: 1 MB of float32, which stays in a core's cache."""
 _DOWN = 2**15 + 1
 """The tag of estimates on their way down; below it are those of messages on their way up, above 0."""
 
@@ -38,8 +39,8 @@ class Sharded(Collective):
     for its share only.
 
     Messages of coordinate-wise algorithms (`Algorithm.coordinate_wise`) travel in buckets, of which every rank has a share. A bucket leaves
-    as soon as the backward pass has filled it; the rule, where it is coordinate-wise, answers bucket by bucket, too. The results are those
-    of whole messages. The last coordinates go first; a parameter without a gradient holds its bucket back until backward has ended.
+    as soon as the backward pass has filled it; the answer comes down bucket by bucket, too, as soon as the rule knows it. The results are
+    those of whole messages. The last coordinates go first; a parameter without a gradient holds its bucket back until backward has ended.
 
     Who must be honest: every *process*, as for `AllGather`; in addition each makes its share of the result for all others. What decisions
     depend on (distances, norms) is rank 0's.
