@@ -16,11 +16,9 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.rows import Rows
-from lightning_byz.transports import Awaited, Message, Received, Transport, Uplink, Verdict
+from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
-
-_BLOCK = 2**20
-"""Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache for the next."""
+from lightning_byz.upload import Room, Upload, is_whole, piece_of
 
 
 class Contribution(NamedTuple):
@@ -117,12 +115,12 @@ class Exchange:
         self.arrivals: Callable[[int], Tensor | None] = lambda step: None
         self.quarantined: set[int] = set()
         self._upload: Upload | None = None  # of the coming round, if it has been opened
-        self._spare: dict[int, Any] = {}  # room for the local workers' next states
-        transport.cut(algorithm.codec(Round(step=0, n=transport.n, seed=seed)) if algorithm.coordinate_wise else None)
+        self._room = Room()  # for the local workers' next states
+        transport.cut(algorithm.coordinate_wise)
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
-        self._upload, self._spare = None, {}
+        self._upload, self._room = None, Room()
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
         mine = self.transport.columns(like)
         self.server = self.algorithm.init_server(mine, self.transport.n) if self.transport.serves else None
@@ -173,8 +171,7 @@ class Exchange:
         uplink = self.transport.uplink(self.algorithm.codec(round), len(x), x.dtype, round)
         if uplink is None:
             return None
-        states = {worker: (self.workers[worker], self._spare.get(worker)) for worker in self.transport.workers}
-        return Upload(self.algorithm, round, uplink, states, x)
+        return Upload(self.algorithm, round, uplink, self.workers, self._room, x)
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
@@ -196,15 +193,14 @@ class Exchange:
         upload = self._upload or self._opened(round, x)
         self._upload = None
         if upload is not None:
-            outcome = self._finished(self._uploaded(upload, contributions, down, round, x), upload.states, x)
-            self._spare = {worker: state for worker, state in upload.before.items() if self.workers[worker] is not state}
-            return outcome
+            return self._finished(self._uploaded(upload, contributions, down, round, x), upload.states, x)
 
         messages, new_states = [], {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
             message = None
             if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads, codec):
-                payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], round._replace(worker=worker))
+                seen = round._replace(worker=worker, room=self._room)
+                payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], seen)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
             if message is None:  # silence has the size of speech
@@ -253,7 +249,10 @@ class Exchange:
         if outcome.estimate is not None:
             assert outcome.round.present is not None
             present = outcome.round.present
-            self.workers.update({worker: state for worker, state in new_states.items() if present[worker]})
+            for worker, state in new_states.items():
+                if present[worker]:
+                    self._room.take_back(self.workers[worker], state)
+                    self.workers[worker] = state
             if self.algorithm.needs_drift:
                 self.previous = x.clone()
         for observer in self.observers if self.transport.serves else ():
@@ -346,17 +345,50 @@ class Exchange:
         if answer is None:
             if self._answers_in_pieces(down):
                 return self._answer_in_pieces(decode(), round)
-            estimate, self.server = self.algorithm.server(decode(), self.server, round)
             if self._last is not None:
-                answer = self.transport.revise(estimate, self._last)
-                assert self._whole is not None
-                whole = self._whole.copy_(self._last)  # who writes into the estimate changes no state
-                return whole, answer
+                return self._answer_revised(received, blank, decode, down, round)
+            estimate, self.server = self.algorithm.server(decode(), self.server, round)
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
         whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
-        if self.algorithm.changes_few and shared:
+        if self.algorithm.changes_few:
             self._last = whole.clone()
         return whole, answer
+
+    def _answer_revised(
+        self, received: Received, blank: Rows, decode: Callable[[], Rows], down: Compressor, round: Round
+    ) -> tuple[Tensor, Payload]:
+        """As `_answer`, of an estimate that differs from the last one in few coordinates. The server's half looks at no others."""
+        assert self.dim is not None and self._last is not None and round.present is not None
+        width = sum(last - first for first, last in self.transport.spans(self.dim))
+        speaking = round.present.nonzero().flatten().tolist()
+        entries = {worker: received.format.entries(received.messages[worker].payload, width) for worker in speaking}
+        if 2 * sum(len(index) for index, _ in entries.values()) <= width:
+            named = torch.zeros(width, dtype=torch.bool, device=self._last.device)
+            for index, _ in entries.values():
+                named[index] = True
+            index = named.nonzero().flatten()
+            values = blank.values.new_zeros(round.n, len(index))
+            for worker, (places, numbers) in entries.items():
+                values[worker, torch.searchsorted(index, places)] = numbers
+            cut = [columns for _, columns in self._whole_server().values()]
+            before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.server, cut, strict=True))
+            rows = replace(blank, values=values, spans=None, dim=None)
+            numbers, after = self.algorithm.server(rows, type(self.server)(*before), round)
+            self.server = type(self.server)(
+                *(
+                    t.index_copy_(-1, index, new) if columns else new
+                    for t, new, columns in zip(self.server, after, cut, strict=True)
+                )
+            )
+        else:
+            estimate, self.server = self.algorithm.server(decode(), self.server, round)
+            index = (estimate != self.transport.columns(self._last)).nonzero().flatten()
+            numbers = estimate[index]
+        answer = self.transport.revise(index, numbers, self._last)
+        # who writes into the estimate changes no state; a server may still be sending the one before
+        reused = self._whole is not None and not self.transport.measured
+        self._whole = self._whole.copy_(self._last) if reused and self._whole is not None else self._last.clone()
+        return self._whole, down.encode(self._whole) if answer is None else answer
 
     def _answers_in_pieces(self, down: Compressor) -> bool:
         """Whether the estimate may be made and sent piece by piece."""
@@ -373,7 +405,7 @@ class Exchange:
         for (_, piece), result in zip(rows.pieces(), rule.in_pieces(speaking), strict=True):
             size = piece.values.shape[1]
             algorithm = replace(self.algorithm, aggregator=_Known(rule.f, result))  # type: ignore[type-var]
-            estimate, state = algorithm.server(piece, _piece_of(self.server, place, place + size, width), round)
+            estimate, state = algorithm.server(piece, piece_of(self.server, place, place + size, width), round)
             if downlink is None:  # there will be an estimate
                 downlink = self.transport.downlink(self.dim, rows.values, self._whole)
             downlink.send(estimate)
@@ -382,7 +414,7 @@ class Exchange:
         assert downlink is not None
         self.server = type(self.server)(
             *(
-                torch.cat([state[i] for state in states]) if _is_whole(before, width) else states[-1][i]
+                torch.cat([state[i] for state in states]) if is_whole(before, width) else states[-1][i]
                 for i, before in enumerate(self.server)
             )
         )
@@ -425,6 +457,8 @@ class Exchange:
                 name: self.transport.collect(value, self.dim) if columns[name][1] else value
                 for name, value in self.server._asdict().items()
             }
+            for name, value in self.server._asdict().items():  # it may be written into
+                server[name] = value.clone() if server[name] is value else server[name]
         return {"step": self.step, "dim": self.dim, "server": server, "previous": self.previous}
 
     def _whole_server(self) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -462,7 +496,7 @@ class Exchange:
                 return
             self.server = type(self.server)(
                 *(
-                    (self.transport.columns(whole[name]) if columns[name][1] else whole[name]).to(now)
+                    (self.transport.columns(whole[name]) if columns[name][1] else whole[name]).to(now, copy=True)
                     for name, now in self.server._asdict().items()
                 )
             )
@@ -496,90 +530,6 @@ class _Known(Aggregator):
         return self.result
 
 
-class Upload:
-    """The local workers' messages of one round on their way up, bucket by bucket, and the states that they leave behind.
-
-    Args:
-        algorithm: a coordinate-wise one.
-        round: the round.
-        uplink: the way up.
-        states: by worker, its state, and room for the next one if there is any.
-        x: ``[d]``, for its size, dtype and device.
-
-    Attributes:
-        sound: by worker, whether all that it sent is finite: a 0-d bool tensor.
-        states: by worker, its next state.
-    """
-
-    def __init__(self, algorithm: Algorithm, round: Round, uplink: Uplink, states: dict[int, tuple[Any, Any]], x: Tensor) -> None:
-        self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
-        self.codec = algorithm.codec(round)
-        self.like = x[:0]
-        self.before = {worker: state for worker, (state, _) in states.items()}
-        self.states = {worker: _room_for(state, spare, self.dim) for worker, (state, spare) in states.items()}
-        self.sound = {worker: torch.ones((), dtype=torch.bool, device=x.device) for worker in states}
-
-    @property
-    def left(self) -> list[tuple[int, int]]:
-        """The buckets that have not been sent, in order."""
-        return list(self.uplink.buckets[self.uplink.sent :])
-
-    @torch.no_grad()
-    def send(self, grads: Sequence[Tensor | None]) -> None:
-        """The next bucket of every local worker's gradient; None for those that have none. They are to be left alone until the round ends."""
-        first, last = self.uplink.buckets[self.uplink.sent]
-        payloads = []
-        for worker, g in zip(self.before, grads, strict=True):
-            if g is None:  # silence has the size of speech
-                self.sound[worker] = torch.zeros_like(self.sound[worker])
-                layout = self.codec.layout(last - first, self.like.dtype)
-                payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
-                continue
-            cuts = [*range(first, last, _BLOCK), last]
-            blocks = [self._block(worker, g[a - first : b - first], a, b) for a, b in itertools.pairwise(cuts)]
-            payloads.append(blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True))))
-        self.uplink.send(payloads)
-
-    def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
-        """What a worker sends of columns first .. last - 1."""
-        grads, before = Gradients(g), _piece_of(self.before[worker], first, last, self.dim)
-        payload, after = self.algorithm.worker(grads, before, self.round._replace(worker=worker))
-        finite = (
-            [] if isinstance(self.codec, Identity) else [all_finite(g)]
-        )  # as `_is_finite`, but an accelerator is not waited for
-        self.sound[worker] = torch.stack([self.sound[worker], self.codec.valid(payload, last - first), *finite]).all()
-        room = self.states[worker]
-        self.states[worker] = type(room)(*(_put(place, new, first, last, self.dim) for place, new in zip(room, after, strict=True)))
-        return payload
-
-
-def _is_whole(tensor: Tensor, dim: int) -> bool:
-    """Whether a tensor of a coordinate-wise algorithm's state holds a number for every coordinate."""
-    return tensor.shape == (dim,)
-
-
-def _piece_of(state: Any, first: int, last: int, dim: int) -> Any:
-    """The state in some columns: a view."""
-    return type(state)(*(tensor[first:last] if _is_whole(tensor, dim) else tensor for tensor in state))
-
-
-def _room_for(state: Any, spare: Any, dim: int) -> Any:
-    """Room for the next state, which is written piece by piece; ``spare``: a state that nobody needs any more, or None."""
-    tensors = [
-        (torch.empty_like(tensor) if spare is None else old) if _is_whole(tensor, dim) else tensor
-        for tensor, old in zip(state, state if spare is None else spare, strict=True)
-    ]
-    return type(state)(*tensors)
-
-
-def _put(place: Tensor, new: Tensor, first: int, last: int, dim: int) -> Tensor:
-    """What becomes of a tensor of a state once columns first .. last - 1 are known."""
-    if not _is_whole(place, dim):
-        return new
-    place[first:last] = new
-    return place
-
-
 def comes(round: Round, worker: int) -> bool:
     """Whether this worker's message ever arrives, as far as the round knows."""
     return round.arrivals is None or bool(round.arrivals[worker].isfinite())
@@ -602,8 +552,8 @@ def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _is_finite(grads: Gradients | None, codec: Compressor) -> TypeGuard[Gradients]:
-    """Whether there are gradients, and all of them finite; not looked at where the payload, whose numbers are, would show it."""
-    if grads is None or isinstance(codec, Identity):
+    """Whether there are gradients, and all of them finite; not looked at where the payload would show it."""
+    if grads is None or codec.tells_nonfinite:
         return grads is not None
     return all(bool(all_finite(part)) for part in grads if part is not None)
 

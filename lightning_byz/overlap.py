@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.exchange import Exchange, Upload
+from lightning_byz.exchange import Exchange
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.upload import Upload
 
 
 class Overlap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -55,6 +56,8 @@ class Round(NamedTuple):
         measured: whether arrivals are measured, and so not known before the round has closed.
         present: ``[n]`` bool, the workers whose message counts this round, or None for all.
         trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``uses_trusted``; None if there is none.
+        room: a tensor of the worker's state -> memory for the one that takes its place in the next state, all of which is to be written. It may
+            come from a state that nobody needs any more, because fresh memory is slow.
     """
 
     step: int
@@ -68,6 +71,7 @@ class Round(NamedTuple):
     measured: bool = False
     present: Tensor | None = None
     trusted: Tensor | None = None
+    room: Callable[[Tensor], Tensor] = torch.empty_like
 
     def shared(self, use: str, device: torch.device | str = "cpu") -> torch.Generator:
         """The stream that is the same on every worker and on the server: coins, cohorts, bucket permutations."""

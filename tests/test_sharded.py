@@ -25,10 +25,10 @@ from lightning_byz import (
     FoE,
     Identity,
     Mean,
+    MinMax,
     PerTensor,
     RobustSGD,
     Sharded,
-    Sign,
     SignSGDMajorityVote,
     TopK,
     TrimmedMean,
@@ -64,7 +64,13 @@ CASES: dict[str, Case] = {
     **{f"rule {c.name}": Case(RobustSGD(c.rule), c.name in COORDINATE_WISE, dtype=torch.float32) for c in RULES},
     **{f"algorithm {c.name}": Case(c.algorithm) for c in ALGORITHMS},
     **{f"compressor {c.name}": Case(RobustSGD(Mean(), c.of(D)), True, dtype=torch.float32) for c in COMPRESSORS},
-    **{f"attack {c.name}": Case(RobustSGD(robust()), attack=c.attack, dtype=torch.float32) for c in ATTACKS},
+    **{
+        # MinMax is as far from one honest row as two of these are from each other: who is nearer, for NNM, is a matter of rounding
+        f"attack {c.name}": Case(
+            RobustSGD(CoordinateMedian(f=2) if isinstance(c.attack, MinMax) else robust()), attack=c.attack, dtype=torch.float32
+        )
+        for c in ATTACKS
+    },
     "attacked mirrors": Case(ByzEF21SGDM(robust(), TopK(ratio=0.1)), attack=FoE()),
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
     "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
@@ -258,7 +264,7 @@ def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
 
     def work(rank: int) -> Any:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
-        transport.cut(Identity())
+        transport.cut(True)
         messages = [Message(torch.ones(3, dtype=torch.uint8), (grads[worker],)) for worker in transport.workers]
         received = transport.exchange(messages, Identity(), D, torch.float32, Round(step=0, n=N))
         mine = transport.columns(grads)
@@ -305,13 +311,11 @@ def test_buckets_are_cut_into_everybodys_shares() -> None:
     transport = Sharded(bucket_size=4 * 96)
     Transport.connect(transport, 1, 3, 1, CPU)
     assert transport.bounds(200) == [0, 96, 192, 200]
-    transport.cut(Identity())
+    transport.cut(True)
     assert transport.bounds(200) == [0, 32, 64, 96, 128, 160, 192, 200, 200, 200]
     assert transport.spans(200) == ((32, 64), (128, 160), (200, 200))
     assert len(transport.bounds(96 * 1000)) - 1 <= 64 * 3
-    transport.cut(Sign())  # a bucket holds so many bytes of the message, of which a coordinate takes a bit
-    assert transport.bounds(200) == [0, 96, 192, 200]
-    transport.cut(None)
+    transport.cut(False)
     assert transport.bounds(96 * 1000) == [0, 32_000, 64_000, 96_000]
 
 

@@ -58,8 +58,8 @@ class ByzDM21(ByzEF21SGDM):
             u = torch.lerp(state.u, v, self.eta)
         else:
             v, u = grads.current.clone(), grads.current.clone()
-        c = self.compressor.encode(u - state.g, round.private("compressor", u.device))
-        g = self.compressor.added(state.g, c)
+        c = self.compressor.encode_difference(u, state.g, round.private("compressor", u.device))
+        g = self.compressor.added(state.g, c, out=round.room(state.g))
         return c, WorkerState(v, u, g, state.rounds + 1)
 
 

@@ -93,9 +93,10 @@ class ByzEF21SGDM(Algorithm):
         return self.init_worker(x)._replace(g=server.g[worker].clone())  # what it sends is a difference to the server's mirror
 
     def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
-        v = torch.lerp(state.v, grads.current, self.eta) if state.rounds else grads.current.clone()
-        c = self.compressor.encode(v - state.g, round.private("compressor", v.device))
-        g = self.compressor.added(state.g, c)
+        v = round.room(state.v)
+        torch.lerp(state.v, grads.current, self.eta, out=v) if state.rounds else v.copy_(grads.current)
+        c = self.compressor.encode_difference(v, state.g, round.private("compressor", v.device))
+        g = self.compressor.added(state.g, c, out=round.room(state.g))
         return c, WorkerState(v, g, state.rounds + 1)
 
     def init_server(self, x: Tensor, n: int) -> ServerState:

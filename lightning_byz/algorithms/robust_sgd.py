@@ -44,9 +44,9 @@ class ServerState(NamedTuple):
     rounds: Tensor
 
 
-def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The new exponential moving average of g, and what it stands for once its start at 0 is corrected for."""
-    m = torch.lerp(g, m, beta)
+def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The new exponential moving average of g, in ``out`` if there is one, and what it stands for once its start at 0 is corrected for."""
+    m = torch.lerp(g, m, beta, out=out)
     correction = 1 - beta ** float(rounds + 1)
     return m, m if correction == 1 else m / correction
 
@@ -114,7 +114,7 @@ class RobustSGD(Algorithm):
     def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
         g = grads.current
         if self.worker_momentum:
-            m, g = _momentum(state.m, g, self.worker_momentum, state.rounds)
+            m, g = _momentum(state.m, g, self.worker_momentum, state.rounds, out=round.room(state.m))
             state = WorkerState(m, state.rounds + 1)
         return self.compressor.encode(g, round.private("compressor", g.device)), state
 

@@ -92,7 +92,7 @@ class SignSGDMajorityVote(Algorithm):
     def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
         v = grads.current
         if self.momentum:
-            v = torch.lerp(v, state.v, self.momentum)
+            v = torch.lerp(v, state.v, self.momentum, out=round.room(state.v))
             state = WorkerState(v)
         if self.zero == "random":
             generator = round.private("zero", v.device)

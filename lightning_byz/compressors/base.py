@@ -41,9 +41,15 @@ class WireFormat(ABC):
         """The same, into ``out [dim]``."""
         out.copy_(self.decode(payload, len(out)))
 
-    def added(self, x: Tensor, payload: Payload) -> Tensor:
-        """``x [dim]`` plus the vector that a valid payload stands for; ``x`` is not modified."""
-        return x + self.decode(payload, len(x))
+    def added(self, x: Tensor, payload: Payload, out: Tensor | None = None) -> Tensor:
+        """``x [dim]`` plus the vector that a valid payload stands for, in ``out [dim]`` if there is one; ``x`` is not modified."""
+        return torch.add(x, self.decode(payload, len(x)), out=out)
+
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        """What a valid payload names, where it names some coordinates only: their indices ``[K]``, int64, increasing, and their numbers ``[K]``."""
+        raise TypeError(
+            f"The payloads of {self!r} name all coordinates: a wire format whose payloads are sparse should have `entries`."
+        )
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         """Whether a payload that has this layout may be decoded: a 0-d bool tensor.
@@ -65,6 +71,10 @@ class Compressor(WireFormat):
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """The payload of ``x [d]``; ``x`` is not modified. Random compressors draw from ``generator`` alone."""
 
+    def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
+        """The payload of ``x - y``; for error feedback."""
+        return self.encode(x - y, generator)
+
     def nbytes(self, dim: int, dtype: torch.dtype) -> int:
         """Bytes of one payload."""
         return sum(field.nbytes for field in self.layout(dim, dtype))
@@ -72,6 +82,11 @@ class Compressor(WireFormat):
     @property
     def sparse(self) -> bool:
         """Whether a payload lists some coordinates only, so that the sizes of its shares depend on where these lie."""
+        return False
+
+    @property
+    def tells_nonfinite(self) -> bool:
+        """Whether the payload of a vector that holds a nan or an inf is never valid, so that nobody need look at the vector."""
         return False
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class _Blocks(Compressor):
         blocks = torch.split(x, list(self.blocks(len(x))))
         return tuple(tensor for block in blocks for tensor in self.inner.encode(block, generator))
 
+    def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
+        sizes = list(self.blocks(len(x)))
+        blocks = zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)
+        return tuple(tensor for a, b in blocks for tensor in self.inner.encode_difference(a, b, generator))
+
     def _shares(self, payload: Payload, dim: int) -> Iterator[tuple[Payload, int]]:
         """Every block's payload, and its size."""
         sizes, first = self.blocks(dim), 0
@@ -53,9 +59,16 @@ class _Blocks(Compressor):
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return torch.stack([self.inner.valid(share, size) for share, size in self._shares(payload, dim)]).all()
 
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        return _side_by_side([(*self.inner.entries(share, size), size) for share, size in self._shares(payload, dim)])
+
     @property
     def sparse(self) -> bool:
         return self.inner.sparse
+
+    @property
+    def tells_nonfinite(self) -> bool:
+        return self.inner.tells_nonfinite
 
     def part(self, dim: int, first: int, last: int) -> WireFormat | None:
         parts, sizes = [], self.blocks(dim)
@@ -87,6 +100,13 @@ class _Blocks(Compressor):
         return self.inner.unbiased
 
 
+def _side_by_side(blocks: Sequence[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """The entries of a vector, given those of its blocks, and the blocks' sizes."""
+    starts = accumulate((size for _, _, size in blocks), initial=0)
+    index = [index + start for (index, _, _), start in zip(blocks, starts, strict=False)]
+    return torch.cat(index), torch.cat([values for _, values, _ in blocks])
+
+
 def _inside(sizes: Sequence[int], bounds: Sequence[int]) -> Iterator[list[int]]:
     """The bounds as seen from the beginning of each block, and no farther than its ends."""
     start = 0
@@ -115,6 +135,9 @@ class _BlockParts(WireFormat):
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         return torch.cat([part.decode(share, size) for part, share, size in self._shares(payload)])
+
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        return _side_by_side([(*part.entries(share, size), size) for part, share, size in self._shares(payload)])
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return torch.stack([part.valid(share, size) for part, share, size in self._shares(payload)]).all()

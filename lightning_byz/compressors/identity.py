@@ -18,6 +18,10 @@ class Identity(Compressor):
     """Sends the vector as it is: alpha = 1, omega = 0. No paper: no compression."""
 
     @property
+    def tells_nonfinite(self) -> bool:
+        return True
+
+    @property
     def coordinate_wise(self) -> bool:
         return True
 

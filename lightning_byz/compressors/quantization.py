@@ -295,6 +295,10 @@ class Contractive(Compressor):
     def decode(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.decode(payload, dim) * self.contraction(dim)
 
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        index, values = self.inner.entries(payload, dim)
+        return index, values * self.contraction(dim)
+
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.valid(payload, dim)
 
@@ -334,6 +338,10 @@ class _Shrunk(WireFormat):
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.decode(payload, dim) * self.factor
+
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        index, values = self.inner.entries(payload, dim)
+        return index, values * self.factor
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return self.inner.valid(payload, dim)

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,25 +26,36 @@ def _index_dtype(dim: int) -> torch.dtype:
     return torch.int32 if dim <= torch.iinfo(torch.int32).max else torch.int64
 
 
-def largest(x: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` numbers of largest magnitude in ``x [d]``, in any order; which ones of equals is left open.
+def largest(x: Tensor, count: int, minus: Tensor | None = None) -> Tensor:
+    """Increasing indices of the ``count`` numbers of largest magnitude in ``x [d]``, or in ``x - minus``; which ones of equals is left open.
 
     ``topk`` sorts far more than it needs. On a CPU, where few of many are wanted, the magnitudes of a sample give a threshold that a
-    few more than ``count`` numbers reach; only those are sorted. If the sample was misleading, everything is.
+    few more than ``count`` numbers reach; of those the smallest are dropped. If the sample was misleading, everything is sorted. A
+    difference is made block by block, and never stored.
     """
     d = len(x)
+
+    def numbers(at: Any) -> Tensor:
+        return x[at] if minus is None else x[at] - minus[at]
+
     if x.device.type == "cpu" and d >= 2 * _SAMPLE and count <= d // 8:
-        index = torch.randint(d, (_SAMPLE,), generator=torch.Generator().manual_seed(0))
         expected = _SAMPLE * count / d
         rank = math.ceil(expected + 5 * math.sqrt(expected) + 10)  # five standard deviations on the safe side
-        threshold = x[index].abs().topk(rank).values[-1]
-        blocks = [
-            (~(block.abs() < threshold)).nonzero().flatten().add_(i * _BLOCK) for i, block in enumerate(torch.split(x, _BLOCK))
-        ]
-        candidates = torch.cat(blocks)  # nan is among them, as topk takes it for the largest
+        threshold = numbers(torch.randint(d, (_SAMPLE,), generator=torch.Generator().manual_seed(0))).abs_().topk(rank).values[-1]
+        found, sizes, room = [], [], x.new_empty(_BLOCK)
+        for first in range(0, d, _BLOCK):
+            block = room[: min(_BLOCK, d - first)]
+            here = slice(first, first + len(block))
+            torch.abs(x[here], out=block) if minus is None else torch.sub(x[here], minus[here], out=block).abs_()
+            # nan is among them, as topk takes it for the largest
+            found.append((~(block < threshold)).nonzero().flatten())
+            sizes.append(block[found[-1]])
+            found[-1] += first
+        candidates, magnitudes = torch.cat(found), torch.cat(sizes)
         if len(candidates) >= count:
-            return candidates[x[candidates].abs().topk(count, sorted=False).indices]
-    return x.abs().topk(count, sorted=False).indices
+            dropped = magnitudes.topk(len(candidates) - count, largest=False, sorted=False).indices
+            return candidates[torch.ones_like(candidates, dtype=torch.bool).index_fill_(0, dropped, False)]
+    return numbers(slice(None)).abs().topk(count, sorted=False).indices.sort().values
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,10 @@ class SparsePart(WireFormat):
     def decode_into(self, payload: Payload, out: Tensor) -> None:
         values, index = payload
         out.zero_().index_copy_(0, index.long(), values)
+
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        values, index = payload
+        return index.long(), values
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         values, index = payload
@@ -113,14 +129,14 @@ class _Sparse(Compressor):
 
     @abstractmethod
     def pick(self, x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-        """The ``count`` different indices to keep, in any order."""
+        """The ``count`` different indices to keep, in increasing order."""
 
     def scale(self, dim: int) -> float:
         """What the kept values are multiplied with."""
         return 1.0
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
-        index = self.pick(x, self.count(len(x)), generator).sort().values
+        index = self.pick(x, self.count(len(x)), generator)
         return x[index] * self.scale(len(x)), index.to(_index_dtype(len(x)))
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
@@ -129,9 +145,13 @@ class _Sparse(Compressor):
     def decode_into(self, payload: Payload, out: Tensor) -> None:
         SparsePart(self.count(len(out))).decode_into(payload, out)
 
-    def added(self, x: Tensor, payload: Payload) -> Tensor:
+    def added(self, x: Tensor, payload: Payload, out: Tensor | None = None) -> Tensor:
         values, index = payload
-        return x.index_add(0, index.long(), values)
+        out = x.clone() if out is None else out.copy_(x)
+        return out.index_add_(0, index.long(), values)
+
+    def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
+        return SparsePart(self.count(dim)).entries(payload, dim)
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
         return SparsePart(self.count(dim)).valid(payload, dim)
@@ -161,6 +181,14 @@ class TopK(_Sparse):
     def pick(self, x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
         return largest(x, count)
 
+    def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
+        index = largest(x, self.count(len(x)), minus=y)
+        return x[index] - y[index], index.to(_index_dtype(len(x)))
+
+    @property
+    def tells_nonfinite(self) -> bool:
+        return True  # nothing is larger
+
     def contraction(self, dim: int) -> float:
         return self.count(dim) / dim
 
@@ -177,7 +205,7 @@ class _Random(_Sparse):
             )
         # A permutation of 11 million costs 40 times the draw of 1% of them, so draw, drop repetitions, and draw again.
         if 4 * count > len(x):
-            return torch.randperm(len(x), generator=generator, device=generator.device)[:count].to(x.device)
+            return torch.randperm(len(x), generator=generator, device=generator.device)[:count].sort().values.to(x.device)
         picked = torch.empty(0, dtype=torch.int64, device=generator.device)
         while len(picked) < count:
             more = torch.randint(len(x), (2 * (count - len(picked)) + 8,), generator=generator, device=generator.device)
@@ -188,7 +216,7 @@ class _Random(_Sparse):
                 0, inverse, torch.arange(len(picked), device=picked.device), "amin"
             )
             picked = picked[first.sort().values]
-        return picked[:count].to(x.device)
+        return picked[:count].sort().values.to(x.device)
 
 
 @dataclass(frozen=True)

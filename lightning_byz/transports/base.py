@@ -148,8 +148,8 @@ class Transport(ABC):
         parts = [whole[..., first:last] for first, last in self.spans(whole.shape[-1])]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def cut(self, codec: Compressor | None) -> None:  # noqa: B027  # only shards are cut
-        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may travel in many pieces; else None."""
+    def cut(self, in_pieces: bool) -> None:  # noqa: B027  # only shards are cut
+        """Told before the first round whether messages may travel in many pieces: those of coordinate-wise algorithms."""
 
     def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
         """The way up for the messages of a round, bucket by bucket, of a coordinate-wise algorithm; None: whole messages only."""
@@ -215,14 +215,19 @@ class Transport(ABC):
         """
         return codec.decode(answer, dim), answer
 
-    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
-        """The payload that tells of an estimate which differs from the ``last [dim]`` in few coordinates only; for ranks with shards.
+    def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload | None:
+        """The last estimate becomes this one, which differs from it in few coordinates only.
 
         Args:
-            estimate: this rank's columns of it.
-            last: the last estimate, which all ranks know; becomes this one.
+            index: which of this rank's columns may differ, ``[m]`` int64, increasing.
+            numbers: what they are now, ``[m]``.
+            last: ``[dim]`` the last estimate, which all ranks know; becomes this one.
+
+        Returns:
+            the payload that told of it; None where every rank has all columns.
         """
-        raise NotImplementedError
+        last[index] = numbers
+        return None
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""

@@ -72,8 +72,8 @@ class ByzantineTransport(Transport):
     def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
         return self.inner.spans(dim)
 
-    def cut(self, codec: Compressor | None) -> None:
-        self.inner.cut(codec)
+    def cut(self, in_pieces: bool) -> None:
+        self.inner.cut(in_pieces)
 
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         return self.inner.gather(messages, layout)
@@ -112,8 +112,8 @@ class ByzantineTransport(Transport):
     def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
         return self.inner.downlink(dim, like, out)
 
-    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
-        return self.inner.revise(estimate, last)
+    def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload | None:
+        return self.inner.revise(index, numbers, last)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         return self.inner.assemble(columns, dim)

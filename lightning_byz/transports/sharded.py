@@ -47,7 +47,7 @@ class Sharded(Collective):
 
     Args:
         overlap: send buckets; False: messages and results in one piece each, after backward. All ranks must be told the same.
-        bucket_size: bytes of a bucket, about. There are 64 buckets at most; then they are larger.
+        bucket_size: bytes of float32 gradients in a bucket, about. There are 64 buckets at most; then they are larger.
     """
 
     in_shards = True
@@ -64,10 +64,8 @@ class Sharded(Collective):
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
         self._bounds.clear()
 
-    def cut(self, codec: Compressor | None) -> None:
-        self._bucket = None
-        if codec is not None and self.overlap:
-            self._bucket = 32 * self.bucket_size // codec.nbytes(32, torch.float32)
+    def cut(self, in_pieces: bool) -> None:
+        self._bucket = self.bucket_size // 4 if in_pieces and self.overlap else None
         self._bounds.clear()
 
     def bounds(self, dim: int) -> list[int]:
@@ -228,31 +226,33 @@ class Sharded(Collective):
         for (first, last), numbers in zip(blocks, decoded, strict=True):
             whole[first:last] = numbers
 
-    def revise(self, estimate: Tensor, last: Tensor) -> Payload:
+    def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload:
         """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
         spans = list(pairwise(self.bounds(len(last))))
         first, end = spans[self.rank]
-        changed = (estimate != last[first:end]).nonzero().flatten()
-        share: Payload = (estimate[changed], changed.to(torch.int32))
-        count = len(changed) if sum(tensor.nbytes for tensor in share) < estimate.nbytes else -1
-        share = share if count >= 0 else (estimate,)
+        mine = last[first:end]
+        changed = numbers != mine[index]
+        share: Payload = (numbers[changed], index[changed].to(torch.int32))
+        count = len(share[0])
+        if sum(tensor.nbytes for tensor in share) >= mine.nbytes:
+            count, share = -1, (mine.index_copy(0, index, numbers),)
         said = self.gather([[torch.tensor([count])]] * self.workers_per_process, [Field((1,), torch.int64)])
         counts = [int(said[rank * self.workers_per_process][0]) for rank in range(self.world_size)]
         answers = [
-            [_empty(Field((count,), dtype), self._device) for dtype in (estimate.dtype, torch.int32)]
+            [_empty(Field((count,), dtype), self._device) for dtype in (last.dtype, torch.int32)]
             if count >= 0
-            else [_empty(Field((end - first,), estimate.dtype), self._device)]
+            else [_empty(Field((end - first,), last.dtype), self._device)]
             for count, (first, end) in zip(counts, spans, strict=True)
         ]
         for tensor, out in zip(share, answers[self.rank], strict=True):
             out.copy_(tensor)
         self._swap([share] * self.world_size, answers)
-        for (first, end), (numbers, *places) in zip(spans, answers, strict=True):
-            numbers = numbers.to(last.device)
+        for (first, end), (sent, *places) in zip(spans, answers, strict=True):
+            sent = sent.to(last.device)
             if places:
-                last[first:end].index_copy_(0, places[0].to(last.device).long(), numbers)
+                last[first:end].index_copy_(0, places[0].to(last.device).long(), sent)
             else:
-                last[first:end] = numbers
+                last[first:end] = sent
         return tuple(tensor for answer in answers for tensor in answer)
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:

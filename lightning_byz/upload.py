@@ -1,0 +1,123 @@
+"""The local workers' messages of a round on their way up, piece by piece, and memory for the states that they leave behind."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_byz.algorithms import Algorithm
+from lightning_byz.finite import all_finite
+from lightning_byz.transports import Uplink
+from lightning_byz.types import Gradients, Payload, Round
+
+_BLOCK = 2**18
+"""Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache for the next."""
+
+
+class Room:
+    """Memory for the workers' next states (`Round.room`): that of states which nobody needs any more, because fresh memory is slow.
+
+    What it has lent comes back once the state that holds it has had its day; tensors from elsewhere are never written into.
+    """
+
+    def __init__(self) -> None:
+        self._lent: dict[int, weakref.ref[Tensor]] = {}
+        self._spare: list[Tensor] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Memory for a tensor of this shape, dtype and device."""
+        for i, spare in enumerate(self._spare):
+            if (spare.shape, spare.dtype, spare.device) == (like.shape, like.dtype, like.device):
+                return self._spare.pop(i)
+        made = torch.empty_like(like)
+        self._lent = {key: lent for key, lent in self._lent.items() if lent() is not None} | {id(made): weakref.ref(made)}
+        return made
+
+    def take_back(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+        """What was lent for the tensors of an ``old`` state, which are not among those of the ``new`` one."""
+        kept = {id(tensor) for tensor in new}
+        for tensor in old:
+            lent = self._lent.get(id(tensor))
+            if lent is not None and lent() is tensor and id(tensor) not in kept:
+                self._spare.append(tensor)
+
+
+class Upload:
+    """The local workers' messages of one round on their way up, bucket by bucket, and the states that they leave behind.
+
+    Args:
+        algorithm: a coordinate-wise one.
+        round: the round.
+        uplink: the way up.
+        states: by worker, its state.
+        room: memory for its next state, which is written piece by piece.
+        x: ``[d]``, for its size, dtype and device.
+
+    Attributes:
+        sound: by worker, whether all that it sent is finite: a 0-d bool tensor.
+        states: by worker, its next state.
+    """
+
+    def __init__(self, algorithm: Algorithm, round: Round, uplink: Uplink, states: dict[int, Any], room: Room, x: Tensor) -> None:
+        self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
+        self.codec = algorithm.codec(round)
+        self.like = x[:0]
+        self.before = dict(states)
+        self.states = {
+            worker: type(state)(*(room(t) if is_whole(t, self.dim) else t for t in state)) for worker, state in states.items()
+        }
+        self.sound = {worker: torch.ones((), dtype=torch.bool, device=x.device) for worker in states}
+
+    @property
+    def left(self) -> list[tuple[int, int]]:
+        """The buckets that have not been sent, in order."""
+        return list(self.uplink.buckets[self.uplink.sent :])
+
+    @torch.no_grad()
+    def send(self, grads: Sequence[Tensor | None]) -> None:
+        """The next bucket of every local worker's gradient; None for those that have none. They are to be left alone until the round ends."""
+        first, last = self.uplink.buckets[self.uplink.sent]
+        payloads = []
+        for worker, g in zip(self.before, grads, strict=True):
+            if g is None:  # silence has the size of speech
+                self.sound[worker] = torch.zeros_like(self.sound[worker])
+                layout = self.codec.layout(last - first, self.like.dtype)
+                payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
+                continue
+            cuts = [*range(first, last, _BLOCK), last]
+            blocks = [self._block(worker, g[a - first : b - first], a, b) for a, b in itertools.pairwise(cuts)]
+            payloads.append(blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True))))
+        self.uplink.send(payloads)
+
+    def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
+        """What a worker sends of columns first .. last - 1."""
+        before, next_ = (piece_of(state[worker], first, last, self.dim) for state in (self.before, self.states))
+        whole = [is_whole(tensor, self.dim) for tensor in self.before[worker]]
+        places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
+        round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
+        payload, after = self.algorithm.worker(Gradients(g), before, round)
+        # as `_is_finite`, but an accelerator is not waited for
+        finite = [] if self.codec.tells_nonfinite else [all_finite(g)]
+        self.sound[worker] = torch.stack([self.sound[worker], self.codec.valid(payload, last - first), *finite]).all()
+        for place, new, here in zip(next_, after, whole, strict=True):
+            if here and new is not place:
+                place.copy_(new)
+        self.states[worker] = type(after)(
+            *(tensor if here else new for tensor, new, here in zip(self.states[worker], after, whole, strict=True))
+        )
+        return payload
+
+
+def is_whole(tensor: Tensor, dim: int) -> bool:
+    """Whether a tensor of a coordinate-wise algorithm's state holds a number for every coordinate."""
+    return tensor.shape == (dim,)
+
+
+def piece_of(state: Any, first: int, last: int, dim: int) -> Any:
+    """The state in some columns: a view."""
+    return type(state)(*(tensor[first:last] if is_whole(tensor, dim) else tensor for tensor in state))
