@@ -233,7 +233,7 @@ class Exchange:
         for first, last in upload.left:
             upload.send([None if row is None else row[first:last] for row in rows])
         for worker, here in zip(self.transport.workers, speaks, strict=True):
-            if not (here and bool(upload.sound[worker])):
+            if not (here and bool(torch.stack(upload.sound[worker]).all())):
                 upload.states.pop(worker, None)
         flags = [
             _flags(worker in upload.states, contribution.used)
@@ -361,15 +361,13 @@ class Exchange:
         assert self.dim is not None and self._last is not None and round.present is not None
         width = sum(last - first for first, last in self.transport.spans(self.dim))
         speaking = round.present.nonzero().flatten().tolist()
-        entries = {worker: received.format.entries(received.messages[worker].payload, width) for worker in speaking}
-        if 2 * sum(len(index) for index, _ in entries.values()) <= width:
-            named = torch.zeros(width, dtype=torch.bool, device=self._last.device)
-            for index, _ in entries.values():
-                named[index] = True
-            index = named.nonzero().flatten()
+        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking]
+        if 2 * sum(len(named) for named, _ in entries) <= width:
+            empty = torch.zeros(0, dtype=torch.int64, device=self._last.device)
+            index, places = torch.cat([empty, *(named for named, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
             values = blank.values.new_zeros(round.n, len(index))
-            for worker, (places, numbers) in entries.items():
-                values[worker, torch.searchsorted(index, places)] = numbers
+            for worker, (_, numbers), place in zip(speaking, entries, places.split([len(e) for e, _ in entries]), strict=True):
+                values[worker, place] = numbers
             cut = [columns for _, columns in self._whole_server().values()]
             before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.server, cut, strict=True))
             rows = replace(blank, values=values, spans=None, dim=None)

@@ -59,7 +59,7 @@ class Upload:
         x: ``[d]``, for its size, dtype and device.
 
     Attributes:
-        sound: by worker, whether all that it sent is finite: a 0-d bool tensor.
+        sound: by worker, whether each piece that it sent is finite: 0-d bool tensors, so that an accelerator is not waited for.
         states: by worker, its next state.
     """
 
@@ -71,7 +71,7 @@ class Upload:
         self.states = {
             worker: type(state)(*(room(t) if is_whole(t, self.dim) else t for t in state)) for worker, state in states.items()
         }
-        self.sound = {worker: torch.ones((), dtype=torch.bool, device=x.device) for worker in states}
+        self.sound: dict[int, list[Tensor]] = {worker: [] for worker in states}
 
     @property
     def left(self) -> list[tuple[int, int]]:
@@ -85,7 +85,7 @@ class Upload:
         payloads = []
         for worker, g in zip(self.before, grads, strict=True):
             if g is None:  # silence has the size of speech
-                self.sound[worker] = torch.zeros_like(self.sound[worker])
+                self.sound[worker].append(torch.zeros((), dtype=torch.bool, device=self.like.device))
                 layout = self.codec.layout(last - first, self.like.dtype)
                 payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
                 continue
@@ -101,9 +101,9 @@ class Upload:
         places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
         round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
         payload, after = self.algorithm.worker(Gradients(g), before, round)
-        # as `_is_finite`, but an accelerator is not waited for
-        finite = [] if self.codec.tells_nonfinite else [all_finite(g)]
-        self.sound[worker] = torch.stack([self.sound[worker], self.codec.valid(payload, last - first), *finite]).all()
+        self.sound[worker].append(self.codec.valid(payload, last - first))
+        if not self.codec.tells_nonfinite:
+            self.sound[worker].append(all_finite(g))
         for place, new, here in zip(next_, after, whole, strict=True):
             if here and new is not place:
                 place.copy_(new)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors.base import Compressor, Field, WireFormat
-from lightning_byz.compressors.bits import can_cut, cut_bits, look_up_bits, pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.bits import can_cut, cut_bits, look_up_bits, pack_bits, pack_signs, packed_bytes, unpack_bits
 from lightning_byz.types import Payload
 
 
@@ -45,11 +45,15 @@ class Sign(Compressor):
         return Field((packed_bytes(dim, 1),), torch.uint8), Field((0,), dtype)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
-        return pack_bits(x < 0, 1), x.new_empty(0)
+        return pack_signs(x), x.new_empty(0)
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         bits, like = payload
         return look_up_bits(bits, 1, dim, like.new_tensor([1.0, -1.0]))
+
+    def decode_into(self, payload: Payload, out: Tensor) -> None:
+        bits, like = payload
+        look_up_bits(bits, 1, len(out), like.new_tensor([1.0, -1.0]), out=out)
 
     def part(self, dim: int, first: int, last: int) -> WireFormat | None:
         return self if can_cut(dim, first, last) else None
@@ -71,7 +75,7 @@ class ScaledSign(Compressor):
         return Field((packed_bytes(dim, 1),), torch.uint8), Field((1,), dtype)
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
-        return pack_bits(x < 0, 1), _wide(x).abs().mean(0, keepdim=True).to(x.dtype)
+        return pack_signs(x), _wide(x).abs().mean(0, keepdim=True).to(x.dtype)
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         bits, scale = payload
@@ -184,7 +188,7 @@ class NaturalCompression(Compressor):
         mantissa, exponent = torch.frexp(_wide(x).abs())  # |x| = mantissa * 2^exponent, mantissa in [1/2, 1)
         power = exponent - 1 + (_uniform(x, generator, self) < 2 * mantissa - 1)
         code = torch.where((mantissa == 0) | (power < -126), 0, power.clamp_max(127) + 127)
-        return code.to(torch.uint8), pack_bits(x < 0, 1), x.new_empty(0)
+        return code.to(torch.uint8), pack_signs(x), x.new_empty(0)
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
         code, signs, like = payload

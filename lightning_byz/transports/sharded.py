@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -214,17 +214,15 @@ class Sharded(Collective):
     @staticmethod
     def _decode(share: Payload, codec: Compressor, width: int, spans: Sequence[tuple[int, int]], whole: Tensor) -> None:
         """Puts what a share of a payload stands for where it belongs; where that can be, in blocks that are in a cache when they are put."""
-        size = _BLOCK if codec.coordinate_wise else max(1, width)
-        blocks = [(a, min(a + size, last)) for first, last in spans for a in range(first, last, size)]
-        lengths = [last - first for first, last in blocks]
-        decoded: Iterable[Tensor]
-        if codec.coordinate_wise:
-            pieces = codec.split(share, width, list(accumulate(lengths, initial=0)))
-            decoded = (codec.decode(piece, length) for piece, length in zip(pieces, lengths, strict=True))
-        else:
-            decoded = torch.split(codec.decode(share, width), lengths)
-        for (first, last), numbers in zip(blocks, decoded, strict=True):
-            whole[first:last] = numbers
+        if not codec.coordinate_wise:
+            parts = torch.split(codec.decode(share, width), [last - first for first, last in spans])
+            for (first, last), numbers in zip(spans, parts, strict=True):
+                whole[first:last] = numbers
+            return
+        blocks = [(a, min(a + _BLOCK, last)) for first, last in spans for a in range(first, last, _BLOCK)]
+        pieces = codec.split(share, width, list(accumulate((last - first for first, last in blocks), initial=0)))
+        for (first, last), piece in zip(blocks, pieces, strict=True):
+            codec.decode_into(piece, whole[first:last])
 
     def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload:
         """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
