@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -108,44 +108,45 @@ class WorkerBuffers:
         merged = list(self.start)
         which = touched.nonzero().flatten().tolist()
         if which:
-            layout = [Field(tuple(self.start[i].shape), self.start[i].dtype) for i in which]
+            groups = _by_dtype({i: self.start[i] for i in which})  # one vector of each dtype travels, and not every buffer alone
+            layout = [Field((sum(self.start[i].numel() for i in group),), dtype) for dtype, group in groups.items()]
             messages = [
-                [now[i] if now[i].shape == self.start[i].shape else self.start[i] for i in which]
+                [
+                    torch.cat([(now[i] if now[i].shape == self.start[i].shape else self.start[i]).reshape(-1) for i in group])
+                    for group in groups.values()
+                ]
                 for now in map(self._now, range(self._workers))
             ]
             everybody = transport.gather(messages, layout)
             present_ones = (everybody[worker] for worker in present.nonzero().flatten().tolist())
-            speaking = [tensors for tensors in present_ones if tensors is not None]
-            for group in _by_dtype([self.start[i] for i in which]) if speaking else ():
-                said = [[row[position] for position in group] for row in speaking]
-                agreed = _medians(said, f) if said[0][0].is_floating_point() else said[0]
-                for position, value in zip(group, agreed, strict=True):
-                    merged[which[position]] = self.start[which[position]] if value is None else value
+            speaking = [vectors for vectors in present_ones if vectors is not None]
+            for group, said in zip(groups.values(), zip(*speaking, strict=True), strict=False):
+                sizes = [self.start[i].numel() for i in group]
+                agreed = _medians(torch.stack(said), sizes, f) if said[0].is_floating_point() else torch.split(said[0], sizes)
+                for i, value in zip(group, agreed, strict=True):
+                    merged[i] = self.start[i] if value is None else value.view(self.start[i].shape)
         for buffer, value in zip(self._read(), merged, strict=True):
             if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.begin()
 
 
-def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of the tensors of each dtype."""
+def _by_dtype(tensors: Mapping[int, Tensor]) -> dict[torch.dtype, list[int]]:
+    """Which of the tensors have each dtype."""
     groups: dict[torch.dtype, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(position)
-    return list(groups.values())
+    for i, tensor in tensors.items():
+        groups.setdefault(tensor.dtype, []).append(i)
+    return groups
 
 
-def _medians(rows: Sequence[Sequence[Tensor]], f: int) -> list[Tensor | None]:
-    """The coordinate-wise median of each of some tensors, over workers that have one value of each; None where too few are finite."""
-    flat = torch.stack([torch.cat([tensor.reshape(-1) for tensor in row]) for row in rows])
-    if len(rows[0]) > 1 and not bool(all_finite(flat)):  # who has a nan in one tensor has a say in the others
-        return [_medians([[row[i]] for row in rows], f)[0] for i in range(len(rows[0]))]
+def _medians(rows: Tensor, sizes: Sequence[int], f: int) -> Sequence[Tensor | None]:
+    """The coordinate-wise median of ``rows [n, sum(sizes)]``, one row of each worker, cut into these sizes; None where too few are finite."""
+    if len(sizes) > 1 and not bool(all_finite(rows)):  # who has a nan in one tensor has a say in the others
+        return [_medians(part, [size], f)[0] for part, size in zip(torch.split(rows, list(sizes), 1), sizes, strict=True)]
     try:
-        median = CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(flat)
+        return torch.split(CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(rows), list(sizes))
     except TooFewRowsError:
-        return [None] * len(rows[0])
-    parts = torch.split(median, [tensor.numel() for tensor in rows[0]])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, rows[0], strict=True)]
+        return [None] * len(sizes)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class Exchange:
         self.quarantined: set[int] = set()
         self._upload: Upload | None = None  # of the coming round, if it has been opened
         self._room = Room()  # for the local workers' next states
-        transport.cut(algorithm.coordinate_wise)
+        transport.cut(algorithm.codec(Round(step=0, n=transport.n, seed=seed)) if algorithm.coordinate_wise else None)
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None

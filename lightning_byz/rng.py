@@ -18,7 +18,11 @@ def worker_rng(device: torch.device, *key: int) -> Iterator[None]:
     """Torch's global RNG (CPU and ``device``) runs on a stream of its own inside, and goes on as if nothing was outside."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(keyed_seed("forward", *key))
+        seed = keyed_seed("forward", *key)
+        if device.type == "cpu":  # torch.manual_seed would note it for every accelerator that has not started, which takes longer
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
         yield
 
 

@@ -217,15 +217,17 @@ class Rows:
         """A small tensor of partial sums over this slice's columns, added up over all slices."""
         return self.total(partial)
 
-    def finite(self) -> Tensor:
-        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice."""
+    def finite(self, norms: bool = True) -> Tensor:
+        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``norms``: look by way of `squared_norms`, which many rules ask for next."""
         base = replace(self, mixing=None)
         if self.mixing is not None and bool((self.mixing.abs().sum(1) > 1 + 1e-9).any()):  # finite rows may add up to others
             bad = torch.zeros(len(self), dtype=torch.bool, device=self.values.device)
             for _, _, block in self.blocks():
                 bad |= torch.stack([~all_finite(row) for row in block])
         else:  # a finite norm tells, and rules ask for norms next
-            unsure = (~base.squared_norms().isfinite()).nonzero().flatten().tolist() if self._is_quick else range(len(base))
+            unsure = (
+                (~base.squared_norms().isfinite()).nonzero().flatten().tolist() if norms and self._is_quick else range(len(base))
+            )
             bad = torch.zeros(len(base), dtype=torch.bool, device=self.values.device)
             for i in unsure:
                 bad[i] = ~all_finite(self.values[self._stored[i]])

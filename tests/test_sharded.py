@@ -29,6 +29,7 @@ from lightning_byz import (
     PerTensor,
     RobustSGD,
     Sharded,
+    Sign,
     SignSGDMajorityVote,
     TopK,
     TrimmedMean,
@@ -264,7 +265,7 @@ def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
 
     def work(rank: int) -> Any:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
-        transport.cut(True)
+        transport.cut(Identity())
         messages = [Message(torch.ones(3, dtype=torch.uint8), (grads[worker],)) for worker in transport.workers]
         received = transport.exchange(messages, Identity(), D, torch.float32, Round(step=0, n=N))
         mine = transport.columns(grads)
@@ -311,11 +312,13 @@ def test_buckets_are_cut_into_everybodys_shares() -> None:
     transport = Sharded(bucket_size=4 * 96)
     Transport.connect(transport, 1, 3, 1, CPU)
     assert transport.bounds(200) == [0, 96, 192, 200]
-    transport.cut(True)
+    transport.cut(Identity())
     assert transport.bounds(200) == [0, 32, 64, 96, 128, 160, 192, 200, 200, 200]
     assert transport.spans(200) == ((32, 64), (128, 160), (200, 200))
     assert len(transport.bounds(96 * 1000)) - 1 <= 64 * 3
-    transport.cut(False)
+    transport.cut(Sign())  # 32 times as many for so many bytes; no more coordinates than bytes, though
+    assert transport.bounds(1000)[::3] == [0, 384, 768, 1000]
+    transport.cut(None)
     assert transport.bounds(96 * 1000) == [0, 32_000, 64_000, 96_000]
 
 

@@ -57,7 +57,8 @@ class WireFormat(ABC):
         The payload comes from a worker that may be an adversary: every claim it makes about indices or lengths is checked
         here. By default every floating-point number must be finite.
         """
-        return torch.stack([all_finite(t) for t in payload if t.is_floating_point()]).all()
+        looked_at = [all_finite(t) for t in payload if t.is_floating_point() and t.numel()]
+        return torch.stack(looked_at).all() if looked_at else payload[0].new_ones((), dtype=torch.bool)
 
 
 class Compressor(WireFormat):

@@ -148,8 +148,8 @@ class Transport(ABC):
         parts = [whole[..., first:last] for first, last in self.spans(whole.shape[-1])]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
-    def cut(self, in_pieces: bool) -> None:  # noqa: B027  # only shards are cut
-        """Told before the first round whether messages may travel in many pieces: those of coordinate-wise algorithms."""
+    def cut(self, codec: Compressor | None) -> None:  # noqa: B027  # only shards are cut
+        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may travel in many pieces; else None."""
 
     def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
         """The way up for the messages of a round, bucket by bucket, of a coordinate-wise algorithm; None: whole messages only."""

@@ -72,8 +72,8 @@ class ByzantineTransport(Transport):
     def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
         return self.inner.spans(dim)
 
-    def cut(self, in_pieces: bool) -> None:
-        self.inner.cut(in_pieces)
+    def cut(self, codec: Compressor | None) -> None:
+        self.inner.cut(codec)
 
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         return self.inner.gather(messages, layout)

@@ -47,7 +47,7 @@ class Sharded(Collective):
 
     Args:
         overlap: send buckets; False: messages and results in one piece each, after backward. All ranks must be told the same.
-        bucket_size: bytes of float32 gradients in a bucket, about. There are 64 buckets at most; then they are larger.
+        bucket_size: bytes of a bucket's message, about, and at most as many coordinates. There are 64 buckets at most; then they are larger.
     """
 
     in_shards = True
@@ -64,8 +64,10 @@ class Sharded(Collective):
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
         self._bounds.clear()
 
-    def cut(self, in_pieces: bool) -> None:
-        self._bucket = self.bucket_size // 4 if in_pieces and self.overlap else None
+    def cut(self, codec: Compressor | None) -> None:
+        self._bucket = None
+        if codec is not None and self.overlap:
+            self._bucket = min(32 * self.bucket_size // codec.nbytes(32, torch.float32), self.bucket_size)
         self._bounds.clear()
 
     def bounds(self, dim: int) -> list[int]:
