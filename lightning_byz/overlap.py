@@ -1,4 +1,4 @@
-"""A worker's message leaves while its backward pass is still running."""
+"""A worker's gradient is read, and its message leaves, while its backward pass is still running."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_byz.algorithms import Algorithm
 from lightning_byz.exchange import Exchange
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.upload import Upload
 
 
 class Overlap:
-    """Sends the buckets of the only local worker's message as soon as a backward pass has filled them.
+    """Reads the only local worker's gradients as backward makes them, and sends its message's buckets as soon as they are filled.
 
     Backward fills the vector from its end, roughly: the last parameters get their gradients first. Buckets leave in one order, which all
     ranks share, so that a parameter without a gradient holds its bucket and all later ones back until `gradient` is asked for. What has been
-    read of ``p.grad`` is released at once: the estimate will take its place.
+    read of ``p.grad`` is released at once: the estimate will take its place. If the algorithm wants whole vectors, nothing is sent, but
+    gradients are read while they are in a cache, and their memory serves for the next ones.
 
     Args:
         layout: the parameters.
@@ -36,6 +36,8 @@ class Overlap:
         """Whether a parameter's gradient has changed after it was sent, once: this model's backward passes cannot be overlapped."""
         self._starts = list(accumulate(layout.sizes, initial=0))
         self._upload: Upload | None = None
+        self.began = False
+        """Whether gradients have been read of which `gradient` has not been asked for."""
         self._active = self._late = False
         self._written: set[int] = set()
         self._buckets: list[tuple[int, int]] = []
@@ -51,19 +53,14 @@ class Overlap:
         for hook in self._hooks:
             hook.remove()
 
-    @property
-    def began(self) -> bool:
-        """Whether a message is on its way."""
-        return self._upload is not None
-
     @contextmanager
     def during_backward(self) -> Iterator[None]:
         """The last backward pass before the exchange."""
-        self._upload = None if self.broken else self.exchange.open(self.layout.like())
+        in_pieces = self.exchange.algorithm.coordinate_wise and not self.broken
+        self._upload = self.exchange.open(self.layout.like()) if in_pieces else None
         self._written, self._late = set(), False
-        if self._upload is not None:
-            self._plan(self._upload.left)
-        self._active = self._upload is not None
+        self._plan([] if self._upload is None else self._upload.left)
+        self._active = self.began = True
         try:
             yield
         finally:
@@ -84,14 +81,13 @@ class Overlap:
         """A parameter's gradient is there."""
         if not self._active:
             return
-        assert self._upload is not None
         again = i in self._written
-        if again and any(b < self._upload.uplink.sent for b in self._touched[i]):
+        if again and self._upload is not None and any(b < self._upload.uplink.sent for b in self._touched[i]):
             self._late = True
             return
         row = self._write(i, parameter)
         parameter.grad = None
-        if again:
+        if again or self._upload is None:
             return
         for b in self._touched[i]:
             self._missing[b] -= 1
@@ -115,7 +111,7 @@ class Overlap:
 
     def gradient(self) -> Tensor | None:
         """The whole gradient ``[d]``, after a backward pass that was overlapped; None if what was sent of it is not what it is."""
-        self._upload = None
+        self._upload, self.began = None, False
         if self._late:
             self.broken = True
             warnings.warn(
@@ -131,10 +127,8 @@ class Overlap:
         return self.layout.rows(1)[0]
 
 
-def obstacle(algorithm: Algorithm, module: Any, callbacks: Iterable[Any], precision: Any, optimizers: Iterable[Any]) -> str | None:
-    """Why a run needs the whole gradient before anything of it is sent; None: it does not."""
-    if not algorithm.coordinate_wise:
-        return f"{type(algorithm).__name__} looks at the whole vector"
+def obstacle(module: Any, callbacks: Iterable[Any], precision: Any, optimizers: Iterable[Any]) -> str | None:
+    """Why a run's gradients cannot be read before backward has ended; None: they can."""
     if not module.automatic_optimization:
         return "optimization is manual"
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):

@@ -345,15 +345,16 @@ class RobustStrategy(_Base):
             self._served.adopt_metrics(self.lightning_module)
 
     def _decide_overlap(self, trainer: Any, transport: Transport) -> bool:
-        """Whether messages leave during backward, where the transport can send them so; says why not."""
+        """Whether gradients are read during backward, and sent where the algorithm lets them; says why not."""
         if not isinstance(transport, Sharded) or not transport.overlap or self.workers_per_process > 1:
             return False
-        module = self.lightning_module
-        reason = obstacle(self._resolved, module, trainer.callbacks, self.precision_plugin, self.optimizers)
+        reason = obstacle(self.lightning_module, trainer.callbacks, self.precision_plugin, self.optimizers)
+        whole = None if self._resolved.coordinate_wise else f"{type(self._resolved).__name__} looks at the whole vector"
+        why = whole if reason is None else reason
         log.info(
             "byzantine_robust: gradients are exchanged while backward runs."
-            if reason is None
-            else f"byzantine_robust: gradients are exchanged after backward, not during it: {reason}."
+            if why is None
+            else f"byzantine_robust: gradients are exchanged after backward, not during it: {why}."
         )
         return reason is None
 

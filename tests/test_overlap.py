@@ -95,7 +95,8 @@ def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Tran
     wanted = Overlap.gradient
 
     def gradient(self: Overlap) -> Any:
-        gone.append(self._upload.uplink.sent)
+        if self._upload is not None:
+            gone.append(self._upload.uplink.sent)
         return wanted(self)
 
     strategy = ByzantineRobustStrategy(algorithm, transport, start_method="fork", seed=5)
@@ -156,13 +157,19 @@ def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path)
     ("make", "algorithm", "trainer", "reason"),
     [
         (Plain, ByzEF21SGDM(CoordinateMedian()), {}, "ByzEF21SGDM looks at the whole vector"),
+        (
+            lambda: Plain(unused=True, norm=True),
+            ByzEF21SGDM(),
+            {"accumulate_grad_batches": 2},
+            "ByzEF21SGDM looks at the whole vector",
+        ),
         (Plain, MEDIAN, cpu_amp(), "a loss scaler"),
         (lambda: Plain(optimizer="lbfgs"), MEDIAN, {}, "LBFGS"),
         (Halves, MEDIAN, {}, "Halves has an `on_after_backward`"),
         (Plain, MEDIAN, {"callbacks": [HalvesFromOutside()]}, "HalvesFromOutside has an `on_after_backward`"),
         (BackwardTwice, MEDIAN, {}, "BackwardTwice has a `backward` of its own"),
     ],
-    ids=["whole vector", "loss scaler", "lbfgs", "module hook", "callback hook", "backward"],
+    ids=["whole vector", "whole vector, accumulation", "loss scaler", "lbfgs", "module hook", "callback hook", "backward"],
 )
 def test_what_needs_the_whole_gradient_waits_and_says_so(
     make: Any, algorithm: Any, trainer: Any, reason: str, tmp_path: Path

@@ -274,3 +274,17 @@ def test_pruning_drops_comparators_that_nothing_depends_on():
 
 def test_the_median_of_the_largest_numbers_does_not_overflow():
     assert median_of_rows(torch.full((4, 2), 3e38)).tolist() == torch.full((2,), 3e38).tolist()
+
+
+@pytest.mark.parametrize("d", [187, 1000, 8192, 70_000])
+def test_where_rows_lie_in_memory_changes_no_bit(d):
+    """Matrix products of some libraries depend on it; transports and simulations keep rows in different places."""
+    x, weights = torch.randn(4, d, generator=torch.Generator().manual_seed(0)), torch.rand(4, dtype=torch.float64)
+    expected = Rows(x.clone())
+    for offset in (0, 1, 2, 5, 8, 15):
+        for gap in (0, 1, 3, 8):
+            place = torch.empty(4 * (d + gap) + offset)[offset:].view(4, d + gap)[:, :d]
+            rows = Rows(place.copy_(x))
+            assert torch.equal(rows.gram(), expected.gram())
+            assert torch.equal(rows.squared_norms(), expected.squared_norms())
+            assert torch.equal(rows.combine(weights), expected.combine(weights))
