@@ -15,10 +15,11 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
+from lightning_byz.memory import Room, empty_rows
 from lightning_byz.rows import Rows
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
-from lightning_byz.upload import Room, Upload, is_whole, piece_of
+from lightning_byz.upload import Upload, is_whole, piece_of
 
 
 class Contribution(NamedTuple):
@@ -433,7 +434,7 @@ class Exchange:
             or self._rows.dtype != like.dtype
             or self._rows.device != like.device
         ):
-            self._rows = like.new_empty(len(payloads), dim)
+            self._rows = empty_rows(len(payloads), dim, like)
         for row, payload in zip(self._rows, payloads, strict=True):
             row.zero_() if payload is None else received.format.decode_into(payload, row)
         return self._rows

@@ -8,6 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lightning_byz.memory import empty_rows
+
 
 class FlatParameters:
     """The trainable parameters of one optimizer, in its order, seen as one vector.
@@ -49,7 +51,7 @@ class FlatParameters:
     def rows(self, workers: int) -> Tensor:
         """Room for the gradients of so many workers, ``[workers, d]``: the same in every step, because fresh memory is slow."""
         if self._rows is None or len(self._rows) != workers:
-            self._rows = torch.empty(workers, self.dim, dtype=self.dtype, device=self.device)
+            self._rows = empty_rows(workers, self.dim, torch.empty(0, dtype=self.dtype, device=self.device))
         return self._rows
 
     def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,6 @@ columns goes through `sum`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,8 +34,8 @@ _NARROW = 8_192
 _WIDE = 32 * _NARROW
 """Columns of which that is done at a time, whatever the number of threads is: it is to change no bit."""
 
-_COPIED = 8 * _NARROW
-"""The same for products, whose columns are copied first: 5 MB of 20 float32 rows, which stay in a cache."""
+_BATCH = 8
+"""Matrices of so many columns that are multiplied at a time: 5 MB of 20 float32 rows, which stay in a cache."""
 
 _CLOSE = 1e-2
 """Rows whose squared distance is a smaller part of their squared norms have lost digits of it in float32 products, which keep 7 of the norms'."""
@@ -83,6 +82,8 @@ class Rows:
     compiled: bool = False
     _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
     """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
+    _room: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    """Memory for the factors of products, of these rows and those made of them."""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -149,7 +150,45 @@ class Rows:
         block = self._base(self.values[:, first:last]).to(self.work_dtype)
         if self._factors is not None:
             return self._factors.to(block.dtype)[:, None] * block
-        return block if self.mixing is None else self.mixing.to(block.dtype) @ block
+        return block if self.mixing is None else self._mixed(block)
+
+    def _mixed(self, block: Tensor) -> Tensor:
+        """``mixing @ block``, whose bits do not depend on how many columns it has."""
+        assert self.mixing is not None
+        mixing = self.mixing.to(block.dtype)
+        if not self._on_cpu:
+            return mixing @ block
+        out = block.new_empty(len(mixing), block.shape[1])
+        for first, matrices in self._matrices(block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)):
+            made = torch.bmm(mixing.expand(len(matrices), -1, -1), matrices).transpose(0, 1).flatten(1)
+            out[:, first : first + made.shape[1]] = made[:, : block.shape[1] - first]
+        return out
+
+    def _matrices(self, block: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+        """The columns of ``block [n, width]`` as matrices of ``size`` columns, followed by zeros: some ``[c, n, size]`` at a time, and where they begin.
+
+        With some libraries the bits of a product depend on where in memory a matrix begins, and its rows; on its width; and on the number of
+        threads, unless each has a matrix of its own. Here all rows begin at multiples of 64 bytes (those that do not are copied), and there
+        are no fewer matrices than threads.
+        """
+        (n, width), threads, unit = block.shape, torch.get_num_threads(), 64 // block.element_size()
+        shape = (max(_BATCH, threads), n, size)
+        room = self._room.get(block.dtype)
+        if room is None or room.shape != shape:
+            room = self._room[block.dtype] = block.new_zeros(shape)
+        aligned = block.data_ptr() % 64 == 0 and block.stride(0) % unit == 0 and block.stride(1) == 1 and size % unit == 0
+        for first in range(0, width, shape[0] * size):
+            part = block[:, first : first + shape[0] * size]
+            whole, rest = divmod(part.shape[1], size)
+            matrices = part[:, : whole * size].view(n, whole, size).transpose(0, 1)
+            if aligned and whole == shape[0]:
+                yield first, matrices
+                continue
+            room[:whole].copy_(matrices)
+            if rest:
+                room[whole, :, :rest] = part[:, whole * size :]
+                room[whole, :, rest:] = 0
+            yield first, room[: max(whole + (rest > 0), threads)]
 
     @cached_property
     def _factors(self) -> Tensor | None:
@@ -285,12 +324,11 @@ class Rows:
         if self._factors is not None:
             return self._factors * replace(self, mixing=None).gram() * self._factors[:, None]
         products = torch.zeros(len(self), len(self), dtype=torch.float64)
-        room: Tensor | None = None
-        for first, last in self._bounds(_COPIED):
-            chunks = _chunks(self.block(first, last)).transpose(0, 1)
-            room = torch.empty(chunks.shape, dtype=chunks.dtype) if room is None or room.shape != chunks.shape else room
-            room.copy_(chunks)  # with some libraries the bits of a product depend on where in memory a matrix begins, and its rows
-            products += torch.bmm(room, room.mT).sum(0, dtype=torch.float64)
+        for first, last in self._bounds(_WIDE):
+            block = self.block(first, last)
+            for _, matrices in self._matrices(block, min(_NARROW, self.values.shape[1])):
+                for product in torch.bmm(matrices, matrices.mT):
+                    products += product
         return self.sum(products)
 
     def _corrected(self, products: Tensor) -> Tensor:
@@ -411,13 +449,11 @@ class Rows:
         weights = weights.to(device=self.values.device, dtype=torch.float64)
         if self.mixing is not None:
             weights = weights @ self.mixing
-        used = weights.nonzero().flatten()
-        runs = _runs([self._stored[i] for i in used.tolist()])
-        shares = torch.split(weights[used].to(self.work_dtype), [end - start for start, end in runs])
+        used = [(self._stored[i], weight) for i, weight in enumerate(weights.tolist()) if weight]
         out = torch.zeros(self.values.shape[1], dtype=self.work_dtype, device=self.values.device)
-        for first, last in self._bounds():
-            for (start, end), share in zip(runs, shares, strict=True):
-                out[first:last].addmv_(self.values[start:end, first:last].to(self.work_dtype).T, share)
+        for first, last in self._bounds(_WIDE * torch.get_num_threads() if self._on_cpu else None):
+            for row, weight in used:
+                out[first:last].add_(self.values[row, first:last], alpha=weight)
         return out.to(self.values.dtype)
 
 
@@ -427,9 +463,3 @@ def _chunks(block: Tensor) -> Tensor:
     missing = -block.shape[-1] % size
     whole = torch.nn.functional.pad(block, (0, missing)) if missing else block
     return whole.view(*block.shape[:-1], -1, size)
-
-
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """The stretches ``start .. end - 1`` that numbers make, one after the other."""
-    starts = [i for i, number in enumerate(numbers) if i == 0 or number != numbers[i - 1] + 1]
-    return [(numbers[a], numbers[b - 1] + 1) for a, b in itertools.pairwise([*starts, len(numbers)])]

@@ -1,10 +1,9 @@
-"""The local workers' messages of a round on their way up, piece by piece, and memory for the states that they leave behind."""
+"""The local workers' messages of a round on their way up, piece by piece."""
 
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,39 +11,12 @@ from torch import Tensor
 
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.finite import all_finite
+from lightning_byz.memory import Room
 from lightning_byz.transports import Uplink
 from lightning_byz.types import Gradients, Payload, Round
 
 _BLOCK = 2**18
 """Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache for the next."""
-
-
-class Room:
-    """Memory for the workers' next states (`Round.room`): that of states which nobody needs any more, because fresh memory is slow.
-
-    What it has lent comes back once the state that holds it has had its day; tensors from elsewhere are never written into.
-    """
-
-    def __init__(self) -> None:
-        self._lent: dict[int, weakref.ref[Tensor]] = {}
-        self._spare: list[Tensor] = []
-
-    def __call__(self, like: Tensor) -> Tensor:
-        """Memory for a tensor of this shape, dtype and device."""
-        for i, spare in enumerate(self._spare):
-            if (spare.shape, spare.dtype, spare.device) == (like.shape, like.dtype, like.device):
-                return self._spare.pop(i)
-        made = torch.empty_like(like)
-        self._lent = {key: lent for key, lent in self._lent.items() if lent() is not None} | {id(made): weakref.ref(made)}
-        return made
-
-    def take_back(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
-        """What was lent for the tensors of an ``old`` state, which are not among those of the ``new`` one."""
-        kept = {id(tensor) for tensor in new}
-        for tensor in old:
-            lent = self._lent.get(id(tensor))
-            if lent is not None and lent() is tensor and id(tensor) not in kept:
-                self._spare.append(tensor)
 
 
 class Upload:

@@ -279,7 +279,12 @@ def test_the_median_of_the_largest_numbers_does_not_overflow():
 @pytest.mark.parametrize("d", [187, 1000, 8192, 70_000])
 def test_where_rows_lie_in_memory_changes_no_bit(d):
     """Matrix products of some libraries depend on it; transports and simulations keep rows in different places."""
-    x, weights = torch.randn(4, d, generator=torch.Generator().manual_seed(0)), torch.rand(4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    x, weights, mixing = (
+        torch.randn(4, d, generator=generator),
+        torch.rand(4, generator=generator).double(),
+        torch.rand(4, 4, generator=generator).double(),
+    )
     expected = Rows(x.clone())
     for offset in (0, 1, 2, 5, 8, 15):
         for gap in (0, 1, 3, 8):
@@ -288,3 +293,4 @@ def test_where_rows_lie_in_memory_changes_no_bit(d):
             assert torch.equal(rows.gram(), expected.gram())
             assert torch.equal(rows.squared_norms(), expected.squared_norms())
             assert torch.equal(rows.combine(weights), expected.combine(weights))
+            assert torch.equal(rows.mix(mixing).dense(), expected.mix(mixing).dense())

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
+from lightning_byz.memory import empty_rows
 from lightning_byz.transports.base import Downlink, Message, Received, Uplink
 from lightning_byz.transports.collective import Collective
 from lightning_byz.types import Payload, Round
@@ -149,7 +150,11 @@ class Sharded(Collective):
     def _rows(self, layout: tuple[Field, ...]) -> list[Tensor]:
         """Room for what arrives here of all n workers: a tensor ``[n, ...]`` for each field."""
         if layout not in self._room:
-            self._room[layout] = [_empty(Field((self.n, *field.shape), field.dtype), self._device) for field in layout]
+            likes = (torch.empty(0, dtype=field.dtype, device=self._device) for field in layout)
+            self._room[layout] = [
+                empty_rows(self.n, math.prod(field.shape), like).view(self.n, *field.shape)
+                for field, like in zip(layout, likes, strict=True)
+            ]
         return self._room[layout]
 
     def _announced(self, shares: Sequence[Sequence[Payload]], whole: Sequence[Field]) -> list[list[Field]]:

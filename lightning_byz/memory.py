@@ -1,0 +1,43 @@
+"""Large tensors: fresh memory is slow, and products of rows want them to begin at certain places."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def empty_rows(n: int, width: int, like: Tensor) -> Tensor:
+    """Room for rows ``[n, width]``, of the dtype and on the device of ``like``, each of which begins at a multiple of 64 bytes."""
+    unit = max(1, 64 // like.element_size())
+    return like.new_empty(n, -(-width // unit) * unit)[:, :width]
+
+
+class Room:
+    """Memory for the workers' next states (`Round.room`): that of states which nobody needs any more, because fresh memory is slow.
+
+    What it has lent comes back once the state that holds it has had its day; tensors from elsewhere are never written into.
+    """
+
+    def __init__(self) -> None:
+        self._lent: dict[int, weakref.ref[Tensor]] = {}
+        self._spare: list[Tensor] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Memory for a tensor of this shape, dtype and device."""
+        for i, spare in enumerate(self._spare):
+            if (spare.shape, spare.dtype, spare.device) == (like.shape, like.dtype, like.device):
+                return self._spare.pop(i)
+        made = torch.empty_like(like)
+        self._lent = {key: lent for key, lent in self._lent.items() if lent() is not None} | {id(made): weakref.ref(made)}
+        return made
+
+    def take_back(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+        """What was lent for the tensors of an ``old`` state, which are not among those of the ``new`` one."""
+        kept = {id(tensor) for tensor in new}
+        for tensor in old:
+            lent = self._lent.get(id(tensor))
+            if lent is not None and lent() is tensor and id(tensor) not in kept:
+                self._spare.append(tensor)
