@@ -1,10 +1,10 @@
 """How long every rule takes and how much memory it needs, beside the plain mean and the peers that are installed.
 
-    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum] [--no-peers] [--output docs/performance.md]
+    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum] [--no-peers] [--device cuda] [--output docs/performance.md]
 
 Times are the best of a few runs, interleaved: every round runs the mean, then the rule, then the peer's rule, on the same float32 rows, so that a
 busy machine slows all of them down alike. Extra memory is the peak of the process's resident memory above what it was, over the size of
-the rows. Peers: ByzFL and ByzPy (``pip install byzfl``, ``pip install --no-deps byzpy cloudpickle``).
+the rows. On a GPU, times are over the floor: reading the rows and writing the result at the speed at which the rows are copied. Peers: ByzFL and ByzPy (``pip install byzfl``, ``pip install --no-deps byzpy cloudpickle``).
 """
 
 from __future__ import annotations
@@ -162,8 +162,11 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def seconds(rule: Timed, rows: torch.Tensor) -> float:
+    on_gpu = rows.device.type == "cuda"
+    torch.cuda.synchronize() if on_gpu else None
     start = time.perf_counter()
     rule(rows)
+    torch.cuda.synchronize() if on_gpu else None
     return time.perf_counter() - start
 
 
@@ -182,6 +185,31 @@ def compare(rule: Timed, theirs: dict[str, Timed], rows: torch.Tensor, patience:
             best[name] = min(best[name], seconds(contestant, copy))
         rounds += 1
     return {**best, "memory": peak[0] / rows.nbytes}
+
+
+def on_a_gpu(n: int, d: int, only: list[str] | None) -> str:
+    """The same on a GPU, with the best of twenty calls."""
+    f = n // 5
+    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).cuda()
+    copy = min(seconds(torch.clone, rows) for _ in range(20))
+    floor = copy * (n + 1) / (2 * n)
+    lines = []
+    for name, rule in rules(n, f).items():
+        if (only and name not in only) or name in ("mda", "smea"):
+            continue
+        present = torch.ones(n, dtype=torch.bool, device="cuda")  # in training the exchange has looked for nan already
+
+        def told(x: torch.Tensor, rule: Any = rule, present: torch.Tensor = present) -> Any:
+            return rule(x, present) if isinstance(rule, byz.Aggregator) else rule(x)
+
+        times = {kind: [seconds(call, rows) for _ in range(22)][2:] for kind, call in (("checked", rule), ("told", told))}
+        best = {kind: min(found) for kind, found in times.items()}
+        lines.append([name, f"{1000 * best['checked']:.2f}", f"{1000 * best['told']:.2f}", f"{best['told'] / floor:.1f}"])
+        print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
+    header = ["rule", "ms", "ms, rows known to be finite", "the latter over the floor"]
+    speed = 2 * rows.nbytes / copy / 1e12
+    intro = f"{torch.cuda.get_device_name()}: a copy of the rows takes {1000 * copy:.2f} ms ({speed:.1f} TB/s, read and written), the floor is {1000 * floor:.2f} ms.\n\n"
+    return f"### On a GPU, n = {n}, f = {f}, d = {d:,}\n\n{intro}" + markdown(header, lines) + "\n"
 
 
 def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: float, mda: int) -> str:
@@ -233,11 +261,15 @@ def main() -> None:
         "--patience", type=float, default=4.0, help="seconds for a rule; whatever takes longer is run once or twice"
     )
     parser.add_argument("--most-subsets", type=int, default=5000, help="peers' MDA and SMEA run up to so many subsets")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--output", type=Path, help="a Markdown page whose text below the line '<!-- measured -->' is replaced")
     arguments = parser.parse_args()
     text = f"{machine()}, {torch.get_num_threads()} threads.\n\n"
     for d in arguments.d:
         for n in arguments.n:
+            if arguments.device == "cuda":
+                text += on_a_gpu(n, d, arguments.rules)
+                continue
             if n * d > 300_000_000 and n > 20:
                 text += f"### n = {n}, d = {d:,}\n\nWithout peers, whose copies of the rows would not fit.\n\n"
             peered = not arguments.no_peers and n * d <= 300_000_000

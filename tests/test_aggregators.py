@@ -44,7 +44,7 @@ def close(found, expected, tolerance=1e-10):
 @each(RULES)
 def test_frozen_values(case):
     out = case.rule(torch.tensor(FROZEN_ROWS, dtype=torch.float64))
-    assert out.tolist() == pytest.approx(case.frozen, rel=1e-12, abs=1e-12)
+    assert out.tolist() == pytest.approx(case.frozen, rel=case.frozen_tolerance, abs=case.frozen_tolerance)
 
 
 @each(RULES)

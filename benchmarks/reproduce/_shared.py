@@ -65,7 +65,7 @@ class Simulation:
         self.exchange.liars = lambda step: byzantine
         self.w, self.lr, self.n = w, lr, n
         self.before = w  # the parameters of the round before
-        self.used = torch.ones(1, dtype=torch.uint8)
+        self.used = torch.ones(1, dtype=torch.uint8, device=w.device)
         self.bytes_up = self.bytes_down = 0  # of one worker that takes part in every round
         self.seconds = 0.0
 
@@ -157,15 +157,16 @@ class Classifier:
         name: which.
         data: folder that holds FashionMNIST/raw or cifar-10-batches-py.
         hidden: hidden units of the MLP.
+        device: where images, parameters and gradients are.
     """
 
-    def __init__(self, name: str, data: str, hidden: int = 32) -> None:
+    def __init__(self, name: str, data: str, hidden: int = 32, device: str = "cpu") -> None:
         from lightning_byz import CIFAR10DataModule, FashionMNISTDataModule
 
         module = {"fashion_mnist": FashionMNISTDataModule, "cifar10": CIFAR10DataModule}[name](data)
         module.setup("fit")
         parts = [images.__getitems__(range(len(images))) for images in (module.training, module.held_out)]
-        (self.x, self.y), (self.x_test, self.y_test) = parts
+        (self.x, self.y), (self.x_test, self.y_test) = ([tensor.to(device) for tensor in part] for part in parts)
         self.sizes = [784, hidden, 10]
         self.flat = name == "fashion_mnist"
         if self.flat:
@@ -176,11 +177,11 @@ class Classifier:
         """The first parameters ``[d]``, as torch's layers start theirs."""
         torch.manual_seed(seed)
         if self.flat:
-            return initial(self.sizes)
+            return initial(self.sizes).to(self.x)
         fans = [math.prod(shape[1:]) for shape in self.shapes[::2] for _ in range(2)]
         return torch.cat(
             [torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5).flatten() for shape, fan in zip(self.shapes, fans, strict=True)]
-        )
+        ).to(self.x)
 
     def logits(self, w: Tensor, x: Tensor) -> Tensor:
         """``[batch, 10]``."""
@@ -194,9 +195,10 @@ class Classifier:
 
     def gradients(self, w: Tensor, index: Tensor, flip: Tensor | None = None) -> Tensor:
         """``[n, d]``: of the mean cross-entropy of n batches ``index [n, b]``; ``flip [n]`` bool: the workers that take 9 - y for y."""
+        index = index.to(self.x.device)
         x, y = self.x[index], self.y[index]
         if flip is not None:
-            y = torch.where(flip[:, None], 9 - y, y)
+            y = torch.where(flip[:, None].to(y.device), 9 - y, y)
         if self.flat:  # all workers in one pass
             copies = w.expand(len(x), -1).clone().requires_grad_()
             loss = functional.cross_entropy(mlp(copies, x, self.sizes).flatten(0, 1), y.flatten(), reduction="sum") / x.shape[1]
@@ -204,6 +206,13 @@ class Classifier:
         w = w.detach().requires_grad_()
         losses = (functional.cross_entropy(self.logits(w, images), labels) for images, labels in zip(x, y, strict=True))
         return torch.stack([torch.autograd.grad(loss, w)[0] for loss in losses])
+
+    def whole_gradient(self, w: Tensor, samples: Tensor, flip: bool = False) -> Tensor:
+        """``[d]``: of the mean cross-entropy of all these samples, a few thousand at a time; ``flip``: with 9 - y for y."""
+        total = torch.zeros_like(w)
+        for index in samples.split(5000):
+            total += len(index) * self.gradients(w, index[None], torch.tensor([flip]))[0]
+        return total / len(samples)
 
     @torch.no_grad()
     def test(self, w: Tensor) -> tuple[float, float]:
@@ -225,6 +234,7 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("runs/reproduce") / name, help="where results are kept; a rerun goes on there"
     )
     made.add_argument("--jobs", type=int, default=1, help="processes")
+    made.add_argument("--device", default="cpu", help="where images, parameters and gradients are: cpu, or cuda")
     made.add_argument("--known", action="store_true", help="run nothing: write the page from the results that are there")
     return made
 

@@ -83,14 +83,14 @@ def rule(run: Run) -> Aggregator | None:
 
 
 @cache
-def images(name: str, data: str, hidden: int) -> Classifier:
-    return Classifier(name, data, hidden)
+def images(name: str, data: str, hidden: int, device: str) -> Classifier:
+    return Classifier(name, data, hidden, device)
 
 
-def train(run: Run, data: str) -> Run:
+def train(run: Run, data: str, device: str) -> Run:
     """The test accuracy along one run, against rounds and against simulated seconds."""
     torch.set_num_threads(1)
-    task, aggregator, f = images(run.get("data", "fashion_mnist"), data, run.get("hidden", 0)), rule(run), run["f"]
+    task, aggregator, f = images(run.get("data", "fashion_mnist"), data, run.get("hidden", 0), device), rule(run), run["f"]
     assert aggregator is not None
     start = task.start(run["seed"])
     made = Simulation(DStar(aggregator, k=run["k"]), start, N, run["seed"], run["lr"], f, ATTACKS[run["attack"]])
@@ -229,7 +229,7 @@ def main() -> None:
     arguments = parser(__doc__, "dstar").parse_args()
     runs = all_runs(arguments.full)
     print(f"{'The full grid' if arguments.full else 'A reduced grid'}: {len(runs)} runs")
-    results = measure(runs, partial(train, data=arguments.data), arguments)
+    results = measure(runs, partial(train, data=arguments.data, device=arguments.device), arguments)
     publish(report(results), results, draw(results), arguments.output)
 
 

@@ -69,13 +69,13 @@ def toy(run: Run) -> Run:
 
 
 @cache
-def images(data: str, hidden: int) -> Classifier:
-    return Classifier("fashion_mnist", data, hidden)
+def images(data: str, hidden: int, device: str) -> Classifier:
+    return Classifier("fashion_mnist", data, hidden, device)
 
 
-def train(run: Run, data: str) -> Run:
+def train(run: Run, data: str, device: str) -> Run:
     """Test loss and accuracy along one run, against the bytes that one worker sent and received."""
-    task = images(data, run["hidden"])
+    task = images(data, run["hidden"], device)
     algorithm, lr = METHODS[run["method"]]
     made = Simulation(algorithm, task.start(run["seed"]), run["workers"], run["seed"], lr, run["liars"], ATTACKS[run["attack"]])
     stream = batches(task.y, run["workers"], run["batch"], run["seed"], IID())
@@ -93,9 +93,9 @@ def train(run: Run, data: str) -> Run:
     return curves
 
 
-def work(run: Run, data: str) -> Run:
+def work(run: Run, data: str, device: str) -> Run:
     torch.set_num_threads(1)
-    return toy(run) if run["task"] == "toy" else train(run, data)
+    return toy(run) if run["task"] == "toy" else train(run, data, device)
 
 
 LIARS = {"inverted": (0, 1, 2, 3, 4), "random": (1, 2, 3)}
@@ -217,7 +217,9 @@ def main() -> None:
         f"{'The full grid' if arguments.full else 'A reduced grid'}: "
         + ", ".join(f"{name} {len(runs)}" for name, runs in grid.items())
     )
-    results = measure([run for runs in grid.values() for run in runs], partial(work, data=arguments.data), arguments)
+    results = measure(
+        [run for runs in grid.values() for run in runs], partial(work, data=arguments.data, device=arguments.device), arguments
+    )
     publish(report(results), results, draw(results), arguments.output)
 
 
