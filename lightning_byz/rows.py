@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -435,7 +436,7 @@ class Rows:
         if not self.compiled:
             bounds = self._bounds()
         else:  # one pass over rows as they are stored; over selected or mixed ones, as much at a time as is worth a copy
-            rule = torch.compile(rule, dynamic=True)
+            rule = _compiled(rule)
             one_pass = passes == 1 and len(self) <= _FEW  # else compiled code writes rows to memory in between
             whole = self.index is None and self.mixing is None and (one_pass or not self._on_cpu)
             size = width if whole else _BLOCK_ON_ACCELERATOR // 4
@@ -455,6 +456,20 @@ class Rows:
             for row, weight in used:
                 out[first:last].add_(self.values[row, first:last], alpha=weight)
         return out.to(self.values.dtype)
+
+
+_COMPILED: dict[Any, Callable[[Tensor], Tensor]] = {}
+
+
+def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for equal closures."""
+    inside = tuple(cell.cell_contents for cell in getattr(rule, "__closure__", None) or ())
+    if not all(isinstance(content, int) for content in inside):
+        return torch.compile(rule, dynamic=True)
+    key = (rule.__code__, inside)
+    if key not in _COMPILED:
+        _COMPILED[key] = torch.compile(rule, dynamic=True)
+    return _COMPILED[key]
 
 
 def _chunks(block: Tensor) -> Tensor:

@@ -99,13 +99,18 @@ def test_every_algorithm_runs_there(case: Any) -> None:
     here, there = rounds(case.algorithm, CPU), rounds(case.algorithm, GPU)
     assert len(here) == len(there)
     compressor = getattr(case.algorithm, "compressor", None)
-    chance = any(name in repr(case.algorithm) for name in ("RandK", "QSGD", "random", "TernGrad", "Natural", "Bucketing"))
+    chance = any(
+        name in repr(case.algorithm) for name in ("RandK", "QSGD", "random", "TernGrad", "Natural", "Bucketing", "LowRank")
+    )
     for a, b in zip(here, there, strict=True):
         assert torch.isfinite(b).all(), compressor
         if not chance:  # a device's own generator draws other numbers
             torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:byzantine_robust. worker"
+)  # gradients of half precision overflow while the scaler looks for its scale
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 def test_in_process_workers_train_there(precision: str, tmp_path: Path) -> None:
     strategy = ByzantineRobustStrategy(workers_per_process=4)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import laws, rows_for
 
+from lightning_byz import rows as rows_module
 from lightning_byz.aggregators import (
     CAF,
     MDA,
@@ -388,11 +389,13 @@ def test_a_compiled_chain_gives_what_it_gives_uncompiled(chain, silent, monkeypa
         return compile(function, backend="eager", **options)
 
     monkeypatch.setattr(torch, "compile", capture)
+    monkeypatch.setattr(rows_module, "_COMPILED", {})
     x = rows_for(11, (1 << 18) + 50)
     if silent:
         x[3, 7] = torch.nan
     torch._dynamo.reset()
-    assert torch.equal(chain(x), dataclasses.replace(chain, compile=False)(x))
+    for _ in range(2):
+        assert torch.equal(chain(x), dataclasses.replace(chain, compile=False)(x))
     assert len(compiled) == (0 if isinstance(chain.rule, Krum) else 1)  # Krum only combines rows
     assert dataclasses.replace(chain, compile=False) != chain and chain.with_f(1).compile
 
