@@ -239,6 +239,11 @@ def _compressor_cases(compressor: Compressor, dims: Sequence[int], draws: int) -
         yield f"d = {dim}: same generator, same payload; the input is not modified", partial(_is_pure, sized, x)
         yield f"d = {dim}: its own payloads are valid, and those with a nan are not", partial(_guards, sized, x)
         yield f"d = {dim}: decoded into given memory, and added, it is what it decodes to", partial(_lands, sized, x)
+        yield f"d = {dim}: a difference is encoded as what it is", partial(_takes_differences, sized, x)
+        if sized.sparse:
+            yield f"d = {dim}: its entries are what it decodes to", partial(_has_entries, sized, x)
+        if sized.tells_nonfinite:
+            yield f"d = {dim}: the payload of a vector with a nan or an inf is not valid", partial(_tells, sized, x)
         if sized.coordinate_wise:
             yield f"d = {dim}: the payloads of pieces make up the whole one", partial(_in_pieces, sized, x)
         if sized.contraction(dim) is not None:
@@ -282,7 +287,31 @@ def _lands(compressor: Compressor, x: Tensor) -> None:
     compressor.decode_into(payload, out)
     assert torch.equal(out, decoded), "decode_into and decode differ"
     assert torch.equal(compressor.added(given, payload), x + decoded), "added is not the sum"
+    assert torch.equal(compressor.added(given, payload, out=out), x + decoded), "added into given memory is not the sum"
     assert torch.equal(given, x), "added has overwritten its argument"
+
+
+def _takes_differences(compressor: Compressor, x: Tensor) -> None:
+    y = x.flip(0) / 2
+    found, expected = compressor.encode_difference(x, y, _stream(1)), compressor.encode(x - y, _stream(1))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "encode_difference is not encode of the difference"
+
+
+def _has_entries(compressor: Compressor, x: Tensor) -> None:
+    payload = compressor.encode(x, _stream())
+    index, numbers = compressor.entries(payload, len(x))
+    assert index.dtype == torch.int64 and bool((index[1:] > index[:-1]).all()), "the indices do not increase"
+    assert torch.equal(torch.zeros_like(x).index_copy(0, index, numbers), compressor.decode(payload, len(x))), (
+        "they are other numbers"
+    )
+
+
+def _tells(compressor: Compressor, x: Tensor) -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in {0, len(x) // 2, len(x) - 1}:
+            vector = x.clone()
+            vector[place] = bad
+            assert not bool(compressor.valid(compressor.encode(vector, _stream()), len(x))), f"{bad} at {place} does not show"
 
 
 def _in_pieces(compressor: Compressor, x: Tensor) -> None:

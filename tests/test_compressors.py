@@ -523,3 +523,11 @@ def test_wrong_numbers_are_refused(make, message):
 def test_compressors_are_values(case):
     assert hash(case.compressor) == hash(case.compressor)
     assert eval(repr(case.compressor), vars(compressors)) == case.compressor
+
+
+@pytest.mark.parametrize("codec", [TopK(ratio=0.01), PerTensor(TopK(ratio=0.01), (70_000, 130_000))], ids=repr)
+def test_the_largest_of_a_difference_are_found_without_storing_it(codec):
+    x, noise = rows_for(2, 200_000, seed=3, dtype=torch.float32)
+    y = x / 2 + noise / 5  # near x, as a mirror is: the largest of x are others
+    for found, expected in zip(codec.encode_difference(x, y), codec.encode(x - y), strict=True):
+        assert torch.equal(found, expected)

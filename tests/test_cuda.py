@@ -96,7 +96,7 @@ def rounds(algorithm: Any, device: torch.device, transport: Any = None, n: int =
 
 @pytest.mark.parametrize("case", ALGORITHMS, ids=lambda case: case.name)
 def test_every_algorithm_runs_there(case: Any) -> None:
-    here, there = rounds(case.algorithm, CPU), rounds(case.algorithm, GPU)
+    here, there = rounds(case.algorithm, CPU, d=200), rounds(case.algorithm, GPU, d=200)
     assert len(here) == len(there)
     compressor = getattr(case.algorithm, "compressor", None)
     chance = any(

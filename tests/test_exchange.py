@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
-from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
+from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
-from lightning_byz.compressors import QSGD, Field, Identity, RandK, TopK
+from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
+from lightning_byz.memory import Room
 from lightning_byz.rng import restore, snapshot, worker_rng
 from lightning_byz.rows import Rows
 from lightning_byz.step_logs import StepLogs, WorkerLog
@@ -993,3 +994,111 @@ def test_an_attacker_tries_its_lies_on_the_weighted_rule():
     )
     outcome = exchange.run(contributions(grads_of(n=5)), LIKE)
     torch.testing.assert_close(tried[0], outcome.estimate)
+
+
+# -- memory, and what changes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ALGORITHMS, ids=lambda case: case.name)
+def test_states_that_nobody_needs_any_more_may_be_overwritten(case, monkeypatch):
+    """Their memory serves for later states: a run is the same if it is spoilt at once, and if none is used again."""
+
+    def run():
+        exchange, found = Exchange(case.algorithm, connected(9), seed=1), []
+        for step in range(6):
+            grads = grads_of(step, 9)
+            outcome = exchange.run(contributions(grads, absent=(step,)), LIKE + step / 9, trusted=grads.mean(0))
+            found.append(None if outcome.estimate is None else outcome.estimate.clone())
+        return found, exchange.worker_states(), exchange.server_state()["server"]
+
+    take_back = Room.take_back
+
+    def spoil(self, old, new):
+        old, before = list(old), len(self._spare)
+        take_back(self, old, new)
+        for tensor in self._spare[before:]:
+            tensor.fill_(torch.nan)
+
+    monkeypatch.setattr(Room, "take_back", spoil)
+    spoilt = run()
+    monkeypatch.setattr(Room, "take_back", lambda self, old, new: None)
+    fresh = run()
+    for a, b in zip(spoilt[0], fresh[0], strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    for worker, state in fresh[1].items():
+        assert all(torch.equal(value, spoilt[1][worker][name]) for name, value in state.items())
+    assert all(torch.equal(value, spoilt[2][name]) for name, value in fresh[2].items())
+
+
+def test_memory_is_lent_once_and_only_what_was_lent_comes_back():
+    room, like = Room(), torch.zeros(5)
+    a, b = room(like), room(like)
+    room.take_back([a, like, b], [b])
+    assert room(like) is a
+    fresh = room(like)
+    assert all(fresh is not other for other in (a, b, like))
+    room.take_back([a], [])
+    assert room(torch.zeros(5, dtype=torch.float64)) is not a and room(torch.zeros(4)) is not a and room(like) is a
+
+
+FEW = {
+    "median": ByzEF21SGDM(CoordinateMedian(f=1), TopK(k=2)),
+    "trimmed mean": ByzEF21SGDM(TrimmedMean(f=1), TopK(ratio=0.02), eta=0.5),
+    "mean, of momenta's momenta": ByzDM21(Mean(), TopK(k=3)),
+    "blocks": ByzEF21SGDM(CoordinateMedian(f=1), PerTensor(TopK(k=1), (90, 110))),
+    "shrunk": ByzEF21SGDM(CoordinateMedian(f=1), Contractive(RandK(k=2))),
+    "so many that all are looked at": ByzEF21SGDM(CoordinateMedian(f=1), TopK(ratio=0.3)),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
+    """Bit for bit what both halves give on whole vectors: with absent workers, a nan, and a liar whose mirror overflows."""
+    algorithm, n, d = FEW[name], 5, 200
+    exchange = Exchange(algorithm, connected(n, Lies()), seed=1)
+    x, everybody = torch.zeros(d), torch.ones(n, dtype=torch.bool)
+    workers, server = {w: algorithm.init_worker(x) for w in range(n)}, algorithm.init_server(x, n)
+    for step in range(7):
+        grads = rows_for(n, d, seed=step, dtype=torch.float32)
+        grads[2, 7] = torch.nan if step == 3 else grads[2, 7]
+        absent = (1,) if step == 2 else ()
+        outcome = exchange.run(contributions(grads, absent=absent), x)
+        rows, present = torch.zeros(n, d), everybody.clone()
+        for w in range(n):
+            if w in absent or not grads[w].isfinite().all():
+                present[w] = False
+                continue
+            round = Round(step, n, worker=w, seed=1)
+            payload, workers[w] = algorithm.worker(Gradients(grads[w]), workers[w], round)
+            rows[w] = algorithm.codec(round).decode(Lies.lie(w, payload), d)
+        estimate, server = algorithm.server(Rows(rows), server, Round(step, n, seed=1, present=present))
+        assert torch.equal(outcome.estimate, estimate), step
+        assert torch.equal(exchange.server.g, server.g), step
+        assert torch.equal(outcome.seen.dense(), server.g)
+        outcome.estimate.fill_(1e6)  # as clipping may: it is the optimizer's
+
+
+def test_a_server_that_goes_back_to_a_checkpoint_forgets_its_last_estimate():
+    algorithm, x = FEW["median"], torch.zeros(200)
+    exchange, again = (Exchange(algorithm, connected(5), seed=1) for _ in range(2))
+    for step in range(2):
+        exchange.run(contributions(rows_for(5, 200, seed=step, dtype=torch.float32)), x)
+    saved = copy.deepcopy((exchange.server_state(), exchange.worker_states()))
+    for step in (8, 9):
+        exchange.run(contributions(rows_for(5, 200, seed=step, dtype=torch.float32)), x)
+    grads = rows_for(5, 200, seed=2, dtype=torch.float32)
+    for resumed in (exchange, again):
+        resumed.load(*copy.deepcopy(saved), x)
+    assert torch.equal(exchange.run(contributions(grads), x).estimate, again.run(contributions(grads), x).estimate)
+
+
+class Lies(InProcess):
+    """Worker 4 multiplies what it sends by 1e38."""
+
+    @staticmethod
+    def lie(worker, payload):
+        return tuple(t * 1e38 if worker == 4 and t.is_floating_point() else t for t in payload)
+
+    def gather(self, messages, layout):
+        return [(flags, *self.lie(worker, payload)) for worker, (flags, *payload) in enumerate(super().gather(messages, layout))]
