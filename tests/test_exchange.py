@@ -1047,7 +1047,7 @@ FEW = {
     "trimmed mean": ByzEF21SGDM(TrimmedMean(f=1), TopK(ratio=0.02), eta=0.5),
     "mean, of momenta's momenta": ByzDM21(Mean(), TopK(k=3)),
     "blocks": ByzEF21SGDM(CoordinateMedian(f=1), PerTensor(TopK(k=1), (90, 110))),
-    "shrunk": ByzEF21SGDM(CoordinateMedian(f=1), Contractive(RandK(k=2))),
+    "shrunk": ByzEF21SGDM(Mean(), Contractive(RandK(k=2))),
     "so many that all are looked at": ByzEF21SGDM(CoordinateMedian(f=1), TopK(ratio=0.3)),
 }
 
@@ -1060,7 +1060,7 @@ def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
     x, everybody = torch.zeros(d), torch.ones(n, dtype=torch.bool)
     workers, server = {w: algorithm.init_worker(x) for w in range(n)}, algorithm.init_server(x, n)
     for step in range(7):
-        grads = rows_for(n, d, seed=step, dtype=torch.float32)
+        grads = rows_for(n, d, seed=step, dtype=torch.float32) + 9 * (torch.arange(d) % 100 == 3)  # what all agree on
         grads[2, 7] = torch.nan if step == 3 else grads[2, 7]
         absent = (1,) if step == 2 else ()
         outcome = exchange.run(contributions(grads, absent=absent), x)
@@ -1077,10 +1077,11 @@ def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
         assert torch.equal(exchange.server.g, server.g), step
         assert torch.equal(outcome.seen.dense(), server.g)
         outcome.estimate.fill_(1e6)  # as clipping may: it is the optimizer's
+    assert bool((estimate != 0).any())
 
 
 def test_a_server_that_goes_back_to_a_checkpoint_forgets_its_last_estimate():
-    algorithm, x = FEW["median"], torch.zeros(200)
+    algorithm, x = FEW["mean, of momenta's momenta"], torch.zeros(200)
     exchange, again = (Exchange(algorithm, connected(5), seed=1) for _ in range(2))
     for step in range(2):
         exchange.run(contributions(rows_for(5, 200, seed=step, dtype=torch.float32)), x)
@@ -1094,11 +1095,11 @@ def test_a_server_that_goes_back_to_a_checkpoint_forgets_its_last_estimate():
 
 
 class Lies(InProcess):
-    """Worker 4 multiplies what it sends by 1e38."""
+    """Worker 4 multiplies what it sends by 1e37, so that its mirror overflows some rounds later."""
 
     @staticmethod
     def lie(worker, payload):
-        return tuple(t * 1e38 if worker == 4 and t.is_floating_point() else t for t in payload)
+        return tuple(t * 1e37 if worker == 4 and t.is_floating_point() else t for t in payload)
 
     def gather(self, messages, layout):
         return [(flags, *self.lie(worker, payload)) for worker, (flags, *payload) in enumerate(super().gather(messages, layout))]
