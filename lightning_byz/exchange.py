@@ -121,7 +121,7 @@ class Exchange:
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
-        self._upload, self._room = None, Room()
+        self._upload, self._room, self._whole = None, Room(), None
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
         mine = self.transport.columns(like)
         self.server = self.algorithm.init_server(mine, self.transport.n) if self.transport.serves else None
@@ -385,8 +385,10 @@ class Exchange:
             numbers = estimate[index]
         answer = self.transport.revise(index, numbers, self._last)
         # who writes into the estimate changes no state; a server may still be sending the one before
-        reused = self._whole is not None and not self.transport.measured
-        self._whole = self._whole.copy_(self._last) if reused and self._whole is not None else self._last.clone()
+        if self._whole is None or self.transport.measured:
+            self._whole = self._last.clone()
+        else:
+            self._whole.copy_(self._last)
         return self._whole, down.encode(self._whole) if answer is None else answer
 
     def _answers_in_pieces(self, down: Compressor) -> bool:

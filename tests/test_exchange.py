@@ -1094,6 +1094,14 @@ def test_a_server_that_goes_back_to_a_checkpoint_forgets_its_last_estimate():
     assert torch.equal(exchange.run(contributions(grads), x).estimate, again.run(contributions(grads), x).estimate)
 
 
+def test_a_server_of_few_coordinates_starts_afresh_with_other_parameters():
+    exchange = Exchange(FEW["trimmed mean"], connected(5), seed=1)
+    for d in (200, 120):
+        for step in range(3):
+            estimate = exchange.run(contributions(rows_for(5, d, seed=step, dtype=torch.float32)), torch.zeros(d)).estimate
+    assert len(estimate) == 120
+
+
 class Lies(InProcess):
     """Worker 4 multiplies what it sends by 1e37, so that its mirror overflows some rounds later."""
 
