@@ -151,7 +151,7 @@ def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> N
             grads = rows_for(n, d, seed=step)
             rows = [Contribution(Gradients(grads[w], grads[w].flip(0)), used) for w in exchange.transport.workers]
             outcome = exchange.run(rows, like + step)
-            made.append((outcome.estimate, outcome.round.present, outcome.used))
+            made.append((outcome.estimate.clone(), outcome.round.present, outcome.used))  # its memory is used again
         return made
 
     def every_algorithm(folder: Path) -> None:

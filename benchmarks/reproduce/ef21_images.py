@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce/ef21_images.py --data DIR [--full] [--output runs/reproduce/ef21_images] [--jobs 2] [--device cuda]
 
-DIR holds cifar-10-batches-py. Byz-EF21 with full gradients takes 14 minutes a run on a CPU. Rounds are the package's own `Exchange` over in-process workers.
+DIR holds cifar-10-batches-py. A run of Byz-EF21 with full gradients takes more than an hour on a CPU, and two minutes on a GPU. Rounds are the package's own `Exchange` over in-process workers.
 """
 
 from __future__ import annotations
