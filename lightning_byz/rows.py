@@ -189,7 +189,9 @@ class Rows:
             if rest:
                 room[whole, :, :rest] = part[:, whole * size :]
                 room[whole, :, rest:] = 0
-            yield first, room[: max(whole + (rest > 0), threads)]
+            filled = whole + (rest > 0)
+            room[filled:threads] = 0  # not the matrices of an earlier batch
+            yield first, room[: max(filled, threads)]
 
     @cached_property
     def _factors(self) -> Tensor | None:

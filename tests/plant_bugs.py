@@ -887,6 +887,7 @@ BUGS = [
         "(piece_of(state[worker], 0, last - first, self.dim) for",
         "sharded",
     ),
+    Bug("products of an earlier batch count again", "rows.py", "room[filled:threads] = 0", "pass", "rows"),
     Bug("memory of a tensor that the next state keeps", "memory.py", " and id(tensor) not in kept", "", "exchange"),
     Bug("memory that was never lent", "memory.py", "lent is not None and lent() is tensor and ", "", "exchange"),
     Bug("numbers of other coordinates", "exchange.py", "values[worker, place] =", "values[worker, : len(numbers)] =", "exchange"),

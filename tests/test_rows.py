@@ -294,3 +294,19 @@ def test_where_rows_lie_in_memory_changes_no_bit(d):
             assert torch.equal(rows.squared_norms(), expected.squared_norms())
             assert torch.equal(rows.combine(weights), expected.combine(weights))
             assert torch.equal(rows.mix(mixing).dense(), expected.mix(mixing).dense())
+
+
+@pytest.mark.parametrize("d", [8 * 8192 + 10, 9 * 8192, 32 * 8192 + 1, 40 * 8192 + 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_last_batch_with_fewer_matrices_than_threads_adds_nothing_of_an_earlier_one(d, threads):
+    x = torch.randn(5, d + 1, generator=torch.Generator().manual_seed(1))[:, 1:]  # copied, for its rows begin anywhere
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        rows = Rows(x)
+        mixed = rows.mix(torch.eye(5, dtype=torch.float64).roll(1, 0)).dense()
+        gram = rows.gram()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(gram, x.double() @ x.double().T, rtol=1e-4, atol=1e-2)
+    assert torch.equal(mixed, x.roll(1, 0))
