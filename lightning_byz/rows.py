@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -464,8 +465,12 @@ _COMPILED: dict[Any, Callable[[Tensor], Tensor]] = {}
 
 
 def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for equal closures."""
-    inside = tuple(cell.cell_contents for cell in getattr(rule, "__closure__", None) or ())
+    """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for functions of the
+    same code and the same numbers; for methods, and for functions that hold anything else, every time.
+    """
+    if not isinstance(rule, FunctionType) or rule.__defaults__ or rule.__kwdefaults__:
+        return torch.compile(rule, dynamic=True)
+    inside = tuple(cell.cell_contents for cell in rule.__closure__ or ())
     if not all(isinstance(content, int) for content in inside):
         return torch.compile(rule, dynamic=True)
     key = (rule.__code__, inside)

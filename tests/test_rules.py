@@ -400,6 +400,33 @@ def test_a_compiled_chain_gives_what_it_gives_uncompiled(chain, silent, monkeypa
     assert dataclasses.replace(chain, compile=False) != chain and chain.with_f(1).compile
 
 
+def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
+    """By the numbers that they hold, by the object that a method belongs to, by defaults."""
+
+    class Times:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def rule(self, block):
+            return self.factor * block[0]
+
+    def closure(factor):
+        return lambda block: factor * block[0]
+
+    def with_default(number):
+        return lambda block, factor=number: factor * block[0]
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    monkeypatch.setattr(rows_module, "_COMPILED", {})
+    x = rows_for(3, 50)
+    for make in (lambda k: Times(k).rule, closure, with_default):
+        for factor in (2, 3, 2, 0.5):
+            torch._dynamo.reset()
+            assert torch.equal(Rows(x, compiled=True).map(make(factor)), factor * x[0])
+    assert len(rows_module._COMPILED) == 2
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPUs")
 def test_a_compiled_median_runs_as_generated_code():
     x = rows_for(4, 1000)
