@@ -416,13 +416,11 @@ def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
     def with_default(number):
         return lambda block, factor=number: factor * block[0]
 
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # who is told apart is the question
     monkeypatch.setattr(rows_module, "_COMPILED", {})
     x = rows_for(3, 50)
     for make in (lambda k: Times(k).rule, closure, with_default):
         for factor in (2, 3, 2, 0.5):
-            torch._dynamo.reset()
             assert torch.equal(Rows(x, compiled=True).map(make(factor)), factor * x[0])
     assert len(rows_module._COMPILED) == 2
 
