@@ -208,7 +208,6 @@ def trained(rank: int, folder: Path) -> Any:
                 num_nodes=RANKS,
                 plugins=[LightningEnvironment()],
                 max_epochs=4,
-                num_sanity_val_steps=0,
             )
             trainer.fit(module, loader(8))
             found[name, overlap] = {"weights": {k: v.cpu() for k, v in module.state_dict().items()}}
