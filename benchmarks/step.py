@@ -107,7 +107,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "no communication": lambda: "auto",
     "DDP": DDPStrategy,
     "DDP, fp16 hook": lambda: Hooked(fp16_compress_hook, lambda: None),
-    "DDP, PowerSGD hook": lambda: Hooked(powerSGD_hook, power_sgd),
+    # One bucket: its callbacks wait for collectives of their own, which two buckets may start in another order on another rank.
+    "DDP, PowerSGD hook": lambda: Hooked(powerSGD_hook, power_sgd, bucket_cap_mb=1000),
     "mean": robust(RobustSGD(Mean())),
     "median": robust(RobustSGD(CoordinateMedian())),
     "NNM + trimmed mean": robust(RobustSGD(NNM_TRIMMED)),
