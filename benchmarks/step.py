@@ -52,15 +52,23 @@ from lightning_byz.lightning import ByzantineRobustStrategy
 WARM_UP = 2
 
 
-def resnet18() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """11.2 million parameters, on images of 32 x 32."""
+Samples = tuple[Tensor, Tensor]
+
+
+def resnet18() -> nn.Module:
+    """11.2 million parameters."""
     from torchvision.models import resnet18
 
-    return resnet18(num_classes=10), (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+    return resnet18(num_classes=10)
+
+
+def images() -> Samples:
+    """64 of 32 x 32, of ten classes."""
+    return torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
 
 
 class Transformer(nn.Module):
-    """11.4 million parameters, on 32 tokens."""
+    """11.4 million parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,11 +79,15 @@ class Transformer(nn.Module):
         return self.head(self.layers(self.embed(tokens)).mean(1))
 
 
-def transformer() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    return Transformer(), (torch.randint(1000, (64, 32)), torch.randint(1000, (64,)))
+def sentences() -> Samples:
+    """64 of 32 tokens, with the token to tell."""
+    return torch.randint(1000, (64, 32)), torch.randint(1000, (64,))
 
 
-MODELS = {"resnet18": resnet18, "transformer": transformer}
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Samples]]] = {
+    "resnet18": (resnet18, images),
+    "transformer": (Transformer, sentences),
+}
 
 
 class Hooked(DDPStrategy):
@@ -153,9 +165,12 @@ def bytes_sent() -> int:
 
 
 def steps_of(method: str, model: str, steps: int, batch_size: int, world: int) -> tuple[list[float], list[float]]:
-    """Seconds and bytes of this many steps of a method."""
+    """Seconds and bytes of this many steps of a method. Every rank has samples of its own: equal messages would be cheaper to compare, and to revise."""
+    build, draw = MODELS[model]
     torch.manual_seed(0)
-    net, tensors = MODELS[model]()
+    net = build()
+    torch.manual_seed(1 + dist.get_rank())
+    tensors = draw()
     clock, alone = Clock(), method == "no communication"
     loader = DataLoader(TensorDataset(*tensors), batch_size=batch_size)
     trainer = L.Trainer(
@@ -208,7 +223,7 @@ def table(model: str, seconds: dict[str, list[float]], sent: dict[str, list[floa
         ratio = sizes[name] / sizes["DDP"] if sizes["DDP"] else 0.0
         wire = [f"{sizes[name] / 1e6:.2f}", f"{ratio:.3f}"] if ratio else ["", ""]
         rows.append([name, f"{1000 * time_of_step:.0f}", f"{1000 * exposed:.0f}", f"{exposed / ddp:.2f}", *wire])
-    parameters = sum(p.numel() for p in MODELS[model]()[0].parameters())
+    parameters = sum(p.numel() for p in MODELS[model][0]().parameters())
     header = ["method", "step, ms", "exposed exchange, ms", "over DDP's", "MB sent a step by a host", "over DDP's"]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return (

@@ -32,8 +32,11 @@ def _odd_even_merge_sort(n: int) -> list[tuple[int, int]]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
-def pruned_network(n: int, first: int, last: int) -> tuple[tuple[int, int, bool, bool], ...]:
+def pruned_network(n: int, first: int, last: int, ordered: bool = True) -> tuple[tuple[int, int, bool, bool], ...]:
     """The comparators of a sort of n wires on which outputs first .. last - 1 depend.
+
+    Args:
+        ordered: False: two outputs may come in either order, which makes one that compares just them needless.
 
     Returns:
         tuples (low, high, keep_low, keep_high): which of the two results anything later reads.
@@ -41,6 +44,8 @@ def pruned_network(n: int, first: int, last: int) -> tuple[tuple[int, int, bool,
     wanted = set(range(first, last))
     kept: list[tuple[int, int, bool, bool]] = []
     for low, high in reversed(_odd_even_merge_sort(n)):
+        if not (ordered or kept) and wanted == {low, high}:
+            continue
         keep_low, keep_high = low in wanted, high in wanted
         if keep_low or keep_high:
             kept.append((low, high, keep_low, keep_high))
@@ -48,10 +53,13 @@ def pruned_network(n: int, first: int, last: int) -> tuple[tuple[int, int, bool,
     return tuple(reversed(kept))
 
 
-def sorted_rows(block: Tensor, first: int, last: int) -> list[Tensor]:
-    """The first-th to (last - 1)-th smallest value of every column of ``block [n, c]`` (finite values), as rows ``[c]``."""
+def sorted_rows(block: Tensor, first: int, last: int, ordered: bool = True) -> list[Tensor]:
+    """The first-th to (last - 1)-th smallest value of every column of ``block [n, c]`` (finite values), as rows ``[c]``.
+
+    ``ordered=False``: if they are two, in either order, for whoever adds them up.
+    """
     rows = list(block.unbind(0))
-    for low, high, keep_low, keep_high in pruned_network(len(rows), first, last):
+    for low, high, keep_low, keep_high in pruned_network(len(rows), first, last, ordered):
         a, b = rows[low], rows[high]
         if keep_low:
             rows[low] = torch.minimum(a, b)
@@ -63,10 +71,10 @@ def sorted_rows(block: Tensor, first: int, last: int) -> list[Tensor]:
 def median_of_rows(block: Tensor) -> Tensor:
     """The median of every column of ``block [n, c]``; for even n the mean of the two middle values."""
     n = len(block)
-    return middle_of(sorted_rows(block, (n - 1) // 2, n // 2 + 1))
+    return middle_of(sorted_rows(block, (n - 1) // 2, n // 2 + 1, ordered=False))
 
 
 def middle_of(ordered: list[Tensor]) -> Tensor:
-    """The middle one of rows in ascending order; for an even number the mean of the two middle ones."""
+    """The middle one of rows in ascending order; for an even number the mean of the two middle ones, in either order."""
     n = len(ordered)
     return ordered[n // 2].clone() if n % 2 else ordered[n // 2 - 1] / 2 + ordered[n // 2] / 2

@@ -20,9 +20,9 @@ from torch import Tensor
 from lightning_byz.finite import all_finite
 from lightning_byz.order_statistics import median_of_rows
 
-_BLOCK = 32_768
-"""Columns that a core works on at a time: 20 float32 rows of them are 2.6 MB, about a second-level cache. It is also the least that torch gives to
-a thread, so that a block of as many times this as there are threads keeps all of them busy."""
+_BLOCK = 65_536
+"""Columns that a core works on at a time: three float32 rows of them, as many as an operation touches, are 0.8 MB, about a second-level cache. Torch
+gives half as many to a thread at least, so that a block of as many times this as there are threads keeps all of them busy."""
 
 _BLOCK_ON_ACCELERATOR = 1 << 20
 """The same where kernels cost more to launch than to fetch a block from memory again."""
@@ -162,8 +162,12 @@ class Rows:
             return mixing @ block
         out = block.new_empty(len(mixing), block.shape[1])
         for first, matrices in self._matrices(block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)):
-            made = torch.bmm(mixing.expand(len(matrices), -1, -1), matrices).transpose(0, 1).flatten(1)
-            out[:, first : first + made.shape[1]] = made[:, : block.shape[1] - first]
+            made = torch.bmm(mixing.expand(len(matrices), -1, -1), matrices).transpose(0, 1)
+            here = out[:, first : first + made.shape[1] * made.shape[2]]
+            whole = here.shape[1] // made.shape[2]
+            here[:, : whole * made.shape[2]].unflatten(1, (whole, made.shape[2])).copy_(made[:, :whole])
+            if here.shape[1] > whole * made.shape[2]:
+                here[:, whole * made.shape[2] :] = made[:, whole, : here.shape[1] - whole * made.shape[2]]
         return out
 
     def _matrices(self, block: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -174,19 +178,21 @@ class Rows:
         are no fewer matrices than threads.
         """
         (n, width), threads, unit = block.shape, torch.get_num_threads(), 64 // block.element_size()
-        shape = (max(_BATCH, threads), n, size)
-        room = self._room.get(block.dtype)
-        if room is None or room.shape != shape:
-            room = self._room[block.dtype] = block.new_zeros(shape)
+        most = max(_BATCH, threads)
         aligned = block.data_ptr() % 64 == 0 and block.stride(0) % unit == 0 and block.stride(1) == 1 and size % unit == 0
-        for first in range(0, width, shape[0] * size):
-            part = block[:, first : first + shape[0] * size]
-            whole, rest = divmod(part.shape[1], size)
-            matrices = part[:, : whole * size].view(n, whole, size).transpose(0, 1)
-            if aligned and whole == shape[0]:
-                yield first, matrices
+        for begin in range(0, width, most * size):
+            first, part = begin, block[:, begin : begin + most * size]
+            whole = part.shape[1] // size
+            if aligned and whole >= threads:
+                yield first, part[:, : whole * size].unflatten(1, (whole, size)).transpose(0, 1)
+                first, part, whole = first + whole * size, part[:, whole * size :], 0
+            if not part.shape[1]:
                 continue
-            room[:whole].copy_(matrices)
+            room = self._room.get(block.dtype)
+            if room is None or room.shape != (most, n, size):
+                room = self._room[block.dtype] = block.new_zeros(most, n, size)
+            room[:whole].copy_(part[:, : whole * size].unflatten(1, (whole, size)).transpose(0, 1))
+            rest = part.shape[1] - whole * size
             if rest:
                 room[whole, :, :rest] = part[:, whole * size :]
                 room[whole, :, rest:] = 0

@@ -247,6 +247,8 @@ def test_the_sorting_network_is_a_sort(n):
     assert torch.equal(torch.stack(sorted_rows(x, 0, n)), expected)
     for first, last in {(0, 1), (n - 1, n), (n // 2, n // 2 + 1), (n // 3, n - n // 3)}:
         assert torch.equal(torch.stack(sorted_rows(x, first, last)), expected[first:last])
+    for first in range(n - 1):  # a pair in either order
+        assert torch.equal(torch.stack(sorted_rows(x, first, first + 2, ordered=False)).sort(0).values, expected[first : first + 2])
 
 
 @pytest.mark.parametrize("n", range(1, 13))
@@ -270,6 +272,9 @@ def test_the_median_is_torchs_for_odd_n_and_the_mean_of_the_middle_two_for_even_
 def test_pruning_drops_comparators_that_nothing_depends_on():
     assert len(pruned_network(25, 12, 13)) < len(pruned_network(25, 0, 25))
     assert pruned_network(1, 0, 1) == ()
+    assert len(pruned_network(4, 1, 3, ordered=False)) == len(pruned_network(4, 1, 3)) - 1
+    for first, last in ((0, 3), (2, 7), (0, 8)):  # more than two have an order
+        assert pruned_network(8, first, last, ordered=False) == pruned_network(8, first, last)
 
 
 def test_the_median_of_the_largest_numbers_does_not_overflow():

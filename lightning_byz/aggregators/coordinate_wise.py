@@ -50,7 +50,7 @@ class Mean(WeightedAggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None or rows.mixing is not None:
             return super().aggregate(rows)
-        return rows.map(lambda block: _running_sum(block) / len(block))
+        return rows.map(_mean)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TrimmedMean(Aggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
-        return rows.map(lambda block: _running_sum(sorted_rows(block, f, n - f)) / (n - 2 * f))
+        return rows.map(lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)))
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Phocas(Aggregator):
 
         def rule(block: Tensor) -> Tensor:
             ordered = sorted_rows(block, 0, n)
-            return mean_of_nearest(ordered, _running_sum(ordered[f : n - f]) / (n - 2 * f), n - f)
+            return mean_of_nearest(ordered, _mean(ordered[f : n - f]), n - f)
 
         return rows.map(rule, passes=2)
 
@@ -183,11 +183,12 @@ def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
     window = ordered[:keep]
     for k, entering in enumerate(ordered[keep:]):
         window[k % keep] = torch.where(entering - center < center - ordered[k], entering, window[k % keep])
-    return _running_sum(window) / keep
+    return _mean(window)
 
 
-def _running_sum(rows: Tensor | list[Tensor]) -> Tensor:
-    total = rows[0].clone()
-    for row in rows[1:]:
+def _mean(rows: Tensor | list[Tensor]) -> Tensor:
+    """Of a few rows, added up one after the other."""
+    total = rows[0] + rows[1] if len(rows) > 1 else rows[0].clone()
+    for row in rows[2:]:
         total += row
-    return total
+    return total.div_(len(rows))
