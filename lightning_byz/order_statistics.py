@@ -36,6 +36,9 @@ def pruned_network(n: int, first: int, last: int, ordered: bool = True) -> tuple
     """The comparators of a sort of n wires on which outputs first .. last - 1 depend.
 
     Args:
+        n: number of wires.
+        first: the first output that is wanted.
+        last: the first one behind it that is not.
         ordered: False: two outputs may come in either order, which makes one that compares just them needless.
 
     Returns:

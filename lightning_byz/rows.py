@@ -84,8 +84,8 @@ class Rows:
     compiled: bool = False
     _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
     """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
-    _room: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
-    """Memory for the factors of products, of these rows and those made of them."""
+    _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Memory for factors and results of products, of these rows and those made of them."""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
@@ -162,13 +162,22 @@ class Rows:
             return mixing @ block
         out = block.new_empty(len(mixing), block.shape[1])
         for first, matrices in self._matrices(block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)):
-            made = torch.bmm(mixing.expand(len(matrices), -1, -1), matrices).transpose(0, 1)
-            here = out[:, first : first + made.shape[1] * made.shape[2]]
-            whole = here.shape[1] // made.shape[2]
-            here[:, : whole * made.shape[2]].unflatten(1, (whole, made.shape[2])).copy_(made[:, :whole])
-            if here.shape[1] > whole * made.shape[2]:
-                here[:, whole * made.shape[2] :] = made[:, whole, : here.shape[1] - whole * made.shape[2]]
+            size = matrices.shape[2]
+            made = self._reused("results", block, (len(matrices), len(mixing), size))
+            torch.bmm(mixing.expand(len(matrices), -1, -1), matrices, out=made)
+            made, here = made.transpose(0, 1), out[:, first : first + len(matrices) * size]
+            whole, rest = divmod(here.shape[1], size)
+            here[:, : whole * size].view(len(mixing), whole, size).copy_(made[:, :whole])
+            if rest:
+                here[:, whole * size :] = made[:, whole, :rest]
         return out
+
+    def _reused(self, use: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Memory that the next call with this use and shape gets again: fresh memory is slow, and large pieces of it stay fresh."""
+        room = self._room.get(use)
+        if room is None or room.shape != shape or room.dtype != like.dtype:
+            room = self._room[use] = like.new_zeros(shape)
+        return room
 
     def _matrices(self, block: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
         """The columns of ``block [n, width]`` as matrices of ``size`` columns, followed by zeros: some ``[c, n, size]`` at a time, and where they begin.
@@ -184,14 +193,12 @@ class Rows:
             first, part = begin, block[:, begin : begin + most * size]
             whole = part.shape[1] // size
             if aligned and whole >= threads:
-                yield first, part[:, : whole * size].unflatten(1, (whole, size)).transpose(0, 1)
+                yield first, part[:, : whole * size].view(n, whole, size).transpose(0, 1)
                 first, part, whole = first + whole * size, part[:, whole * size :], 0
             if not part.shape[1]:
                 continue
-            room = self._room.get(block.dtype)
-            if room is None or room.shape != (most, n, size):
-                room = self._room[block.dtype] = block.new_zeros(most, n, size)
-            room[:whole].copy_(part[:, : whole * size].unflatten(1, (whole, size)).transpose(0, 1))
+            room = self._reused("factors", block, (most, n, size))
+            room[:whole].copy_(part[:, : whole * size].view(n, whole, size).transpose(0, 1))
             rest = part.shape[1] - whole * size
             if rest:
                 room[whole, :, :rest] = part[:, whole * size :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from torch.multiprocessing import start_processes
 
 from lightning_byz import Mean, RobustSGD
 from lightning_byz.lightning import ByzantineRobustStrategy
@@ -43,6 +45,16 @@ class Report(L.Callback):
             },
             self.folder / f"rank{trainer.global_rank}.pt",
         )
+
+
+def apart(test: Callable[..., None]) -> Callable[..., None]:
+    """A test in a forked process of its own: once this process has compiled something, processes that it forks cannot compute gradients."""
+
+    @functools.wraps(test)
+    def forked(*args: Any, **kwargs: Any) -> None:
+        start_processes(lambda rank: test(*args, **kwargs), nprocs=1, start_method="fork")
+
+    return forked
 
 
 def averaging(**kwargs: Any) -> ByzantineRobustStrategy:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from zoo import JUNK, laws, rows_for
 
 from lightning_byz import rows as rows_module
+from lightning_byz.memory import empty_rows
 from lightning_byz.order_statistics import median_of_rows, pruned_network, sorted_rows
 from lightning_byz.rows import Rows
 
@@ -299,6 +300,23 @@ def test_where_rows_lie_in_memory_changes_no_bit(d):
             assert torch.equal(rows.squared_norms(), expected.squared_norms())
             assert torch.equal(rows.combine(weights), expected.combine(weights))
             assert torch.equal(rows.mix(mixing).dense(), expected.mix(mixing).dense())
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("d", [40, 8192, 8192 + 24, 5 * 8192 + 17, 2 * 65536 + 8200])
+def test_mixed_rows_are_the_product_of_weights_and_rows(d, threads, aligned):
+    rows = rows_for(5, d, dtype=torch.float32)
+    weights = rows_for(5, 5, seed=1)
+    if aligned:
+        rows = empty_rows(5, d, rows).copy_(rows)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        mixed = Rows(rows).mix(weights).dense()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(mixed.double(), weights.double() @ rows.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("d", [8 * 8192 + 10, 9 * 8192, 32 * 8192 + 1, 40 * 8192 + 3])

@@ -9,6 +9,7 @@ import time
 import oracles
 import pytest
 import torch
+from harness import apart
 from hypothesis import given
 from hypothesis import strategies as st
 from zoo import laws, rows_for
@@ -363,6 +364,7 @@ def test_f_rows_with_half_of_the_data_are_refused():
     [CoordinateMedian(f=2), MultiKrum(f=2), CenteredClip(f=2), CAF(f=2), Chain(pre=(NNM(),), rule=TrimmedMean(f=2))],
     ids=lambda rule: type(rule).__name__,
 )
+@apart
 def test_rules_work_under_torch_compile(rule):
     """Captured as graphs, without generating code, which would need a compiler."""
     x = rows_for(11, 50)
@@ -380,6 +382,7 @@ def test_rules_work_under_torch_compile(rule):
     ids=repr,
 )
 @pytest.mark.parametrize("silent", [False, True])
+@apart
 def test_a_compiled_chain_gives_what_it_gives_uncompiled(chain, silent, monkeypatch):
     """Whole rows, selected ones and mixed ones, in several blocks. Captured as graphs, without generating code."""
     compile, compiled = torch.compile, []
@@ -426,6 +429,7 @@ def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPUs")
+@apart
 def test_a_compiled_median_runs_as_generated_code():
     x = rows_for(4, 1000)
     torch._dynamo.reset()
