@@ -116,12 +116,13 @@ class Exchange:
         self.arrivals: Callable[[int], Tensor | None] = lambda step: None
         self.quarantined: set[int] = set()
         self._upload: Upload | None = None  # of the coming round, if it has been opened
-        self._room = Room()  # for the local workers' next states
+        self._room, self._server_room = Room(), Room()  # for the local workers' next states, and the server's
         transport.cut(algorithm.codec(Round(step=0, n=transport.n, seed=seed)) if algorithm.coordinate_wise else None)
 
     def _start(self, like: Tensor) -> None:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
-        self._upload, self._room, self._whole = None, Room(), None
+        self._upload, self._whole = None, None
+        self._room, self._server_room = Room(), Room()
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
         mine = self.transport.columns(like)
         self.server = self.algorithm.init_server(mine, self.transport.n) if self.transport.serves else None
@@ -348,7 +349,7 @@ class Exchange:
                 return self._answer_in_pieces(decode(), round)
             if self._last is not None:
                 return self._answer_revised(received, blank, decode, down, round)
-            estimate, self.server = self.algorithm.server(decode(), self.server, round)
+            estimate = self._by_server(decode(), round)
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
         whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
         if self.algorithm.changes_few:
@@ -362,10 +363,11 @@ class Exchange:
         assert self.dim is not None and self._last is not None and round.present is not None
         width = sum(last - first for first, last in self.transport.spans(self.dim))
         speaking = round.present.nonzero().flatten().tolist()
-        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking]
-        if 2 * sum(len(named) for named, _ in entries) <= width:
+        named = self.algorithm.changes_named
+        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking if named]
+        if named and 2 * sum(len(places) for places, _ in entries) <= width:
             empty = torch.zeros(0, dtype=torch.int64, device=self._last.device)
-            index, places = torch.cat([empty, *(named for named, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            index, places = torch.cat([empty, *(places for places, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
             values = blank.values.new_zeros(round.n, len(index))
             for worker, (_, numbers), place in zip(speaking, entries, places.split([len(e) for e, _ in entries]), strict=True):
                 values[worker, place] = numbers
@@ -380,7 +382,7 @@ class Exchange:
                 )
             )
         else:
-            estimate, self.server = self.algorithm.server(decode(), self.server, round)
+            estimate = self._by_server(decode(), round)
             index = (estimate != self.transport.columns(self._last)).nonzero().flatten()
             numbers = estimate[index]
         answer = self.transport.revise(index, numbers, self._last)
@@ -390,6 +392,13 @@ class Exchange:
         else:
             self._whole.copy_(self._last)
         return self._whole, down.encode(self._whole) if answer is None else answer
+
+    def _by_server(self, rows: Rows, round: Round) -> Tensor:
+        """The server's half, on all columns here: the estimate in them. The server's state is the new one then."""
+        estimate, after = self.algorithm.server(rows, self.server, round._replace(room=self._server_room))
+        self._server_room.take_back(self.server, after)
+        self.server = after
+        return estimate
 
     def _answers_in_pieces(self, down: Compressor) -> bool:
         """Whether the estimate may be made and sent piece by piece."""

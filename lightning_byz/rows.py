@@ -434,6 +434,27 @@ class Rows:
             squares += torch.stack(sums)
         return self.agree(self.sum(squares))
 
+    def kth_largest(self, magnitudes: Tensor, k: int) -> Tensor:
+        """The k-th largest number of a vector ``[d_local]`` of numbers >= 0 that lies in slices as these rows do; the least one if it has fewer.
+
+        Bits of such numbers are ordered as the numbers are, so that counting the leading ones, some more at a time, finds it in all slices.
+        """
+        bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()])
+        shift, found = 8 * magnitudes.element_size() - 1, 0
+        size = self.sum(torch.tensor([len(bits)], dtype=torch.float64, device=bits.device))
+        left = min(k, int(size))
+        while shift:
+            width = min(11, shift)
+            shift -= width
+            digits = bits >> shift
+            counts = self.sum(torch.bincount(digits, minlength=2**width).double())
+            above = counts.flip(0).cumsum(0).flip(0) - counts  # of larger numbers
+            digit = int(((above < left) & (counts > 0)).nonzero()[0]) if left else 0
+            left -= int(above[digit])
+            found = found << width | digit
+            bits = bits[digits == digit] & (2**shift - 1)
+        return torch.tensor(found, dtype=bits.dtype, device=bits.device).view(magnitudes.dtype)
+
     def norm(self, vector: Tensor) -> Tensor:
         """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as these rows do."""
         return self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square())).sqrt()

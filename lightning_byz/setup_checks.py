@@ -113,8 +113,8 @@ def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
         log.info(f"{name} on Sharded: of the estimate, only the coordinates that have changed are sent down.")
     else:
         log.info(
-            f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. With few ranks AllGather moves fewer bytes; so does "
-            "ByzEF21SGDM here, with a rule that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean."
+            f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. With few ranks AllGather moves fewer bytes; so do "
+            "ByzEF21SGDM here, with a rule that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean, and ByzEF21SGDMBC, with any rule."
         )
 
 

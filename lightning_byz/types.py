@@ -56,7 +56,7 @@ class Round(NamedTuple):
         measured: whether arrivals are measured, and so not known before the round has closed.
         present: ``[n]`` bool, the workers whose message counts this round, or None for all.
         trusted: ``[d]`` gradient on trusted data, for algorithms that declare ``uses_trusted``; None if there is none.
-        room: a tensor of the worker's state -> memory for the one that takes its place in the next state, all of which is to be written. It may
+        room: a tensor of the half's state -> memory for the one that takes its place in the next state, all of which is to be written. It may
             come from a state that nobody needs any more, because fresh memory is slow.
     """
 

@@ -609,8 +609,8 @@ BUGS = [
     Bug(
         "EF21 server without its mirror",
         "algorithms/byz_ef21_sgdm.py",
-        "values=state.g + rows.dense(),",
-        "values=rows.dense(),",
+        "torch.add(state.g, rows.dense(), out=round.room(state.g))",
+        "rows.dense().clone()",
         "algorithms",
     ),
     Bug(
@@ -627,6 +627,28 @@ BUGS = [
         "lerp(state.v, grads.current,",
         "lerp(grads.current, state.v,",
         "algorithms",
+    ),
+    Bug(
+        "the server keeps what it has sent",
+        "algorithms/byz_ef21_sgdm_bc.py",
+        "ServerState(g, last, h)",
+        "ServerState(g, last, a)",
+        "algorithms",
+    ),
+    Bug("the K-th largest change stays behind", "algorithms/byz_ef21_sgdm_bc.py", "change >= rows", "change > rows", "algorithms"),
+    Bug(
+        "K of every share instead of the whole",
+        "algorithms/byz_ef21_sgdm_bc.py",
+        "rows.kth_largest(change, count)",
+        "Rows(rows.values).kth_largest(change, count)",
+        "sharded",
+    ),
+    Bug(
+        "the largest number's rank is counted in this slice",
+        "rows.py",
+        "counts = self.sum(torch.bincount",
+        "counts = (torch.bincount",
+        "rows",
     ),
     Bug("an overflowing mirror is kept", "algorithms/byz_ef21_sgdm.py", "if not finite.all():", "if False:", "algorithms"),
     Bug(

@@ -1,6 +1,8 @@
 """Rows: honest distances survive whatever f others send, lazy operations equal dense ones, and networks sort."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -235,6 +237,31 @@ def test_operations_leave_the_values_alone():
 def test_only_floating_point_matrices_are_rows(bad):
     with pytest.raises(ValueError, match=r"matrix \[n, d\]"):
         Rows(bad)
+
+
+@given(st.data())
+def test_the_kth_largest_number_is_that_of_a_sort(data):
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    numbers = data.draw(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=40))
+    x = torch.tensor(numbers * data.draw(st.integers(1, 3)), dtype=torch.float64).to(dtype)  # with equal ones
+    cut, k = data.draw(st.integers(0, len(x))), data.draw(st.integers(1, len(x) + 2))
+    expected = x.sort(descending=True).values[min(k, len(x)) - 1]
+    assert torch.equal(Rows(x[None]).kth_largest(x, k), expected)
+    with ThreadPoolExecutor(2) as pool:  # two slices, which add up what they know
+        meeting, said = threading.Barrier(2), [torch.empty(0)] * 2
+
+        def found(rank):
+            def total(tensor):
+                said[rank] = tensor
+                meeting.wait(10)
+                both = said[0] + said[1]
+                meeting.wait(10)
+                return both
+
+            part = x[:cut] if rank == 0 else x[cut:]
+            return Rows(part[None], total=total).kth_largest(part, k)
+
+        assert all(torch.equal(answer, expected) for answer in pool.map(found, range(2)))
 
 
 # -- order statistics -----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import lightning_byz as byz
 from lightning_byz import (
     ALIE,
     ByzEF21SGDM,
+    ByzEF21SGDMBC,
     CoordinateMedian,
     FoE,
     Identity,
@@ -76,6 +77,8 @@ CASES: dict[str, Case] = {
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
     "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
     "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
+    "largest changes": Case(ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=200), 0.1, TopK(k=30)), True, dim=2000),
+    "largest changes, fewer than ranks": Case(ByzEF21SGDMBC(robust(), TopK(k=200), 0.1, TopK(k=2)), dim=2000),
     "fewer numbers than ranks": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=2)), True, dim=8),
     "one word": Case(SignSGDMajorityVote(), True, dim=32),
 }
@@ -221,6 +224,13 @@ def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, A
     assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 3))
 
 
+def test_only_the_largest_changes_travel_down_whatever_the_rule(sharded: list[dict[str, Any]]) -> None:
+    for name, k in {"largest changes": 30, "largest changes, fewer than ranks": 2}.items():
+        outcomes = sharded[0][name]["outcomes"]
+        assert [outcomes[step]["down"] for step in (1, 3)] == [k * (8 + 4)] * 2
+        assert [outcomes[step]["down"] for step in (0, 2)] == [8 * 2000] * 2
+
+
 # -- the border -----------------------------------------------------------------------------------------------------------
 
 DAMAGE: dict[str, Callable[..., Any]] = {
@@ -350,6 +360,7 @@ def test_one_process_has_nobody_to_connect_with(transport: Transport) -> None:
         (byz.SignSGDMajorityVote(), 4, 10**9, Sharded),
         (byz.ByzEF21SGDM(byz.CoordinateMedian(), byz.TopK(ratio=0.01)), 4, 10**9, Sharded),  # few coordinates both ways
         (byz.ByzEF21SGDM(byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean()), byz.TopK(ratio=0.01)), 4, 10**9, AllGather),
+        (byz.ByzEF21SGDMBC(), 4, 10**9, Sharded),
         (byz.ByzDIANA(), 4, 10**9, AllGather),
     ],
 )

@@ -4,6 +4,7 @@ from lightning_byz.algorithms.base import Algorithm, NoState
 from lightning_byz.algorithms.byz_diana import ByzDIANA
 from lightning_byz.algorithms.byz_dm21 import ByzDM21, ByzVRDM21
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
+from lightning_byz.algorithms.byz_ef21_sgdm_bc import ByzEF21SGDMBC
 from lightning_byz.algorithms.byz_vr_marina_pp import ByzVRMarinaPP, ClippedDifferences
 from lightning_byz.algorithms.dstar import DeviationFilter, DStar, ShiftedExponential
 from lightning_byz.algorithms.ef14 import EF14
@@ -16,6 +17,7 @@ __all__ = [
     "ByzDIANA",
     "ByzDM21",
     "ByzEF21SGDM",
+    "ByzEF21SGDMBC",
     "ByzVRDM21",
     "ByzVRMarinaPP",
     "ClippedDifferences",

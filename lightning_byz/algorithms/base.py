@@ -36,7 +36,8 @@ class Algorithm(ABC):
         needs_trusted: it cannot do without.
         sees_absent: the rule also sees what it knows of workers that are absent (EF21's mirrors).
         keeps_last: it keeps the rule's last result, for rules that remember it (`aggregate`).
-        changes_few: the estimate differs from the last one in few coordinates only: those that some message names.
+        changes_few: the estimate differs from the last one in few coordinates only, which a transport may send alone.
+        changes_named: ..., and in those alone that some message names, to which the server's half may then be confined.
         stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
         coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of its gradients and state alone, in every
             round; and of the server's estimate and state likewise, if the rule is coordinate-wise. Such a message may leave piece by piece.
@@ -69,6 +70,11 @@ class Algorithm(ABC):
     @property
     def changes_few(self) -> bool:
         """Whether the estimate differs from the last one in few coordinates only, which a transport may then send alone."""
+        return False
+
+    @property
+    def changes_named(self) -> bool:
+        """Whether these are among the coordinates that messages name, which then are all that the server's half has to look at."""
         return False
 
     @property

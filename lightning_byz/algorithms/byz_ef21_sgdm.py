@@ -84,6 +84,10 @@ class ByzEF21SGDM(Algorithm):
 
     @property
     def changes_few(self) -> bool:
+        return self.changes_named
+
+    @property
+    def changes_named(self) -> bool:
         return self.aggregator.coordinate_wise and self.compressor.sparse
 
     def init_worker(self, x: Tensor) -> WorkerState:
@@ -103,7 +107,8 @@ class ByzEF21SGDM(Algorithm):
         return ServerState(x.new_zeros(n, len(x)), self.init_last(x))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
-        g = replace(rows, values=state.g + rows.dense(), index=None, mixing=None)
+        values = torch.add(state.g, rows.dense(), out=round.room(state.g))
+        g = replace(rows, values=values, index=None, mixing=None)
         finite = g.finite(norms=False)  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
         if not finite.all():
             g.values[~finite] = state.g[~finite]
