@@ -15,7 +15,7 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
-from lightning_byz.memory import Room, empty_rows
+from lightning_byz.memory import Room, empty_rows, places_of
 from lightning_byz.rows import Rows
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
@@ -349,7 +349,7 @@ class Exchange:
                 return self._answer_in_pieces(decode(), round)
             if self._last is not None:
                 return self._answer_revised(received, blank, decode, down, round)
-            estimate = self._by_server(decode(), round)
+            estimate = self._by_server(blank, decode, self._named(received, blank, round), round)
             answer = down.encode(estimate, round.shared("downlink", estimate.device))
         whole, answer = self.transport.spread(answer, down, self.dim, dtype, self._whole)
         if self.algorithm.changes_few:
@@ -359,31 +359,15 @@ class Exchange:
     def _answer_revised(
         self, received: Received, blank: Rows, decode: Callable[[], Rows], down: Compressor, round: Round
     ) -> tuple[Tensor, Payload]:
-        """As `_answer`, of an estimate that differs from the last one in few coordinates. The server's half looks at no others."""
+        """As `_answer`, of an estimate that differs from the last one in few coordinates. If messages name them, the server's half looks at no others."""
         assert self.dim is not None and self._last is not None and round.present is not None
-        width = sum(last - first for first, last in self.transport.spans(self.dim))
-        speaking = round.present.nonzero().flatten().tolist()
-        named = self.algorithm.changes_named
-        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking if named]
-        if named and 2 * sum(len(places) for places, _ in entries) <= width:
-            empty = torch.zeros(0, dtype=torch.int64, device=self._last.device)
-            index, places = torch.cat([empty, *(places for places, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-            values = blank.values.new_zeros(round.n, len(index))
-            for worker, (_, numbers), place in zip(speaking, entries, places.split([len(e) for e, _ in entries]), strict=True):
-                values[worker, place] = numbers
-            cut = [columns for _, columns in self._whole_server().values()]
-            before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.server, cut, strict=True))
-            rows = replace(blank, values=values, spans=None, dim=None)
-            numbers, after = self.algorithm.server(rows, type(self.server)(*before), round)
-            self.server = type(self.server)(
-                *(
-                    t.index_copy_(-1, index, new) if columns else new
-                    for t, new, columns in zip(self.server, after, cut, strict=True)
-                )
-            )
+        named = self._named(received, blank, round)
+        if named is not None and self.algorithm.changes_named:
+            index, rows = named
+            numbers, self.server = self._on_columns(index, lambda state: self.algorithm.server(rows, state, round))
         else:
-            estimate = self._by_server(decode(), round)
-            index = (estimate != self.transport.columns(self._last)).nonzero().flatten()
+            estimate = self._by_server(blank, decode, named, round)
+            index = places_of(estimate != self.transport.columns(self._last))
             numbers = estimate[index]
         answer = self.transport.revise(index, numbers, self._last)
         # who writes into the estimate changes no state; a server may still be sending the one before
@@ -393,9 +377,40 @@ class Exchange:
             self._whole.copy_(self._last)
         return self._whole, down.encode(self._whole) if answer is None else answer
 
-    def _by_server(self, rows: Rows, round: Round) -> Tensor:
-        """The server's half, on all columns here: the estimate in them. The server's state is the new one then."""
-        estimate, after = self.algorithm.server(rows, self.server, round._replace(room=self._server_room))
+    def _named(self, received: Received, blank: Rows, round: Round) -> tuple[Tensor, Rows] | None:
+        """The coordinates here that some message names, and the messages' rows in these columns; None if most may be named."""
+        assert self.dim is not None and round.present is not None
+        if not ((self.algorithm.absorbs or self.algorithm.changes_named) and self.algorithm.codec(round).sparse):
+            return None
+        width = sum(last - first for first, last in self.transport.spans(self.dim))
+        speaking = round.present.nonzero().flatten().tolist()
+        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking]
+        if 2 * sum(len(places) for places, _ in entries) > width:
+            return None
+        empty = torch.zeros(0, dtype=torch.int64, device=blank.values.device)
+        index, places = torch.cat([empty, *(at for at, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        values = blank.values.new_zeros(round.n, len(index))
+        for worker, (_, numbers), place in zip(speaking, entries, places.split([len(at) for at, _ in entries]), strict=True):
+            values[worker, place] = numbers
+        return index, replace(blank, values=values, spans=None, dim=None)
+
+    def _on_columns(self, index: Tensor, half: Callable[[Any], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+        """What a part of the server's half gives in some columns, and the state with what it left in them, which is written into."""
+        cut = [columns for _, columns in self._whole_server().values()]
+        before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.server, cut, strict=True))
+        result, after = half(type(self.server)(*before))
+        state = (t.index_copy_(-1, index, new) if columns else new for t, new, columns in zip(self.server, after, cut, strict=True))
+        return result, type(self.server)(*state)
+
+    def _by_server(self, blank: Rows, decode: Callable[[], Rows], named: tuple[Tensor, Rows] | None, round: Round) -> Tensor:
+        """The estimate in all columns here. The server's state is the new one then. ``named``: from `_named`."""
+        lent = round._replace(room=self._server_room)
+        if named is None or not self.algorithm.absorbs:
+            estimate, after = self.algorithm.server(decode(), self.server, lent)
+        else:
+            index, rows = named
+            _, absorbed = self._on_columns(index, lambda state: (index, self.algorithm.absorb(rows, state, round)))
+            estimate, after = self.algorithm.answer(blank, absorbed, lent)
         self._server_room.take_back(self.server, after)
         self.server = after
         return estimate

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.finite import all_finite
+from lightning_byz.memory import places_of
 from lightning_byz.order_statistics import median_of_rows
 
 _BLOCK = 65_536
@@ -441,18 +442,17 @@ class Rows:
         """
         bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()])
         shift, found = 8 * magnitudes.element_size() - 1, 0
-        size = self.sum(torch.tensor([len(bits)], dtype=torch.float64, device=bits.device))
-        left = min(k, int(size))
+        left = min(k, int(self.sum(torch.tensor([len(bits)], dtype=torch.float64, device=bits.device))))
         while shift:
             width = min(11, shift)
             shift -= width
-            digits = bits >> shift
-            counts = self.sum(torch.bincount(digits, minlength=2**width).double())
-            above = counts.flip(0).cumsum(0).flip(0) - counts  # of larger numbers
+            pieces = torch.split(bits, _BLOCK if self._on_cpu else max(1, len(bits)))
+            counts = self.sum(torch.stack([torch.bincount(piece >> shift, minlength=2**width) for piece in pieces]).sum(0).double())
+            above = counts.flip(0).cumsum(0).flip(0) - counts  # how many are larger
             digit = int(((above < left) & (counts > 0)).nonzero()[0]) if left else 0
             left -= int(above[digit])
             found = found << width | digit
-            bits = bits[digits == digit] & (2**shift - 1)
+            bits = torch.cat([piece[places_of(piece >> shift == digit)] for piece in pieces]) & (2**shift - 1)
         return torch.tensor(found, dtype=bits.dtype, device=bits.device).view(magnitudes.dtype)
 
     def norm(self, vector: Tensor) -> Tensor:

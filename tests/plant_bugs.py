@@ -631,8 +631,8 @@ BUGS = [
     Bug(
         "the server keeps what it has sent",
         "algorithms/byz_ef21_sgdm_bc.py",
-        "ServerState(g, last, h)",
-        "ServerState(g, last, a)",
+        "state._replace(h=h)",
+        "state._replace(h=a)",
         "algorithms",
     ),
     Bug("the K-th largest change stays behind", "algorithms/byz_ef21_sgdm_bc.py", "change >= rows", "change > rows", "algorithms"),

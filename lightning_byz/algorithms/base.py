@@ -36,6 +36,7 @@ class Algorithm(ABC):
         needs_trusted: it cannot do without.
         sees_absent: the rule also sees what it knows of workers that are absent (EF21's mirrors).
         keeps_last: it keeps the rule's last result, for rules that remember it (`aggregate`).
+        absorbs: the server's half is `absorb`, which takes in what messages say of each coordinate, and then `answer`.
         changes_few: the estimate differs from the last one in few coordinates only, which a transport may send alone.
         changes_named: ..., and in those alone that some message names, to which the server's half may then be confined.
         stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
@@ -50,6 +51,7 @@ class Algorithm(ABC):
     needs_trusted: bool = False
     sees_absent: bool = False
     keeps_last: bool = False
+    absorbs: bool = False
 
     def check_parts(self) -> None:
         """Raises unless the rule is a rule and the compressor a compressor."""
@@ -177,6 +179,23 @@ class Algorithm(ABC):
         Raises:
             TooFewRowsError: if nothing can be said about this round; no state has changed then.
         """
+
+    def absorb(self, rows: Rows, state: Any, round: Round) -> Any:
+        """The first part of `server`, if it ``absorbs``: the state with what the messages say in it, one coordinate at a time.
+
+        Where no message names a coordinate, the state stays as it was there, so that this may be given the other columns alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no first part of its server's half.")
+
+    def answer(self, rows: Rows, state: Any, round: Round) -> tuple[Tensor, Any]:
+        """The second part of `server`, if it ``absorbs``: the estimate, and the server's new state. It always has one.
+
+        Args:
+            rows: ``[n, 0]`` what is known of all workers' rows besides their numbers.
+            state: from `absorb`.
+            round: with ``present`` set.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no second part of its server's half.")
 
     def tally(self, payloads: Sequence[Payload], rows: Rows, round: Round) -> Payload | None:
         """The answer that `server` and `downlink` would give, straight from encoded messages; None, the default: they are to be decoded.

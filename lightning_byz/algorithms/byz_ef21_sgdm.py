@@ -61,6 +61,7 @@ class ByzEF21SGDM(Algorithm):
 
     keeps_last = True
     sees_absent = True
+    absorbs = True
 
     aggregator: Aggregator = field(default_factory=lambda: Chain(pre=(NNM(),), rule=TrimmedMean()))
     compressor: Compressor = field(default_factory=lambda: TopK(ratio=0.1))
@@ -107,13 +108,20 @@ class ByzEF21SGDM(Algorithm):
         return ServerState(x.new_zeros(n, len(x)), self.init_last(x))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
-        values = torch.add(state.g, rows.dense(), out=round.room(state.g))
-        g = replace(rows, values=values, index=None, mixing=None)
-        finite = g.finite(norms=False)  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
-        if not finite.all():
-            g.values[~finite] = state.g[~finite]
-        estimate, last = self.aggregate(g, state.last, round._replace(present=torch.ones_like(finite)))
-        return estimate, ServerState(g.values, last)
+        return self.answer(rows, self.absorb(rows, state, round), round)
+
+    def absorb(self, rows: Rows, state: ServerState, round: Round) -> ServerState:
+        g = torch.add(state.g, rows.dense(), out=round.room(state.g))
+        finite = replace(rows, values=g, index=None, mixing=None).finite(norms=False)
+        if not finite.all():  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
+            g[~finite] = state.g[~finite]
+        return state._replace(g=g)
+
+    def answer(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
+        mirrors = self.seen(rows, state, round)
+        everybody = torch.ones(len(state.g), dtype=torch.bool, device=state.g.device)
+        estimate, last = self.aggregate(mirrors, state.last, round._replace(present=everybody))
+        return estimate, state._replace(last=last)
 
     def seen(self, rows: Rows, state: ServerState, round: Round) -> Rows:
         return replace(rows, values=state.g, index=None, mixing=None)

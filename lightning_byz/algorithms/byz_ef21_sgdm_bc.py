@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
 from lightning_byz.compressors import TopK
+from lightning_byz.memory import places_of
 from lightning_byz.rows import Rows
 from lightning_byz.types import Round
 
@@ -70,9 +71,11 @@ class ByzEF21SGDMBC(ByzEF21SGDM):
     def init_server(self, x: Tensor, n: int) -> ServerState:  # type: ignore[override]
         return ServerState(*super().init_server(x, n), torch.zeros_like(x))
 
-    def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:  # type: ignore[override]
-        a, (g, last) = super().server(rows, state, round)  # type: ignore[arg-type]
-        change = (a - state.h).abs_()
+    def answer(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:  # type: ignore[override]
+        a, state = super().answer(rows, state, round)  # type: ignore[arg-type, assignment]
+        h = round.room(state.h)
+        change = torch.sub(a, state.h, out=h).abs_()
         count = self.server_compressor.count(rows.dim or len(change))
-        h = torch.where(change >= rows.kth_largest(change, count), a, state.h)
-        return h.clone(), ServerState(g, last, h)
+        index = places_of(change >= rows.kth_largest(change, count))
+        h.copy_(state.h)[index] = a[index]
+        return h.clone(), state._replace(h=h)
