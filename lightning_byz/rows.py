@@ -284,6 +284,10 @@ class Rows:
             bad = torch.zeros(len(self), dtype=torch.bool, device=self.values.device)
             for _, _, block in self.blocks():
                 bad |= torch.stack([~all_finite(row) for row in block])
+        elif not self._on_cpu and self.values.shape[1]:  # in one kernel
+            low, high = torch.aminmax(base._base(self.values), dim=1)
+            bad = ~(low.isfinite() & high.isfinite())
+            bad = bad if self.mixing is None else ((self.mixing != 0) & bad).any(1)
         else:  # a finite norm tells, and rules ask for norms next
             unsure = (
                 (~base.squared_norms().isfinite()).nonzero().flatten().tolist() if norms and self._is_quick else range(len(base))

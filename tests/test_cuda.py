@@ -37,12 +37,25 @@ from lightning_byz import (
 )
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.rows import Rows
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 QUIET = harness.QUIET | {"accelerator": "gpu", "devices": 1}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_are_found_there(bad: float) -> None:
+    x = rows_for(5, 70_000, dtype=torch.float32).to(GPU)
+    x[1, -1], x[3, 0] = bad, torch.finfo(torch.float32).max
+    rows = Rows(x)
+    assert rows.finite().tolist() == [True, False, True, True, True]
+    assert rows.select(torch.tensor([1, 4], device=GPU)).finite().tolist() == [False, True]
+    weights = torch.tensor([[0.5, 0, 0.5, 0, 0], [0.5, 0.5, 0, 0, 0]])
+    assert rows.mix(weights).finite().tolist() == [True, False]
+    assert rows.kth_largest(x[0].abs(), 7) == x[0].abs().sort(descending=True).values[6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
