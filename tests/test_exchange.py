@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
-from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
+from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
 from lightning_byz.batches import batch_size, split_batch
@@ -1048,6 +1048,8 @@ FEW = {
     "mean, of momenta's momenta": ByzDM21(Mean(), TopK(k=3)),
     "blocks": ByzEF21SGDM(CoordinateMedian(f=1), PerTensor(TopK(k=1), (90, 110))),
     "shrunk": ByzEF21SGDM(Mean(), Contractive(RandK(k=2))),
+    "NNM, which looks at all coordinates": ByzEF21SGDM(robust(1), TopK(k=2)),
+    "both directions": ByzEF21SGDMBC(robust(1), TopK(k=2), 0.5, TopK(k=7)),
     "so many that all are looked at": ByzEF21SGDM(CoordinateMedian(f=1), TopK(ratio=0.3)),
 }
 

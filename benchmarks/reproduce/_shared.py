@@ -301,7 +301,7 @@ def band(axes: Any, results: Sequence[Run], x: str, y: str, label: str, place: i
         np.array([np.interp(at, result[x], np.log(result[y]) if logarithmic else result[y]) for result in results])
     )
     curves, middle = (curves.exp(), curves.mean(0).exp()) if logarithmic else (curves, curves.mean(0))
-    colour, style = COLOURS[place % len(COLOURS)], STYLES[place % len(STYLES)]
+    colour, style = COLOURS[place % len(COLOURS)], STYLES[(place + place // len(COLOURS)) % len(STYLES)]
     axes.plot(at, middle, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.fill_between(at, curves.amin(0), curves.amax(0), color=colour, alpha=0.18, linewidth=0)
 

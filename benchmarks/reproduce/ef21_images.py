@@ -17,7 +17,7 @@ from ef21 import ATTACKS, LIARS, METHODS, RULES, HonestSplit, N, Run
 from torch import Tensor
 
 from lightning_byz.aggregators import NNM, Chain
-from lightning_byz.algorithms import Algorithm, ByzDIANA, ByzEF21SGDM, ByzVRMarinaPP, RobustSGD
+from lightning_byz.algorithms import Algorithm, ByzDIANA, ByzEF21SGDM, ByzEF21SGDMBC, ByzVRMarinaPP, RobustSGD
 from lightning_byz.compressors import RandK, TopK
 from lightning_byz.types import Gradients, Round
 
@@ -26,7 +26,9 @@ MAIN: Run = {"rule": "CWTM", "batch": 64, "lr": 0.05, "rounds": 300}
 RATES = (0.5, 0.05)  # of which the paper takes the best for each method, and 0.005
 FULL_BATCHES = 10  # of a worker, that stand for all of its data in Byz-VR-MARINA's full rounds
 OURS, NO_MOMENTUM, WHOLE = "Byz-EF21-SGDM, eta 0.1", "no momentum, eta 1", "Byz-EF21, full gradients"
-COMPARED = (OURS, "Byz-EF21-SGDM, eta 0.01", NO_MOMENTUM, WHOLE, "compressed SGD", "Byz-DIANA", "Byz-VR-MARINA")
+PAPERS = (OURS, "Byz-EF21-SGDM, eta 0.01", NO_MOMENTUM, WHOLE, "compressed SGD", "Byz-DIANA", "Byz-VR-MARINA")
+BOTH = "both directions, eta 0.1"  # this package's own
+COMPARED = (*PAPERS, BOTH)
 POINTS = 20
 SEEDS = 2
 
@@ -39,6 +41,8 @@ def algorithm(run: Run) -> Algorithm:
         return ByzDIANA(rule, RandK(SHARE), alpha=SHARE)  # 1 / (1 + omega)
     if run["method"] == "Byz-VR-MARINA":
         return ByzVRMarinaPP(rule, compressor=RandK(SHARE), p=SHARE, clipping=None)
+    if run["method"] == BOTH:
+        return ByzEF21SGDMBC(rule, TopK(SHARE), eta=0.1, server_compressor=TopK(SHARE))
     return ByzEF21SGDM(rule, TopK(SHARE), eta=METHODS[run["method"]]["eta"])
 
 
@@ -125,7 +129,7 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
     find = partial(best, results, rates)
     ends = {m: {a: settled(find(method=m, attack=a, rule="CWTM")) for a in ATTACKS} for m in COMPARED}
     rows = []
-    for method in COMPARED[2:]:  # the first two are the paper's own
+    for method in PAPERS[2:]:  # the first two are the paper's own
         pairs = {a: (ends[OURS][a], ends[method][a]) for a in ATTACKS if len(ends[OURS][a]) and len(ends[method][a])}
         won = {a: float(mine.mean() - other.mean()) for a, (mine, other) in pairs.items()}
         measured = ", ".join(f"{a}: {points:+.1f}" for a, points in won.items())

@@ -78,4 +78,4 @@ class ByzEF21SGDMBC(ByzEF21SGDM):
         count = self.server_compressor.count(rows.dim or len(change))
         index = places_of(change >= rows.kth_largest(change, count))
         h.copy_(state.h)[index] = a[index]
-        return h.clone(), state._replace(h=h)
+        return a.copy_(h), state._replace(h=h)
