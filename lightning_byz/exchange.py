@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -197,7 +198,7 @@ class Exchange:
         if upload is not None:
             return self._finished(self._uploaded(upload, contributions, down, round, x), upload.states, x)
 
-        messages, new_states = [], {}
+        messages, new_states, sent = [], {}, {}
         for worker, contribution in zip(self.transport.workers, contributions, strict=True):
             message = None
             if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads, codec):
@@ -205,6 +206,7 @@ class Exchange:
                 payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], seen)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
+                    sent[worker] = payload
             if message is None:  # silence has the size of speech
                 empty = tuple(
                     torch.zeros(field.shape, dtype=field.dtype, device=x.device) for field in codec.layout(len(x), x.dtype)
@@ -217,7 +219,7 @@ class Exchange:
             outcome = self._served(received, messages[0], down, round, x)
         else:
             outcome = self._told(self.transport.submit(messages, codec, down, len(x), x.dtype, round), down, round, messages[0])
-        return self._finished(outcome, new_states, x)
+        return self._finished(outcome, new_states, x, sent)
 
     def _uploaded(
         self, upload: Upload, contributions: Sequence[Contribution], down: Compressor, round: Round, x: Tensor
@@ -245,8 +247,10 @@ class Exchange:
         sent = Message(flags[0], tuple(torch.empty(field.shape, dtype=field.dtype, device="meta") for field in layout))
         return self._served(upload.uplink.close(flags), sent, down, round, x)
 
-    def _finished(self, outcome: Outcome, new_states: dict[int, Any], x: Tensor) -> Outcome:
-        """The outcome, once the local workers' states are those after the round; as they were if it gave no estimate."""
+    def _finished(
+        self, outcome: Outcome, new_states: dict[int, Any], x: Tensor, sent: Mapping[int, Payload] = MappingProxyType({})
+    ) -> Outcome:
+        """The outcome, once the local workers' states are those after the round; as they were if it gave no estimate. ``sent``: whole messages."""
         self.step += 1
         if outcome.estimate is not None:
             assert outcome.round.present is not None
@@ -254,7 +258,7 @@ class Exchange:
             for worker, state in new_states.items():
                 if present[worker]:
                     self._room.take_back(self.workers[worker], state)
-                    self.workers[worker] = state
+                    self.workers[worker] = self.algorithm.arrived(sent[worker], state) if worker in sent else state
             if self.algorithm.needs_drift:
                 self.previous = x.clone()
         for observer in self.observers if self.transport.serves else ():

@@ -288,6 +288,7 @@ def _lands(compressor: Compressor, x: Tensor) -> None:
     assert torch.equal(out, decoded), "decode_into and decode differ"
     assert torch.equal(compressor.added(given, payload), x + decoded), "added is not the sum"
     assert torch.equal(compressor.added(given, payload, out=out), x + decoded), "added into given memory is not the sum"
+    assert torch.equal(compressor.added(out.copy_(given), payload, out=out), x + decoded), "added in place is not the sum"
     assert torch.equal(given, x), "added has overwritten its argument"
 
 

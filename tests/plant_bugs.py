@@ -616,7 +616,7 @@ BUGS = [
     Bug(
         "EF21 aggregates the differences",
         "algorithms/byz_ef21_sgdm.py",
-        "self.aggregate(g, state.last",
+        "self.aggregate(mirrors, state.last",
         "self.aggregate(rows, state.last",
         "algorithms",
     ),

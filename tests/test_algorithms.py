@@ -57,7 +57,7 @@ def play(algorithm, grads, workers, server, step, present=None, previous=None, d
     for i in range(n):
         payload, state = algorithm.worker(Gradients(grads[i], previous[i]), workers[i], round._replace(worker=i))
         payloads.append(payload)
-        states.append(state)
+        states.append(algorithm.arrived(payload, type(state)(*(tensor.clone() for tensor in state))))
     rows = Rows(torch.stack([codec.decode(payload, d) for payload in payloads]))
     round = round._replace(present=torch.ones(n, dtype=torch.bool) if present is None else present)
     estimate, server = algorithm.server(rows, server, round)

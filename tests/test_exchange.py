@@ -1072,7 +1072,8 @@ def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
                 present[w] = False
                 continue
             round = Round(step, n, worker=w, seed=1)
-            payload, workers[w] = algorithm.worker(Gradients(grads[w]), workers[w], round)
+            payload, state = algorithm.worker(Gradients(grads[w]), workers[w], round)
+            workers[w] = algorithm.arrived(payload, state)
             rows[w] = algorithm.codec(round).decode(Lies.lie(w, payload), d)
         estimate, server = algorithm.server(Rows(rows), server, Round(step, n, seed=1, present=present))
         assert torch.equal(outcome.estimate, estimate), step

@@ -159,6 +159,13 @@ class Algorithm(ABC):
     def worker(self, grads: Gradients, state: Any, round: Round) -> tuple[Payload, Any]:
         """The payload that this worker sends, and its new state."""
 
+    def arrived(self, payload: Payload, state: Any) -> Any:
+        """The worker's state once its message has counted: what `worker` gave, with what is to be in it only then. May write into its tensors.
+
+        Not asked of `coordinate_wise` algorithms, whose messages travel in pieces.
+        """
+        return state
+
     def rejoined(self, x: Tensor, server: Any, worker: int) -> Any:
         """The state of a worker that has lost its own, given the server's: the two halves have to fit together again."""
         return self.init_worker(x)

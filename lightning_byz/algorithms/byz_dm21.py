@@ -59,8 +59,7 @@ class ByzDM21(ByzEF21SGDM):
         else:
             v, u = grads.current.clone(), grads.current.clone()
         c = self.compressor.encode_difference(u, state.g, round.private("compressor", u.device))
-        g = self.compressor.added(state.g, c, out=round.room(state.g))
-        return c, WorkerState(v, u, g, state.rounds + 1)
+        return c, WorkerState(v, u, state.g, state.rounds + 1)
 
 
 @dataclass(frozen=True)

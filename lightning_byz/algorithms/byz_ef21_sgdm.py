@@ -101,8 +101,11 @@ class ByzEF21SGDM(Algorithm):
         v = round.room(state.v)
         torch.lerp(state.v, grads.current, self.eta, out=v) if state.rounds else v.copy_(grads.current)
         c = self.compressor.encode_difference(v, state.g, round.private("compressor", v.device))
-        g = self.compressor.added(state.g, c, out=round.room(state.g))
-        return c, WorkerState(v, g, state.rounds + 1)
+        return c, WorkerState(v, state.g, state.rounds + 1)
+
+    def arrived(self, payload: Payload, state: WorkerState) -> WorkerState:
+        self.compressor.added(state.g, payload, out=state.g)
+        return state
 
     def init_server(self, x: Tensor, n: int) -> ServerState:
         return ServerState(x.new_zeros(n, len(x)), self.init_last(x))

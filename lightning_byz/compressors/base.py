@@ -42,7 +42,7 @@ class WireFormat(ABC):
         out.copy_(self.decode(payload, len(out)))
 
     def added(self, x: Tensor, payload: Payload, out: Tensor | None = None) -> Tensor:
-        """``x [dim]`` plus the vector that a valid payload stands for, in ``out [dim]`` if there is one; ``x`` is not modified."""
+        """``x [dim]`` plus the vector that a valid payload stands for, in ``out [dim]`` if there is one, which may be ``x``; else ``x`` is not modified."""
         return torch.add(x, self.decode(payload, len(x)), out=out)
 
     def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
