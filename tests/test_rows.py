@@ -264,6 +264,15 @@ def test_the_kth_largest_number_is_that_of_a_sort(data):
         assert all(torch.equal(answer, expected) for answer in pool.map(found, range(2)))
 
 
+@pytest.mark.parametrize("k", [1, 900, 60_000, 100_000])
+def test_the_kth_largest_number_is_found_whatever_a_sample_says(k):
+    x = rows_for(1, 4 * 32_768, dtype=torch.float32)[0].abs()
+    for large in (slice(0, None, 4), slice(1, None, 4)):  # what a sample sees, and what it does not
+        y = x.clone()
+        y[large] += 1000
+        assert Rows(y[None]).kth_largest(y, k) == y.sort(descending=True).values[k - 1]
+
+
 # -- order statistics -----------------------------------------------------------------------------------------------------
 
 
