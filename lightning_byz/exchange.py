@@ -91,6 +91,7 @@ class Exchange:
         transport: a connected transport.
         seed: seed of all random streams.
         shares: ``[n]`` float64 > 0, how much of the data each worker holds, for rules that weigh rows; None: all the same.
+        name: what the gradients are of, for messages.
 
     Attributes:
         step: number of the next round.
@@ -101,8 +102,10 @@ class Exchange:
         quarantined: workers whose messages do not count from the next round on, the same on every rank; the rule's f is smaller by as many.
     """
 
-    def __init__(self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None) -> None:
-        self.algorithm, self.transport, self.seed, self.shares = algorithm, transport, seed, shares
+    def __init__(
+        self, algorithm: Algorithm, transport: Transport, seed: int, shares: Tensor | None = None, name: str = "all parameters"
+    ) -> None:
+        self.algorithm, self.transport, self.seed, self.shares, self.name = algorithm, transport, seed, shares, name
         self.step = 0
         self.dim: int | None = None
         self.dtype = torch.float32
@@ -165,8 +168,12 @@ class Exchange:
         """
         if self.dim != len(x):
             self._start(x)
+        self._meet()
         self._upload = self._opened(self.next_round(x), x)
         return self._upload
+
+    def _meet(self) -> None:
+        self.transport.meet(f"round {self.step} of {self.name}")
 
     def _opened(self, round: Round, x: Tensor) -> Upload | None:
         if not (self.algorithm.coordinate_wise and self.transport.serves):
@@ -190,6 +197,8 @@ class Exchange:
         """
         if self.dim != len(x):
             self._start(x)
+        if self._upload is None:
+            self._meet()
         round = self._agreed(self.next_round(x), trusted)
         assert round.cohort is not None
         codec, down = self.algorithm.codec(round), self.algorithm.downlink(round)
@@ -469,6 +478,38 @@ class Exchange:
             row.zero_() if payload is None else received.format.decode_into(payload, row)
         return self._rows
 
+    # -- a closure that is evaluated again ----------------------------------------------------------------------------
+
+    def memory(self) -> Any:
+        """A copy of all that both halves remember here, for `repeat`."""
+        if self.algorithm.stateless or self.dim is None:
+            return self.dim
+        workers = {worker: _copied(state) for worker, state in self.workers.items()}
+        return workers, _copied(self.server), None if self._last is None else self._last.clone()
+
+    def repeat(self, memory: Any) -> None:
+        """The next round takes the last one's place in what is remembered.
+
+        Args:
+            memory: from `memory`, before the last round.
+
+        Raises:
+            ValueError: for methods that look at earlier parameters.
+        """
+        algorithm = self.algorithm
+        if algorithm.needs_drift or algorithm.needs_previous:
+            raise ValueError(
+                f"{type(algorithm).__name__} takes one gradient a step, because it looks at earlier parameters. "
+                "Found an optimizer that evaluates its closure several times a step, as LBFGS and SAM do. Use another optimizer, or "
+                "another algorithm, such as RobustSGD."
+            )
+        if memory is None:
+            self.dim = None
+        elif not isinstance(memory, int):
+            workers, server, last = memory
+            self.workers = {worker: _copied(state) for worker, state in workers.items()}
+            self.server, self._last = _copied(server), None if last is None else last.clone()
+
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
     def server_state(self, alone: bool = False) -> dict[str, Any]:
@@ -543,6 +584,10 @@ class Exchange:
         """States for workers that have lost theirs, as plain containers of tensors; where the server's half runs."""
         x = torch.zeros_like(like)
         return {} if self.dim is None else {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
+
+
+def _copied(state: Any) -> Any:
+    return None if state is None else type(state)(*(tensor.clone() for tensor in state))
 
 
 @dataclass(frozen=True)

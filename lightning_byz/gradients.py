@@ -30,16 +30,6 @@ class FlatParameters:
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._rows: Tensor | None = None
 
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> FlatParameters:
-        """The parameters of an optimizer that are to be trained now."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return cls([p for p in parameters if p.requires_grad or p.grad is not None])
-
-    def same_as(self, other: FlatParameters | None) -> bool:
-        """Whether both are about the same parameters."""
-        return other is not None and [*map(id, self.parameters)] == [*map(id, other.parameters)]
-
     def like(self) -> Tensor:
         """An empty vector ``[d]`` of the right dtype and device."""
         return torch.empty(self.dim, dtype=self.dtype, device=self.device)
@@ -62,6 +52,7 @@ class FlatParameters:
         return flat.mul_(scale) if scale != 1 else flat
 
     @staticmethod
+    @torch.no_grad()
     def read_gradient(p: Tensor, out: Tensor) -> None:
         """One parameter's gradient as a vector, into ``out``; 0 if it has none."""
         if p.grad is None:

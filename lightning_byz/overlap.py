@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -38,20 +37,11 @@ class Overlap:
         self._upload: Upload | None = None
         self.began = False
         """Whether gradients have been read of which `gradient` has not been asked for."""
-        self._active = self._late = False
+        self._late = False
         self._written: set[int] = set()
         self._buckets: list[tuple[int, int]] = []
         self._touched: list[list[int]] = []  # by parameter, the buckets that it lies in
         self._missing: list[int] = []  # by bucket, how many of its parameters have no gradient yet
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(partial(self._arrived, i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(layout.parameters)
-        ]
-
-    def remove(self) -> None:
-        """Takes the hooks off the parameters."""
-        for hook in self._hooks:
-            hook.remove()
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
@@ -60,11 +50,8 @@ class Overlap:
         self._upload = self.exchange.open(self.layout.like()) if in_pieces else None
         self._written, self._late = set(), False
         self._plan([] if self._upload is None else self._upload.left)
-        self._active = self.began = True
-        try:
-            yield
-        finally:
-            self._active = False
+        self.began = True
+        yield
 
     def _plan(self, buckets: list[tuple[int, int]]) -> None:
         if buckets != self._buckets:
@@ -77,10 +64,8 @@ class Overlap:
                 self._missing[b] += 1
 
     @torch.no_grad()
-    def _arrived(self, i: int, parameter: Tensor) -> None:
-        """A parameter's gradient is there."""
-        if not self._active:
-            return
+    def arrived(self, i: int, parameter: Tensor) -> None:
+        """The gradient of the i-th parameter is there."""
         again = i in self._written
         if again and self._upload is not None and any(b < self._upload.uplink.sent for b in self._touched[i]):
             self._late = True
@@ -110,8 +95,10 @@ class Overlap:
         return self.layout.used() | torch.tensor([i in self._written for i in range(len(self.layout.parameters))], dtype=torch.bool)
 
     def gradient(self) -> Tensor | None:
-        """The whole gradient ``[d]``, after a backward pass that was overlapped; None if what was sent of it is not what it is."""
+        """The whole gradient ``[d]``, after a backward pass that was overlapped; None if there is none, or another one than was sent."""
         self._upload, self.began = None, False
+        if not bool(self.used().any()):
+            return None
         if self._late:
             self.broken = True
             warnings.warn(
@@ -127,19 +114,12 @@ class Overlap:
         return self.layout.rows(1)[0]
 
 
-def obstacle(module: Any, callbacks: Iterable[Any], precision: Any, optimizers: Iterable[Any]) -> str | None:
+def obstacle(module: Any, precision: Any) -> str | None:
     """Why a run's gradients cannot be read before backward has ended; None: they can."""
-    if not module.automatic_optimization:
-        return "optimization is manual"
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
-        return "LBFGS evaluates its closure several times"
     if getattr(precision, "scaler", None) is not None:
         return "a loss scaler looks for overflows first"
     if not _is_lightnings(module.backward):
         return f"{type(module).__name__} has a `backward` of its own"
-    for hooked in (module, *callbacks):
-        if not _is_lightnings(hooked.on_after_backward):
-            return f"{type(hooked).__name__} has an `on_after_backward`, which may change gradients"
     return None
 
 

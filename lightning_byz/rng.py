@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,15 @@ def worker_rng(device: torch.device, *key: int) -> Iterator[None]:
         else:
             torch.manual_seed(seed)
         yield
+
+
+def reset() -> None:
+    """All global random states (torch, numpy, Python) as Lightning's seed_everything left them; nothing, where it was not called."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    if seed is not None:
+        random.seed(int(seed))
+        np.random.seed(int(seed))
+        torch.manual_seed(int(seed))
 
 
 def snapshot(device: torch.device) -> tuple[Tensor, ...]:

@@ -139,7 +139,7 @@ class ServedRun:
             return False
         strategy, ranks, share = self.strategy, self._for_ranks, self.transport.workers_per_process
         workers = [worker for rank in ranks for worker in range(rank * share, (rank + 1) * share)]
-        states = [exchange.rejoined(workers, strategy._layout(i).like()) for i, exchange in enumerate(strategy.exchanges)]
+        states = [group.exchange.rejoined(workers, group.example()) for group in strategy.groups]
         server = [{**exchange.server_state(), "server": None} for exchange in strategy.exchanges]
         kept = {name: value for name, value in checkpoint.items() if "hyper_parameters" not in name and "hparams" not in name}
         buffer = io.BytesIO()

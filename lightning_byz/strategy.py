@@ -1,8 +1,8 @@
 """ByzantineRobustStrategy: Lightning's training loop on one side, a round of a robust algorithm on the other. Glue only.
 
-The seam is `Strategy.optimizer_step`: its closure runs a step's forward and backward passes, and where it ends, DDP's gradients
-would be reduced. There the local workers' gradients go through `Exchange`, and the estimate that comes back is written to
-``p.grad``. Clipping, the optimizer and its schedule are the user's, untouched.
+The seam is the end of `Strategy.backward`, where DDP's gradients are reduced (`lightning_byz.gradient_sync`). There the local workers'
+gradients go through `Exchange`, and the estimate that comes back is written to ``p.grad``. Hooks, clipping, the optimizer and its
+schedule are the user's, untouched.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +29,9 @@ from lightning_byz.batches import batch_size, split_batch
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
+from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
 from lightning_byz.gradients import FlatParameters
-from lightning_byz.overlap import Overlap, obstacle
+from lightning_byz.overlap import obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
@@ -37,6 +39,7 @@ from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, defau
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import ParameterServer, Sharded, Transport
+from lightning_byz.transports.meeting import meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
 
@@ -64,6 +67,10 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
 
 class TooFewGradientsError(RuntimeError):
     """More steps in a row than ``max_skipped_steps`` allows had too few finite gradients: training has diverged."""
+
+
+class NoBatch:
+    """Stands for the batch of a rank whose data loader gave None, as a ``collate_fn`` may."""
 
 
 class RobustStrategy(_Base):
@@ -156,9 +163,9 @@ class RobustStrategy(_Base):
 
         self._served = ServedRun(self, transport) if isinstance(transport, ParameterServer) else None
         self._roll_call: RollCall | None = None
-        self._overlap: Overlap | None = None
-        self._may_overlap = False
         self._saved_alone = False
+        self.sync: GradientSync | None = None
+        self.groups: list[GradientGroup] = []
         self.exchanges: list[Exchange] = []
         self.silences: dict[int, int] = {}
         """How often each worker's message did not count, since the run began."""
@@ -174,25 +181,14 @@ class RobustStrategy(_Base):
         """Back to before the first step."""
         self._micro_step = 0
         self._skipped_in_a_row = 0
-        self._layouts: list[FlatParameters | None] = [None] * len(self.exchanges)
-        self._exchanged: set[int] = set()
-        self._accumulated: list[Tensor | None] = [None] * self.workers_per_process
-        self._accumulated_used: list[Tensor | None] = [None] * self.workers_per_process
         self._losses: list[Tensor | None] = [None] * self.workers_per_process
-        self._lossless: list[bool] = [True] * self.workers_per_process
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
-        self._step_is_due = False  # once this micro-batch's gradients are there
-        self._drop_overlap()
+        if self.sync is not None:
+            self.sync.forget()
         self._forget_passes()
-
-    def _drop_overlap(self) -> None:
-        """Takes the hooks off that send gradients during backward."""
-        if self._overlap is not None:
-            self._overlap.remove()
-        self._overlap = None
 
     def _forget_passes(self) -> None:
         """Back to before a round's first forward pass."""
@@ -273,6 +269,7 @@ class RobustStrategy(_Base):
             self._connect_processes()
 
     def _connect_processes(self) -> None:
+        rng.reset()
         self.set_world_ranks()
         environment = self.cluster_environment
         assert environment is not None
@@ -293,6 +290,7 @@ class RobustStrategy(_Base):
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
         atexit.register(_leave_process_group)
+        meeting()
         self._roll_call = RollCall(
             environment.main_address, environment.global_rank(), environment.world_size(), self._timeout or timedelta(minutes=30)
         )
@@ -303,10 +301,16 @@ class RobustStrategy(_Base):
 
     def teardown(self) -> None:
         vars(self.precision_plugin).pop("clip_gradients", None)
-        self._drop_overlap()
+        self._drop_sync()
         if self._served is not None:
             self._served.leave(self._interrupted())
         super().teardown()
+
+    def _drop_sync(self) -> None:
+        """Takes the hooks off parameters and optimizers."""
+        if self.sync is not None:
+            self.sync.remove()
+        self.sync = None
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
@@ -322,13 +326,18 @@ class RobustStrategy(_Base):
             return
         if self.n > 1:
             check_setup(self, trainer, self._resolved)
-        largest = max((layout.dim * layout.dtype.itemsize for layout in map(FlatParameters.of, self.optimizers)), default=0)
+        layouts = [FlatParameters([p for p in parameters_of(optimizer) if p.requires_grad]) for optimizer in self.optimizers]
+        largest = max((layout.dim * layout.dtype.itemsize for layout in layouts), default=0)
         transport = self.transport or default_transport(self._resolved, self._world, largest)
         transport.connect(self.global_rank, self._world, self.workers_per_process, self.root_device)
         explain_transport(self._resolved, transport)
-        self._may_overlap = self._decide_overlap(trainer, transport)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-        self.exchanges = [Exchange(self._resolved, transport, seed + i, self._shares()) for i in range(len(self.optimizers))]
+        may_overlap = self._decide_overlap(transport)
+        self._drop_sync()
+        seed, shares = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed, self._shares()
+        self.groups = gradient_groups(
+            self.lightning_module, self.optimizers, lambda i, name: Exchange(self._resolved, transport, seed + i, shares, name), self.n == 1
+        )
+        self.exchanges = [group.exchange for group in self.groups]
         for exchange in self.exchanges:
             exchange.observers.append(self._note_silence)
             exchange.liars = self.liars_at
@@ -336,19 +345,20 @@ class RobustStrategy(_Base):
         self.data_attacks.clear()
         self.liars.clear()
         self.delays.clear()
-        self._forget()
         assert self.lightning_module is not None
-        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
         if self.n > 1:
+            self.sync = GradientSync(self.groups, self._exchange, not self.lightning_module.automatic_optimization, may_overlap)
             self._exchange_before_clipping()
+        self._forget()
+        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
         if self._served is not None:
             self._served.adopt_metrics(self.lightning_module)
 
-    def _decide_overlap(self, trainer: Any, transport: Transport) -> bool:
+    def _decide_overlap(self, transport: Transport) -> bool:
         """Whether gradients are read during backward, and sent where the algorithm lets them; says why not."""
         if not isinstance(transport, Sharded) or not transport.overlap or self.workers_per_process > 1:
             return False
-        reason = obstacle(self.lightning_module, trainer.callbacks, self.precision_plugin, self.optimizers)
+        reason = obstacle(self.lightning_module, self.precision_plugin)
         whole = None if self._resolved.coordinate_wise else f"{type(self._resolved).__name__} looks at the whole vector"
         why = whole if reason is None else reason
         log.info(
@@ -385,14 +395,12 @@ class RobustStrategy(_Base):
                 tensor.copy_(shared)
 
     def _exchange_before_clipping(self) -> None:
-        """In manual optimization ``clip_gradients`` comes before the step: it is to act on the estimate."""
+        """``clip_gradients`` is to act on the aggregate, where the exchange waits for the step."""
         clip = self.precision_plugin.clip_gradients
 
         def clip_gradients(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            module = self.lightning_module
-            manual = module is not None and not module.automatic_optimization
-            if manual and self._index(optimizer) not in self._exchanged:
-                self._exchange(optimizer)
+            if self.sync is not None:
+                self.sync.settle(optimizer)
             clip(optimizer, *args, **kwargs)
 
         vars(self.precision_plugin)["clip_gradients"] = clip_gradients
@@ -428,16 +436,26 @@ class RobustStrategy(_Base):
         if self._served is not None:
             self._served.say_how_many_were_validated()
 
+    def batch_to_device(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """The batch on this process's device; `NoBatch` where this rank has none, so that it is silent and nobody waits for it."""
+        batch = super().batch_to_device(batch, *args, **kwargs)
+        module = self.lightning_module
+        training = self.sync is not None and self._world > 1 and module is not None and module.trainer.training
+        return NoBatch() if batch is None and training else batch
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Every local worker's training step, on its part of the batch; what they log is reduced and logged once."""
-        if self.n == 1 or not self.exchanges:
+        if self.sync is None:
             return super().training_step(*args, **kwargs)
+        self.sync.begin_training_step()
         module, workers, buffers = self.lightning_module, self.exchanges[0].transport.workers, self._buffers
         assert module is not None and buffers is not None
         step = self.exchanges[0].step
         batch, rest = args[0], args[1:]
         buffers.refresh()
-        if self.workers_per_process == 1:
+        if isinstance(batch, NoBatch):
+            parts: list[Any] = [None] * self.workers_per_process
+        elif self.workers_per_process == 1:
             parts = [batch]
         else:
             parts = split_batch(batch, self.workers_per_process)
@@ -449,7 +467,7 @@ class RobustStrategy(_Base):
 
         cohort = torch.ones(self.n, dtype=torch.bool)
         if module.automatic_optimization:
-            round = self._next_round(self._layout(0))
+            round = self.exchanges[0].next_round(self._x(self.groups[0]))
             assert round.cohort is not None
             cohort = round.cohort & torch.tensor([comes(round, worker) for worker in range(self.n)])
             if self._served is not None and self._served.is_behind:
@@ -468,7 +486,7 @@ class RobustStrategy(_Base):
                 continue
             vars(module)["log"] = logs[-1].record
             try:
-                with buffers.of(i), rng.worker_rng(self.root_device, *self._rng_key(worker)):
+                with buffers.of(i), self.sync.training_step(), rng.worker_rng(self.root_device, *self._rng_key(worker)):
                     outputs[-1] = super().training_step(part, *rest, **kwargs)
             finally:
                 del vars(module)["log"]
@@ -478,12 +496,14 @@ class RobustStrategy(_Base):
             for worker_log, loss in zip(logs, losses, strict=True):
                 worker_log.loss = loss.detach().mean() if isinstance(loss, Tensor) else None
         self._losses = [loss if isinstance(loss, Tensor) else None for loss in losses]
-        self._lossless = [before and loss is None for before, loss in zip(self._lossless, self._losses, strict=True)]
 
         liars = self.liars_at(step)
         honest = [worker not in liars and bool(cohort[worker]) for worker in range(self.n)]
         honest = honest if any(honest) else cohort.tolist()  # a cohort of liars has nobody else to speak for it
         transport = self.exchanges[0].transport
+        trainer = module.trainer
+        ends = ", the last one of its epoch" if trainer.is_last_batch and trainer.max_epochs != -1 else ""
+        transport.meet(f"training step {self._micro_step}{ends}")
         for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
             self._log_once(call)
         self._micro_step += 1
@@ -497,19 +517,19 @@ class RobustStrategy(_Base):
             part = attack(worker, step, part)
         return part
 
-    def _next_round(self, layout: FlatParameters) -> Round:
-        exchange = self.exchanges[0]
-        return exchange.next_round(self._x(layout, exchange))
-
     @staticmethod
-    def _x(layout: FlatParameters, exchange: Exchange) -> Tensor:
+    def _x(group: GradientGroup) -> Tensor:
         """The parameters ``[d]``, where the algorithm looks at their values; else something of their shape."""
-        return layout.read_parameters() if exchange.algorithm.needs_drift else layout.like()
+        if group.layout is not None and group.exchange.algorithm.needs_drift:
+            return group.layout.read_parameters()
+        return group.example()
 
     def _run_quiet_passes(self, round: Round, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any) -> None:
         """The gradients that this round needs besides the minibatch's. They come first, while no worker's graph is alive."""
-        exchange, layout, module = self.exchanges[0], self._layout(0), self.lightning_module
+        exchange, layout, module = self.exchanges[0], self.groups[0].layout, self.lightning_module
         algorithm = exchange.algorithm
+        if layout is None:
+            return
         assert self._buffers is not None
         if self._full is not None or self._previous is not None:
             raise UnsupportedSetupError(
@@ -592,132 +612,114 @@ class RobustStrategy(_Base):
         return loss if extra is None else {**extra, "loss": loss}
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Every local worker's backward pass."""
-        if self._exchanged and len(self.optimizers) == 1:
-            raise RuntimeError(
-                "self.clip_gradients exchanges the gradients between the workers, and the optimizer's step should come next. Found "
-                "another backward pass. When you accumulate, call clip_gradients only right before optimizer.step()."
-            )
-        if self._step_is_due and self._may_overlap:
-            layout, exchange = self._layout(0), self.exchanges[0]
-            seen_first = not isinstance(exchange.transport, Sharded)  # by simulated attackers, who look at whole messages
-            if self._overlap is None and not seen_first:
-                self._overlap = Overlap(layout, exchange)
-            if self._overlap is not None and self._losses[0] is not None:
-                with self._overlap.during_backward():
-                    return super().backward(closure_loss, optimizer, *args, **kwargs)
-        if self.n == 1 or self.workers_per_process == 1 or self._scale_probe is None:
+        """Every local worker's backward pass, and the exchange where it ends; then the hooks that see gradients."""
+        if self.sync is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
-        module, buffers = self.lightning_module, self._buffers
-        assert module is not None and buffers is not None
+        module = self.lightning_module
+        assert module is not None
         self.pre_backward(closure_loss)
         scaled = self.precision_plugin.pre_backward(closure_loss, module)
-        (factor,) = torch.autograd.grad(scaled, self._scale_probe)
-        layout = self._layout(self._index(optimizer))
-        if any(row is not None for row in self._accumulated) and layout.is_cleared():
-            self._accumulated = [None] * self.workers_per_process  # the user, or Lightning, has zeroed the gradients
-            self._accumulated_used = [None] * self.workers_per_process
-        for i, loss in enumerate(self._losses):
-            if loss is None:
-                continue
-            layout.clear_gradients()
-            with buffers.of(i):
-                self.precision_plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
-            used, before, used_before = layout.used(), self._accumulated[i], self._accumulated_used[i]
-            if before is None:
-                self._accumulated[i] = layout.read_gradients(out=layout.rows(self.workers_per_process)[i])
+        with self.sync.backward(overlap=not module.automatic_optimization or self._losses[0] is not None) as groups:
+            if self.workers_per_process == 1:
+                self.precision_plugin.backward(scaled, module, optimizer, *args, **kwargs)
             else:
-                before.add_(layout.read_gradients())
-            self._accumulated_used[i] = used if used_before is None else used_before | used
-        self._losses = [None] * self.workers_per_process
-        self._show_mean(layout)
+                self._backward_of_workers(scaled, groups, optimizer, *args, **kwargs)
         closure_loss = self.precision_plugin.post_backward(scaled, module)
         self.post_backward(closure_loss)
         return closure_loss
 
-    def _show_mean(self, layout: FlatParameters) -> None:
+    def _backward_of_workers(
+        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """One backward pass after the other, whose gradients are added up in the groups' rows."""
+        module = self.lightning_module
+        assert module is not None and self.sync is not None and self._buffers is not None and self._scale_probe is not None
+        (factor,) = torch.autograd.grad(scaled, self._scale_probe)
+        layouts = [group.layout for group in groups if group.layout is not None]
+        for group, layout in zip(groups, layouts, strict=True):
+            if any(row is not None for row in group.rows) and layout.is_cleared():
+                group.rows, group.used = [None] * len(group.rows), [None] * len(group.rows)  # somebody has zeroed the gradients
+        for i, loss in enumerate(self._losses):
+            if loss is None:
+                continue
+            for layout in layouts:
+                layout.clear_gradients()
+            with self._buffers.of(i):
+                self.precision_plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
+            for group, layout in zip(groups, layouts, strict=True):
+                used, before, used_before = layout.used(), group.rows[i], group.used[i]
+                if not bool(used.any()) and before is None:
+                    continue
+                if before is None:
+                    group.rows[i] = layout.read_gradients(out=layout.rows(self.workers_per_process)[i])
+                else:
+                    before.add_(layout.read_gradients())
+                group.used[i] = used if used_before is None else used_before | used
+        self._losses = [None] * self.workers_per_process
+        for group in groups if self.sync.blocked else ():
+            self._show_mean(group)
+
+    @staticmethod
+    def _show_mean(group: GradientGroup) -> None:
         """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
-        here = [i for i, row in enumerate(self._accumulated) if row is not None]
-        used = [used for used in self._accumulated_used if used is not None]
-        if not here:
+        here = [i for i, row in enumerate(group.rows) if row is not None]
+        used = [used for used in group.used if used is not None]
+        assert group.layout is not None
+        if here:
+            rows = group.layout.rows(len(group.rows))
+            mean = (rows if len(here) == len(rows) else rows[here]).mean(0)
+            group.layout.write_gradients(mean, torch.stack(used).any(0).tolist(), views=True)
+        group.local = {id(p) for p in group.layout.parameters if p.grad is not None}
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Inside, gradients add up locally: micro-batches, and ``toggle_model(sync_grad=False)``."""
+        if self.sync is None:
+            yield
             return
-        rows = layout.rows(self.workers_per_process)
-        mean = (rows if len(here) == len(rows) else rows[here]).mean(0)
-        layout.write_gradients(mean, torch.stack(used).any(0).tolist(), views=True)
+        with self.sync.blocking():
+            yield
 
     # -- a step: the exchange -----------------------------------------------------------------------------------------
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """The user's optimizer step, with an exchange at the end of its closure."""
-        if self.n == 1:
+        """The user's optimizer step. In automatic optimization its closure returns the median of all workers' losses."""
+        if self.sync is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        automatic = self.lightning_module is not None and self.lightning_module.automatic_optimization
 
-        def closure_and_exchange() -> Any:
-            self._step_is_due = True
-            try:
-                loss = closure()
-            finally:
-                self._step_is_due = False
-            if self._index(optimizer) not in self._exchanged:
-                self._exchange(optimizer)
-            return loss if loss is None or self._step_logs.loss is None else self._step_logs.loss.to(loss)
+        def agreed() -> Any:
+            loss = closure()
+            return loss if loss is None or self._step_logs.loss is None or not automatic else self._step_logs.loss.to(loss)
 
-        def several_times() -> Any:  # LBFGS evaluates it again and again
-            self._exchanged.discard(self._index(optimizer))
-            return closure_and_exchange()
+        with self.sync.stepping():
+            evaluate = self.sync.step(optimizer, agreed, may_repeat(optimizer))
+            return super().optimizer_step(optimizer, evaluate, model, **kwargs)
 
-        try:
-            repeats = isinstance(optimizer, torch.optim.LBFGS)
-            return super().optimizer_step(optimizer, several_times if repeats else closure_and_exchange, model, **kwargs)
-        finally:
-            self._exchanged.discard(self._index(optimizer))
-
-    def _index(self, optimizer: Any) -> int:
-        """Which of the run's optimizers it is, as it is or in Lightning's wrapper."""
-        for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
-            for i, known in enumerate(self.optimizers):
-                if known is candidate:
-                    return i
-        raise ValueError(f"The optimizer should be one that configure_optimizers returned. Found {optimizer!r}.")
-
-    def _layout(self, index: int) -> FlatParameters:
-        now, before = FlatParameters.of(self.optimizers[index]), self._layouts[index]
-        if not now.same_as(before):
-            if before is not None:
-                log.warning(
-                    "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh."
-                )
-                self.exchanges[index].dim = None
-            self._layouts[index] = now
-            self._drop_overlap()
-            self.exchanges[index].algorithm = self._resolved.for_sizes(now.sizes)
-            return now
-        assert before is not None
-        return before
-
-    def _contributions(self, layout: FlatParameters, unscale: float) -> list[Contribution]:
-        assert self._buffers is not None and self.lightning_module is not None
+    def _contributions(self, group: GradientGroup, unscale: float) -> list[Contribution]:
+        layout = group.layout
+        assert self._buffers is not None and layout is not None
         contributions = []
         for i in range(self.workers_per_process):
             if self.workers_per_process == 1:
-                flat, used = self._only_gradient(layout, unscale)
+                flat, used = self._only_gradient(group, layout, unscale)
             else:
-                accumulated, accumulated_used = self._accumulated[i], self._accumulated_used[i]
-                flat = None if accumulated is None else accumulated * unscale if unscale != 1 else accumulated
-                used = layout.used().fill_(False) if accumulated_used is None else accumulated_used
-            grads, used = self._gradients(i, flat, used)
+                row, row_used = group.rows[i], group.used[i]
+                flat = None if row is None else row * unscale if unscale != 1 else row
+                used = torch.zeros(len(layout.parameters), dtype=torch.bool) if row_used is None else row_used
+            grads, used = self._gradients(i, flat, used) if group is self.groups[0] else (None if flat is None else Gradients(flat), used)
             touched = torch.cat([used, self._buffers.changed(i)]).to(self.root_device)
             contributions.append(Contribution(grads, touched))
         return contributions
 
-    def _only_gradient(self, layout: FlatParameters, unscale: float) -> tuple[Tensor | None, Tensor]:
+    @staticmethod
+    def _only_gradient(group: GradientGroup, layout: FlatParameters, unscale: float) -> tuple[Tensor | None, Tensor]:
         """The gradient of a process's only worker, None if there is none, and the parameters that have one."""
-        assert self.lightning_module is not None
-        if self._overlap is not None and self._overlap.began:
-            used = self._overlap.used()
-            return self._overlap.gradient(), used
+        if group.overlap is not None and group.overlap.began:
+            used = group.overlap.used()
+            return group.overlap.gradient(), used
         used = layout.used()
-        if (self.lightning_module.automatic_optimization and self._lossless[0]) or not bool(used.any()):
+        if not bool(used.any()):
             return None, used
         return layout.read_gradients(unscale, out=layout.rows(1)[0]), used
 
@@ -730,19 +732,28 @@ class RobustStrategy(_Base):
             return None, used
         return Gradients(flat, extra.flat) if self._full is None else Gradients(extra.flat), used | extra.used
 
-    def _exchange(self, optimizer: Any) -> None:
-        """From the local workers' gradients to the estimate in ``p.grad``."""
-        index = self._index(optimizer)
-        layout, exchange = self._layout(index), self.exchanges[index]
+    def _scaler(self) -> Any:
+        """What scales the loss: the precision plugin's, or in manual optimization one that the module has."""
+        module = self.lightning_module
         scaler = getattr(self.precision_plugin, "scaler", None)
-        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-        # In manual optimization this runs inside the precision plugin's autocast, which is not for aggregation.
+        if scaler is None and module is not None and not module.automatic_optimization:
+            scaler = next((value for value in vars(module).values() if isinstance(value, torch.amp.GradScaler)), None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _exchange(self, group: GradientGroup) -> None:
+        """From the local workers' gradients to the estimate in ``p.grad``."""
+        layout, exchange = group.layout, group.exchange
+        assert layout is not None
+        scaler = self._scaler()
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        # This may run inside of the precision plugin's autocast, which is not for aggregation.
         with torch.autocast(self.root_device.type, enabled=False):
-            contributions = self._contributions(layout, 1 / scale)
-            outcome = exchange.run(contributions, self._x(layout, exchange), self._trusted)
+            contributions = self._contributions(group, 1 / scale)
+            outcome = exchange.run(contributions, self._x(group), self._trusted if group is self.groups[0] else None)
 
         parameters, f = len(layout.parameters), outcome.rule.f or 0
         overflow = scale > 1.0 and len(outcome.silent) > f
+        group.poisoned = overflow or (outcome.estimate is None and scaler is not None)
         if overflow:
             layout.poison_gradients()
         elif outcome.estimate is None:
@@ -753,11 +764,8 @@ class RobustStrategy(_Base):
             layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale, views)
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
-        self._accumulated = [None] * self.workers_per_process
-        self._accumulated_used = [None] * self.workers_per_process
-        self._lossless = [True] * self.workers_per_process
+        group.rows, group.used = [None] * len(group.rows), [None] * len(group.rows)
         self._forget_passes()
-        self._exchanged.add(index)
         self._count_skips(outcome, overflow)
 
     def _count_skips(self, outcome: Outcome, overflow: bool) -> None:
@@ -798,6 +806,18 @@ class RobustStrategy(_Base):
             return self._served.is_alone or self._interrupted()
         return self._world == 1 or not dist.is_initialized() or self._interrupted()
 
+    @contextmanager
+    def _met(self, place: str, group: Any = None) -> Iterator[None]:
+        """A collective inside: all ranks are at it, or an error says where they are."""
+        if self._alone() or group not in (None, dist.group.WORLD):
+            yield
+            return
+        ranks = meeting()
+        ranks.begin(place)
+        ranks.join()
+        with ranks.naming_lost_ranks():
+            yield
+
     def barrier(self, name: str | None = None) -> None:
         if self._alone():
             return
@@ -807,10 +827,8 @@ class RobustStrategy(_Base):
         if self._served is not None:
             self._served.barrier(name)
             return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index])
-        else:
-            dist.barrier()
+        with self._met(f"barrier {name}"):
+            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """An object of rank ``src``, which is one of the run's own processes, for everybody."""
@@ -819,7 +837,8 @@ class RobustStrategy(_Base):
         if self._served is not None:
             return self._served.broadcast(obj, src)
         objects = [obj]
-        dist.broadcast_object_list(objects, src)
+        with self._met("broadcast"):
+            dist.broadcast_object_list(objects, src)
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
@@ -835,7 +854,8 @@ class RobustStrategy(_Base):
         else:
             ranks = dist.get_world_size(group)
             received = [torch.empty_like(tensor) for _ in range(ranks)]
-            dist.all_gather(received, tensor.contiguous(), group=group)
+            with self._met("reduce", group):
+                dist.all_gather(received, tensor.contiguous(), group=group)
         values = torch.stack(received)
         finite = torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
         if not bool(finite.all()):
@@ -854,12 +874,14 @@ class RobustStrategy(_Base):
             return decision
         if self._served is not None:
             return self._served.decide(decision, all)
-        return super().reduce_boolean_decision(decision, all=all)
+        with self._met("a decision"):
+            return super().reduce_boolean_decision(decision, all=all)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The ranks' tensors, stacked; on a parameter server those of the ranks that are heard."""
         if self._served is None:
-            return super().all_gather(tensor, group, sync_grads)
+            with self._met("all_gather", group):
+                return super().all_gather(tensor, group, sync_grads)
         if sync_grads:
             raise UnsupportedSetupError("all_gather(sync_grads=True) would let gradients pass by the rule. Use sync_grads=False.")
         return tensor[None] if self._alone() else torch.stack(self._served.gather(tensor))
@@ -955,16 +977,16 @@ class RobustStrategy(_Base):
                 f"= {self._world} x {self.workers_per_process}). Resume with {saved['n']} workers, or start a new run from its "
                 "weights: Model.load_from_checkpoint(path)."
             )
-        if len(saved["server"]) != len(self.exchanges):
+        if len(saved["server"]) not in (len(self.optimizers), len(self.exchanges)):
             raise ValueError(
-                f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found {len(self.exchanges)}. "
+                f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found {len(self.optimizers)}. "
                 "Resume with the same optimizers, or start a new run from its weights: Model.load_from_checkpoint(path)."
             )
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
-        for i, exchange in enumerate(self.exchanges):
-            exchange.load(saved["server"][i], saved["workers"][i], FlatParameters.of(self.optimizers[i]).like())
+        for i, exchange in enumerate(self.exchanges[: len(saved["server"])]):
+            exchange.load(saved["server"][i], saved["workers"][i], self.groups[i].example())
         missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
         if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
             _warn(

@@ -13,7 +13,6 @@ from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
 from lightning_byz.callbacks.rounds import aggregated, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
-from lightning_byz.gradients import FlatParameters
 from lightning_byz.strategy import is_robust
 from lightning_byz.transports import ByzantineTransport
 from lightning_byz.types import keyed_generator, keyed_seed
@@ -176,7 +175,7 @@ class ByzantineWorkersCallback(_Base):
             liars=strategy.liars_at,
             algorithm=exchange.algorithm,
             state=lambda: exchange.server,
-            x=lambda: FlatParameters.of(strategy.optimizers[index]).read_parameters(),
+            x=lambda: strategy.groups[index].parameters_now(),
             shares=exchange.shares,
         )
         return transport

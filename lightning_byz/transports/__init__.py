@@ -4,6 +4,7 @@ from lightning_byz.transports.all_gather import AllGather
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Uplink, Verdict
 from lightning_byz.transports.byzantine import ByzantineTransport
 from lightning_byz.transports.in_process import InProcess
+from lightning_byz.transports.meeting import OutOfStepError, RankLostError
 from lightning_byz.transports.parameter_server import LeftBehindError, ParameterServer, RunIsOverError, ServerLostError, make_keys
 from lightning_byz.transports.sharded import Sharded
 
@@ -15,7 +16,9 @@ __all__ = [
     "InProcess",
     "LeftBehindError",
     "Message",
+    "OutOfStepError",
     "ParameterServer",
+    "RankLostError",
     "Received",
     "RunIsOverError",
     "ServerLostError",

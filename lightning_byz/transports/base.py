@@ -164,6 +164,15 @@ class Transport(ABC):
         """Whether this process has all messages, and runs the server's half of the algorithm."""
         return True
 
+    def meet(self, place: str) -> None:  # noqa: B027  # only ranks of collectives can miss each other
+        """Told before each exchange in which all ranks take part: where this rank is.
+
+        Ranks that say different things raise an error that names them, where the transport can know.
+
+        Args:
+            place: a short text, the same on all ranks: what is exchanged, and in which step.
+        """
+
     @abstractmethod
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         """One tuple of tensors of this layout from every local worker, to those of all n workers, in order; None for one not heard."""

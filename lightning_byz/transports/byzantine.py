@@ -75,6 +75,9 @@ class ByzantineTransport(Transport):
     def cut(self, codec: Compressor | None) -> None:
         self.inner.cut(codec)
 
+    def meet(self, place: str) -> None:
+        self.inner.meet(place)
+
     def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
         return self.inner.gather(messages, layout)
 

@@ -16,13 +16,14 @@ from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
 from lightning_byz.memory import empty_rows
 from lightning_byz.transports.base import Downlink, Message, Received, Uplink
 from lightning_byz.transports.collective import Collective
+from lightning_byz.transports.meeting import Request
 from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64
 _BLOCK = 2**18
 """Coordinates that are decoded at a time: 1 MB of float32, which stays in a core's cache."""
-_DOWN = 2**15 + 1
-"""The tag of estimates on their way down; below it are those of messages on their way up, above 0."""
+_UP, _DOWN = 1, 2
+"""The lanes of messages on their way up, and of estimates on their way down."""
 
 
 def shard_bounds(dim: int, shards: int) -> list[int]:
@@ -94,8 +95,10 @@ class Sharded(Collective):
         return self.spans_of(self.rank, dim)
 
     def total(self, tensor: Tensor) -> Tensor:
+        self._meeting.join()
         shared = tensor.to(self._device, copy=True)
-        dist.all_reduce(shared)
+        with self._meeting.naming_lost_ranks():
+            dist.all_reduce(shared)
         return shared.to(tensor.device)
 
     def bytes_down(self, message: Message, answer: Payload) -> int:
@@ -145,7 +148,7 @@ class Sharded(Collective):
 
     def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
         """Its result is in memory that the next round uses again."""
-        return _Uplink(self, codec, dim, dtype, round.step) if codec.coordinate_wise else None
+        return _Uplink(self, codec, dim, dtype) if codec.coordinate_wise else None
 
     def _rows(self, layout: tuple[Field, ...]) -> list[Tensor]:
         """Room for what arrives here of all n workers: a tensor ``[n, ...]`` for each field."""
@@ -294,18 +297,17 @@ class _Uplink(Uplink):
         transport: whose ranks take part.
         codec: a coordinate-wise one.
         dim, dtype: of the vectors.
-        step: of the round; keeps its messages apart from another round's.
     """
 
-    def __init__(self, transport: Sharded, codec: Compressor, dim: int, dtype: torch.dtype, step: int) -> None:
-        self.transport, self.codec, self.tag = transport, codec, 1 + step % 2**15
+    def __init__(self, transport: Sharded, codec: Compressor, dim: int, dtype: torch.dtype) -> None:
+        self.transport, self.codec = transport, codec
         world, bounds = transport.world_size, transport.bounds(dim)
         starts = range(0, len(bounds) - 1, world)
         self.cuts = [bounds[start : start + world + 1] for start in reversed(starts)]
         self.buckets = [(cuts[0], cuts[-1]) for cuts in self.cuts]
         self.width = sum(last - first for first, last in transport.spans(dim))
         self.rows = transport._rows(codec.layout(self.width, dtype))
-        self.requests: list[list[dist.Work]] = [[] for _ in self.buckets]
+        self.requests: list[list[Request]] = [[] for _ in self.buckets]
         self.kept: list[Any] = []
         # where this rank's share of every bucket has its place in its rows, by field
         ends, place = [], self.width
@@ -316,7 +318,7 @@ class _Uplink(Uplink):
         self.places = [list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends]
         if transport._gloo:  # a sender need not wait for a receiver whose backward pass is slower
             for bucket, requests in enumerate(self.requests):
-                requests += transport._start_swap([[]] * world, self._expected(bucket), self.tag)
+                requests += transport._start_swap([[]] * world, self._expected(bucket), _UP)
 
     def _expected(self, bucket: int) -> list[list[Tensor]]:
         """What arrives of a bucket, by rank."""
@@ -339,15 +341,15 @@ class _Uplink(Uplink):
         for tensor, out in zip(outgoing[transport.rank], expected[transport.rank], strict=True):
             out.copy_(tensor)
         nothing: list[list[Tensor]] = [[]] * transport.world_size
-        self.requests[self.sent] += transport._start_swap(outgoing, nothing if transport._gloo else expected, self.tag)
+        self.requests[self.sent] += transport._start_swap(outgoing, nothing if transport._gloo else expected, _UP)
         self.kept.append(shares)
         self.sent += 1
 
     def close(self, flags: Sequence[Tensor]) -> Received:
         valid = torch.ones(self.transport.n, dtype=torch.bool, device=self.transport._device)
+        self.transport._meeting.join()
         for requests, places, cuts in zip(self.requests, self.places, self.cuts, strict=True):
-            for request in requests:
-                request.wait()
+            self.transport._meeting.wait(requests)
             width = cuts[self.transport.rank + 1] - cuts[self.transport.rank]
             for worker in range(self.transport.n):  # while later buckets are on their way
                 piece = tuple(rows[worker, first:last] for rows, (first, last) in zip(self.rows, places, strict=True))
@@ -368,7 +370,7 @@ class _Downlink(Downlink):
             whole = torch.empty(dim, dtype=like.dtype, device=transport._device)
         self.whole, self.sent = whole, 0
         self.spans = [transport.spans_of(rank, dim) for rank in range(transport.world_size)]
-        self.requests: list[dist.Work] = []
+        self.requests: list[Request] = []
         if transport._gloo:
             for piece in range(len(self.spans[0])):
                 self.requests += transport._start_swap([[]] * transport.world_size, self._expected(piece), _DOWN)
@@ -385,8 +387,7 @@ class _Downlink(Downlink):
         self.sent += 1
 
     def close(self) -> Tensor:
-        for request in self.requests:
-            request.wait()
+        self.transport._meeting.wait(self.requests)
         return self.whole.to(self.device)
 
 

@@ -1,0 +1,183 @@
+"""Meetings: before the processes of torch.distributed exchange anything, each says where it is."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_SIZE = 96
+"""Bytes of what a rank says of its place."""
+_TAG = 1
+"""Of what ranks say of their places; tags of messages are multiples of 4, or up to 2 more."""
+
+
+Request: TypeAlias = "tuple[int | None, dist.Work | None]"
+"""A message on its way, and from or to which rank; None where torch.distributed does not tell."""
+
+
+class OutOfStepError(RuntimeError):
+    """The ranks of a run are at different places, so that they cannot exchange anything."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, or does not answer."""
+
+
+class Meeting:
+    """Tells ranks that are at different places from each other, before they wait for each other.
+
+    Every rank sends a short text to every other one over gloo, on a CPU, whatever the backend of
+    the run is. The texts are read before anything that follows them is waited for, and messages
+    that follow carry a tag that is made of the text. So a rank that has left out an exchange, or
+    has run out of data, is named in an error on all ranks, instead of a hang or a crash.
+
+    Args:
+        group: the process group of the texts; None: no texts are sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.place = "the start"
+        self._said = torch.zeros(_SIZE, dtype=torch.uint8)
+        self._heard = torch.zeros(self.size, _SIZE, dtype=torch.uint8)
+        self._requests: list[tuple[int, dist.Work | None]] = []
+
+    @property
+    def others(self) -> Iterator[int]:
+        """The other ranks; every rank begins with another one."""
+        return ((self.rank + distance) % self.size for distance in range(1, self.size))
+
+    @property
+    def tag(self) -> int:
+        """The tag of messages that belong to this place; the next two are its as well."""
+        return 4 + 4 * (zlib.crc32(self.place.encode()) % 2**28)
+
+    def begin(self, place: str) -> None:
+        """Says where this rank is.
+
+        Args:
+            place: the same text on all ranks that are at the same place.
+        """
+        self.join()
+        self.place = place
+        if self.group is None:
+            return
+        said = place.encode()[:_SIZE]
+        self._said = torch.frombuffer(bytearray(said.ljust(_SIZE)), dtype=torch.uint8)
+        with self.naming_lost_ranks():
+            self._requests = [(r, dist.irecv(self._heard[r], r, self.group, _TAG)) for r in self.others]
+            self._requests += [(r, dist.isend(self._said, r, self.group, _TAG)) for r in self.others]
+
+    def join(self) -> None:
+        """Waits until all ranks have said where they are.
+
+        Raises:
+            OutOfStepError: if they are not all at one place.
+            RankLostError: if one has ended.
+        """
+        requests, self._requests = self._requests, []
+        if not requests:
+            return
+        failed = [(rank, error) for rank, request in requests if (error := _failure(request)) is not None]
+        lost = dict(failed)
+        heard = {rank: self._heard[rank] for rank in self.others if rank not in lost}
+        if all(torch.equal(said, self._said) for said in heard.values()):
+            if lost:
+                raise self._lost(sorted(lost), next(iter(lost.values())))
+            return
+        places: dict[str, list[int]] = {}
+        for rank, said in sorted({**heard, self.rank: self._said}.items()):
+            places.setdefault(_text(said), []).append(rank)
+        found = "; ".join(f"{_ranks(ranks)} at {text!r}" for text, ranks in places.items())
+        gone = f"; {_ranks(sorted(lost))} did not answer" if lost else ""
+        raise OutOfStepError(
+            f"All ranks should be at the same place before they exchange anything. Found {found}{gone}. Give every rank the "
+            "same number of batches (uneven IterableDatasets do not), and let all ranks, or none, take part in each backward "
+            "pass, optimizer step, barrier and reduction."
+        )
+
+    def wait(self, requests: Iterable[Request]) -> None:
+        """Waits for messages.
+
+        Raises:
+            RankLostError: names the rank that has ended.
+        """
+        for rank, request in requests:
+            error = _failure(request)
+            if error is not None:
+                raise self._lost(self._unreachable() if rank is None else [rank], error) from error
+
+    @contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """An error of torch.distributed inside becomes one that names the ranks that are lost."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, (OutOfStepError, RankLostError)):
+                raise
+            raise self._lost(self._unreachable(), error) from error
+
+    def _unreachable(self) -> list[int]:
+        """The ranks to which nothing can be sent any more."""
+        if self.group is None:
+            return []
+        probe = torch.zeros(1, dtype=torch.uint8)
+        sent = (partial(dist.isend, probe, rank, self.group, _TAG + 1) for rank in self.others)
+        return [rank for rank, send in zip(self.others, sent, strict=True) if _failure(send) is not None]
+
+    def _lost(self, ranks: Sequence[int], error: RuntimeError) -> RankLostError:
+        who = f"{_ranks(ranks)} did" if ranks else "another rank did"
+        return RankLostError(
+            f"Rank {self.rank} was at {self.place!r}, and {who} not answer: a process has ended, hangs, or has left this part "
+            f"of the program. Look at its own output first. torch.distributed said: {str(error).splitlines()[0][:300]}"
+        )
+
+
+def _failure(request: dist.Work | Callable[[], dist.Work | None] | None) -> RuntimeError | None:
+    """What became of a message: None, or an error. It may still have to be sent."""
+    try:
+        request = request() if callable(request) else request
+        if request is not None:
+            request.wait()
+    except RuntimeError as error:
+        return error
+    return None
+
+
+def _text(said: Tensor) -> str:
+    text = bytes(said.tolist()).decode("ascii", errors="replace").rstrip()
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+_meetings: list[tuple[weakref.ref[dist.ProcessGroup], Meeting]] = []
+
+
+def meeting() -> Meeting:
+    """The meeting of all processes of torch.distributed's default group.
+
+    All ranks have to ask for it the first time at the same place, where another backend than gloo
+    is used.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    for known, made in _meetings:
+        if known() is world:
+            return made
+    group: Any = world
+    if dist.get_backend() != "gloo":
+        group = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+    _meetings[:] = [(weakref.ref(world), Meeting(group))]
+    return _meetings[0][1]
