@@ -156,10 +156,18 @@ def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
             "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an optimizer step, which in-process workers "
             f"(workers_per_process={workers}) do not merge. Use one worker per process, or GroupNorm."
         )
-    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in strategy.optimizers) and not algorithm.stateless:
+    one_gradient = algorithm.needs_drift or algorithm.needs_previous
+    if one_gradient and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in strategy.optimizers):
         raise UnsupportedSetupError(
-            f"LBFGS evaluates its closure several times a step, and {algorithm!r} remembers every evaluation. Use an algorithm "
-            "without state: RobustSGD(worker_momentum=0, server_momentum=0)."
+            f"LBFGS evaluates its closure several times a step, and {type(algorithm).__name__} looks at the parameters of the step before. "
+            "Use another optimizer, or another algorithm, such as RobustSGD()."
+        )
+    inside = {id(p) for optimizer in strategy.optimizers for part in optimizer.param_groups for p in part["params"]}
+    outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside and (algorithm.needs_previous or algorithm.needs_trusted):
+        raise UnsupportedSetupError(
+            f"{type(algorithm).__name__} computes further gradients of the optimizer's parameters. Found parameters that need a gradient "
+            f"and are in no optimizer: {', '.join(outside[:3])}. Give them to the optimizer, or freeze them: requires_grad_(False)."
         )
     _check_passes(strategy, trainer, algorithm)
 

@@ -264,6 +264,11 @@ class NeedsPrevious(RobustSGD):
     needs_previous: ClassVar[bool] = True
 
 
+class HeadOnly(Plain):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[2].parameters(), 0.1)
+
+
 class WithTable(Plain):
     def __init__(self, sparse: bool) -> None:
         super().__init__()
@@ -285,8 +290,11 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "f for two workers": (lambda: in_process(2, num_byzantine=1), Plain, {}, "num_byzantine=1 is too large for n=2"),
     "sync_batchnorm": (in_process, Plain, {"sync_batchnorm": True}, "sync_batchnorm=True.*Leave it out"),
     "gan in-process": (in_process, GAN, {}, "manual optimization.*one worker per process"),
-    "lbfgs with momentum": (
-        lambda: in_process(algorithm=ByzEF21SGDM()), lambda: Plain(optimizer="lbfgs"), {}, "LBFGS.*worker_momentum=0",
+    "lbfgs with earlier parameters": (
+        lambda: in_process(algorithm=NeedsPrevious()), lambda: Plain(optimizer="lbfgs"), {}, r"LBFGS.*NeedsPrevious.*such as RobustSGD\(\)",
+    ),
+    "previous gradients of parameters in no optimizer": (
+        lambda: in_process(algorithm=NeedsPrevious()), HeadOnly, {}, r"in no optimizer: net.0.weight.*requires_grad_\(False\)",
     ),
     "previous gradient with accumulation": (
         lambda: in_process(algorithm=NeedsPrevious()), Plain, {"accumulate_grad_batches": 2},
@@ -482,20 +490,6 @@ def test_gradients_that_the_user_zeroes_are_gone_in_process(tmp_path: Path) -> N
         runs += fit(tmp_path, Restarts(), strategy, accumulate_grad_batches=2)
     for name, value in runs[0]["weights"].items():
         torch.testing.assert_close(value, runs[1]["weights"][name], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.processes
-def test_clipping_without_a_step_is_refused(tmp_path: Path) -> None:
-    class ClipsAlways(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            self.clip_gradients(self.optimizers(), 0.1, "norm")
-            if batch_idx % 2:
-                self.optimizers().step()
-                self.optimizers().zero_grad()
-
-    with pytest.raises(Exception, match="call clip_gradients only right before optimizer.step"):
-        fit(tmp_path, ClipsAlways(), on_ranks(), devices=3, data=loader(8))
 
 
 def test_buffers_changed_between_steps_stay_changed_in_process(tmp_path: Path) -> None:

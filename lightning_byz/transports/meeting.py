@@ -100,9 +100,9 @@ class Meeting:
         found = "; ".join(f"{_ranks(ranks)} at {text!r}" for text, ranks in places.items())
         gone = f"; {_ranks(sorted(lost))} did not answer" if lost else ""
         raise OutOfStepError(
-            f"All ranks should be at the same place before they exchange anything. Found {found}{gone}. Give every rank the "
-            "same number of batches (uneven IterableDatasets do not), and let all ranks, or none, take part in each backward "
-            "pass, optimizer step, barrier and reduction."
+            f"Ranks are out of step, as with uneven numbers of batches: {found}{gone}. All should be at the same place before "
+            "they exchange anything. Give every rank the same number of batches, and let all ranks, or none, take part in each "
+            "backward pass, optimizer step, barrier and reduction."
         )
 
     def wait(self, requests: Iterable[Request]) -> None:
