@@ -39,7 +39,7 @@ class Algorithm(ABC):
         absorbs: the server's half is `absorb`, which takes in what messages say of each coordinate, and then `answer`.
         changes_few: the estimate differs from the last one in few coordinates only, which a transport may send alone.
         changes_named: ..., and in those alone that some message names, to which the server's half may then be confined.
-        stateless: neither half remembers anything, so that a closure may be evaluated several times a step (LBFGS).
+        stateless: neither half remembers anything.
         coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of its gradients and state alone, in every
             round; and of the server's estimate and state likewise, if the rule is coordinate-wise. Such a message may leave piece by piece.
     """
