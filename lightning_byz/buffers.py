@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -26,13 +27,8 @@ class WorkerBuffers:
     """
 
     def __init__(self, module: nn.Module, workers: int) -> None:
-        self._places: list[tuple[nn.Module, str]] = []
-        seen: set[int] = set()
-        for owner in module.modules():
-            for name, buffer in owner.named_buffers(recurse=False):
-                if id(buffer) not in seen:
-                    seen.add(id(buffer))
-                    self._places.append((owner, name))
+        self._module = module
+        self._places = self._found()
         self._copies: list[list[Tensor]] | None = None
         self._workers = workers
         self.start: list[Tensor] = []
@@ -41,29 +37,62 @@ class WorkerBuffers:
     def __len__(self) -> int:
         return len(self._places)
 
+    def _found(self) -> list[tuple[nn.Module, str]]:
+        """Where the module's buffers are now, each of them once. Sparse ones are each process's own."""
+        places, seen = [], set()
+        for owner in self._module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                if id(buffer) not in seen and buffer.layout == torch.strided:
+                    seen.add(id(buffer))
+                    places.append((owner, name))
+        return places
+
     def _read(self) -> list[Tensor]:
-        return [getattr(owner, name) for owner, name in self._places]
+        """The buffers. One that has been deleted, or set to None, since the step began counts as unchanged."""
+        found = [getattr(owner, name, None) for owner, name in self._places]
+        here = [isinstance(buffer, Tensor) and buffer.layout == torch.strided for buffer in found]
+        return [now if ok else before for now, ok, before in zip(found, here, self.start or found, strict=True)]  # type: ignore[misc]
 
     def _write(self, tensors: Sequence[Tensor]) -> None:
         for (owner, name), tensor in zip(self._places, tensors, strict=True):
-            setattr(owner, name, tensor)
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, tensor)
 
     def begin(self) -> None:
         """Starts a step: every worker has the module's buffers."""
+        self.start = []
         self.start = [buffer.detach().clone() for buffer in self._read()]
+        self._leave()
         if self._workers > 1:
             self._copies = [[buffer.clone() for buffer in self.start] for _ in range(self._workers)]
 
+    def _leave(self) -> None:
+        """Remembers the buffers as they are when the step leaves them."""
+        self._left = [(weakref.ref(buffer), buffer._version) for buffer in self._read()]
+
     def refresh(self) -> None:
-        """Takes over buffers that somebody changed between steps (a callback, a loaded checkpoint)."""
-        if self._copies is not None and any(map(_differs, self._read(), self.start)):
+        """Takes over buffers that somebody changed, made or removed between steps (a callback, a loaded checkpoint, pruning).
+
+        On ranks, all have to change them alike: such changes are not exchanged.
+        """
+        places = self._found()
+        if places != self._places or (self._copies is not None and any(map(_differs, self._read(), self.start))):
+            self._places = places
             self.begin()
+        elif self._copies is None:
+            now = self._read()
+            for i, (buffer, (before, version)) in enumerate(zip(now, self._left, strict=True)):
+                if before() is not buffer or buffer._version != version:
+                    self.start[i] = buffer.detach().clone()
 
     @contextmanager
     def of(self, worker: int) -> Iterator[None]:
         """The module has the buffers of this local worker inside."""
         if self._copies is None or not self._places:
-            yield
+            try:
+                yield
+            finally:
+                self._leave()
             return
         original = self._read()
         self._write(self._copies[worker])

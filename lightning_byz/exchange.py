@@ -18,9 +18,10 @@ from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room, empty_rows, places_of
 from lightning_byz.rows import Rows
+from lightning_byz.state_layout import columns_of, piece_of
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
-from lightning_byz.upload import Upload, is_whole, piece_of
+from lightning_byz.upload import Upload
 
 
 class Contribution(NamedTuple):
@@ -110,6 +111,7 @@ class Exchange:
         self.dim: int | None = None
         self.dtype = torch.float32
         self.workers: dict[int, Any] = {}
+        self._columns: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())  # of the workers' states, and of the server's
         self.server: Any = None
         self.previous: Tensor | None = None
         self._rows: Tensor | None = None
@@ -128,6 +130,10 @@ class Exchange:
         self._upload, self._whole = None, None
         self._room, self._server_room = Room(), Room()
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
+        self._columns = (
+            columns_of(self.algorithm.init_worker, len(like), like.dtype),
+            columns_of(lambda x: self.algorithm.init_server(x, self.transport.n), len(like), like.dtype),
+        )
         mine = self.transport.columns(like)
         self.server = self.algorithm.init_server(mine, self.transport.n) if self.transport.serves else None
 
@@ -181,7 +187,7 @@ class Exchange:
         uplink = self.transport.uplink(self.algorithm.codec(round), len(x), x.dtype, round)
         if uplink is None:
             return None
-        return Upload(self.algorithm, round, uplink, self.workers, self._room, x)
+        return Upload(self.algorithm, round, uplink, self.workers, self._columns[0], self._room, x)
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
@@ -409,7 +415,7 @@ class Exchange:
 
     def _on_columns(self, index: Tensor, half: Callable[[Any], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
         """What a part of the server's half gives in some columns, and the state with what it left in them, which is written into."""
-        cut = [columns for _, columns in self._whole_server().values()]
+        cut = self._columns[1]
         before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.server, cut, strict=True))
         result, after = half(type(self.server)(*before))
         state = (t.index_copy_(-1, index, new) if columns else new for t, new, columns in zip(self.server, after, cut, strict=True))
@@ -443,7 +449,7 @@ class Exchange:
         for (_, piece), result in zip(rows.pieces(), rule.in_pieces(speaking), strict=True):
             size = piece.values.shape[1]
             algorithm = replace(self.algorithm, aggregator=_Known(rule.f, result))  # type: ignore[type-var]
-            estimate, state = algorithm.server(piece, piece_of(self.server, place, place + size, width), round)
+            estimate, state = algorithm.server(piece, piece_of(self.server, place, place + size, width, self._columns[1]), round)
             if downlink is None:  # there will be an estimate
                 downlink = self.transport.downlink(self.dim, rows.values, self._whole)
             downlink.send(estimate)
@@ -452,8 +458,8 @@ class Exchange:
         assert downlink is not None
         self.server = type(self.server)(
             *(
-                torch.cat([state[i] for state in states]) if is_whole(before, width) else states[-1][i]
-                for i, before in enumerate(self.server)
+                torch.cat([state[i] for state in states], -1) if here else states[-1][i]
+                for i, here in enumerate(self._columns[1])
             )
         )
         whole = downlink.close()
@@ -522,23 +528,13 @@ class Exchange:
         """
         server = None
         if self.dim is not None and self.server is not None and not (alone and self.transport.in_shards):
-            columns = self._whole_server()
             server = {
-                name: self.transport.collect(value, self.dim) if columns[name][1] else value
-                for name, value in self.server._asdict().items()
+                name: self.transport.collect(value, self.dim) if here else value
+                for (name, value), here in zip(self.server._asdict().items(), self._columns[1], strict=True)
             }
             for name, value in self.server._asdict().items():  # it may be written into
                 server[name] = value.clone() if server[name] is value else server[name]
         return {"step": self.step, "dim": self.dim, "server": server, "previous": self.previous}
-
-    def _whole_server(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """For every tensor of the server's state: its shape for whole vectors, and whether its last dimension is that of the coordinates."""
-        assert self.dim is not None
-        now, longer = (
-            self.algorithm.init_server(torch.empty(dim, dtype=self.dtype, device="meta"), self.transport.n)._asdict()
-            for dim in (self.dim, self.dim + 1)
-        )
-        return {name: (tuple(value.shape), value.shape != longer[name].shape) for name, value in now.items()}
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors of their own."""
@@ -559,15 +555,15 @@ class Exchange:
         self._start(like.new_zeros(server["dim"]))
         whole = server["server"]
         if whole is not None:
-            columns = self._whole_server()
-            _check_shapes({name: shape for name, (shape, _) in columns.items()}, whole, "server")
+            expected = self.algorithm.init_server(torch.empty(server["dim"], dtype=self.dtype, device="meta"), self.transport.n)
+            _check_shapes({name: tuple(value.shape) for name, value in expected._asdict().items()}, whole, "server")
         if self.transport.serves:
             if whole is None:  # one rank saved alone, without the others' shards: momenta without their mirrors are worth nothing
                 return
             self.server = type(self.server)(
                 *(
-                    (self.transport.columns(whole[name]) if columns[name][1] else whole[name]).to(now, copy=True)
-                    for name, now in self.server._asdict().items()
+                    (self.transport.columns(whole[name]) if here else whole[name]).to(now, copy=True)
+                    for (name, now), here in zip(self.server._asdict().items(), self._columns[1], strict=True)
                 )
             )
         previous = server.get("previous")

@@ -23,6 +23,7 @@ from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.step_logs import WorkerLog
 from lightning_byz.types import keyed_generator, keyed_seed
+from lightning_byz.worker_attributes import WorkerAttributes
 
 
 class Pass(NamedTuple):
@@ -43,15 +44,22 @@ class QuietPasses:
     Args:
         module: the LightningModule.
         buffers: its buffers.
+        attributes: what training steps assign on it.
         precision: the precision plugin, whose autocast and loss scale are used.
         device: the device of the module.
         training_step: ``(batch, *rest, **kwargs) -> output``, the module's training step in the plugin's context.
     """
 
     def __init__(
-        self, module: Any, buffers: WorkerBuffers, precision: Any, device: torch.device, training_step: Callable[..., Any]
+        self,
+        module: Any,
+        buffers: WorkerBuffers,
+        attributes: WorkerAttributes,
+        precision: Any,
+        device: torch.device,
+        training_step: Callable[..., Any],
     ) -> None:
-        self.module, self.buffers, self.precision, self.device = module, buffers, precision, device
+        self.module, self.buffers, self.attributes, self.precision, self.device = module, buffers, attributes, precision, device
         self.training_step = training_step
 
     def gradient(self, layout: FlatParameters, worker: int, key: Sequence[int], args: Sequence[Any], kwargs: Any) -> Pass | None:
@@ -70,7 +78,7 @@ class QuietPasses:
         outer = vars(self.module).get("log")
         vars(self.module)["log"] = WorkerLog().record
         try:
-            with self.buffers.scratch(worker), _metrics_kept(self.module), rng.worker_rng(self.device, *key):
+            with self.buffers.scratch(worker), self.attributes.scratch(worker), _metrics_kept(self.module), rng.worker_rng(self.device, *key):
                 output = self.training_step(*args, **kwargs)
                 loss = output.get("loss") if isinstance(output, dict) else output
                 if not isinstance(loss, Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -118,6 +119,40 @@ def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
         )
 
 
+_OF_DDP = {
+    "find_unused_parameters": "parameters without a gradient are found in every step",
+    "static_graph": "the graph may change",
+    "gradient_as_bucket_view": "gradients are views of the aggregate where that is possible",
+    "broadcast_buffers": "buffers are merged at the end of every step",
+    "bucket_cap_mb": "Sharded(bucket_size=...) sets the size of buckets, in bytes",
+    "init_sync": "parameters are always rank 0's at the start",
+    "check_reduction": "it has no effect in DDP either",
+    "mixed_precision": "use Trainer(precision=...)",
+    "delay_all_reduce_named_params": "all parameters are exchanged where backward ends",
+    "param_to_hook_all_reduce": "all parameters are exchanged where backward ends",
+    "skip_all_reduce_unused_params": "parameters that no worker uses are left alone",
+    "ddp_comm_state": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
+    "ddp_comm_hook": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
+    "ddp_comm_wrapper": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
+    "model_averaging_period": "parameters are the same on all ranks after every step",
+}
+"""Arguments of Lightning's DDPStrategy and of DistributedDataParallel, and why they are not needed here."""
+
+
+def check_arguments_of_ddp(arguments: Mapping[str, Any]) -> None:
+    """Says of DDP's arguments, in one line, that they have no effect.
+
+    Raises:
+        TypeError: for names that neither DDP nor this strategy knows.
+    """
+    unknown = sorted(arguments.keys() - _OF_DDP.keys())
+    if unknown:
+        raise TypeError(f"ByzantineRobustStrategy takes no argument {', '.join(map(repr, unknown))}. See help(ByzantineRobustStrategy).")
+    if arguments:
+        said = "; ".join(f"{name}: {_OF_DDP[name]}" for name in arguments)
+        warn(f"byzantine_robust: these arguments of DDP are not needed and have no effect. {said}. Leave them out.")
+
+
 def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
     """Refuses what cannot work, before the first step, and says what to do instead.
 
@@ -135,6 +170,12 @@ def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
             "Trainer(sync_batchnorm=True) lets every worker's activations into all others' forward passes, where no rule "
             "can outvote them. Leave it out: byzantine_robust merges BatchNorm statistics by their median."
         )
+    synced = [name for name, part in module.named_modules() if isinstance(part, torch.nn.SyncBatchNorm)]
+    if synced:
+        raise UnsupportedSetupError(
+            "SyncBatchNorm lets every worker's activations into all others' forward passes, where no rule can outvote them. Found it at "
+            f"{', '.join(synced[:3])}. Use BatchNorm: byzantine_robust merges its statistics by their median."
+        )
     if workers > 1 and not module.automatic_optimization:
         raise UnsupportedSetupError(
             f"In-process workers (workers_per_process={workers}) need automatic optimization: manual "
@@ -144,7 +185,7 @@ def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
     sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
     if sparse:
         raise UnsupportedSetupError(f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set sparse=False there.")
-    unreal = [name for name, parameter in module.named_parameters() if not parameter.is_floating_point()]
+    unreal = [name for name, p in module.named_parameters() if p.requires_grad and not p.is_floating_point()]
     if unreal:
         raise UnsupportedSetupError(
             f"Parameters should be real numbers, because rules order them. Found {', '.join(unreal)}. Keep them as real and imaginary "

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_byz import rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
@@ -31,17 +32,26 @@ from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.outputs import joined
 from lightning_byz.overlap import obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
-from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, default_transport, explain_transport, resolve_algorithm
+from lightning_byz.setup_checks import (
+    UnsupportedSetupError,
+    check_arguments_of_ddp,
+    check_setup,
+    default_transport,
+    explain_transport,
+    resolve_algorithm,
+)
 from lightning_byz.setup_checks import warn as _warn
 from lightning_byz.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.transports import ParameterServer, Sharded, Transport
 from lightning_byz.transports.meeting import meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
+from lightning_byz.worker_attributes import ChangesByHand, WorkerAttributes
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -60,6 +70,7 @@ NAMED_STRATEGIES: dict[str, dict[str, Any]] = {
         "algorithm": ByzVRMarinaPP(),
         "description": "Byz-VR-MARINA-PP: robust, variance-reduced, clipped differences",
     },
+    "byzantine_robust_find_unused_parameters_true": {"description": "The same as byzantine_robust, which needs no such flag"},
     "signsgd_majority_vote": {"algorithm": SignSGDMajorityVote(), "description": "SIGNUM: one bit a coordinate in both directions"},
 }
 """What ``Trainer(strategy=NAME)`` stands for: arguments of the strategy."""
@@ -78,7 +89,8 @@ class RobustStrategy(_Base):
 
     All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`). The arguments
     ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``, ``process_group_backend``,
-    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy.
+    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy. Its other arguments (``find_unused_parameters``, ...) are taken,
+    and answered with one warning that says that they are not needed.
 
     Args:
         algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
@@ -124,6 +136,7 @@ class RobustStrategy(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **of_ddp: Any,
     ) -> None:
         super().__init__(
             accelerator=accelerator,
@@ -132,6 +145,7 @@ class RobustStrategy(_Base):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+        check_arguments_of_ddp(of_ddp)
         if algorithm is not None and not isinstance(algorithm, Algorithm):
             raise TypeError(
                 f"`algorithm` should be an Algorithm, such as RobustSGD(aggregator=TrimmedMean()). Found {algorithm!r}."
@@ -157,6 +171,8 @@ class RobustStrategy(_Base):
         self.max_skipped_steps = max_skipped_steps
 
         self._num_nodes = 1
+        self._world_size: int | None = None
+        self._group_of_one = False
         self._process_group_backend = process_group_backend
         self._timeout = timeout
         self._start_method = start_method
@@ -186,6 +202,7 @@ class RobustStrategy(_Base):
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
+        self._attributes: WorkerAttributes | None = None
         if self.sync is not None:
             self.sync.forget()
         self._forget_passes()
@@ -214,7 +231,8 @@ class RobustStrategy(_Base):
 
     @property
     def _world(self) -> int:
-        return self.num_nodes * self.num_processes
+        """Number of processes of the run: what the cluster environment says, once it has been told ours."""
+        return self.num_nodes * self.num_processes if self._world_size is None else self._world_size
 
     @property
     def n(self) -> int:
@@ -244,7 +262,8 @@ class RobustStrategy(_Base):
         """Tells the cluster environment, and everything that logs on rank 0 only, which rank this is."""
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self._world)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+            self._world_size = self.cluster_environment.world_size()  # whoever has started the processes knows better
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _configure_launcher(self) -> None:
@@ -267,6 +286,16 @@ class RobustStrategy(_Base):
         super().setup_environment()
         if self._world > 1:
             self._connect_processes()
+        elif not dist.is_initialized():  # for samplers and code of the project's own that ask for a rank
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            self._group_of_one = True
+        if dist.is_initialized() and dist.get_world_size() != self._world:
+            raise UnsupportedSetupError(
+                f"The run should have as many processes as torch.distributed's process group. Found {self._world} (Trainer(num_nodes="
+                f"{self.num_nodes}, devices={self.num_processes}), cluster environment {type(self.cluster_environment).__name__}) and "
+                f"a group of {dist.get_world_size()}. Give the Trainer the devices and nodes of the whole group, or a cluster "
+                "environment that knows its world_size."
+            )
 
     def _connect_processes(self) -> None:
         rng.reset()
@@ -304,6 +333,9 @@ class RobustStrategy(_Base):
         self._drop_sync()
         if self._served is not None:
             self._served.leave(self._interrupted())
+        if self._group_of_one and dist.is_initialized():
+            dist.destroy_process_group()
+        self._group_of_one = False
         super().teardown()
 
     def _drop_sync(self) -> None:
@@ -351,6 +383,7 @@ class RobustStrategy(_Base):
             self._exchange_before_clipping()
         self._forget()
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        self._attributes = WorkerAttributes(self.lightning_module, self.workers_per_process)
         if self._served is not None:
             self._served.adopt_metrics(self.lightning_module)
 
@@ -477,6 +510,9 @@ class RobustStrategy(_Base):
         else:
             parts = [self._attacked(w, step, part) for w, part in zip(workers, parts, strict=True)]
 
+        attributes = self._attributes
+        assert attributes is not None
+        changes = ChangesByHand(module) if self._micro_step == 0 and self.workers_per_process > 1 else None
         logs: list[WorkerLog] = []
         outputs: list[Any] = []
         for i, (worker, part) in enumerate(zip(workers, parts, strict=True)):
@@ -486,10 +522,13 @@ class RobustStrategy(_Base):
                 continue
             vars(module)["log"] = logs[-1].record
             try:
-                with buffers.of(i), self.sync.training_step(), rng.worker_rng(self.root_device, *self._rng_key(worker)):
+                with buffers.of(i), attributes.of(i), self.sync.training_step(), rng.worker_rng(self.root_device, *self._rng_key(worker)):
                     outputs[-1] = super().training_step(part, *rest, **kwargs)
             finally:
                 del vars(module)["log"]
+            self._name_changes_by_hand(changes)
+            changes = None
+        attributes.show()
 
         losses = [output.get("loss") if isinstance(output, Mapping) else output for output in outputs]
         if module.automatic_optimization:
@@ -511,6 +550,17 @@ class RobustStrategy(_Base):
             return outputs[0] if outputs[0] is not None else {}
         return self._step_output(outputs)
 
+    def _name_changes_by_hand(self, changes: ChangesByHand | None) -> None:
+        """One warning about what the first worker's first training step has changed that all workers of this process share."""
+        names = [] if changes is None else changes.names()
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            _warn(
+                f"byzantine_robust: training_step changes {', '.join(names[:3])}{more} by hand. In-process workers (workers_per_process="
+                f"{self.workers_per_process}) share it, so that this happens once for each of them in every step. Do it in "
+                "on_train_batch_end, or use one worker per process."
+            )
+
     def _attacked(self, worker: int, step: int, part: Any) -> Any:
         """A worker's part of the batch, as data attacks leave it; None stays None."""
         for attack in self.data_attacks if part is not None else ():
@@ -530,13 +580,13 @@ class RobustStrategy(_Base):
         algorithm = exchange.algorithm
         if layout is None:
             return
-        assert self._buffers is not None
+        assert self._buffers is not None and self._attributes is not None
         if self._full is not None or self._previous is not None:
             raise UnsupportedSetupError(
                 f"{type(algorithm).__name__} needs one minibatch per optimizer step. Found a second one before the step: gradient "
                 "accumulation has been switched on. Leave GradientAccumulationScheduler out."
             )
-        passes = QuietPasses(module, self._buffers, self.precision_plugin, self.root_device, super().training_step)
+        passes = QuietPasses(module, self._buffers, self._attributes, self.precision_plugin, self.root_device, super().training_step)
         if self.trusted_data is not None and self._trusted is None:
             self._trusted = self._trusted_gradient(passes, layout, round, rest, kwargs)
         if algorithm.full_gradient(round):
@@ -608,8 +658,8 @@ class RobustStrategy(_Base):
         # `backward` learns from the probe's gradient by what Lightning and the precision plugin scaled the loss.
         self._scale_probe = torch.zeros((), device=self.root_device, requires_grad=True)
         loss = self._scale_probe + (0.0 if self._step_logs.loss is None else self._step_logs.loss.float())
-        extra = next((output for output in outputs if isinstance(output, Mapping)), None)
-        return loss if extra is None else {**extra, "loss": loss}
+        extras = [{k: v for k, v in output.items() if k != "loss"} for output in outputs if isinstance(output, Mapping)]
+        return {**joined(extras), "loss": loss} if extras else loss
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Every local worker's backward pass, and the exchange where it ends; then the hooks that see gradients."""
@@ -879,11 +929,21 @@ class RobustStrategy(_Base):
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The ranks' tensors, stacked; on a parameter server those of the ranks that are heard."""
+        if sync_grads and self.n > 1:
+            raise UnsupportedSetupError(
+                "all_gather(sync_grads=True) would let each worker into the others' gradients, past the rule. Use sync_grads=False: "
+                "the other workers' parts are then constants."
+            )
+        if self.workers_per_process > 1 and self.sync is not None and self.sync.in_training_step:
+            raise UnsupportedSetupError(
+                "self.all_gather in training_step would gather the parts of all workers, of which in-process workers (workers_per_process="
+                f"{self.workers_per_process}) compute one after the other. Use one worker per process: Trainer(devices=n)."
+            )
         if self._served is None:
+            if self._world == 1:
+                return tensor
             with self._met("all_gather", group):
                 return super().all_gather(tensor, group, sync_grads)
-        if sync_grads:
-            raise UnsupportedSetupError("all_gather(sync_grads=True) would let gradients pass by the rule. Use sync_grads=False.")
         return tensor[None] if self._alone() else torch.stack(self._served.gather(tensor))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -985,6 +1045,7 @@ class RobustStrategy(_Base):
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        self._attributes = WorkerAttributes(self.lightning_module, self.workers_per_process)
         for i, exchange in enumerate(self.exchanges[: len(saved["server"])]):
             exchange.load(saved["server"][i], saved["workers"][i], self.groups[i].example())
         missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room
+from lightning_byz.state_layout import piece_of
 from lightning_byz.transports import Uplink
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -27,6 +28,7 @@ class Upload:
         round: the round.
         uplink: the way up.
         states: by worker, its state.
+        columns: of every tensor of a state, whether its last dimension is that of the coordinates.
         room: memory for its next state, which is written piece by piece.
         x: ``[d]``, for its size, dtype and device.
 
@@ -35,13 +37,23 @@ class Upload:
         states: by worker, its next state.
     """
 
-    def __init__(self, algorithm: Algorithm, round: Round, uplink: Uplink, states: dict[int, Any], room: Room, x: Tensor) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        round: Round,
+        uplink: Uplink,
+        states: dict[int, Any],
+        columns: Sequence[bool],
+        room: Room,
+        x: Tensor,
+    ) -> None:
         self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
         self.codec = algorithm.codec(round)
         self.like = x[:0]
-        self.before = dict(states)
+        self.before, self.columns = dict(states), columns
         self.states = {
-            worker: type(state)(*(room(t) if is_whole(t, self.dim) else t for t in state)) for worker, state in states.items()
+            worker: type(state)(*(room(t) if here else t for t, here in zip(state, columns, strict=True)))
+            for worker, state in states.items()
         }
         self.sound: dict[int, list[Tensor]] = {worker: [] for worker in states}
 
@@ -68,8 +80,8 @@ class Upload:
 
     def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
         """What a worker sends of columns first .. last - 1."""
-        before, next_ = (piece_of(state[worker], first, last, self.dim) for state in (self.before, self.states))
-        whole = [is_whole(tensor, self.dim) for tensor in self.before[worker]]
+        whole = self.columns
+        before, next_ = (piece_of(state[worker], first, last, self.dim, whole) for state in (self.before, self.states))
         places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
         round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
         payload, after = self.algorithm.worker(Gradients(g), before, round)
@@ -83,13 +95,3 @@ class Upload:
             *(tensor if here else new for tensor, new, here in zip(self.states[worker], after, whole, strict=True))
         )
         return payload
-
-
-def is_whole(tensor: Tensor, dim: int) -> bool:
-    """Whether a tensor of a coordinate-wise algorithm's state holds a number for every coordinate."""
-    return tensor.shape == (dim,)
-
-
-def piece_of(state: Any, first: int, last: int, dim: int) -> Any:
-    """The state in some columns: a view."""
-    return type(state)(*(tensor[first:last] if is_whole(tensor, dim) else tensor for tensor in state))

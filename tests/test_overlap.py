@@ -134,6 +134,9 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
     "bfloat16": (Plain, MEDIAN, {"precision": "bf16-true"}, True),
     "bfloat16, mixed": (Plain, MEDIAN, {"precision": "bf16-mixed"}, True),
     "checkpointing": (lambda: Plain(checkpointing=True), MEDIAN, {}, True),
+    "lbfgs": (lambda: Plain(optimizer="lbfgs"), MEDIAN, {}, True),
+    "a hook that changes gradients": (Halves, MEDIAN, {}, True),
+    "a callback that changes gradients": (Plain, MEDIAN, {"callbacks": [HalvesFromOutside()]}, True),
     "compiled": (Compiled, MEDIAN, {}, False),  # gradients may come all at once
 }
 
@@ -148,7 +151,7 @@ def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path)
         assert_close(a, b, tolerance=1e-6) if name == "the default" else assert_equal(a, b)  # its sums are added up shard by shard
     counts, said = during[0]["extra"]
     assert "byzantine_robust: gradients are exchanged while backward runs." in said
-    assert len(counts) == 4
+    assert len(counts) > 4 if name == "lbfgs" else len(counts) == 4
     if early:
         assert min(counts) >= 1, counts
 
@@ -164,12 +167,9 @@ def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path)
             "ByzEF21SGDM looks at the whole vector",
         ),
         (Plain, MEDIAN, cpu_amp(), "a loss scaler"),
-        (lambda: Plain(optimizer="lbfgs"), MEDIAN, {}, "LBFGS"),
-        (Halves, MEDIAN, {}, "Halves has an `on_after_backward`"),
-        (Plain, MEDIAN, {"callbacks": [HalvesFromOutside()]}, "HalvesFromOutside has an `on_after_backward`"),
         (BackwardTwice, MEDIAN, {}, "BackwardTwice has a `backward` of its own"),
     ],
-    ids=["whole vector", "whole vector, accumulation", "loss scaler", "lbfgs", "module hook", "callback hook", "backward"],
+    ids=["whole vector", "whole vector, accumulation", "loss scaler", "backward"],
 )
 def test_what_needs_the_whole_gradient_waits_and_says_so(
     make: Any, algorithm: Any, trainer: Any, reason: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,11 @@ class Faulty(Plain):
 
     def __init__(self, fault: str, bad: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.fault, self.bad, self.calls = fault, bad, 0
+        self.fault, self.bad, self.calls = fault, bad, itertools.count()  # which all workers of a process share
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         strategy = self.trainer.strategy
-        worker = strategy.global_rank * strategy.workers_per_process + self.calls % strategy.workers_per_process
-        self.calls += 1
+        worker = strategy.global_rank * strategy.workers_per_process + next(self.calls) % strategy.workers_per_process
         loss = F.cross_entropy(self(batch[0]), batch[1])
         if worker == self.bad and batch_idx % 2:
             if self.fault == "none":
@@ -155,10 +155,13 @@ def test_overflow_of_most_workers_backs_the_loss_scale_off(tmp_path: Path) -> No
 class LogsWorker(Plain):
     """Every worker logs its own index, and how many samples it has."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = itertools.count()
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         strategy = self.trainer.strategy
-        self.calls = getattr(self, "calls", -1) + 1
-        worker = strategy.global_rank * strategy.workers_per_process + self.calls % strategy.workers_per_process
+        worker = strategy.global_rank * strategy.workers_per_process + next(self.calls) % strategy.workers_per_process
         self.log("worker", float(worker), on_step=True, on_epoch=True)
         self.log_dict({"most": float(worker), "all": 1.0}, reduce_fx="max")
         self.log("count", 1.0, reduce_fx="sum", on_step=True, on_epoch=False)
