@@ -1,9 +1,11 @@
-"""Buffers (BatchNorm statistics and the like): every worker starts a step from the same ones, and a robust rule merges them."""
+"""Buffers: every worker starts a step from the same ones. Statistics are aggregated by a robust rule, data are one worker's."""
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +16,18 @@ from lightning_byz.compressors import Field
 from lightning_byz.finite import all_finite
 from lightning_byz.transports import Transport
 
+log = logging.getLogger("lightning_byz")
+
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
+def shared_tensors(module: nn.Module) -> list[Tensor]:
+    """What all processes have in common at the start: parameters and buffers, but for sparse ones."""
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.layout == torch.strided]
+
 
 class WorkerBuffers:
     """The buffers of a module, and a copy of them for every local worker.
@@ -21,13 +35,27 @@ class WorkerBuffers:
     A process of one worker lets the module's own buffers change. In a process of several, each worker's forward and backward
     pass see a copy of its own, so that no pass changes in place what another one still needs.
 
+    Buffers of torch's batch and instance normalization are statistics: numbers that all workers estimate. Others are data, such
+    as a queue of keys, unless they are named: a median of different workers' data is nobody's.
+
     Args:
         module: the module; its submodules' buffers included.
         workers: number of local workers.
+        statistics: names of buffers that are statistics too, as in ``named_buffers``, or patterns such as ``"*.running_*"``.
+
+    Raises:
+        ValueError: if a pattern fits no buffer.
     """
 
-    def __init__(self, module: nn.Module, workers: int) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, workers: int, statistics: Sequence[str] = ()) -> None:
+        self._module, self._statistics = module, tuple(statistics)
+        self._source = 0
+        names = [name for name, _ in module.named_buffers()]
+        for pattern in self._statistics:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(
+                    f"`aggregated_buffers` should name buffers of the module. Found {pattern!r}, which fits none of {', '.join(names) or 'none'}."
+                )
         self._places = self._found()
         self._copies: list[list[Tensor]] | None = None
         self._workers = workers
@@ -39,12 +67,15 @@ class WorkerBuffers:
 
     def _found(self) -> list[tuple[nn.Module, str]]:
         """Where the module's buffers are now, each of them once. Sparse ones are each process's own."""
-        places, seen = [], set()
-        for owner in self._module.modules():
+        places, seen, self._is_data = [], set(), []
+        for prefix, owner in self._module.named_modules():
+            norm = isinstance(owner, _NORMS)
             for name, buffer in owner.named_buffers(recurse=False):
                 if id(buffer) not in seen and buffer.layout == torch.strided:
                     seen.add(id(buffer))
                     places.append((owner, name))
+                    full = f"{prefix}.{name}".lstrip(".")
+                    self._is_data.append(not norm and not any(fnmatch.fnmatch(full, pattern) for pattern in self._statistics))
         return places
 
     def _read(self) -> list[Tensor]:
@@ -121,12 +152,32 @@ class WorkerBuffers:
             return torch.zeros(0, dtype=torch.bool)
         return torch.stack(list(map(_differs, self._now(worker), self.start))).cpu()
 
+    def _groups(self, which: Sequence[int]) -> dict[tuple[torch.dtype, bool], list[int]]:
+        """Which of these buffers have each dtype, and are data or not."""
+        groups: dict[tuple[torch.dtype, bool], list[int]] = {}
+        for i in which:
+            groups.setdefault((self.start[i].dtype, self._is_data[i]), []).append(i)
+        return groups
+
+    def _believed(self, speaking: Sequence[tuple[int, Sequence[Tensor]]], data: Sequence[bool]) -> Sequence[Tensor] | None:
+        """What the first worker whose data are all finite has said; None if there is none."""
+        if not any(data):
+            return None
+        for worker, vectors in speaking:
+            if all(bool(all_finite(v)) for v, is_data in zip(vectors, data, strict=True) if is_data and v.is_floating_point()):
+                if worker != self._source:
+                    log.info(f"byzantine_robust: buffers that are data (queues, memory banks) are those of worker {worker} from now on.")
+                    self._source = worker
+                return vectors
+        return None
+
     @torch.no_grad()
     def merge(self, transport: Transport, touched: Tensor, present: Tensor, f: int) -> None:
         """Ends a step: all workers get the same buffers.
 
-        Floating-point ones are the coordinate-wise median over the workers that are present, others come from the first of
-        them. Those that no more than f workers changed are reset.
+        Statistics in floating point are the coordinate-wise median over the workers that are present; their integers come from
+        the first of these. Data are those of the first worker that is present and whose data are all finite: worker 0's, as a
+        rule, who is believed. Those that no more than f workers changed are reset.
 
         Args:
             transport: the run's transport.
@@ -137,8 +188,8 @@ class WorkerBuffers:
         merged = list(self.start)
         which = touched.nonzero().flatten().tolist()
         if which:
-            groups = _by_dtype({i: self.start[i] for i in which})  # one vector of each dtype travels, and not every buffer alone
-            layout = [Field((sum(self.start[i].numel() for i in group),), dtype) for dtype, group in groups.items()]
+            groups = self._groups(which)  # one vector of each kind travels, and not every buffer alone
+            layout = [Field((sum(self.start[i].numel() for i in group),), dtype) for (dtype, _), group in groups.items()]
             messages = [
                 [
                     torch.cat([(now[i] if now[i].shape == self.start[i].shape else self.start[i]).reshape(-1) for i in group])
@@ -147,25 +198,26 @@ class WorkerBuffers:
                 for now in map(self._now, range(self._workers))
             ]
             everybody = transport.gather(messages, layout)
-            present_ones = (everybody[worker] for worker in present.nonzero().flatten().tolist())
-            speaking = [vectors for vectors in present_ones if vectors is not None]
-            for group, said in zip(groups.values(), zip(*speaking, strict=True), strict=False):
+            heard = [(worker, everybody[worker]) for worker in present.nonzero().flatten().tolist()]
+            speaking = [(worker, vectors) for worker, vectors in heard if vectors is not None]
+            data = [is_data for _, is_data in groups]
+            believed = self._believed(speaking, data)
+            for k, ((_, is_data), group) in enumerate(groups.items() if speaking else ()):
                 sizes = [self.start[i].numel() for i in group]
-                agreed = _medians(torch.stack(said), sizes, f) if said[0].is_floating_point() else torch.split(said[0], sizes)
+                said = [vectors[k] for _, vectors in speaking]
+                agreed: Sequence[Tensor | None] = [None] * len(group)
+                if is_data:
+                    agreed = agreed if believed is None else torch.split(believed[k], sizes)
+                elif said[0].is_floating_point():
+                    agreed = _medians(torch.stack(said), sizes, f)
+                else:
+                    agreed = torch.split(said[0], sizes)
                 for i, value in zip(group, agreed, strict=True):
                     merged[i] = self.start[i] if value is None else value.view(self.start[i].shape)
         for buffer, value in zip(self._read(), merged, strict=True):
             if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
         self.begin()
-
-
-def _by_dtype(tensors: Mapping[int, Tensor]) -> dict[torch.dtype, list[int]]:
-    """Which of the tensors have each dtype."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for i, tensor in tensors.items():
-        groups.setdefault(tensor.dtype, []).append(i)
-    return groups
 
 
 def _medians(rows: Tensor, sizes: Sequence[int], f: int) -> Sequence[Tensor | None]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_byz.buffers import shared_tensors
 from lightning_byz.compressors import Field
 from lightning_byz.setup_checks import UnsupportedSetupError
 from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError
@@ -57,7 +58,7 @@ class ServedRun:
         """Connects to the others. If the run has begun without this process, it gets a snapshot."""
         self.strategy.set_world_ranks()
         environment, module = self.strategy.cluster_environment, self.strategy.lightning_module
-        tensors = [] if module is None else [*module.parameters(), *module.buffers()]
+        tensors = [] if module is None else shared_tensors(module)
         nbytes = sum(0 if nn.parameter.is_lazy(tensor) else tensor.nbytes for tensor in tensors)
         host, port, rank = environment.main_address, environment.main_port, environment.global_rank()
         self._keep(self.transport.open(rank, self.strategy._world, host, port, nbytes))
@@ -99,7 +100,7 @@ class ServedRun:
         """Rank 0's parameters and buffers for everybody; a process that comes back has them from its snapshot."""
         if self.transport.catching_up:
             return
-        tensors = [*module.parameters(), *module.buffers()]
+        tensors = shared_tensors(module)
         layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         buffer = torch.zeros(packed_size(layout), dtype=torch.uint8)
         pack([tensor.detach().cpu() for tensor in tensors], layout, buffer)

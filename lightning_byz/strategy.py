@@ -27,7 +27,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from lightning_byz import rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
 from lightning_byz.batches import batch_size, split_batch
-from lightning_byz.buffers import WorkerBuffers
+from lightning_byz.buffers import WorkerBuffers, shared_tensors
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
@@ -111,6 +111,9 @@ class RobustStrategy(_Base):
             Rank 0 computes the gradient; the other ranks need no data, but an argument.
         max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
             stops with an error.
+        aggregated_buffers: names of buffers, or patterns such as ``"*.mean"``, that are statistics as BatchNorm's are: their
+            coordinate-wise median over the workers is taken. Other buffers than those of torch's batch and instance
+            normalization are data (queues, memory banks): those of worker 0, or of the next one where 0 is silent.
     """
 
     roll_call_patience = 60.0
@@ -128,6 +131,7 @@ class RobustStrategy(_Base):
         worker_weights: Sequence[float] | None = None,
         trusted_data: Any = None,
         max_skipped_steps: int = 10,
+        aggregated_buffers: Sequence[str] = (),
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -169,6 +173,7 @@ class RobustStrategy(_Base):
         self.worker_weights = worker_weights
         self.trusted_data = None if trusted_data is None else TrustedData(trusted_data)
         self.max_skipped_steps = max_skipped_steps
+        self.aggregated_buffers = tuple(aggregated_buffers)
 
         self._num_nodes = 1
         self._world_size: int | None = None
@@ -382,7 +387,7 @@ class RobustStrategy(_Base):
             self.sync = GradientSync(self.groups, self._exchange, not self.lightning_module.automatic_optimization, may_overlap)
             self._exchange_before_clipping()
         self._forget()
-        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process, self.aggregated_buffers)
         self._attributes = WorkerAttributes(self.lightning_module, self.workers_per_process)
         if self._served is not None:
             self._served.adopt_metrics(self.lightning_module)
@@ -421,7 +426,7 @@ class RobustStrategy(_Base):
         if self._served is not None:
             self._served.share_model(self.lightning_module)
             return
-        for tensor in (*self.lightning_module.parameters(), *self.lightning_module.buffers()):
+        for tensor in shared_tensors(self.lightning_module):
             shared = tensor.detach().clone(memory_format=torch.contiguous_format)
             dist.broadcast(shared, src=0)
             if self.global_rank != 0 and not torch.equal(shared, tensor):
@@ -1044,7 +1049,7 @@ class RobustStrategy(_Base):
             )
         self._forget()
         assert self.lightning_module is not None
-        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process)
+        self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process, self.aggregated_buffers)
         self._attributes = WorkerAttributes(self.lightning_module, self.workers_per_process)
         for i, exchange in enumerate(self.exchanges[: len(saved["server"])]):
             exchange.load(saved["server"][i], saved["workers"][i], self.groups[i].example())

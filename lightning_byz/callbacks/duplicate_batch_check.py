@@ -17,6 +17,7 @@ from lightning_byz.gradients import FlatParameters
 from lightning_byz.quiet_passes import QuietPasses, random_states_kept
 from lightning_byz.sketch import Sketch
 from lightning_byz.whereabouts import Whereabouts
+from lightning_byz.worker_attributes import WorkerAttributes
 
 _LEAVES, _DIMS = 32, 8
 """How many tensors a batch may hold, and how many dimensions each."""
@@ -86,7 +87,7 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             with precision.train_step_context():
                 return module.training_step(*args)
 
-        passes = QuietPasses(module, WorkerBuffers(module, 1), precision, device, training_step)
+        passes = QuietPasses(module, WorkerBuffers(module, 1), WorkerAttributes(module, 1), precision, device, training_step)
         with random_states_kept(device):
             done = passes.gradient(layout, 0, (self.checks,), (batch, batch_idx), {})
         sketch = Sketch(layout.dim)
