@@ -18,7 +18,7 @@ from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room, empty_rows, places_of
 from lightning_byz.rows import Rows
-from lightning_byz.state_layout import columns_of, piece_of
+from lightning_byz.state_layout import check_kept, check_state, columns_of, piece_of
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
 from lightning_byz.upload import Upload
@@ -121,6 +121,7 @@ class Exchange:
         self.liars: Callable[[int], Iterable[int]] = lambda step: ()
         self.arrivals: Callable[[int], Tensor | None] = lambda step: None
         self.quarantined: set[int] = set()
+        self._unchecked = 2  # rounds in which an algorithm's own answers are looked at
         self._upload: Upload | None = None  # of the coming round, if it has been opened
         self._room, self._server_room = Room(), Room()  # for the local workers' next states, and the server's
         transport.cut(algorithm.codec(Round(step=0, n=transport.n, seed=seed)) if algorithm.coordinate_wise else None)
@@ -129,7 +130,12 @@ class Exchange:
         self.dim, self.dtype, self.previous, self._last = len(like), like.dtype, None, None
         self._upload, self._whole = None, None
         self._room, self._server_room = Room(), Room()
+        name = type(self.algorithm).__name__
         self.workers = {worker: self.algorithm.init_worker(like) for worker in self.transport.workers}
+        for state in self.workers.values():
+            check_state(state, f"{name}.init_worker")
+        check_state(self.algorithm.init_server(like[:0], self.transport.n), f"{name}.init_server")
+        self._unchecked = 2
         self._columns = (
             columns_of(self.algorithm.init_worker, len(like), like.dtype),
             columns_of(lambda x: self.algorithm.init_server(x, self.transport.n), len(like), like.dtype),
@@ -187,7 +193,7 @@ class Exchange:
         uplink = self.transport.uplink(self.algorithm.codec(round), len(x), x.dtype, round)
         if uplink is None:
             return None
-        return Upload(self.algorithm, round, uplink, self.workers, self._columns[0], self._room, x)
+        return Upload(self.algorithm, round, uplink, self.workers, self._columns[0], self._room, x, self._unchecked > 0)
 
     @torch.no_grad()
     def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
@@ -219,6 +225,10 @@ class Exchange:
             if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads, codec):
                 seen = round._replace(worker=worker, room=self._room)
                 payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], seen)
+                if self._unchecked:
+                    owner = f"{type(self.algorithm).__name__}.worker"
+                    check_state(state, owner, self.workers[worker])
+                    check_kept(state, contribution.grads.current, owner)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
                     sent[worker] = payload
@@ -267,6 +277,7 @@ class Exchange:
     ) -> Outcome:
         """The outcome, once the local workers' states are those after the round; as they were if it gave no estimate. ``sent``: whole messages."""
         self.step += 1
+        self._unchecked = max(0, self._unchecked - 1)
         if outcome.estimate is not None:
             assert outcome.round.present is not None
             present = outcome.round.present
@@ -426,6 +437,8 @@ class Exchange:
         lent = round._replace(room=self._server_room)
         if named is None or not self.algorithm.absorbs:
             estimate, after = self.algorithm.server(decode(), self.server, lent)
+            if self._unchecked:
+                self._check_server(estimate, after, blank)
         else:
             index, rows = named
             _, absorbed = self._on_columns(index, lambda state: (index, self.algorithm.absorb(rows, state, round)))
@@ -433,6 +446,16 @@ class Exchange:
         self._server_room.take_back(self.server, after)
         self.server = after
         return estimate
+
+    def _check_server(self, estimate: Any, state: Any, blank: Rows) -> None:
+        """Raises unless the server's half gave an estimate of all columns here, and a state like the one before."""
+        owner = f"{type(self.algorithm).__name__}.server"
+        check_state(state, owner, self.server)
+        assert self.dim is not None
+        width = sum(last - first for first, last in self.transport.spans(self.dim))
+        if not isinstance(estimate, Tensor) or estimate.shape != (width,) or estimate.dtype != blank.values.dtype:
+            found = (tuple(estimate.shape), estimate.dtype) if isinstance(estimate, Tensor) else type(estimate).__name__
+            raise TypeError(f"{owner} should return an estimate of shape ({width},) and {blank.values.dtype}. Found {found}.")
 
     def _answers_in_pieces(self, down: Compressor) -> bool:
         """Whether the estimate may be made and sent piece by piece."""

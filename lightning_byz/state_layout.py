@@ -23,6 +23,39 @@ def columns_of(init: Callable[[Tensor], Any], dim: int, dtype: torch.dtype) -> t
     return tuple(a.shape != b.shape for a, b in zip(now, longer, strict=True))
 
 
+def check_state(state: Any, owner: str, before: Any = None) -> None:
+    """Raises unless an algorithm's state is a NamedTuple of tensors, of the shapes and dtypes that it had before.
+
+    Args:
+        state: what a half of the algorithm gave.
+        owner: which method of which algorithm, for the message.
+        before: the state of the round before; None: this is the first one.
+    """
+    if not isinstance(state, tuple) or not hasattr(state, "_asdict"):
+        raise TypeError(f"{owner} should return a state that is a NamedTuple of tensors. Found {type(state).__name__}.")
+    for name, value in state._asdict().items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{owner} should return a state that is a NamedTuple of tensors. Found {name}: {type(value).__name__}. Use "
+                "torch.tensor(...) for numbers."
+            )
+    if before is None:
+        return
+    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in each._asdict().items()} for each in (before, state)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"{owner} should return a state like the one that it was given: {kinds[0]}. Found {kinds[1]}.")
+
+
+def check_kept(state: Any, gradient: Tensor, owner: str) -> None:
+    """Raises if a state holds the gradient that it was made of, whose memory the next round uses again."""
+    for name, value in state._asdict().items():
+        if value.numel() and value.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
+            raise ValueError(
+                f"{owner} keeps the gradient that it was given in its state: {name}. Its memory is used again in the next round. Keep "
+                "a copy: grads.current.clone()."
+            )
+
+
 def piece_of(state: Any, first: int, last: int, dim: int, columns: Sequence[bool] | None = None) -> Any:
     """The state in the columns first .. last - 1: views.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room
-from lightning_byz.state_layout import piece_of
+from lightning_byz.state_layout import check_kept, check_state, piece_of
 from lightning_byz.transports import Uplink
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -31,6 +31,7 @@ class Upload:
         columns: of every tensor of a state, whether its last dimension is that of the coordinates.
         room: memory for its next state, which is written piece by piece.
         x: ``[d]``, for its size, dtype and device.
+        check: look at the states that the algorithm makes.
 
     Attributes:
         sound: by worker, whether each piece that it sent is finite: 0-d bool tensors, so that an accelerator is not waited for.
@@ -46,7 +47,9 @@ class Upload:
         columns: Sequence[bool],
         room: Room,
         x: Tensor,
+        check: bool = False,
     ) -> None:
+        self.check = check
         self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
         self.codec = algorithm.codec(round)
         self.like = x[:0]
@@ -85,6 +88,10 @@ class Upload:
         places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
         round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
         payload, after = self.algorithm.worker(Gradients(g), before, round)
+        if self.check:
+            owner = f"{type(self.algorithm).__name__}.worker"
+            check_state(after, owner, before)
+            check_kept(after, g, owner)
         self.sound[worker].append(self.codec.valid(payload, last - first))
         if not self.codec.tells_nonfinite:
             self.sound[worker].append(all_finite(g))

@@ -5,8 +5,9 @@ import dataclasses
 import random
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import MutableMapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -1114,3 +1115,62 @@ class Lies(InProcess):
 
     def gather(self, messages, layout):
         return [(flags, *self.lie(worker, payload)) for worker, (flags, *payload) in enumerate(super().gather(messages, layout))]
+
+
+# -- algorithms of one's own that are wrong ---------------------------------------------------------------------------------
+
+
+class Kept(NamedTuple):
+    last: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OwnAlgorithm(RobustSGD):
+    """Sends the difference to the last gradient; one thing about it is wrong."""
+
+    wrong: str = ""
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
+    def init_worker(self, x: torch.Tensor) -> Any:
+        return {"dict": {"last": x}, "number": Kept(0.5)}.get(self.wrong, Kept(torch.zeros_like(x)))
+
+    def worker(self, grads: Gradients, state: Any, round: Round) -> Any:
+        kept = grads.current if self.wrong == "keeps" else grads.current.clone()
+        state = Kept(kept[:-1]) if self.wrong == "shorter" else Kept(kept)
+        return (grads.current.clone(),), state
+
+    def init_server(self, x: torch.Tensor, n: int) -> Any:
+        return [x] if self.wrong == "list" else Kept(torch.zeros_like(x))
+
+    def server(self, rows: Any, state: Any, round: Round) -> Any:
+        estimate = self.aggregator(rows, round.present)
+        if self.wrong == "estimate":
+            estimate = estimate[:-1]
+        return (estimate.tolist() if self.wrong == "no tensor" else estimate), Kept(0.0) if self.wrong == "server" else state
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("dict", r"OwnAlgorithm.init_worker.*NamedTuple of tensors. Found dict"),
+        ("number", r"OwnAlgorithm.init_worker.*Found last: float.*torch.tensor"),
+        ("keeps", r"OwnAlgorithm.worker keeps the gradient.*last.*clone"),
+        ("shorter", r"OwnAlgorithm.worker should return a state like the one"),
+        ("list", r"OwnAlgorithm.init_server.*Found list"),
+        ("estimate", r"OwnAlgorithm.server should return an estimate of shape \(5,\).*Found \(\(4,\)"),
+        ("no tensor", r"OwnAlgorithm.server should return an estimate.*Found list"),
+        ("server", r"OwnAlgorithm.server.*Found last: float"),
+    ],
+)
+def test_an_algorithm_that_is_wrong_is_named_in_the_first_round(wrong: str, message: str) -> None:
+    transport = InProcess()
+    transport.connect(0, 1, 4, CPU)
+    contributions = [Contribution(Gradients(torch.ones(5)), torch.ones(1, dtype=torch.bool)) for _ in range(4)]
+    right, broken = (Exchange(OwnAlgorithm(CoordinateMedian(f=1), wrong=w), transport, seed=1) for w in ("", wrong))
+    for _ in range(3):
+        right.run(contributions, torch.zeros(5))
+    with pytest.raises((TypeError, ValueError), match=message):
+        broken.run(contributions, torch.zeros(5))

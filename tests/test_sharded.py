@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -61,6 +62,36 @@ class Case(NamedTuple):
     dim: int = D
 
 
+class Averages(NamedTuple):
+    """``[2, d]`` a worker's fast and slow average; or ``[n, d]`` what the server keeps of each worker, and a count of rounds."""
+
+    rows: torch.Tensor
+    rounds: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ManyRows(RobustSGD):
+    """A method whose states have several rows of coordinates."""
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
+    def init_worker(self, x: torch.Tensor) -> Any:
+        return Averages(x.new_zeros(2, len(x)), x.new_zeros(1))
+
+    def worker(self, grads: Gradients, state: Any, round: Round) -> Any:
+        rows = torch.stack([torch.lerp(state.rows[0], grads.current, 0.5), torch.lerp(state.rows[1], grads.current, 0.1)])
+        return (rows.sum(0),), Averages(rows, state.rounds + 1)
+
+    def init_server(self, x: torch.Tensor, n: int) -> Any:
+        return Averages(x.new_zeros(n, len(x)), x.new_zeros(1))
+
+    def server(self, rows: Any, state: Any, round: Round) -> Any:
+        kept = torch.lerp(state.rows, rows.values, 0.5)
+        return self.aggregator(replace(rows, values=kept), round.present), Averages(kept, state.rounds + 1)
+
+
 COORDINATE_WISE = ("mean", "median", "trimmed_mean", "meamed", "phocas", "majority_vote")
 CASES: dict[str, Case] = {
     **{f"rule {c.name}": Case(RobustSGD(c.rule), c.name in COORDINATE_WISE, dtype=torch.float32) for c in RULES},
@@ -75,6 +106,7 @@ CASES: dict[str, Case] = {
     },
     "attacked mirrors": Case(ByzEF21SGDM(robust(), TopK(ratio=0.1)), attack=FoE()),
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
+    "states of several rows": Case(ManyRows(CoordinateMedian(f=2)), True, dtype=torch.float32),
     "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
     "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
     "largest changes": Case(ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=200), 0.1, TopK(k=30)), True, dim=2000),
