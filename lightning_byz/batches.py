@@ -1,4 +1,4 @@
-"""Splitting a batch among the workers of one process, whatever its nesting."""
+"""Batches of any nesting: their entries, and splitting them among the workers of one process."""
 
 from __future__ import annotations
 
@@ -66,8 +66,6 @@ def _cut(item: Any, first: int, last: int, size: int) -> Any:
         return item[first:last] if item.ndim else item
     if isinstance(item, Mapping):
         cut = {key: _cut(value, first, last, size) for key, value in item.items()}
-        if isinstance(item, dict) and type(item) is dict:
-            return cut
         return _rebuilt_mapping(item, cut)
     if isinstance(item, (list, tuple)):
         is_record = hasattr(item, "_fields")  # a named tuple has one entry per field, never one per sample
@@ -84,8 +82,42 @@ def _cut(item: Any, first: int, last: int, size: int) -> Any:
 
 
 def _rebuilt_mapping(item: Mapping[Any, Any], cut: dict[Any, Any]) -> Any:
+    """A mapping of this type with other values for the same keys."""
+    if type(item) is dict:
+        return cut
     if isinstance(item, (dict, UserDict)):  # whose copies share no entries, and keep attributes and default factories
         rebuilt = copy.copy(item)
-        rebuilt.update(cut)
+        for key, value in cut.items():
+            rebuilt[key] = value
         return rebuilt
     return type(item)(cut)  # type: ignore[call-arg]
+
+
+def entry(batch: Any, key: int | str) -> Any:
+    """A batch's entry: by index in a tuple or list, by key in a mapping, by name in any other object.
+
+    Raises:
+        LookupError: if there is none.
+    """
+    if isinstance(batch, Mapping) or (isinstance(batch, (list, tuple)) and isinstance(key, int)):
+        return batch[key]
+    if isinstance(batch, Tensor) or not isinstance(key, str) or not hasattr(batch, key):
+        raise LookupError(f"{type(batch).__name__} has no entry {key!r}.")
+    return getattr(batch, key)
+
+
+def with_entry(batch: Any, key: int | str, value: Any) -> Any:
+    """A batch of the same type with another value in one entry, see `entry`; the given one is not modified."""
+    if isinstance(batch, Mapping):
+        return _rebuilt_mapping(batch, {**batch, key: value})
+    if isinstance(batch, (list, tuple)) and isinstance(key, int):
+        parts = list(batch)
+        parts[key] = value
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if hasattr(batch, "_fields"):
+        return batch._replace(**{str(key): value})
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **{str(key): value})
+    changed = copy.copy(batch)
+    setattr(changed, str(key), value)
+    return changed
