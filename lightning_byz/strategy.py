@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lightning_byz import rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
-from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.batches import BatchSplitter, batch_size
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
@@ -184,6 +184,7 @@ class RobustStrategy(_Base):
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._buffers: WorkerBuffers | None = None
+        self._splitter: BatchSplitter | None = None
         self._step_is_due = False  # once this micro-batch's gradients are there
         self._drop_overlap()
         self._forget_passes()
@@ -440,11 +441,11 @@ class RobustStrategy(_Base):
         if self.workers_per_process == 1:
             parts = [batch]
         else:
-            parts = split_batch(batch, self.workers_per_process)
+            parts = self._batches.split(batch)
             if self._micro_step == 0 and parts[-1] is None:
                 raise ValueError(
                     f"The first batch should have at least one sample for each of the {self.workers_per_process} in-process "
-                    f"workers. Found {batch_size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
+                    f"workers. Found {self._batches.size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
                 )
 
         cohort = torch.ones(self.n, dtype=torch.bool)
@@ -462,7 +463,7 @@ class RobustStrategy(_Base):
         logs: list[WorkerLog] = []
         outputs: list[Any] = []
         for i, (worker, part) in enumerate(zip(workers, parts, strict=True)):
-            logs.append(WorkerLog(samples=0 if part is None else batch_size(part) or 1))
+            logs.append(WorkerLog(samples=self._batches.size(part)))
             outputs.append(None)
             if part is None:
                 continue
@@ -490,6 +491,16 @@ class RobustStrategy(_Base):
         if not module.automatic_optimization:
             return outputs[0] if outputs[0] is not None else {}
         return self._step_output(outputs)
+
+    @property
+    def _batches(self) -> BatchSplitter:
+        """How batches of the present loader are cut among this process's workers."""
+        module = self.lightning_module
+        assert module is not None
+        if self._splitter is None or self._splitter.loader is not module.trainer.train_dataloader:
+            by_hand = getattr(module, "split_batch", None)
+            self._splitter = BatchSplitter(module.trainer.train_dataloader, self.workers_per_process, by_hand)
+        return self._splitter
 
     def _attacked(self, worker: int, step: int, part: Any) -> Any:
         """A worker's part of the batch, as data attacks leave it; None stays None."""
@@ -542,14 +553,15 @@ class RobustStrategy(_Base):
         totals = [MeanGradient() for _ in workers]
         if all(part is None for part in parts):
             return [None for _ in workers]
-        with whole_data(trainer.train_dataloader, workers, (round.seed, round.step), self.root_device) as batches:
+        key, by_hand = (round.seed, round.step), self._batches.by_hand
+        with whole_data(trainer.train_dataloader, workers, key, self.root_device, by_hand) as batches:
             for b, batch_of in enumerate(itertools.islice(batches, limit)):
                 for i, (worker, batch) in enumerate(zip(workers, batch_of, strict=True)):
                     if batch is None or parts[i] is None:
                         continue
                     batch = self._attacked(worker, round.step, self._to_device(batch))
                     done = passes.gradient(layout, i, (*self._rng_key(worker), 1 + b), (batch, *rest), kwargs)
-                    totals[i].add(done, batch_size(batch) or 1)
+                    totals[i].add(done, self._batches.size(batch))
         return [total.result() for total in totals]
 
     def _trusted_gradient(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import random
+import re
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import MutableMapping
 from types import MappingProxyType
@@ -13,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
-from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
@@ -725,9 +727,9 @@ def test_a_record_as_long_as_the_batch_is_not_cut():
     assert first[1] == second[1] == Item(0.5, "sgd")
 
 
-def test_a_list_of_objects_that_hold_tensors_is_not_a_list_of_samples():
+def test_lists_that_default_collate_makes_hold_no_samples():
     views = [Sample(torch.arange(2)), Sample(torch.arange(2))]
-    first, second = split_batch(views, 2)
+    first, second = BatchSplitter(DataLoader(range(2)), 2).split(views)
     assert [view.x.tolist() for view in first] == [[0], [0]]
     assert [view.x.tolist() for view in second] == [[1], [1]]
 
@@ -766,7 +768,7 @@ def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (["a", "b"], "Found none in a batch of type list"),
+        ({"a": 1, "b": "text"}, "Found none in a batch of type dict"),
         (torch.tensor(1.0), "Found none"),
         ((torch.zeros(4), torch.zeros(3)), "starting with 4 and 3"),
     ],
@@ -774,6 +776,196 @@ def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
 def test_batches_that_cannot_be_split_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         split_batch(batch, 2)
+
+
+def of_size(size, collate_fn=list):
+    """A loader of batches of this size."""
+    return DataLoader(range(size), batch_size=size, collate_fn=collate_fn)
+
+
+def sequences(lengths, mark=0):
+    """One sequence for each length, with the sample's number as its values."""
+    return [torch.full((length, 4), float(mark + i)) for i, length in enumerate(lengths)]
+
+
+def image(i, height=5, width=6):
+    return torch.full((3, height, width), float(i))
+
+
+def target(i, boxes):
+    return {"boxes": torch.full((boxes, 4), float(i)), "labels": torch.full((boxes,), i), "name": f"image{i}"}
+
+
+class Opaque:
+    """As torch_geometric's Data: no container, and holds tensors."""
+
+    def __init__(self, i):
+        self.x, self.inner = torch.full((2 + i, 3), float(i)), {"edge_index": torch.zeros(2, 5, dtype=torch.int64)}
+
+
+def numbers(item):
+    """All sample numbers in an entry that is one sample."""
+    if isinstance(item, torch.Tensor):
+        return set(item.flatten().tolist())
+    if isinstance(item, dict):
+        return set().union(*(numbers(value) for value in item.values()))
+    if isinstance(item, (list, tuple)):
+        return set().union(*map(numbers, item))
+    if isinstance(item, Opaque):
+        return numbers(item.x)
+    return {float(re.sub("[a-z]", "", item))} if isinstance(item, str) else {float(item)}
+
+
+LISTS_OF_SAMPLES = {
+    "sequences of one length": lambda n: sequences([16] * n),
+    "sequences of several lengths": lambda n: sequences([3 + i % 5 for i in range(n)]),
+    "images": lambda n: [image(i) for i in range(n)],
+    "images of several sizes": lambda n: [image(i, 4 + i, 6 - i % 3) for i in range(n)],
+    "a tuple of sequences": lambda n: tuple(sequences([16] * n)),
+    "dicts": lambda n: [{"image": image(i), **target(i, 1 + i % 3)} for i in range(n)],
+    "pairs": lambda n: [(image(i), i) for i in range(n)],
+    "objects": lambda n: [Opaque(i) for i in range(n)],
+    "texts": lambda n: [f"text{i}" for i in range(n)],
+    "records without tensors": lambda n: [{"text": f"text{i}", "label": i} for i in range(n)],
+}
+RECORDS_OF_LISTS = {
+    "detection": lambda n: ([image(i, 4 + i) for i in range(n)], [target(i, 1 + i % 3) for i in range(n)]),
+    "detection, zipped": lambda n: tuple(zip(*[(image(i), target(i, 1 + i % 3)) for i in range(n)], strict=True)),
+    "images and labels": lambda n: ([image(i) for i in range(n)], torch.arange(n)),
+    "labels one by one": lambda n: {"x": [image(i) for i in range(n)], "y": [torch.tensor(i) for i in range(n)]},
+    "sequences, lengths, names": lambda n: {
+        "x": {"sequences": sequences([3 + i % 4 for i in range(n)])},
+        "lengths": torch.arange(n),
+        "names": [f"s{i}" for i in range(n)],
+    },
+    "texts and labels": lambda n: {"text": [f"text{i}" for i in range(n)], "label": list(range(n))},
+    "texts and tokens": lambda n: {"text": [f"text{i}" for i in range(n)], "tokens": [[i] * (1 + i % 3) for i in range(n)]},
+    "arrays": lambda n: {"x": torch.arange(n), "id": np.arange(n), "names": np.array([f"s{i}" for i in range(n)])},
+}
+
+
+def held(part, inside=False):
+    """Which samples each list in a record holds; the outer tuple is a record."""
+    if isinstance(part, dict) or (isinstance(part, tuple) and not inside):
+        values = part.values() if isinstance(part, dict) else part
+        return [owners for value in values for owners in held(value, True)]
+    return [[max(numbers(entry)) for entry in part]]
+
+
+@pytest.mark.parametrize("n", [8, 7, 12])
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("name", [*LISTS_OF_SAMPLES])
+def test_lists_of_samples_are_cut_by_samples(name, n, parts):
+    splitter = BatchSplitter(of_size(n), parts)
+    for size in (n, n, parts + 1, 2):  # the last batch of an epoch is smaller
+        batch = LISTS_OF_SAMPLES[name](size)
+        cut = splitter.split(batch)
+        assert [splitter.size(part) for part in cut] == [0 if part is None else len(part) for part in cut]
+        assert all(type(part) is type(batch) for part in cut if part is not None)
+        together = [entry for part in cut if part is not None for entry in part]
+        assert len(together) == size
+        assert all(mine is theirs for mine, theirs in zip(together, batch, strict=True))
+
+
+@pytest.mark.parametrize("n", [8, 7])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("name", [*RECORDS_OF_LISTS])
+def test_records_of_lists_are_cut_alike(name, n, parts):
+    splitter = BatchSplitter(of_size(n), parts)
+    for size in (n, parts + 1):
+        cut = splitter.split(RECORDS_OF_LISTS[name](size))
+        owners = []
+        for part in cut:
+            first, *others = held(part)
+            assert all(other == first for other in others)
+            assert splitter.size(part) == len(first)
+            owners += first
+        assert owners == list(range(size))
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_views_of_a_batch_are_fields(views):
+    """Two crops of every image, or eight: the list is as long as the crops, and every tensor as the batch."""
+    for loader, sizes in ((of_size(12), (12, 12, 5)), (DataLoader(range(12), batch_size=12), (12, 4, views))):
+        splitter = BatchSplitter(loader, 4)
+        for size in sizes:
+            cut = splitter.split([torch.arange(size)[:, None].expand(size, 3 + i % 2) for i in range(views)])
+            owners = [sample for part in cut if part is not None for sample in part[-1][:, 0].tolist()]
+            assert owners == list(range(size))
+            assert all(len(part) == views for part in cut if part is not None)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        sequences([8] * 8),  # eight sequences of eight steps, or eight fields of eight samples
+        [image(i) for i in range(3)],
+        sequences([16] * 8),  # of a loader that nobody knows
+    ],
+)
+def test_lists_that_may_be_read_both_ways_are_refused(batch):
+    loader = None if batch[0].shape[0] == 16 else of_size(len(batch))
+    with pytest.raises(ValueError, match=r"both ways.*Define split_batch\(self, batch, parts\)"):
+        BatchSplitter(loader, 3).split(batch)
+
+
+@pytest.mark.parametrize("batch", [Opaque(3), (Opaque(3), torch.zeros(4)), {"graph": Opaque(1)}])
+def test_objects_that_hide_tensors_are_refused(batch):
+    with pytest.raises(ValueError, match="Found a Opaque"):
+        BatchSplitter(of_size(4), 2).split(batch)
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_packed_sequences_are_cut_by_sequences(sort):
+    whole = sorted(sequences([3, 1, 4, 2, 5]), key=len, reverse=True) if sort else sequences([3, 1, 4, 2, 5])
+    packed = torch.nn.utils.rnn.pack_sequence(whole, enforce_sorted=sort)
+    splitter = BatchSplitter(of_size(5), 2)
+    cut = splitter.split((packed, torch.arange(5)))
+    assert [splitter.size(part) for part in cut] == [2, 3]
+    together = [sequence for part, _ in cut for sequence in torch.nn.utils.rnn.unpack_sequence(part)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(together, whole, strict=True))
+    assert [(part.sorted_indices is None) for part, _ in cut] == [sort, sort]
+
+
+def test_nested_and_sparse_tensors_are_cut():
+    nested = torch.nested.nested_tensor(sequences([3, 1, 4, 2]), layout=torch.jagged)
+    sparse = torch.eye(4).to_sparse()
+    first, second = split_batch({"n": nested, "s": sparse}, 2)
+    assert [len(sequence) for part in (first, second) for sequence in part["n"].unbind()] == [3, 1, 4, 2]
+    assert torch.equal(torch.cat([first["s"].to_dense(), second["s"].to_dense()]), torch.eye(4))
+
+
+def test_a_mappings_own_records_are_cut_with_it():
+    class Encoding(UserDict):
+        """As transformers' BatchEncoding keeps what its tokenizer knows of each sample."""
+
+    batch = Encoding({"input_ids": torch.zeros(4, 3)})
+    batch.encodings, batch.n = ["a", "b", "c", "d"], 2
+    cut = split_batch(batch, 2)
+    assert [part.encodings for part in cut] == [["a", "b"], ["c", "d"]]
+    assert [part.n for part in cut] == [2, 2]
+    assert batch.encodings == ["a", "b", "c", "d"]
+
+
+def test_batches_of_several_loaders_are_cut_one_by_one():
+    loaders = {"a": of_size(8), "b": DataLoader(range(9), batch_size=3)}
+    splitter = BatchSplitter(loaders, 2)
+    cut = splitter.split({"a": sequences([16] * 8), "b": [torch.arange(3), torch.arange(3)]})
+    assert [len(part["a"]) for part in cut] == [4, 4]
+    assert [[field.tolist() for field in part["b"]] for part in cut] == [[[0], [0]], [[1, 2], [1, 2]]]
+    assert [splitter.size(part) for part in cut] == [4, 4]
+    exhausted = splitter.split({"a": None, "b": [torch.arange(3)]})
+    assert [part["a"] for part in exhausted] == [None, None]
+    assert [splitter.size(part) for part in exhausted] == [1, 2]
+    assert splitter.split({"a": sequences([16] * 8), "b": [torch.arange(1)]})[1] is None  # no sample of b for this worker
+
+
+def test_a_module_may_split_by_hand():
+    splitter = BatchSplitter(of_size(4), 2, lambda batch, parts: [batch[:, i::parts] for i in range(parts)])
+    assert [part.tolist() for part in splitter.split(torch.arange(8).view(2, 4))] == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    for wrong in ([1], None, "ab", iter([1, 2])):
+        with pytest.raises(ValueError, match=r"split_batch\(batch, parts\) of the LightningModule should return a list of 2 parts"):
+            BatchSplitter(None, 2, lambda batch, parts, wrong=wrong: wrong).split(torch.zeros(2))
 
 
 # -- what workers log -----------------------------------------------------------------------------------------------------
