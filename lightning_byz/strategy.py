@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.overlap import Overlap, obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
+from lightning_byz.reductions import is_finite, over_finite, reduction
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, default_transport, explain_transport, resolve_algorithm
@@ -183,6 +184,7 @@ class RobustStrategy(_Base):
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
+        self._weighed: _Weighed | None = None
         self._buffers: WorkerBuffers | None = None
         self._splitter: BatchSplitter | None = None
         self._step_is_due = False  # once this micro-batch's gradients are there
@@ -485,7 +487,8 @@ class RobustStrategy(_Base):
         honest = [worker not in liars and bool(cohort[worker]) for worker in range(self.n)]
         honest = honest if any(honest) else cohort.tolist()  # a cohort of liars has nobody else to speak for it
         transport = self.exchanges[0].transport
-        for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
+        silenced = set().union(*(exchange.quarantined for exchange in self.exchanges))
+        for call in self._step_logs.reduce(logs, transport, honest, self.root_device, silenced):
             self._log_once(call)
         self._micro_step += 1
         if not module.automatic_optimization:
@@ -835,31 +838,33 @@ class RobustStrategy(_Base):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others."""
+        """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others.
+
+        Lightning reduces a metric's mean in two calls: the sum of the values, then that of their weights, an integer. So the mean of
+        an integer right after one of floating-point numbers is over the ranks whose number was finite, and exact.
+        """
         if not isinstance(tensor, Tensor) or self._alone():
             return tensor
-        name = str(getattr(reduce_op, "name", reduce_op)).lower().removeprefix("redoptype.").rpartition(".")[2]
-        if name not in ("mean", "avg", "sum", "max", "min", "product"):
+        how = reduction(reduce_op)
+        if how is None:
             raise ValueError(f"`reduce_op` should be one of mean, sum, max, min, product. Found {reduce_op!r}.")
         if self._served is not None:
             received = self._served.gather(tensor)
-            ranks = len(received)
         else:
-            ranks = dist.get_world_size(group)
-            received = [torch.empty_like(tensor) for _ in range(ranks)]
+            received = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
             dist.all_gather(received, tensor.contiguous(), group=group)
         values = torch.stack(received)
-        finite = torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
+        finite, weighed, self._weighed = is_finite(values), self._weighed, None
         if not bool(finite.all()):
-            _warn(f"byzantine_robust: {int((~finite).sum())} of {ranks} values of a reduction were not finite and left out.")
-        count = finite.sum(0)
-        neutral = {"max": -torch.inf, "min": torch.inf, "product": 1.0}.get(name, 0.0)
-        kept = torch.where(finite, values, torch.full_like(values, neutral)) if not bool(finite.all()) else values
-        if name in ("mean", "avg"):
-            total = kept.sum(0)
-            return total / count if total.is_floating_point() else total // ranks
-        result = _REDUCTIONS[name](kept)
-        return torch.where(count > 0, result, values[0]).to(tensor.dtype)
+            _warn(f"byzantine_robust: {int((~finite).sum())} of {len(received)} values of a reduction were not finite and left out.")
+        if how.name != "mean":
+            return over_finite(values, how)
+        if values.is_floating_point():
+            self._weighed = _Weighed(finite, values.dtype)
+        elif weighed is not None and weighed.finite.shape == values.shape:
+            total = torch.where(weighed.finite, values, 0).sum(0).double()
+            return (total / weighed.finite.sum(0)).to(weighed.dtype)
+        return over_finite(values, how)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if self._alone():
@@ -992,12 +997,11 @@ class RobustStrategy(_Base):
             rng.restore(self.root_device, saved["rng"][self.global_rank])
 
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda values: values.sum(0),
-    "max": lambda values: values.amax(0),
-    "min": lambda values: values.amin(0),
-    "product": lambda values: values.prod(0),
-}
+class _Weighed(NamedTuple):
+    """A mean over ranks whose weights are yet to come: which values were finite, and their dtype."""
+
+    finite: Tensor
+    dtype: torch.dtype
 
 
 def is_robust(strategy: Any) -> bool:

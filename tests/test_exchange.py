@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import random
 import re
 from collections import OrderedDict, UserDict, defaultdict
@@ -1048,6 +1049,170 @@ def test_the_loss_is_the_median_of_the_finite_ones():
     assert step_logs.loss == 2.0
     reduced(step_logs, logs({"loss": torch.nan}, {}))
     assert step_logs.loss is None
+
+
+class Lying:
+    """Two or more workers, of which the last ones send what ``change`` makes of worker 0's messages."""
+
+    workers_per_process = 1
+
+    def __init__(self, change, n=2):
+        self.change, self.n, self.gathers = change, n, 0
+
+    def gather(self, messages, layout):
+        assert [(tuple(t.shape), t.dtype) for t in messages[0]] == [(field.shape, field.dtype) for field in layout]
+        self.gathers += 1
+        theirs = tuple(t.clone() for t in messages[0])
+        return [messages[0]] * (self.n - 1) + [self.change(theirs)]
+
+
+def of_rows(change):
+    def changed(message):
+        if message[0].dtype == torch.float64:
+            change(message[0])
+        return message
+
+    return changed
+
+
+LIES = {
+    "it never knows a name": of_rows(lambda row: row.__setitem__(0, 0.0)),
+    "a flag that is none": of_rows(lambda row: row.__setitem__(0, 0.5)),
+    "nan samples": of_rows(lambda row: row.__setitem__(1, torch.nan)),
+    "infinitely many samples": of_rows(lambda row: row.__setitem__(1, torch.inf)),
+    "negative samples": of_rows(lambda row: row.__setitem__(1, -1e9)),
+    "half a sample": of_rows(lambda row: row.__setitem__(1, 0.5)),
+    "all nan": of_rows(lambda row: row.fill_(torch.nan)),
+    "silence": lambda message: None,
+    "no text": lambda message: (message[0] * 0,) if message[0].dtype != torch.float64 else message,
+    "a text too long": lambda message: (message[0] + 10**12,) if message[0].dtype == torch.int64 else message,
+    "a negative length": lambda message: (message[0] * 0 - 5,) if message[0].dtype == torch.int64 else message,
+    "garbage for a text": lambda message: (message[0] + 77,) if message[0].dtype == torch.uint8 else message,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_liars_row_is_silence(lie):
+    step_logs = StepLogs()
+    for value in (1.0, 2.0, 3.0):
+        log = WorkerLog(samples=8)
+        log.record("a", value)
+        log.loss = torch.tensor(value)
+        (call,) = step_logs.reduce([log], Lying(LIES[lie]), [True, True], CPU)
+        assert (call.name, float(call.value)) == ("a", value)
+        assert call.kwargs["batch_size"] in (8, 16)
+        assert step_logs.loss == value
+    refused = lie not in ("silence", "no text", "a text too long", "a negative length", "garbage for a text")
+    assert (step_logs.refusals.counts.get(1, 0) > 1) == refused
+    assert not step_logs.refusals.counts.get(0)
+
+
+def test_a_liars_number_of_samples_does_not_count():
+    log = WorkerLog(samples=8)
+    log.record("a", 1.0)
+    (call,) = StepLogs().reduce([log], Lying(LIES["negative samples"]), [True, True], CPU)
+    assert call.kwargs["batch_size"] == 8
+
+
+@pytest.mark.parametrize("arguments", [{"on_step": False}, {"reduce_fx": "nothing"}, {"rank": 1}, {"prog_bar": "yes"}])
+def test_names_that_lightning_would_refuse_are_not_taken_from_others(arguments):
+    text = json.dumps({"theirs": arguments}).encode()
+
+    def change(message):
+        if message[0].dtype == torch.float64:
+            message[0][0] = 0.0
+        elif message[0].dtype == torch.int64:
+            message[0][0] = len(text)
+        else:
+            message[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return message
+
+    step_logs = StepLogs()
+    log = WorkerLog(samples=8)
+    log.record("ours" * 20, 1.0)
+    calls = step_logs.reduce([log], Lying(change), [True, True], CPU)
+    assert [call.name for call in calls] == ["ours" * 20]
+    assert step_logs.refusals.counts
+
+
+def test_most_workers_say_how_a_name_is_logged():
+    """Worker 0 has not logged it itself; one of the three others says that it is a sum."""
+    texts = [json.dumps({"a": {"reduce_fx": fx}}).encode().ljust(40) for fx in ("sum", "mean", "mean")]
+
+    class Others(Lying):
+        def gather(self, messages, layout):
+            own = messages[0][0]
+            if own.dtype == torch.float64:
+                rows = [own.clone() for _ in texts]
+                for row in rows:
+                    row[0] = float(len(own) > 3)
+                    row[3:] = 4.0
+            elif own.dtype == torch.int64:
+                rows = [torch.tensor([len(text)]) for text in texts]
+            else:
+                rows = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts]
+            return [messages[0], *[(row,) for row in rows]]
+
+    step_logs = StepLogs()
+    (call,) = step_logs.reduce([WorkerLog(samples=8)], Others(None, 4), [True] * 4, CPU)
+    assert (call.name, float(call.value), call.kwargs["reduce_fx"]) == ("a", 4.0, "mean")
+    log = WorkerLog(samples=8)
+    log.record("a", 4.0, reduce_fx="max")  # Lightning knows it as a mean
+    (call,) = step_logs.reduce([log], Others(None, 4), [True] * 4, CPU)
+    assert call.kwargs["reduce_fx"] == "mean"
+
+
+def test_a_run_logs_no_more_names_than_it_can(monkeypatch):
+    monkeypatch.setattr("lightning_byz.step_logs._MOST_NAMES", 3)
+    step_logs = StepLogs()
+    for step in range(3):
+        values, _ = reduced(step_logs, logs({f"a{step}": 1.0, f"b{step}": 1.0}, {"a0": 3.0}))
+        assert set(values) == {0: {"a0", "b0"}, 1: {"a0", "a1"}, 2: {"a0"}}[step]
+    assert step_logs.refusals.counts
+
+
+def test_workers_in_quarantine_are_not_logged():
+    step_logs = StepLogs()
+    worker_logs = logs({"a": 1.0, "loss": 1.0}, {"a": 1e9, "loss": 1e9}, {"a": 3.0, "loss": 3.0})
+    calls = step_logs.reduce(worker_logs, connected(3), [True] * 3, CPU, {1})
+    assert [(call.name, float(call.value), call.kwargs["batch_size"]) for call in calls] == [("a", 2.0, 4)]
+    assert step_logs.loss == 2.0
+
+
+@pytest.mark.parametrize("name", ["SUM", "Sum", "sum", torch.sum, sum])
+def test_reductions_in_capitals_are_the_same(name):
+    worker_logs = logs({}, {}, {})
+    for log, value in zip(worker_logs, (1.0, 2.0, 6.0), strict=True):
+        log.record("a", value, reduce_fx=name)
+    assert reduced(StepLogs(), worker_logs)[0] == {"a": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "kept"),
+    [
+        (torch.tensor(1 + 1e-10, dtype=torch.float64), torch.float32, torch.float64),
+        (torch.tensor(1.5), torch.float64, torch.float32),
+        (torch.tensor(1.5, dtype=torch.bfloat16), torch.float32, torch.float32),
+        (1 + 1e-10, torch.float32, torch.float32),
+        (1 + 1e-10, torch.float64, torch.float64),
+    ],
+)
+def test_logged_values_keep_their_precision(value, default, kept):
+    """As Lightning's own results keep it."""
+    before = torch.get_default_dtype()
+    step_logs, worker_logs = StepLogs(), logs({}, {})
+    torch.set_default_dtype(default)
+    try:
+        for log in worker_logs:
+            log.record("a", value)
+    finally:
+        torch.set_default_dtype(before)
+    again = StepLogs()
+    for known in (step_logs, again):
+        (call,) = known.reduce(worker_logs if known is step_logs else logs({"a": 1.0}, {"a": 2.0}), connected(2), [True] * 2, CPU)
+        assert call.value.dtype == kept
+        again.load(json.loads(json.dumps(step_logs.state())))  # what a checkpoint keeps
+    assert float(step_logs.reduce(worker_logs, connected(2), [True] * 2, CPU)[0].value) == float(torch.as_tensor(value, dtype=torch.float64).to(kept))
 
 
 def test_positional_arguments_of_log_are_named():
