@@ -82,19 +82,22 @@ class StepRow(NamedTuple):
         samples: number of samples.
         loss: its loss; may be anything.
         values: one for each known name; may be anything.
+        sizes: for each of them the number of samples that it stands for.
     """
 
     known: bool
     samples: int
     loss: float
     values: list[float]
+    sizes: list[int]
 
 
 def step_row(row: Sequence[float]) -> StepRow:
-    """A row of numbers: flag, samples, loss, values."""
-    if len(row) < 3:
-        raise RefusedError(f"A row should hold a flag, a number of samples and a loss. Found {len(row)} numbers.")
-    return StepRow(flag(row[0]), count(row[1]), row[2], list(row[3:]))
+    """A row of numbers: flag, samples, loss, values, sizes."""
+    if len(row) < 3 or len(row) % 2 == 0:
+        raise RefusedError(f"A row should hold a flag, a number of samples, a loss, values and their sizes. Found {len(row)} numbers.")
+    names = (len(row) - 3) // 2
+    return StepRow(flag(row[0]), count(row[1]), row[2], list(row[3 : 3 + names]), [count(size) for size in row[3 + names :]])
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------------

@@ -34,12 +34,14 @@ class WorkerLog:
         calls: its logged values, in order.
         loss: its loss, a detached 0-d tensor, or None if it gave none.
         samples: number of samples of its batch.
+        sizes: the ``batch_size`` of values that were logged with one, by name.
         float64: names of values that have this precision, as Lightning would keep them.
     """
 
     calls: list[Call] = field(default_factory=list)
     loss: Tensor | None = None
     samples: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
     float64: set[str] = field(default_factory=set)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training_step leaves its graph here, as it does for Lightning's own log
@@ -47,7 +49,8 @@ class WorkerLog:
         """Stands in for ``LightningModule.log``."""
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
-        self.samples = kwargs.get("batch_size") or self.samples
+        if kwargs.get("batch_size"):
+            self.sizes[name] = int(kwargs["batch_size"])
         kept = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
         if (value.dtype if kept else torch.get_default_dtype()) == torch.float64:
             self.float64.add(name)
@@ -129,7 +132,6 @@ class StepLogs:
         finite = losses[is_finite(losses)]
         self.loss = None if not len(finite) else torch.quantile(finite, 0.5).to(device)
         counted = [row for row, counts in zip(rows, honest, strict=True) if row is not None and counts]
-        batch_size = sum(row.samples for row in counted) or 1
         calls = []
         for i, name in enumerate(self._names):
             if name not in self._kwargs or all(row is None or row.values[i] == _NOT_LOGGED for row in rows):
@@ -141,7 +143,8 @@ class StepLogs:
                 self.skipped[name] = self.skipped.get(name, 0) + skipped
             value = over_finite(column, _reduction(kwargs)) if skipped < len(column) else torch.tensor(torch.nan)
             precision = torch.float64 if name in self._float64 else torch.float32
-            calls.append(Call(name, value.to(precision), {**kwargs, "batch_size": batch_size}))
+            size = sum(row.sizes[i] for row in counted) or 1
+            calls.append(Call(name, value.to(precision), {**kwargs, "batch_size": size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
 
     def _note_kwargs(self, call: Call) -> None:
@@ -181,12 +184,13 @@ class StepLogs:
         known = set(local) <= set(self._names)
         messages = []
         for log, values in zip(logs, spoken, strict=True):
-            head = torch.tensor([float(known), float(int(log.samples))], dtype=torch.float64, device=device)
+            head = torch.tensor([float(known), float(log.samples)], dtype=torch.float64, device=device)
             loss = torch.nan if log.loss is None else log.loss
-            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names)]
+            sizes = [float(log.sizes.get(name, log.samples)) for name in self._names]
+            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names), *sizes]
             numbers_on_device = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(()) for number in body]
             messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
-        layout = [Field((3 + len(self._names),), torch.float64)]
+        layout = [Field((3 + 2 * len(self._names),), torch.float64)]
         return [
             None if heard is None or worker in silenced else self.refusals.read(worker, step_row, heard[0].tolist())
             for worker, heard in enumerate(transport.gather(messages, layout))

@@ -174,15 +174,16 @@ def test_names_that_lightning_would_refuse_are_refused(said: bytes) -> None:
 
 
 def test_rows_of_logged_values() -> None:
-    assert step_row([1.0, 8.0, 0.5, 1.0, math.nan])[:3] == (True, 8, 0.5)
-    for wrong in ([], [1.0, 8.0], [2.0, 8.0, 0.5], [math.nan, 8.0, 0.5], [1.0, math.nan, 0.5], [1.0, math.inf, 0.5], [1.0, -1.0, 0.5],
+    row = step_row([1.0, 8.0, 0.5, 1.0, -math.inf, 4.0, 2.0])
+    assert row == (True, 8, 0.5, [1.0, -math.inf], [4, 2])
+    for wrong in ([], [1.0, 8.0], [1.0, 8.0, 0.5, 1.0], [1.0, 8.0, 0.5, 1.0, -1.0], [1.0, 8.0, 0.5, 1.0, math.nan], [2.0, 8.0, 0.5], [math.nan, 8.0, 0.5], [1.0, math.nan, 0.5], [1.0, math.inf, 0.5], [1.0, -1.0, 0.5],
                   [1.0, 0.5, 0.5], [1.0, 1e300, 0.5]):  # fmt: skip
         with pytest.raises(RefusedError):
             step_row(wrong)
 
 
 def test_texts_are_printable() -> None:
-    assert text("host\nGPU".encode() + b"\0" * 9, 256) == "host\nGPU"
+    assert text(b"host\nGPU" + b"\0" * 9, 256) == "host\nGPU"
     assert text(b"\x1b[31mred\xff\0hidden", 256) == "?[31mred\ufffd"
     assert text(b"abc", 2) == "ab"
 
@@ -219,13 +220,13 @@ def integers(data: bytes) -> list[int]:
 
 LIKE, FLAGS_LIKE = torch.arange(6.0).view(2, 3), torch.tensor([True, False])
 KINDS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
-    "row": (struct.pack("<6d", 1.0, 8.0, 0.5, 1.0, 2.0, 3.0), lambda data: step_row(doubles(data))),
+    "row": (struct.pack("<7d", 1.0, 8.0, 0.5, 1.0, 2.0, 8.0, 4.0), lambda data: step_row(doubles(data))),
     "names": (json.dumps(NAMES).encode(), logged_names),
     "tensor": (described(LIKE), lambda data: read_tensor(data, LIKE, True)),
     "tensor of any length": (described(LIKE), lambda data: read_tensor(data, LIKE, False)),
     "flags": (described(FLAGS_LIKE), lambda data: read_tensor(data, FLAGS_LIKE, False)),
     "leaves": (leaf_header([LIKE, FLAGS_LIKE], 4).numpy().tobytes(), lambda data: read_leaves(integers(data), 1 << 20)),
-    "text": ("host\ncuda:0 GPU".encode(), lambda data: text(data, 256)),
+    "text": (b"host\ncuda:0 GPU", lambda data: text(data, 256)),
 }
 
 
@@ -262,7 +263,7 @@ def test_a_refusal_is_logged_the_first_tenth_and_hundredth_time(caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="lightning_byz"):
         for _ in range(120):
             assert refusals.read(3, step_row, [math.nan, 1.0, 1.0]) is None
-            assert refusals.read(0, step_row, [1.0, 4.0, 0.5]) == (True, 4, 0.5, [])
+            assert refusals.read(0, step_row, [1.0, 4.0, 0.5]) == (True, 4, 0.5, [], [])
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(".")[0] for line in said] == [
         f"byzantine_robust: logged values of rank 3 are left out, time {count}" for count in (1, 10, 100)

@@ -580,7 +580,7 @@ def test_what_is_logged_is_what_plain_lightning_logs(precision: Any) -> None:
     seen = []
     for strategy in ("auto", in_process(4)):
         trainer = L.Trainer(**QUIET, max_epochs=1, precision=precision, strategy=strategy)
-        trainer.fit(LogsMuch(), loader(4))
+        trainer.fit(LogsMuch(), loader(12))
         seen.append((trainer.callback_metrics, trainer.progress_bar_metrics, trainer.logged_metrics))
     for plain, ours in zip(*seen, strict=True):
         names = {name for name in plain if not name.startswith("loss")}
@@ -588,7 +588,7 @@ def test_what_is_logged_is_what_plain_lightning_logs(precision: Any) -> None:
         for name in names:
             assert getattr(plain[name], "dtype", float) == getattr(ours[name], "dtype", float), name
             assert float(plain[name]) == pytest.approx(float(ours[name]), rel=1e-15 if "double" in name else 1e-6), name
-    assert float(seen[1][0]["double"]) == 1 + 1e-10
+    assert float(seen[1][0]["double on step"]) == 1 + 1e-10
 
 
 def test_functions_that_lightning_does_not_take_are_refused_as_there() -> None:
@@ -599,7 +599,7 @@ def test_functions_that_lightning_does_not_take_are_refused_as_there() -> None:
 
     for strategy in ("auto", in_process(4)):
         with pytest.raises(MisconfigurationException, match="reduce_fx"):
-            L.Trainer(**QUIET, max_epochs=1, strategy=strategy).fit(Odd(), loader(1))
+            L.Trainer(**QUIET, max_epochs=1, strategy=strategy).fit(Odd(), loader(12))
 
 
 class Validates(Plain):
@@ -620,11 +620,11 @@ class Validates(Plain):
 def test_the_weight_of_a_rank_whose_value_is_not_finite_does_not_count(bad: int | None, tmp_path: Path) -> None:
     model = Validates()
     model.bad = -1 if bad is None else bad
-    for report in fit(tmp_path, model, on_ranks(), devices=4, data=loader(1), val=loader(2)):
+    for report in fit(tmp_path, model, on_ranks(), devices=4, data=loader(24), val=loader(6)):
         good = [rank for rank in range(4) if rank != bad]
         mean = sum((rank + 1) * Validates.sizes[rank] for rank in good) / sum(Validates.sizes[rank] for rank in good)
         assert report["metrics"]["val_mean"] == pytest.approx(mean, rel=1e-6)
-        assert report["metrics"]["val_SUM"] == 2 * sum(rank + 1 for rank in good)
+        assert report["metrics"]["val_SUM"] == 10 * sum(rank + 1 for rank in good)
         assert report["metrics"]["val_max"] == 4
 
 
@@ -641,7 +641,7 @@ def test_a_worker_in_quarantine_is_not_logged(tmp_path: Path) -> None:
             self.log("value", 10.0 if worker == 2 else 0.25, on_step=True, on_epoch=True)
             return super().training_step(batch, batch_idx)
 
-    (report,) = fit(tmp_path, Worker(), in_process(4), data=loader(3), callbacks=[Quarantine()])
+    (report,) = fit(tmp_path, Worker(), in_process(4), data=loader(12), callbacks=[Quarantine()])
     assert report["metrics"]["value_step"] == report["metrics"]["value_epoch"] == 0.25
 
 
