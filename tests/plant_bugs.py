@@ -454,7 +454,7 @@ BUGS = [
     Bug(
         "full gradients weigh batches alike",
         "strategy.py",
-        "totals[i].add(done, batch_size(batch) or 1)",
+        "totals[i].add(done, self._batches.size(batch))",
         "totals[i].add(done, 1)",
         "quiet_passes",
     ),
