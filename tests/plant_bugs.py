@@ -846,7 +846,7 @@ BUGS = [
     Bug("other sizes than the first", "parsing.py", "or shape[1:] != tuple(like.shape[1:])", "or False", "parsing"),
     Bug("tensors without elements of any length", "parsing.py", "if shape != tuple(like.shape) and not row:", "if False:", "parsing"),
     Bug("truth values that are neither", "parsing.py", "raw != 0 if like.dtype == torch.bool else ", "", "parsing"),
-    Bug("room for any batch", "callbacks/duplicate_batch_check.py", "> _MUCH * max(", "> 1e30 * max(", "replicas"),
+    Bug("room for any batch", "callbacks/duplicate_batch_check.py", "= _MUCH * max(", "= 1e30 * max(", "replicas"),
     # command line
     Bug("a grid forgets what it has done", "cli/grids.py", 'and result["status"] != "failed"}', "and False}", "grids"),
     Bug("a failed cell is not tried again", "cli/grids.py", 'and result["status"] != "failed"}', "}", "grids"),

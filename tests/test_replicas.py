@@ -171,8 +171,10 @@ def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch[:2], batch_idx)
 
-    with pytest.raises(Exception, match=r"Found \[2, 3, 2\] tensors"):
-        fit(tmp_path, Odd(), forked_ddp(), devices=3, data=loader(8), callbacks=[DuplicateBatchCheck(every_n_steps=1)])
+    with pytest.raises(Exception, match=r"Found \[2, 3\] tensors"):
+        fit(tmp_path, Odd(), forked_ddp(), devices=2, data=loader(8), callbacks=[DuplicateBatchCheck(every_n_steps=1)])
+    check = DuplicateBatchCheck(every_n_steps=1, action="raise")  # of three, the odd one is left out, and not accused
+    fit(tmp_path, Odd(), forked_ddp(), devices=3, data=loader(20), callbacks=[check])
 
 
 def test_who_is_an_outlier() -> None:
@@ -246,10 +248,11 @@ def test_a_rank_that_lies_about_its_batch_is_left_out(lie: list[int], monkeypatc
     """Nobody waits for its tensors, nor makes room for them; the other ranks' batches are compared as before."""
     batch, cpu = {"x": torch.zeros(4, 3), "y": torch.zeros(4)}, torch.device("cpu")
     header, refusals = Header(monkeypatch, lie), Refusals("batches")
-    assert shared_batch(batch, 3, cpu, refusals) is None
+    assert shared_batch(batch, 3, cpu, refusals) == (None, {0, 1, 2})
     assert header.sent == 0
     assert set(refusals.counts) == {3}
-    shared = shared_batch(batch, 1, cpu, refusals)
+    shared, alike = shared_batch(batch, 1, cpu, refusals)
+    assert alike == {0, 1, 2}
     assert header.sent == 2
     assert torch.equal(shared["x"], torch.full((4, 3), 7.0))
     assert shared["y"].shape == (4,)
@@ -257,7 +260,8 @@ def test_a_rank_that_lies_about_its_batch_is_left_out(lie: list[int], monkeypatc
 
 def test_a_batch_of_another_length_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     Header(monkeypatch, [2, 2, 0, 9, 3])
-    shared = shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 3, torch.device("cpu"), Refusals("batches"))
+    shared, alike = shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 3, torch.device("cpu"), Refusals("batches"))
+    assert alike == {0, 1, 2, 3}
     assert shared["x"].shape == (9, 3)
 
 

@@ -43,6 +43,9 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             same everywhere and deterministic allows 0. Compared are sketches (see `lightning_byz.sketch`), which keep such distances.
         action: "raise" a `ReplicasDifferError` on all ranks, or "warn", once for every set of ranks.
         on_difference: called on rank 0 with the places of the ranks that differ.
+
+    Raises:
+        ValueError: on all ranks, if no more than half of them hold batches of one form. A rank whose batch has another form is left out, and logged.
     """
 
     def __init__(
@@ -73,9 +76,11 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             return
         subject = self.checks % trainer.world_size
         self.checks += 1
-        shared = shared_batch(batch, subject, trainer.strategy.root_device, self._refusals)
+        shared, alike = shared_batch(batch, subject, trainer.strategy.root_device, self._refusals)
+        if subject not in alike:
+            return
         sketches = torch.stack(gathered(self._gradient(trainer, pl_module, shared, batch_idx)))
-        odd = outliers(sketches, self.tolerance)
+        odd = [rank for rank in outliers(sketches, self.tolerance) if rank in alike]
         if odd:
             message = (
                 f"Batch {self._batches}: all ranks computed the gradient of rank {subject}'s micro-batch. {named(odd, self._places)} The same input and "
@@ -118,11 +123,13 @@ def outliers(sketches: Tensor, tolerance: float) -> list[int]:
     return odd
 
 
-def shared_batch(batch: Any, subject: int, device: torch.device, refusals: Refusals) -> Any:
+def shared_batch(batch: Any, subject: int, device: torch.device, refusals: Refusals) -> tuple[Any, set[int]]:
     """Rank ``subject``'s batch, on every rank: its tensors, in the containers of this rank's own batch. A collective.
 
-    None, on all ranks, if what the subject says of its tensors is not what most ranks say, or they would be `_MUCH` times as large as
-    the median rank's; None on a rank whose own batch is the odd one.
+    Returns:
+        the batch, and the ranks, the same everywhere, whose own are made like those of most ranks: of the same number of tensors, of the
+        same dtypes and numbers of dimensions, not `_MUCH` times as large as the median rank's. Others are left out: the
+        batch is None on these ranks, and on all ranks if the subject is among them.
 
     Raises:
         ValueError: on all ranks, if no more than half of the batches are made of the same number of tensors, of the same dtypes and
@@ -141,22 +148,30 @@ def shared_batch(batch: Any, subject: int, device: torch.device, refusals: Refus
             "in the ranks' batches. Leave DuplicateBatchCheck out."
         )
     sizes = sorted(sum(leaf.nbytes for leaf in named) for named, kind in zip(said, kinds, strict=True) if named and kind == common)
+    most = _MUCH * max(sizes[len(sizes) // 2], 1)
+    alike = {
+        rank
+        for rank, (leaves_there, kind) in enumerate(zip(said, kinds, strict=True))
+        if leaves_there is not None and kind == common and sum(leaf.nbytes for leaf in leaves_there) <= most
+    }
+    for rank, leaves_there in enumerate(said):
+        if rank not in alike and leaves_there is not None:
+            refusals.note(rank, "It is not made like those of most ranks.")
     theirs = said[subject]
-    if theirs is None or kinds[subject] != common or sum(leaf.nbytes for leaf in theirs) > _MUCH * max(sizes[len(sizes) // 2], 1):
-        refusals.note(subject, "Its batch is not like those of most ranks.")
-        return None
+    if theirs is None or subject not in alike:
+        return None, alike
     rank, received = dist.get_rank(), []
     for i, leaf in enumerate(theirs):
         sent = leaves[i].detach().contiguous() if rank == subject else torch.empty(leaf.shape, dtype=leaf.dtype)
         sent = sent.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(sent, src=subject)
         received.append(sent)
-    if kinds[rank] != common:
-        return None
+    if rank not in alike:
+        return None, alike
     queue = iter(zip(received, leaves, strict=True))
 
     def replaced(leaf: Tensor) -> Tensor:
         sent, own = next(queue)
         return sent.to(own.device)
 
-    return apply_to_collection(batch, Tensor, replaced)
+    return apply_to_collection(batch, Tensor, replaced), alike
