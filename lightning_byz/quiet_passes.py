@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_byz import rng
-from lightning_byz.batches import split_batch
+from lightning_byz.batches import BatchSplitter
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.step_logs import WorkerLog
@@ -185,7 +185,11 @@ class _Parted(Protocol):
 
 @contextmanager
 def whole_data(
-    loader: Any, workers: Sequence[int], key: tuple[int, int], device: torch.device
+    loader: Any,
+    workers: Sequence[int],
+    key: tuple[int, int],
+    device: torch.device,
+    by_hand: Callable[[Any, int], Any] | None = None,
 ) -> Iterator[Iterator[Sequence[Any]]]:
     """A second pass over the training data, beside the one that is under way, which does not notice.
 
@@ -196,6 +200,7 @@ def whole_data(
         workers: the local workers.
         key: seed and step.
         device: whose random state is to be kept.
+        by_hand: how the module cuts a batch, see `BatchSplitter`.
 
     Yields:
         an iterator over one batch, or None, for each local worker. With WorkerSampler these are the worker's own part, every sample
@@ -217,20 +222,22 @@ def whole_data(
     with random_states_kept(device):
         _seed_everything(keyed_seed("full data", *key))
         try:
-            yield _parts(loader, workers, key)
+            yield _parts(loader, workers, key, BatchSplitter(loader, len(workers), by_hand))
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
 
 
-def _parts(loader: DataLoader[Any], workers: Sequence[int], key: tuple[int, int]) -> Iterator[Sequence[Any]]:
+def _parts(
+    loader: DataLoader[Any], workers: Sequence[int], key: tuple[int, int], splitter: BatchSplitter
+) -> Iterator[Sequence[Any]]:
     sampler = loader.sampler
     if isinstance(sampler, _Parted):
         streams = [iter(_again(loader, _chunks(sampler, worker, key), (*key, worker))) for worker in workers]
         yield from zip_longest(*streams)
         return
     for batch in _again(loader, loader.batch_sampler, key):
-        yield split_batch(batch, len(workers)) if len(workers) > 1 else [batch]
+        yield splitter.split(batch) if len(workers) > 1 else [batch]
 
 
 def _chunks(sampler: _Parted, worker: int, key: tuple[int, int]) -> list[list[int]]:

@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_byz.buffers import shared_tensors
 from lightning_byz.compressors import Field
+from lightning_byz.parsing import Refusals, described, read_tensor
 from lightning_byz.setup_checks import UnsupportedSetupError
 from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError
 from lightning_byz.transports.parameter_server.protocol import fingerprint
@@ -27,10 +27,6 @@ from lightning_byz.transports.wire import pack, packed_size, unpack
 log = logging.getLogger("lightning_byz")
 
 _POSITION = "lightning_byz_position"
-_DTYPES = (
-    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
-    *(torch.uint8, torch.bool, torch.complex64, torch.complex128),
-)
 
 
 class ServedRun:
@@ -51,6 +47,7 @@ class ServedRun:
         self.snapshot_path: str | None = None
         self._for_ranks: list[int] = []
         self._metrics: list[tuple[Any, Any, Any]] = []
+        self._refusals = Refusals("gathered tensors", "rank")
 
     # -- the beginning and the end --------------------------------------------------------------------------------------
 
@@ -180,12 +177,13 @@ class ServedRun:
 
         Args:
             tensor: this rank's.
-            same_shape: whether the others' have to have its shape.
+            same_shape: whether the others' have to have its shape; else its sizes but for the first dimension's.
         """
-        body = _described(tensor)
+        body = described(tensor)
         most = self.transport.largest_message if not same_shape else len(body)
         bodies = self.transport.from_everybody("gather tensors", body, most)
-        tensors = [read for read in (_read(body, tensor, same_shape) for body in bodies.values()) if read is not None]
+        heard = [self._refusals.read(rank, read_tensor, body, tensor, same_shape) for rank, body in bodies.items()]
+        tensors = [read for read in heard if read is not None]
         return tensors or [tensor]
 
     def decide(self, decision: bool, everybody: bool) -> bool:
@@ -244,32 +242,6 @@ class ServedRun:
             for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
                 everybody[i].setdefault(w + other * share, {})[name] = tensor
         return everybody, states
-
-
-def _described(tensor: Tensor) -> bytes:
-    """A tensor's dtype, shape and values."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype not in _DTYPES:
-        raise UnsupportedSetupError(f"A parameter server gathers ordinary tensors. Found {tensor.dtype}.")
-    head = struct.pack(f"<BB{tensor.ndim}Q", _DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape)
-    return head + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _read(body: bytes, like: Tensor, same_shape: bool) -> Tensor | None:
-    """The tensor that `_described` described, where it has the dtype of another one and its shape or its number of dimensions; else None."""
-    ndim = body[1] if len(body) >= 2 else 255
-    start = 2 + 8 * ndim
-    if len(body) < start or ndim != like.ndim or body[0] >= len(_DTYPES) or _DTYPES[body[0]] != like.dtype:
-        return None
-    shape = struct.unpack_from(f"<{ndim}Q", body, 2)
-    numel = 1
-    for size in shape:
-        numel *= size
-    if numel * like.element_size() != len(body) - start or (same_shape and shape != tuple(like.shape)):
-        return None
-    if numel == 0:
-        return like.new_empty(shape)
-    return torch.frombuffer(bytearray(body[start:]), dtype=torch.uint8).view(like.dtype).view(shape).to(like.device)
 
 
 def surviving_launcher(base: Any, served: ServedRun) -> Any:

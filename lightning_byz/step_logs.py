@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Field
+from lightning_byz.parsing import FLAGS, Refusals, StepRow, logged_names, step_row
+from lightning_byz.reductions import REDUCTIONS, Reduction, is_finite, over_finite, reduction
 from lightning_byz.transports import Transport
 
 
@@ -31,18 +34,26 @@ class WorkerLog:
         calls: its logged values, in order.
         loss: its loss, a detached 0-d tensor, or None if it gave none.
         samples: number of samples of its batch.
+        sizes: the ``batch_size`` of values that were logged with one, by name.
+        float64: names of values that have this precision, as Lightning would keep them.
     """
 
     calls: list[Call] = field(default_factory=list)
     loss: Tensor | None = None
     samples: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    float64: set[str] = field(default_factory=set)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training_step leaves its graph here, as it does for Lightning's own log
     def record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Stands in for ``LightningModule.log``."""
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
-        self.samples = kwargs.get("batch_size") or self.samples
+        if kwargs.get("batch_size"):
+            self.sizes[name] = int(kwargs["batch_size"])
+        kept = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.float64)
+        if (value.dtype if kept else torch.get_default_dtype()) == torch.float64:
+            self.float64.add(name)
 
 
 def _number(value: Any) -> Tensor | None:
@@ -57,40 +68,36 @@ def _number(value: Any) -> Tensor | None:
 _NOT_LOGGED = -1.7976931348623157e308
 """Stands for "this worker did not log it": the lowest float64, which no honest metric takes."""
 
-_LOG_ARGUMENTS = frozenset(
-    {"prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "add_dataloader_idx", "batch_size"}
-    | {"metric_attribute", "rank_zero_only", "sync_dist_group"}
-)
-
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.mean,
-    "avg": torch.mean,
-    "sum": torch.sum,
-    "max": torch.max,
-    "amax": torch.max,
-    "min": torch.min,
-    "amin": torch.min,
-}
-
-
 class StepLogs:
     """Reduces the workers' logged values to one each.
 
     Every rank says what it logged in one small collective, which all ranks enter after every training step, whether they logged
-    anything or not: a worker that skips a ``self.log`` cannot leave the others waiting. Names travel as JSON, only when they change.
+    anything or not: a worker that skips a ``self.log`` cannot leave the others waiting. Names travel as JSON, only when one is new.
+    What cannot be an honest worker's is taken for its silence.
 
     Attributes:
         loss: the median of the workers' finite losses in the last step, or None.
         skipped: logged values that were not finite, and so left out, by name.
+        refusals: what was refused of each worker.
     """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._kwargs: dict[str, dict[str, Any]] = {}
+        self._float64: set[str] = set()
+        self._learned: set[str] = set()  # names that were logged in the way that others log them
         self.loss: Tensor | None = None
         self.skipped: dict[str, int] = {}
+        self.refusals = Refusals("logged values")
 
-    def reduce(self, logs: Sequence[WorkerLog], transport: Transport, honest: Sequence[bool], device: torch.device) -> list[Call]:
+    def reduce(
+        self,
+        logs: Sequence[WorkerLog],
+        transport: Transport,
+        honest: Sequence[bool],
+        device: torch.device,
+        silenced: Collection[int] = (),
+    ) -> list[Call]:
         """One call for every name that some worker logged, with the honest workers' reduced value.
 
         Args:
@@ -98,82 +105,119 @@ class StepLogs:
             transport: the run's transport.
             honest: for all n workers, whether they count (a simulation knows; else all do).
             device: where to gather.
+            silenced: workers in quarantine, of whom nothing is taken; the same on every rank.
         """
-        numbers: list[dict[str, Tensor]] = []
+        spoken: list[dict[str, Tensor]] = []
         own: list[Call] = []  # values that reduce themselves
         for log in logs:
-            spoken: dict[str, list[Tensor]] = {}
+            said: dict[str, list[Tensor]] = {}
             for call in log.calls:
                 number = _number(call.value)
                 if number is None:
                     own = [other for other in own if other.name != call.name] + [call]
                 else:
-                    spoken.setdefault(call.name, []).append(number.cpu())
-                    self._kwargs[call.name] = call.kwargs
-            numbers.append({name: _reduction(self._kwargs[name])(torch.stack(values)) for name, values in spoken.items()})
-        local = sorted({name for values in numbers for name in values})
+                    said.setdefault(call.name, []).append(number.cpu())
+                    self._note_kwargs(call)
+            self._float64 |= log.float64
+            spoken.append({name: _reduction(self._kwargs[name]).of(torch.stack(values)) for name, values in said.items()})
+        local = {name for values in spoken for name in values}
 
-        gathered = self._gather(logs, numbers, local, transport, device)
-        if gathered is None:  # somebody logged a name that is new
-            self._names = self._union(local, transport, device)
-            gathered = self._gather(logs, numbers, local, transport, device)
-            assert gathered is not None
-        table, losses, samples = gathered
+        rows = self._gather(logs, spoken, local, transport, device, silenced)
+        news = [worker for worker, row in enumerate(rows) if row is not None and not row.known]
+        if news:
+            self._learn(local, news, transport, device)
+            rows = self._gather(logs, spoken, local, transport, device, silenced)
 
-        finite = losses[torch.isfinite(losses)]
+        losses = torch.tensor([torch.nan if row is None else row.loss for row in rows], dtype=torch.float64)
+        finite = losses[is_finite(losses)]
         self.loss = None if not len(finite) else torch.quantile(finite, 0.5).to(device)
-        counted = torch.tensor(list(honest))
-        batch_size = int(samples[counted].sum()) or 1
+        counted = [row for row, counts in zip(rows, honest, strict=True) if row is not None and counts]
         calls = []
-        for name, column in zip(self._names, table.unbind(1), strict=True):
-            if name not in self._kwargs or bool((column == _NOT_LOGGED).all()):
+        for i, name in enumerate(self._names):
+            if name not in self._kwargs or all(row is None or row.values[i] == _NOT_LOGGED for row in rows):
                 continue
             kwargs = {key: value for key, value in self._kwargs[name].items() if key != "sync_dist"}
-            said = counted & (column != _NOT_LOGGED)
-            good = said & torch.isfinite(column)
-            if int(said.sum() - good.sum()):
-                self.skipped[name] = self.skipped.get(name, 0) + int(said.sum() - good.sum())
-            value = _reduction(kwargs)(column[good]) if bool(good.any()) else torch.tensor(torch.nan)
-            calls.append(Call(name, value.float(), {**kwargs, "batch_size": batch_size}))
+            column = torch.tensor([row.values[i] for row in counted if row.values[i] != _NOT_LOGGED], dtype=torch.float64)
+            skipped = int((~is_finite(column)).sum())
+            if skipped:
+                self.skipped[name] = self.skipped.get(name, 0) + skipped
+            value = over_finite(column, _reduction(kwargs)) if skipped < len(column) else torch.tensor(torch.nan)
+            precision = torch.float64 if name in self._float64 else torch.float32
+            size = sum(row.sizes[i] for row in counted) or 1
+            calls.append(Call(name, value.to(precision), {**kwargs, "batch_size": size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
+
+    def _note_kwargs(self, call: Call) -> None:
+        """How a value is logged here. Lightning wants it to be logged in one way, so a way that was learned from others stays."""
+        if call.name not in self._learned:
+            self._kwargs[call.name] = call.kwargs
 
     def state(self) -> dict[str, dict[str, Any]]:
         """The names that all ranks know, and how they are logged."""
-        return {name: _plain(self._kwargs[name]) for name in self._names if name in self._kwargs}
+        return {name: self._described(name) for name in self._names if name in self._kwargs}
 
     def load(self, state: dict[str, dict[str, Any]]) -> None:
         """Restores what `state` gave, on every rank or on one that comes late."""
-        self._names, self._kwargs = sorted(state), {name: dict(kwargs) for name, kwargs in state.items()}
+        self._names, self._kwargs, self._float64, self._learned = sorted(state), {}, set(), set()
+        for name, described in state.items():
+            self._take(name, described)
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return {**_plain(self._kwargs[name]), **({"float64": True} if name in self._float64 else {})}
+
+    def _take(self, name: str, described: dict[str, Any]) -> None:
+        """Logs a name as somebody else does."""
+        self._kwargs[name] = {key: value for key, value in described.items() if key != "float64"}
+        if described.get("float64"):
+            self._float64.add(name)
 
     def _gather(
         self,
         logs: Sequence[WorkerLog],
-        numbers: Sequence[dict[str, Tensor]],
-        local: Sequence[str],
+        spoken: Sequence[dict[str, Tensor]],
+        local: Collection[str],
         transport: Transport,
         device: torch.device,
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(values ``[n, names]``, losses ``[n]``, samples ``[n]``), or None if not all names are known everywhere."""
+        silenced: Collection[int],
+    ) -> list[StepRow | None]:
+        """All n workers' rows; None for one that was not heard, or makes no sense."""
         known = set(local) <= set(self._names)
         messages = []
-        for log, values in zip(logs, numbers, strict=True):
+        for log, values in zip(logs, spoken, strict=True):
             head = torch.tensor([float(known), float(log.samples)], dtype=torch.float64, device=device)
             loss = torch.nan if log.loss is None else log.loss
-            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names)]
+            sizes = [float(log.sizes.get(name, log.samples)) for name in self._names]
+            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names), *sizes]
             numbers_on_device = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(()) for number in body]
             messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
-        layout = [Field((3 + len(self._names),), torch.float64)]
-        unheard = torch.tensor([1.0, 0.0, torch.nan, *[_NOT_LOGGED] * len(self._names)], dtype=torch.float64)
-        table = torch.stack([unheard if row is None else row[0].cpu() for row in transport.gather(messages, layout)])
-        if not bool((table[:, 0] == 1).all()):
-            return None
-        return table[:, 3:], table[:, 2], table[:, 1]
+        layout = [Field((3 + 2 * len(self._names),), torch.float64)]
+        return [
+            None if heard is None or worker in silenced else self.refusals.read(worker, step_row, heard[0].tolist())
+            for worker, heard in enumerate(transport.gather(messages, layout))
+        ]
 
-    def _union(self, local: Sequence[str], transport: Transport, device: torch.device) -> list[str]:
-        """All names that any rank knows. A rank that has not logged one itself learns how the others log it."""
-        text = json.dumps(
-            {name: _plain(self._kwargs[name]) for name in sorted({*local, *self._names} & self._kwargs.keys())}
-        ).encode()
+    def _learn(self, local: Collection[str], news: Sequence[int], transport: Transport, device: torch.device) -> None:
+        """All ranks learn all names, and how most log them. ``news``: the workers that say that they have new ones."""
+        described = {name: self._described(name) for name in sorted({*local, *self._names} & self._kwargs.keys())}
+        everybody = self._texts(json.dumps(described).encode(), transport, device)
+        ways = dict[str, Counter[str]]()
+        for worker, said in enumerate(everybody):
+            new = [] if said is None else [name for name in said if name not in self._names]
+            if worker in news and not new:
+                self.refusals.note(worker, "It claims to log something new, and does not say what.")
+            for name in new:
+                if name in ways or len(self._names) + len(ways) < _MOST_NAMES:
+                    ways.setdefault(name, Counter())[json.dumps((said or {})[name], sort_keys=True)] += 1
+                else:
+                    self.refusals.note(worker, f"At most {_MOST_NAMES} names are logged. Found more, such as {name[:80]!r}.")
+        self._names = sorted([*self._names, *ways])
+        for name, counts in ways.items():
+            if name not in self._kwargs:
+                self._take(name, json.loads(counts.most_common(1)[0][0]))
+                self._learned.add(name)
+
+    def _texts(self, text: bytes, transport: Transport, device: torch.device) -> list[dict[str, dict[str, Any]] | None]:
+        """What all n workers say of their names; None for one that was not heard, or makes no sense."""
         copies = transport.workers_per_process
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
         heard = transport.gather([[size]] * copies, [Field((1,), torch.int64)])
@@ -181,38 +225,27 @@ class StepLogs:
         longest = max(sizes)
         padded = torch.zeros(longest, dtype=torch.uint8, device=device)
         padded[: len(text)] = torch.frombuffer(bytearray(text[:longest]), dtype=torch.uint8).to(device)
-        names: set[str] = set()
-        for length, data in zip(sizes, transport.gather([[padded]] * copies, [Field((longest,), torch.uint8)]), strict=True):
-            theirs = {} if data is None else _understood(bytes(data[0][:length].cpu().tolist()))
-            names.update(theirs)
-            self._kwargs = {**theirs, **self._kwargs}
-        return sorted(names)
+        received = transport.gather([[padded]] * copies, [Field((longest,), torch.uint8)])
+        return [
+            None if data is None else self.refusals.read(worker, logged_names, bytes(data[0][:length].cpu().tolist()))
+            for worker, (length, data) in enumerate(zip(sizes, received, strict=True))
+        ]
 
 
 _LONGEST_TEXT = 1 << 20
 """Bytes of names that are read from one worker."""
 
-
-def _understood(text: bytes) -> dict[str, dict[str, Any]]:
-    """What a worker says of the names that it logs; nothing, if it makes no sense."""
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(said, dict) or not all(
-        isinstance(kwargs, dict) and set(kwargs) <= _LOG_ARGUMENTS for kwargs in said.values()
-    ):
-        return {}
-    return said
+_MOST_NAMES = 10_000
+"""Names that a run logs in training steps, at most."""
 
 
-def _reduction(kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """How a ``self.log`` call wants its values reduced."""
-    return _REDUCTIONS.get(_plain(kwargs)["reduce_fx"], torch.mean)
+def _reduction(kwargs: dict[str, Any]) -> Reduction:
+    """How a ``self.log`` call wants its values reduced. Lightning refuses functions that `reduction` does not know, once it is told to log."""
+    return reduction(kwargs.get("reduce_fx", "mean")) or REDUCTIONS["mean"]
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``self.log`` call that are numbers, strings or flags, as JSON can carry them."""
-    plain = {key: value for key, value in kwargs.items() if value is None or isinstance(value, (bool, int, float, str))}
-    reduce_fx = kwargs.get("reduce_fx", "mean")
-    return {**plain, "reduce_fx": reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "mean")}
+    """The arguments of a ``self.log`` call that others need to log the same, as JSON can carry them."""
+    flags = {key: None if value is None else bool(value) for key, value in kwargs.items() if key in FLAGS}
+    attribute = {key: value for key, value in kwargs.items() if key == "metric_attribute" and isinstance(value, str)}
+    return {**flags, **attribute, "reduce_fx": _reduction(kwargs).name}

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_byz import rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
-from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.batches import BatchSplitter, batch_size
 from lightning_byz.buffers import WorkerBuffers, shared_tensors
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
@@ -35,6 +35,7 @@ from lightning_byz.gradients import FlatParameters
 from lightning_byz.outputs import joined
 from lightning_byz.overlap import obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
+from lightning_byz.reductions import is_finite, over_finite, reduction
 from lightning_byz.roll_call import RollCall
 from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import (
@@ -206,8 +207,10 @@ class RobustStrategy(_Base):
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
+        self._weighed: _Weighed | None = None
         self._buffers: WorkerBuffers | None = None
         self._attributes: WorkerAttributes | None = None
+        self._splitter: BatchSplitter | None = None
         if self.sync is not None:
             self.sync.forget()
         self._forget_passes()
@@ -496,11 +499,11 @@ class RobustStrategy(_Base):
         elif self.workers_per_process == 1:
             parts = [batch]
         else:
-            parts = split_batch(batch, self.workers_per_process)
+            parts = self._batches.split(batch)
             if self._micro_step == 0 and parts[-1] is None:
                 raise ValueError(
                     f"The first batch should have at least one sample for each of the {self.workers_per_process} in-process "
-                    f"workers. Found {batch_size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
+                    f"workers. Found {self._batches.size(batch)}. Use a larger batch_size, or a smaller workers_per_process."
                 )
 
         cohort = torch.ones(self.n, dtype=torch.bool)
@@ -521,7 +524,7 @@ class RobustStrategy(_Base):
         logs: list[WorkerLog] = []
         outputs: list[Any] = []
         for i, (worker, part) in enumerate(zip(workers, parts, strict=True)):
-            logs.append(WorkerLog(samples=0 if part is None else batch_size(part) or 1))
+            logs.append(WorkerLog(samples=self._batches.size(part)))
             outputs.append(None)
             if part is None:
                 continue
@@ -548,7 +551,8 @@ class RobustStrategy(_Base):
         trainer = module.trainer
         ends = ", the last one of its epoch" if trainer.is_last_batch and trainer.max_epochs != -1 else ""
         transport.meet(f"training step {self._micro_step}{ends}")
-        for call in self._step_logs.reduce(logs, transport, honest, self.root_device):
+        silenced = set().union(*(exchange.quarantined for exchange in self.exchanges))
+        for call in self._step_logs.reduce(logs, transport, honest, self.root_device, silenced):
             self._log_once(call)
         self._micro_step += 1
         if not module.automatic_optimization:
@@ -565,6 +569,16 @@ class RobustStrategy(_Base):
                 f"{self.workers_per_process}) share it, so that this happens once for each of them in every step. Do it in "
                 "on_train_batch_end, or use one worker per process."
             )
+
+    @property
+    def _batches(self) -> BatchSplitter:
+        """How batches of the present loader are cut among this process's workers."""
+        module = self.lightning_module
+        assert module is not None
+        if self._splitter is None or self._splitter.loader is not module.trainer.train_dataloader:
+            by_hand = getattr(module, "split_batch", None)
+            self._splitter = BatchSplitter(module.trainer.train_dataloader, self.workers_per_process, by_hand)
+        return self._splitter
 
     def _attacked(self, worker: int, step: int, part: Any) -> Any:
         """A worker's part of the batch, as data attacks leave it; None stays None."""
@@ -617,14 +631,15 @@ class RobustStrategy(_Base):
         totals = [MeanGradient() for _ in workers]
         if all(part is None for part in parts):
             return [None for _ in workers]
-        with whole_data(trainer.train_dataloader, workers, (round.seed, round.step), self.root_device) as batches:
+        key, by_hand = (round.seed, round.step), self._batches.by_hand
+        with whole_data(trainer.train_dataloader, workers, key, self.root_device, by_hand) as batches:
             for b, batch_of in enumerate(itertools.islice(batches, limit)):
                 for i, (worker, batch) in enumerate(zip(workers, batch_of, strict=True)):
                     if batch is None or parts[i] is None:
                         continue
                     batch = self._attacked(worker, round.step, self._to_device(batch))
                     done = passes.gradient(layout, i, (*self._rng_key(worker), 1 + b), (batch, *rest), kwargs)
-                    totals[i].add(done, batch_size(batch) or 1)
+                    totals[i].add(done, self._batches.size(batch))
         return [total.result() for total in totals]
 
     def _trusted_gradient(
@@ -897,32 +912,34 @@ class RobustStrategy(_Base):
         return objects[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others."""
+        """Reduces over the ranks, leaving out values that are nan or inf, as long as there are others.
+
+        Lightning reduces a metric's mean in two calls: the sum of the values, then that of their weights, an integer. So the mean of
+        an integer right after one of floating-point numbers is over the ranks whose number was finite, and exact.
+        """
         if not isinstance(tensor, Tensor) or self._alone():
             return tensor
-        name = str(getattr(reduce_op, "name", reduce_op)).lower().removeprefix("redoptype.").rpartition(".")[2]
-        if name not in ("mean", "avg", "sum", "max", "min", "product"):
+        how = reduction(reduce_op)
+        if how is None:
             raise ValueError(f"`reduce_op` should be one of mean, sum, max, min, product. Found {reduce_op!r}.")
         if self._served is not None:
             received = self._served.gather(tensor)
-            ranks = len(received)
         else:
-            ranks = dist.get_world_size(group)
-            received = [torch.empty_like(tensor) for _ in range(ranks)]
+            received = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
             with self._met("reduce", group):
                 dist.all_gather(received, tensor.contiguous(), group=group)
         values = torch.stack(received)
-        finite = torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
+        finite, weighed, self._weighed = is_finite(values), self._weighed, None
         if not bool(finite.all()):
-            _warn(f"byzantine_robust: {int((~finite).sum())} of {ranks} values of a reduction were not finite and left out.")
-        count = finite.sum(0)
-        neutral = {"max": -torch.inf, "min": torch.inf, "product": 1.0}.get(name, 0.0)
-        kept = torch.where(finite, values, torch.full_like(values, neutral)) if not bool(finite.all()) else values
-        if name in ("mean", "avg"):
-            total = kept.sum(0)
-            return total / count if total.is_floating_point() else total // ranks
-        result = _REDUCTIONS[name](kept)
-        return torch.where(count > 0, result, values[0]).to(tensor.dtype)
+            _warn(f"byzantine_robust: {int((~finite).sum())} of {len(received)} values of a reduction were not finite and left out.")
+        if how.name != "mean":
+            return over_finite(values, how)
+        if values.is_floating_point():
+            self._weighed = _Weighed(finite, values.dtype)
+        elif weighed is not None and weighed.finite.shape == values.shape:
+            total = torch.where(weighed.finite, values, 0).sum(0).double()
+            return (total / weighed.finite.sum(0)).to(weighed.dtype)
+        return over_finite(values, how)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if self._alone():
@@ -1068,12 +1085,11 @@ class RobustStrategy(_Base):
             rng.restore(self.root_device, saved["rng"][self.global_rank])
 
 
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda values: values.sum(0),
-    "max": lambda values: values.amax(0),
-    "min": lambda values: values.amin(0),
-    "product": lambda values: values.prod(0),
-}
+class _Weighed(NamedTuple):
+    """A mean over ranks whose weights are yet to come: which values were finite, and their dtype."""
+
+    finite: Tensor
+    dtype: torch.dtype
 
 
 def is_robust(strategy: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_byz.parsing import text
+
 _LENGTH = 256
 """Bytes that a rank says about itself."""
 
@@ -43,21 +45,21 @@ def describe(device: torch.device) -> str:
 
 
 def whereabouts(
-    device: torch.device, gather: Callable[[Tensor], Sequence[Tensor]], workers_per_process: int = 1
+    device: torch.device, gather: Callable[[Tensor], Sequence[Tensor | None]], workers_per_process: int = 1
 ) -> list[Whereabouts]:
     """Where all workers run; a collective.
 
     Args:
         device: of this process.
-        gather: from this process's tensor, uint8 on the CPU, to those of all processes, in the order of ranks.
+        gather: from this process's tensor, uint8 on the CPU, to those of all processes, in the order of ranks; None for one not heard.
         workers_per_process: workers in one process.
     """
-    said = f"{platform.node()}\n{describe(device)}".encode()[:_LENGTH]
+    own = f"{platform.node()}\n{describe(device)}".encode()[:_LENGTH]
     padded = torch.zeros(_LENGTH, dtype=torch.uint8)
-    padded[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    padded[: len(own)] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
     places = []
     for rank, data in enumerate(gather(padded)):
-        host, _, name = bytes(data.tolist()).rstrip(b"\0").decode(errors="replace").partition("\n")
-        host, name = ("".join(c if c.isprintable() else "?" for c in text) for text in (host, name))  # it goes into logs
+        said = "?\n?" if data is None else text(bytes(data.tolist()), _LENGTH)  # it goes into logs
+        host, name = (line.replace("\n", "?") for line in said.partition("\n")[::2])
         places += [Whereabouts(rank * workers_per_process + i, rank, host, name) for i in range(workers_per_process)]
     return places

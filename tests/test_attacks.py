@@ -1,11 +1,17 @@
 """Laws over every attack in the zoo, above all: each does harm where it says it does."""
 
+import dataclasses
+import math
+from collections import OrderedDict, UserDict, defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from zoo import ATTACKS, each, laws, rows_for, scene_of
 
 from lightning_byz.aggregators import CGE, CoordinateMedian
@@ -182,6 +188,140 @@ def test_label_flip_of_signs_and_of_two_classes():
 
 def test_label_flip_leaves_ignored_labels_ignored():
     assert LabelFlip(num_classes=10).flip(torch.tensor([-100, 3])).tolist() == [-100, 6]
+
+
+def flipped_one_by_one(labels, classes, ignored=()):
+    """Class indices, the slow way."""
+    flat = [y if y < 0 or y in ignored else classes - 1 - y for y in labels.flatten().tolist()]
+    return torch.tensor(flat).reshape(labels.shape)
+
+
+@laws
+@given(st.data(), st.integers(2, 30), st.sampled_from([(5,), (4, 3), (2, 3, 3)]))
+def test_label_flip_is_the_same_on_indices_and_on_distributions(data, classes, shape):
+    """One-hot and smoothed labels, along dimension 1 or the last; their arg max flips as indices do. Twice is not at all."""
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=math.prod(shape), max_size=math.prod(shape))))
+    labels = labels.reshape(shape)
+    flip = LabelFlip(classes).flip
+    expected = flipped_one_by_one(labels, classes)
+    if classes in shape:  # class indices of such a shape may look like distributions
+        return
+    for dtype in (torch.int64, torch.int32, torch.uint8, torch.float32, torch.float64):
+        assert torch.equal(flip(labels.to(dtype)), expected.to(dtype))
+    one_hot = nn.functional.one_hot(labels, classes)
+    for hot in (one_hot, one_hot.movedim(-1, 1)):
+        dimension = -1 if hot is one_hot else 1
+        for kind in (hot, hot.bool(), hot.float(), 0.9 * hot.double() + 0.1 / classes, hot.half()):
+            assert torch.equal(flip(flip(kind)), kind)
+            assert flip(kind).dtype == kind.dtype
+            assert torch.equal(flip(kind).float().argmax(dimension), expected)
+
+
+def test_label_flip_of_two_classes():
+    flip = LabelFlip(2).flip
+    assert flip(torch.tensor([True, False])).tolist() == [False, True]
+    assert flip(torch.tensor([[True, True, False]])).tolist() == [[False, False, True]]  # three tasks
+    assert flip(torch.tensor([0.0, 0.25, 1.0])).tolist() == [1.0, 0.75, 0.0]  # probabilities of class 1
+    assert flip(torch.tensor([[0.0, 1.0], [1.0, 1.0]])).tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert flip(torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_labels_that_a_loss_ignores_stay():
+    labels = torch.tensor([[0, 255, 5], [20, -100, 255]])
+    assert LabelFlip(21, ignore_index=255).flip(labels).tolist() == [[20, 255, 15], [0, -100, 255]]
+    assert LabelFlip(21, ignore_index=255).flip(labels.clamp_min(0).byte()).tolist() == [[20, 255, 15], [0, 20, 255]]
+    assert LabelFlip(2, signed=True, ignore_index=0).flip(torch.tensor([-1, 0, 1])).tolist() == [1, 0, -1]
+
+
+@pytest.mark.parametrize(
+    ("attack", "labels"),
+    [
+        (LabelFlip(21), torch.tensor([0, 5, 255])),  # ignored by a loss that we do not know
+        (LabelFlip(5), torch.tensor([0, 7])),  # too few classes
+        (LabelFlip(10), torch.tensor([0.25, 3.5])),  # a regression
+        (LabelFlip(10), torch.tensor([torch.nan, 1.0])),
+        (LabelFlip(2), torch.tensor([0.5, 1.5])),
+        (LabelFlip(2), torch.tensor([-0.5, 0.5])),
+        (LabelFlip(4), torch.tensor([[1.0, 1.0, 0.0, 0.0]])),  # several classes at a time
+        (LabelFlip(4), torch.tensor([[1, 1, 0, 0]])),
+        (LabelFlip(4), torch.tensor([[True, True, False, False]])),
+        (LabelFlip(4), torch.tensor([[0.0, 0.0, 0.0, 0.0]])),
+        (LabelFlip(3), torch.tensor([True, False])),
+        (LabelFlip(1000), torch.tensor([3], dtype=torch.uint8)),  # whose new label would not fit
+        (LabelFlip(2, signed=True), torch.tensor([0, 1])),
+        (LabelFlip(2, signed=True), torch.tensor([1], dtype=torch.uint8)),
+        (LabelFlip(2), torch.tensor([1j])),
+    ],
+    ids=repr,
+)
+def test_labels_that_are_no_classes_are_refused_by_name(attack, labels):
+    with pytest.raises(ValueError, match=r"LabelFlip|Labels of"):
+        attack((torch.zeros(len(labels), 2), labels))
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 1}, {"num_classes": 3, "signed": True}, {"num_classes": 21, "ignore_index": 3}])
+def test_label_flip_settings_that_mean_nothing(settings):
+    with pytest.raises(ValueError, match="should be"):
+        LabelFlip(**settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Encoding(UserDict):
+    """As transformers' BatchEncoding: entries are attributes too."""
+
+    def __init__(self, data, encodings=None):
+        super().__init__(data)
+        self.encodings = encodings
+
+
+class NamedXY(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Graph:
+    """As torch_geometric's Data, more or less."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+@pytest.mark.parametrize("attack", [LabelFlip(10, key="y"), ShuffledLabels(key="y")], ids=repr)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict,
+        OrderedDict,
+        Encoding,
+        MappingProxyType,
+        lambda entries: defaultdict(list, entries),
+        lambda entries: Record(**entries),
+        lambda entries: Graph(**entries),
+        lambda entries: NamedXY(**entries),
+    ],
+)
+def test_labels_are_found_in_every_kind_of_batch(attack, kind):
+    x = torch.ones(4, 2)
+    batch = kind({"x": x, "y": LABELS})
+    read = (lambda b: b["y"]) if isinstance(batch, Mapping) else (lambda b: b.y)
+    out = attack(batch, torch.Generator().manual_seed(0))
+    assert type(out) is type(batch)
+    assert torch.equal(read(out).sort().values, (FLIPPED if isinstance(attack, LabelFlip) else LABELS).sort().values)
+    assert not torch.equal(read(out), LABELS)
+    assert torch.equal(read(batch), LABELS)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor([True, False]), torch.eye(2), torch.tensor([0.5, 2.5]), torch.eye(2).long()])
+def test_shuffled_labels_of_every_kind(kind):
+    out = ShuffledLabels()((torch.zeros(2, 1), kind))[1]
+    assert torch.equal(out, kind.flip(0))
+    with pytest.raises(ValueError, match="ShuffledLabels exchanges labels along their first"):
+        ShuffledLabels()((torch.zeros(2, 1), torch.tensor(1)))
 
 
 @pytest.mark.parametrize(("key", "batch"), [(3, (LABELS, LABELS)), ("y", {"x": LABELS}), ("y", LABELS), (1, (LABELS, "cat"))])

@@ -57,6 +57,21 @@ def test_the_pages_that_set_up_a_trainer():
     assert type(names["trainer"].strategy).__name__ == "ByzantineRobustStrategy"
 
 
+def test_the_module_that_splits_its_batches():
+    """The page's module, with a stand-in for torch_geometric's Batch."""
+    import lightning
+
+    class Batch(list):
+        to_data_list = list.copy
+        from_data_list = classmethod(lambda kind, graphs: kind(graphs))
+
+    names = {"L": lightning, "Batch": Batch}
+    (code,) = blocks("docs/compatibility.md", "python")
+    exec(code, names)
+    assert names["GraphModule"]().split_batch(Batch("abcde"), 3) == [["a", "d"], ["b", "e"], ["c"]]
+    assert names["GraphModule"]().split_batch(Batch("a"), 2) == [["a"], None]
+
+
 def test_the_diff_is_the_same_everywhere():
     diffs = [blocks(page, "diff") for page in ("README.md", "docs/index.md", "docs/guides/retrofit.md")]
     assert diffs[0] == diffs[1] == diffs[2]

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import random
+import re
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -14,13 +16,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from zoo import ALGORITHMS, each, laws, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack
-from lightning_byz.batches import batch_size, split_batch
+from lightning_byz.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.finite import all_finite
@@ -726,9 +729,9 @@ def test_a_record_as_long_as_the_batch_is_not_cut():
     assert first[1] == second[1] == Item(0.5, "sgd")
 
 
-def test_a_list_of_objects_that_hold_tensors_is_not_a_list_of_samples():
+def test_lists_that_default_collate_makes_hold_no_samples():
     views = [Sample(torch.arange(2)), Sample(torch.arange(2))]
-    first, second = split_batch(views, 2)
+    first, second = BatchSplitter(DataLoader(range(2)), 2).split(views)
     assert [view.x.tolist() for view in first] == [[0], [0]]
     assert [view.x.tolist() for view in second] == [[1], [1]]
 
@@ -767,7 +770,7 @@ def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (["a", "b"], "Found none in a batch of type list"),
+        ({"a": 1, "b": "text"}, "Found none in a batch of type dict"),
         (torch.tensor(1.0), "Found none"),
         ((torch.zeros(4), torch.zeros(3)), "starting with 4 and 3"),
     ],
@@ -775,6 +778,196 @@ def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
 def test_batches_that_cannot_be_split_are_refused(batch, message):
     with pytest.raises(ValueError, match=message):
         split_batch(batch, 2)
+
+
+def of_size(size, collate_fn=list):
+    """A loader of batches of this size."""
+    return DataLoader(range(size), batch_size=size, collate_fn=collate_fn)
+
+
+def sequences(lengths, mark=0):
+    """One sequence for each length, with the sample's number as its values."""
+    return [torch.full((length, 4), float(mark + i)) for i, length in enumerate(lengths)]
+
+
+def image(i, height=5, width=6):
+    return torch.full((3, height, width), float(i))
+
+
+def target(i, boxes):
+    return {"boxes": torch.full((boxes, 4), float(i)), "labels": torch.full((boxes,), i), "name": f"image{i}"}
+
+
+class Opaque:
+    """As torch_geometric's Data: no container, and holds tensors."""
+
+    def __init__(self, i):
+        self.x, self.inner = torch.full((2 + i, 3), float(i)), {"edge_index": torch.zeros(2, 5, dtype=torch.int64)}
+
+
+def numbers(item):
+    """All sample numbers in an entry that is one sample."""
+    if isinstance(item, torch.Tensor):
+        return set(item.flatten().tolist())
+    if isinstance(item, dict):
+        return set().union(*(numbers(value) for value in item.values()))
+    if isinstance(item, (list, tuple)):
+        return set().union(*map(numbers, item))
+    if isinstance(item, Opaque):
+        return numbers(item.x)
+    return {float(re.sub("[a-z]", "", item))} if isinstance(item, str) else {float(item)}
+
+
+LISTS_OF_SAMPLES = {
+    "sequences of one length": lambda n: sequences([16] * n),
+    "sequences of several lengths": lambda n: sequences([3 + i % 5 for i in range(n)]),
+    "images": lambda n: [image(i) for i in range(n)],
+    "images of several sizes": lambda n: [image(i, 4 + i, 6 - i % 3) for i in range(n)],
+    "a tuple of sequences": lambda n: tuple(sequences([16] * n)),
+    "dicts": lambda n: [{"image": image(i), **target(i, 1 + i % 3)} for i in range(n)],
+    "pairs": lambda n: [(image(i), i) for i in range(n)],
+    "objects": lambda n: [Opaque(i) for i in range(n)],
+    "texts": lambda n: [f"text{i}" for i in range(n)],
+    "records without tensors": lambda n: [{"text": f"text{i}", "label": i} for i in range(n)],
+}
+RECORDS_OF_LISTS = {
+    "detection": lambda n: ([image(i, 4 + i) for i in range(n)], [target(i, 1 + i % 3) for i in range(n)]),
+    "detection, zipped": lambda n: tuple(zip(*[(image(i), target(i, 1 + i % 3)) for i in range(n)], strict=True)),
+    "images and labels": lambda n: ([image(i) for i in range(n)], torch.arange(n)),
+    "labels one by one": lambda n: {"x": [image(i) for i in range(n)], "y": [torch.tensor(i) for i in range(n)]},
+    "sequences, lengths, names": lambda n: {
+        "x": {"sequences": sequences([3 + i % 4 for i in range(n)])},
+        "lengths": torch.arange(n),
+        "names": [f"s{i}" for i in range(n)],
+    },
+    "texts and labels": lambda n: {"text": [f"text{i}" for i in range(n)], "label": list(range(n))},
+    "texts and tokens": lambda n: {"text": [f"text{i}" for i in range(n)], "tokens": [[i] * (1 + i % 3) for i in range(n)]},
+    "arrays": lambda n: {"x": torch.arange(n), "id": np.arange(n), "names": np.array([f"s{i}" for i in range(n)])},
+}
+
+
+def held(part, inside=False):
+    """Which samples each list in a record holds; the outer tuple is a record."""
+    if isinstance(part, dict) or (isinstance(part, tuple) and not inside):
+        values = part.values() if isinstance(part, dict) else part
+        return [owners for value in values for owners in held(value, True)]
+    return [[max(numbers(entry)) for entry in part]]
+
+
+@pytest.mark.parametrize("n", [8, 7, 12])
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("name", [*LISTS_OF_SAMPLES])
+def test_lists_of_samples_are_cut_by_samples(name, n, parts):
+    splitter = BatchSplitter(of_size(n), parts)
+    for size in (n, n, parts + 1, 2):  # the last batch of an epoch is smaller
+        batch = LISTS_OF_SAMPLES[name](size)
+        cut = splitter.split(batch)
+        assert [splitter.size(part) for part in cut] == [0 if part is None else len(part) for part in cut]
+        assert all(type(part) is type(batch) for part in cut if part is not None)
+        together = [entry for part in cut if part is not None for entry in part]
+        assert len(together) == size
+        assert all(mine is theirs for mine, theirs in zip(together, batch, strict=True))
+
+
+@pytest.mark.parametrize("n", [8, 7])
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("name", [*RECORDS_OF_LISTS])
+def test_records_of_lists_are_cut_alike(name, n, parts):
+    splitter = BatchSplitter(of_size(n), parts)
+    for size in (n, parts + 1):
+        cut = splitter.split(RECORDS_OF_LISTS[name](size))
+        owners = []
+        for part in cut:
+            first, *others = held(part)
+            assert all(other == first for other in others)
+            assert splitter.size(part) == len(first)
+            owners += first
+        assert owners == list(range(size))
+
+
+@pytest.mark.parametrize("views", [2, 4, 8])
+def test_views_of_a_batch_are_fields(views):
+    """Two crops of every image, or eight: the list is as long as the crops, and every tensor as the batch."""
+    for loader, sizes in ((of_size(12), (12, 12, 5)), (DataLoader(range(12), batch_size=12), (12, 4, views))):
+        splitter = BatchSplitter(loader, 4)
+        for size in sizes:
+            cut = splitter.split([torch.arange(size)[:, None].expand(size, 3 + i % 2) for i in range(views)])
+            owners = [sample for part in cut if part is not None for sample in part[-1][:, 0].tolist()]
+            assert owners == list(range(size))
+            assert all(len(part) == views for part in cut if part is not None)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        sequences([8] * 8),  # eight sequences of eight steps, or eight fields of eight samples
+        [image(i) for i in range(3)],
+        sequences([16] * 8),  # of a loader that nobody knows
+    ],
+)
+def test_lists_that_may_be_read_both_ways_are_refused(batch):
+    loader = None if batch[0].shape[0] == 16 else of_size(len(batch))
+    with pytest.raises(ValueError, match=r"both ways.*Define split_batch\(self, batch, parts\)"):
+        BatchSplitter(loader, 3).split(batch)
+
+
+@pytest.mark.parametrize("batch", [Opaque(3), (Opaque(3), torch.zeros(4)), {"graph": Opaque(1)}])
+def test_objects_that_hide_tensors_are_refused(batch):
+    with pytest.raises(ValueError, match="Found a Opaque"):
+        BatchSplitter(of_size(4), 2).split(batch)
+
+
+@pytest.mark.parametrize("sort", [True, False])
+def test_packed_sequences_are_cut_by_sequences(sort):
+    whole = sorted(sequences([3, 1, 4, 2, 5]), key=len, reverse=True) if sort else sequences([3, 1, 4, 2, 5])
+    packed = torch.nn.utils.rnn.pack_sequence(whole, enforce_sorted=sort)
+    splitter = BatchSplitter(of_size(5), 2)
+    cut = splitter.split((packed, torch.arange(5)))
+    assert [splitter.size(part) for part in cut] == [2, 3]
+    together = [sequence for part, _ in cut for sequence in torch.nn.utils.rnn.unpack_sequence(part)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(together, whole, strict=True))
+    assert [(part.sorted_indices is None) for part, _ in cut] == [sort, sort]
+
+
+def test_nested_and_sparse_tensors_are_cut():
+    nested = torch.nested.nested_tensor(sequences([3, 1, 4, 2]), layout=torch.jagged)
+    sparse = torch.eye(4).to_sparse()
+    first, second = split_batch({"n": nested, "s": sparse}, 2)
+    assert [len(sequence) for part in (first, second) for sequence in part["n"].unbind()] == [3, 1, 4, 2]
+    assert torch.equal(torch.cat([first["s"].to_dense(), second["s"].to_dense()]), torch.eye(4))
+
+
+def test_a_mappings_own_records_are_cut_with_it():
+    class Encoding(UserDict):
+        """As transformers' BatchEncoding keeps what its tokenizer knows of each sample."""
+
+    batch = Encoding({"input_ids": torch.zeros(4, 3)})
+    batch.encodings, batch.n = ["a", "b", "c", "d"], 2
+    cut = split_batch(batch, 2)
+    assert [part.encodings for part in cut] == [["a", "b"], ["c", "d"]]
+    assert [part.n for part in cut] == [2, 2]
+    assert batch.encodings == ["a", "b", "c", "d"]
+
+
+def test_batches_of_several_loaders_are_cut_one_by_one():
+    loaders = {"a": of_size(8), "b": DataLoader(range(9), batch_size=3)}
+    splitter = BatchSplitter(loaders, 2)
+    cut = splitter.split({"a": sequences([16] * 8), "b": [torch.arange(3), torch.arange(3)]})
+    assert [len(part["a"]) for part in cut] == [4, 4]
+    assert [[field.tolist() for field in part["b"]] for part in cut] == [[[0], [0]], [[1, 2], [1, 2]]]
+    assert [splitter.size(part) for part in cut] == [4, 4]
+    exhausted = splitter.split({"a": None, "b": [torch.arange(3)]})
+    assert [part["a"] for part in exhausted] == [None, None]
+    assert [splitter.size(part) for part in exhausted] == [1, 2]
+    assert splitter.split({"a": sequences([16] * 8), "b": [torch.arange(1)]})[1] is None  # no sample of b for this worker
+
+
+def test_a_module_may_split_by_hand():
+    splitter = BatchSplitter(of_size(4), 2, lambda batch, parts: [batch[:, i::parts] for i in range(parts)])
+    assert [part.tolist() for part in splitter.split(torch.arange(8).view(2, 4))] == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    for wrong in ([1], None, "ab", iter([1, 2])):
+        with pytest.raises(ValueError, match=r"split_batch\(batch, parts\) of the LightningModule should return a list of 2 parts"):
+            BatchSplitter(None, 2, lambda batch, parts, wrong=wrong: wrong).split(torch.zeros(2))
 
 
 # -- what workers log -----------------------------------------------------------------------------------------------------
@@ -827,6 +1020,13 @@ def test_the_batch_size_that_a_worker_gives_counts():
     assert reduced(StepLogs(), [log])[1][0].kwargs["batch_size"] == 50
 
 
+def test_every_value_has_a_batch_size_of_its_own():
+    worker_logs = logs({"a": 1.0}, {"a": 1.0})
+    worker_logs[0].record("b", 1.0, batch_size=50)
+    worker_logs[1].record("b", 1.0, batch_size=7)
+    assert [call.kwargs["batch_size"] for call in reduced(StepLogs(), worker_logs)[1]] == [4, 57]
+
+
 def test_only_honest_workers_are_logged_and_their_samples_counted():
     values, calls = reduced(StepLogs(), logs({"a": 1.0}, {"a": 1e9}, {"a": 3.0}), honest=[True, False, True])
     assert values == {"a": 2.0}
@@ -857,6 +1057,169 @@ def test_the_loss_is_the_median_of_the_finite_ones():
     assert step_logs.loss == 2.0
     reduced(step_logs, logs({"loss": torch.nan}, {}))
     assert step_logs.loss is None
+
+
+class Lying:
+    """Two or more workers, of which the last ones send what ``change`` makes of worker 0's messages."""
+
+    workers_per_process = 1
+
+    def __init__(self, change, n=2):
+        self.change, self.n, self.gathers = change, n, 0
+
+    def gather(self, messages, layout):
+        assert [(tuple(t.shape), t.dtype) for t in messages[0]] == [(field.shape, field.dtype) for field in layout]
+        self.gathers += 1
+        theirs = tuple(t.clone() for t in messages[0])
+        return [messages[0]] * (self.n - 1) + [self.change(theirs)]
+
+
+def of_rows(change):
+    def changed(message):
+        if message[0].dtype == torch.float64:
+            change(message[0])
+        return message
+
+    return changed
+
+
+LIES = {
+    "it never knows a name": of_rows(lambda row: row.__setitem__(0, 0.0)),
+    "a flag that is none": of_rows(lambda row: row.__setitem__(0, 0.5)),
+    "nan samples": of_rows(lambda row: row.__setitem__(1, torch.nan)),
+    "infinitely many samples": of_rows(lambda row: row.__setitem__(1, torch.inf)),
+    "negative samples": of_rows(lambda row: row.__setitem__(1, -1e9)),
+    "half a sample": of_rows(lambda row: row.__setitem__(1, 0.5)),
+    "all nan": of_rows(lambda row: row.fill_(torch.nan)),
+    "silence": lambda message: None,
+    "no text": lambda message: (message[0] * 0,) if message[0].dtype != torch.float64 else message,
+    "a text too long": lambda message: (message[0] + 10**12,) if message[0].dtype == torch.int64 else message,
+    "a negative length": lambda message: (message[0] * 0 - 5,) if message[0].dtype == torch.int64 else message,
+    "garbage for a text": lambda message: (message[0] + 77,) if message[0].dtype == torch.uint8 else message,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_liars_row_is_silence(lie):
+    step_logs = StepLogs()
+    for value in (1.0, 2.0, 3.0):
+        log = WorkerLog(samples=8)
+        log.record("a", value)
+        log.loss = torch.tensor(value)
+        (call,) = step_logs.reduce([log], Lying(LIES[lie]), [True, True], CPU)
+        assert (call.name, float(call.value)) == ("a", value)
+        assert call.kwargs["batch_size"] in (8, 16)
+        assert step_logs.loss == value
+    assert bool(step_logs.refusals.counts.get(1)) == (lie != "silence")
+    assert not step_logs.refusals.counts.get(0)
+
+
+def test_a_liars_number_of_samples_does_not_count():
+    log = WorkerLog(samples=8)
+    log.record("a", 1.0)
+    (call,) = StepLogs().reduce([log], Lying(LIES["negative samples"]), [True, True], CPU)
+    assert call.kwargs["batch_size"] == 8
+
+
+@pytest.mark.parametrize("arguments", [{"on_step": False}, {"reduce_fx": "nothing"}, {"rank": 1}, {"prog_bar": "yes"}])
+def test_names_that_lightning_would_refuse_are_not_taken_from_others(arguments):
+    text = json.dumps({"theirs": arguments}).encode()
+
+    def change(message):
+        if message[0].dtype == torch.float64:
+            message[0][0] = 0.0
+        elif message[0].dtype == torch.int64:
+            message[0][0] = len(text)
+        else:
+            message[0][: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return message
+
+    step_logs = StepLogs()
+    log = WorkerLog(samples=8)
+    log.record("ours" * 20, 1.0)
+    calls = step_logs.reduce([log], Lying(change), [True, True], CPU)
+    assert [call.name for call in calls] == ["ours" * 20]
+    assert step_logs.refusals.counts
+
+
+def test_most_workers_say_how_a_name_is_logged():
+    """Worker 0 has not logged it itself; one of the three others says that it is a sum."""
+    texts = [json.dumps({"a": {"reduce_fx": fx}}).encode().ljust(40) for fx in ("sum", "mean", "mean")]
+
+    class Others(Lying):
+        def gather(self, messages, layout):
+            own = messages[0][0]
+            if own.dtype == torch.float64:
+                rows = [own.clone() for _ in texts]
+                for row in rows:
+                    row[0] = float(len(own) > 3)
+                    row[3:4] = 4.0
+            elif own.dtype == torch.int64:
+                rows = [torch.tensor([len(text)]) for text in texts]
+            else:
+                rows = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in texts]
+            return [messages[0], *[(row,) for row in rows]]
+
+    step_logs = StepLogs()
+    (call,) = step_logs.reduce([WorkerLog(samples=8)], Others(None, 4), [True] * 4, CPU)
+    assert (call.name, float(call.value), call.kwargs["reduce_fx"]) == ("a", 4.0, "mean")
+    log = WorkerLog(samples=8)
+    log.record("a", 4.0, reduce_fx="max")  # Lightning knows it as a mean
+    (call,) = step_logs.reduce([log], Others(None, 4), [True] * 4, CPU)
+    assert call.kwargs["reduce_fx"] == "mean"
+
+
+def test_a_run_logs_no_more_names_than_it_can(monkeypatch):
+    monkeypatch.setattr("lightning_byz.step_logs._MOST_NAMES", 3)
+    step_logs = StepLogs()
+    for step in range(3):
+        values, _ = reduced(step_logs, logs({f"a{step}": 1.0, f"b{step}": 1.0}, {"a0": 3.0}))
+        assert set(values) == {0: {"a0", "b0"}, 1: {"a0", "a1"}, 2: {"a0"}}[step]
+    assert step_logs.refusals.counts
+
+
+def test_workers_in_quarantine_are_not_logged():
+    step_logs = StepLogs()
+    worker_logs = logs({"a": 1.0, "loss": 1.0}, {"a": 1e9, "loss": 1e9}, {"a": 3.0, "loss": 3.0})
+    calls = step_logs.reduce(worker_logs, connected(3), [True] * 3, CPU, {1})
+    assert [(call.name, float(call.value), call.kwargs["batch_size"]) for call in calls] == [("a", 2.0, 4)]
+    assert step_logs.loss == 2.0
+
+
+@pytest.mark.parametrize("name", ["SUM", "Sum", "sum", torch.sum, sum])
+def test_reductions_in_capitals_are_the_same(name):
+    worker_logs = logs({}, {}, {})
+    for log, value in zip(worker_logs, (1.0, 2.0, 6.0), strict=True):
+        log.record("a", value, reduce_fx=name)
+    assert reduced(StepLogs(), worker_logs)[0] == {"a": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "kept"),
+    [
+        (torch.tensor(1 + 1e-10, dtype=torch.float64), torch.float32, torch.float64),
+        (torch.tensor(1.5), torch.float64, torch.float32),
+        (torch.tensor(1.5, dtype=torch.bfloat16), torch.float32, torch.float32),
+        (1 + 1e-10, torch.float32, torch.float32),
+        (1 + 1e-10, torch.float64, torch.float64),
+    ],
+)
+def test_logged_values_keep_their_precision(value, default, kept):
+    """As Lightning's own results keep it."""
+    before = torch.get_default_dtype()
+    step_logs, worker_logs = StepLogs(), logs({}, {})
+    torch.set_default_dtype(default)
+    try:
+        for log in worker_logs:
+            log.record("a", value)
+    finally:
+        torch.set_default_dtype(before)
+    again = StepLogs()
+    for known in (step_logs, again):
+        (call,) = known.reduce(worker_logs if known is step_logs else logs({"a": 1.0}, {"a": 2.0}), connected(2), [True] * 2, CPU)
+        assert call.value.dtype == kept
+        again.load(json.loads(json.dumps(step_logs.state())))  # what a checkpoint keeps
+    assert float(step_logs.reduce(worker_logs, connected(2), [True] * 2, CPU)[0].value) == float(torch.as_tensor(value, dtype=torch.float64).to(kept))
 
 
 def test_positional_arguments_of_log_are_named():

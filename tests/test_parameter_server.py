@@ -26,7 +26,6 @@ from zoo import ALGORITHMS, rows_for
 from lightning_byz import ByzEF21SGDM, CoordinateMedian, DStar, ParameterServer, RobustSGD, TrimmedMean
 from lightning_byz.exchange import Contribution, Exchange
 from lightning_byz.lightning import ByzantineRobustStrategy, Stragglers
-from lightning_byz.served import _described, _read
 from lightning_byz.setup_checks import UnsupportedSetupError
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
@@ -461,19 +460,3 @@ def test_refusals(tmp_path: Path) -> None:
         strategy.all_gather(torch.zeros(1), sync_grads=True)
     with pytest.raises(UnsupportedSetupError, match="broadcasts tensors, numbers, strings"):
         strategy._served.broadcast(Plain(), 0)
-
-
-def test_what_a_rank_says_its_tensor_is_is_checked() -> None:
-    like = torch.arange(6.0).view(2, 3)
-    body = _described(like)
-    assert torch.equal(_read(body, like, True), like)
-    assert _read(_described(like.T.contiguous()), like, True) is None
-    assert torch.equal(_read(_described(like[:1]), like, False), like[:1])
-    assert _read(_described(like[:0]), like, False).shape == (0, 3)
-    huge = body[:2] + (2**62).to_bytes(8, "little") * 2 + body[18:]
-    overflowing = body[:2] + (2**63).to_bytes(8, "little") + (2**63).to_bytes(8, "little")
-    for wrong in (b"", body[:1], body[:10], body[:-1], body + b"x", _described(like.double()), _described(like[0]), huge, overflowing,
-                  b"\xff" + body[1:], body[:1] + b"\xff" + body[2:]):  # fmt: skip
-        assert _read(wrong, like, False) is None
-    for value in (torch.tensor(3), torch.tensor(True), torch.zeros(2, dtype=torch.bfloat16)):
-        assert torch.equal(_read(_described(value), value, True), value)

@@ -243,6 +243,41 @@ def test_a_full_gradient_of_some_batches_takes_so_many(tmp_path: Path) -> None:
     assert sum(whole.calls) == 240 + 6 * N
 
 
+class TimeFirst(Plain):
+    """Batches ``[time, sample, ...]``, which nobody can tell from others, cut by the module itself."""
+
+    def __init__(self, by_hand: bool = True) -> None:
+        super().__init__()
+        self.shapes: list[list[int]] = []
+        if by_hand:
+            self.split_batch = lambda batch, parts: list(batch.chunk(parts, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.shapes.append(list(batch.shape))
+        return self.net(batch).square().mean()
+
+
+def test_a_module_splits_its_batches_in_full_gradient_rounds_too(tmp_path: Path) -> None:
+    samples = [torch.randn(6, 10) for _ in range(16)]
+    data = DataLoader(samples, batch_size=8, collate_fn=lambda batch: torch.stack(batch, 1))  # type: ignore[arg-type]
+    model = TimeFirst()
+    fit(tmp_path, model, strategy(Full(Mean())), data=data, max_steps=1)
+    assert model.shapes == [[6, 2, 10]] * 3 * N  # two batches of the whole data, and the step's own
+
+
+def test_samples_in_lists_are_counted_and_logged_as_samples(tmp_path: Path) -> None:
+    class Lists(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = torch.stack([self.net(x).square().mean() for x in batch]).mean()
+            self.log("count", float(len(batch)), on_step=False, on_epoch=True)
+            return loss
+
+    samples = [torch.randn(5 + i % 3, 10) for i in range(20)]
+    data = DataLoader(samples, batch_size=12, collate_fn=list)  # type: ignore[arg-type]
+    (report,) = fit(tmp_path, Lists(), strategy(RobustSGD()), data=data)
+    assert report["metrics"]["count"] == pytest.approx((3 * 12 + 2 * 8) / 20)  # per sample: parts of 3, then of 2
+
+
 def test_a_users_limit_of_batches_limits_the_full_gradient_too(tmp_path: Path) -> None:
     model = Linear()
     fit(tmp_path, model, strategy(Full(Mean())), limit_train_batches=3)

@@ -11,9 +11,10 @@ import torch
 from harness import assert_equal, fit, forked_ddp
 from models import Manual, Plain, loader
 
-from lightning_byz.callbacks.duplicate_batch_check import outliers
+from lightning_byz.callbacks.duplicate_batch_check import outliers, shared_batch
 from lightning_byz.callbacks.replica_check import checksum, minority
 from lightning_byz.lightning import ByzantineRobustStrategy, DuplicateBatchCheck, ReplicaCheck
+from lightning_byz.parsing import Refusals
 
 DIVERGED = "Different from the others: rank 2 on host"
 
@@ -170,8 +171,10 @@ def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch[:2], batch_idx)
 
-    with pytest.raises(Exception, match=r"Found \[2, 3, 2\] tensors"):
-        fit(tmp_path, Odd(), forked_ddp(), devices=3, data=loader(8), callbacks=[DuplicateBatchCheck(every_n_steps=1)])
+    with pytest.raises(Exception, match=r"Found \[2, 3\] tensors"):
+        fit(tmp_path, Odd(), forked_ddp(), devices=2, data=loader(8), callbacks=[DuplicateBatchCheck(every_n_steps=1)])
+    check = DuplicateBatchCheck(every_n_steps=1, action="raise")  # of three, the odd one is left out, and not accused
+    fit(tmp_path, Odd(), forked_ddp(), devices=3, data=loader(20), callbacks=[check])
 
 
 def test_who_is_an_outlier() -> None:
@@ -203,3 +206,66 @@ def test_what_they_refuse(tmp_path: Path) -> None:
 def test_manual_optimization_has_no_step_without_its_optimizer(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="manual optimization does not allow"):
         fit(tmp_path, Manual(), forked_ddp(), devices=2, data=loader(8), callbacks=[DuplicateBatchCheck()])
+
+
+class Header:
+    """Stands in for what ranks gather: the honest header of each, and a liar's."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lie: list[int] | None, ranks: int = 4) -> None:
+        self.lie, self.ranks, self.sent = lie, ranks, 0
+        module = "lightning_byz.callbacks.duplicate_batch_check"
+        monkeypatch.setattr(f"{module}.gathered", self.gathered)
+        monkeypatch.setattr(f"{module}.dist.get_rank", lambda: 0)
+        monkeypatch.setattr(f"{module}.dist.get_backend", lambda: "gloo")
+        monkeypatch.setattr(f"{module}.dist.broadcast", self.broadcast)
+
+    def gathered(self, own: torch.Tensor) -> list[torch.Tensor]:
+        theirs = own.clone()
+        for place, number in enumerate(self.lie or []):
+            theirs[place] = number
+        return [own] * (self.ranks - 1) + [theirs]
+
+    def broadcast(self, sent: torch.Tensor, src: int) -> None:
+        self.sent += 1
+        sent.fill_(7)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        [-1],
+        [1 << 62],
+        [2, 2, 0, -5, 3],  # [number of tensors, dimensions, dtype, sizes ...]
+        [2, 2, 0, 1 << 40, 1 << 40],
+        [2, 2, 0, 1 << 20, 3],  # much larger than the others'
+        [2, 3, 0, 4, 3, 1],
+        [2, 2, 1, 4, 3],
+        [2, 2, 99, 4, 3],
+        [2, 99, 0, 4, 3],
+    ],
+)
+def test_a_rank_that_lies_about_its_batch_is_left_out(lie: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for its tensors, nor makes room for them; the other ranks' batches are compared as before."""
+    batch, cpu = {"x": torch.zeros(4, 3), "y": torch.zeros(4)}, torch.device("cpu")
+    header, refusals = Header(monkeypatch, lie), Refusals("batches")
+    assert shared_batch(batch, 3, cpu, refusals) == (None, {0, 1, 2})
+    assert header.sent == 0
+    assert set(refusals.counts) == {3}
+    shared, alike = shared_batch(batch, 1, cpu, refusals)
+    assert alike == {0, 1, 2}
+    assert header.sent == 2
+    assert torch.equal(shared["x"], torch.full((4, 3), 7.0))
+    assert shared["y"].shape == (4,)
+
+
+def test_a_batch_of_another_length_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    Header(monkeypatch, [2, 2, 0, 9, 3])
+    shared, alike = shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 3, torch.device("cpu"), Refusals("batches"))
+    assert alike == {0, 1, 2, 3}
+    assert shared["x"].shape == (9, 3)
+
+
+def test_ranks_without_a_common_form_of_batch_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    Header(monkeypatch, [2, 3, 0, 4, 3, 1], ranks=2)
+    with pytest.raises(ValueError, match="most ranks' should hold the same number of tensors"):
+        shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 1, torch.device("cpu"), Refusals("batches"))

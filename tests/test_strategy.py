@@ -14,6 +14,7 @@ import torch
 from harness import QUIET, apart, assert_equal, averaging, cpu_amp, fit
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from lightning.pytorch.strategies import StrategyRegistry, launchers
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import GAN, CountsBatches, Manual, Plain, blobs, loader
 from torch import nn
 from torch.nn import functional as F
@@ -550,6 +551,95 @@ def test_a_second_fit_does_not_attack_twice(tmp_path: Path) -> None:
 def test_nan_under_a_loss_scaler_stops_the_run_too(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="steps in a row had too few finite gradients"):
         fit(tmp_path, AlwaysNan(), in_process(max_skipped_steps=3), max_epochs=20, **cpu_amp())
+
+
+# -- what is logged --------------------------------------------------------------------------------------------------------
+
+
+class LogsMuch(Plain):
+    """All that ``self.log`` can do, of values that are the same for every worker."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        values = {"double": torch.tensor(1 + 1e-10, dtype=torch.float64), "number": 1 + 1e-10, "half": torch.tensor(0.1).half()}
+        for name, value in values.items():
+            self.log(name, value, on_step=True, on_epoch=True, prog_bar=name == "half")
+            self.log(f"{name} on epoch", value * (batch_idx + 1), on_step=False, on_epoch=True)
+            self.log(f"{name} on step", value, prog_bar=True)
+        self.log("weighed", float(batch_idx), on_step=False, on_epoch=True, batch_size=batch_idx + 1)
+        self.log("largest", float(batch_idx), on_step=False, on_epoch=True, reduce_fx="MAX")
+        self.log("quiet", 1.0, logger=False)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_what_is_logged_is_what_plain_lightning_logs(precision: Any) -> None:
+    """Names, forks, precision and values, beside a run without this package; workers' values are alike."""
+    seen = []
+    for strategy in ("auto", in_process(4)):
+        trainer = L.Trainer(**QUIET, max_epochs=1, precision=precision, strategy=strategy)
+        trainer.fit(LogsMuch(), loader(12))
+        seen.append((trainer.callback_metrics, trainer.progress_bar_metrics, trainer.logged_metrics))
+    for plain, ours in zip(*seen, strict=True):
+        names = {name for name in plain if not name.startswith("loss")}
+        assert names == {name for name in ours if not name.startswith("loss")}
+        for name in names:
+            assert getattr(plain[name], "dtype", float) == getattr(ours[name], "dtype", float), name
+            assert float(plain[name]) == pytest.approx(float(ours[name]), rel=1e-15 if "double" in name else 1e-6), name
+    assert float(seen[1][0]["double on step"]) == 1 + 1e-10
+
+
+def test_functions_that_lightning_does_not_take_are_refused_as_there() -> None:
+    class Odd(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("a", 1.0, reduce_fx=torch.median)
+            return super().training_step(batch, batch_idx)
+
+    for strategy in ("auto", in_process(4)):
+        with pytest.raises(MisconfigurationException, match="reduce_fx"):
+            L.Trainer(**QUIET, max_epochs=1, strategy=strategy).fit(Odd(), loader(12))
+
+
+class Validates(Plain):
+    """Ranks validate unequal numbers of samples; one has a nan."""
+
+    bad = 2
+    sizes = (5, 6, 100, 9)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        rank = self.global_rank
+        loss = torch.tensor(torch.nan if rank == self.bad and batch_idx == 1 else float(rank + 1))
+        for fx in ("mean", "SUM", "max", torch.min):
+            self.log(f"val_{getattr(fx, '__name__', fx)}", loss, sync_dist=True, reduce_fx=fx, batch_size=self.sizes[rank])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("bad", [2, None])
+def test_the_weight_of_a_rank_whose_value_is_not_finite_does_not_count(bad: int | None, tmp_path: Path) -> None:
+    model = Validates()
+    model.bad = -1 if bad is None else bad
+    for report in fit(tmp_path, model, on_ranks(), devices=4, data=loader(24), val=loader(6)):
+        good = [rank for rank in range(4) if rank != bad]
+        mean = sum((rank + 1) * Validates.sizes[rank] for rank in good) / sum(Validates.sizes[rank] for rank in good)
+        assert report["metrics"]["val_mean"] == pytest.approx(mean, rel=1e-6)
+        assert report["metrics"]["val_SUM"] == 10 * sum(rank + 1 for rank in good)
+        assert report["metrics"]["val_max"] == 4
+
+
+def test_a_worker_in_quarantine_is_not_logged(tmp_path: Path) -> None:
+    class Quarantine(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            trainer.strategy.exchanges[0].quarantined.add(2)
+
+    class Worker(Plain):
+        calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            worker, self.calls = self.calls % 4, self.calls + 1
+            self.log("value", 10.0 if worker == 2 else 0.25, on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    (report,) = fit(tmp_path, Worker(), in_process(4), data=loader(12), callbacks=[Quarantine()])
+    assert report["metrics"]["value_step"] == report["metrics"]["value_epoch"] == 0.25
 
 
 # -- robustness, end to end -------------------------------------------------------------------------------------------

@@ -101,11 +101,19 @@ class ShuffledLabels(LabelAttack):
     No paper: a fault.
 
     Args:
-        key: where a batch keeps its labels: the index in a tuple or list, or the key in a dict.
+        key: where a batch keeps its labels: the index in a tuple or list, the key in a mapping, or the name of an attribute.
+
+    Raises:
+        ValueError: for labels without a dimension of samples.
     """
 
     key: int | str = 1
 
     def relabel(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        if labels.ndim == 0:
+            raise ValueError(
+                f"ShuffledLabels exchanges labels along their first dimension. Found one number at batch[{self.key!r}]. "
+                "Set `key` to where the labels are."
+            )
         cycle = torch.randperm(len(labels), generator=generator).to(labels.device)
         return labels.index_copy(0, cycle, labels[cycle.roll(1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,13 +15,17 @@ from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.callbacks.accusations import gathered
 from lightning_byz.callbacks.replicas import ReplicasCallback, named
 from lightning_byz.gradients import FlatParameters
+from lightning_byz.parsing import DIMENSIONS, Refusals, leaf_header, read_leaves
 from lightning_byz.quiet_passes import QuietPasses, random_states_kept
 from lightning_byz.sketch import Sketch
 from lightning_byz.whereabouts import Whereabouts
 from lightning_byz.worker_attributes import WorkerAttributes
 
-_LEAVES, _DIMS = 32, 8
-"""How many tensors a batch may hold, and how many dimensions each."""
+_LEAVES = 32
+"""How many tensors a batch may hold."""
+
+_LARGEST, _MUCH = 1 << 36, 64
+"""How many bytes a batch may have, and how many times as many as the median rank's."""
 
 
 class DuplicateBatchCheckCallback(ReplicasCallback):
@@ -39,6 +44,9 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             same everywhere and deterministic allows 0. Compared are sketches (see `lightning_byz.sketch`), which keep such distances.
         action: "raise" a `ReplicasDifferError` on all ranks, or "warn", once for every set of ranks.
         on_difference: called on rank 0 with the places of the ranks that differ.
+
+    Raises:
+        ValueError: on all ranks, if no more than half of them hold batches of one form. A rank whose batch has another form is left out, and logged.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
         if tolerance < 0:
             raise ValueError(f"`tolerance` should be at least 0. Found tolerance={tolerance}.")
         self.tolerance = tolerance
+        self._refusals = Refusals("batches to check", "rank")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -68,9 +77,11 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             return
         subject = self.checks % trainer.world_size
         self.checks += 1
-        shared = shared_batch(batch, subject, trainer.strategy.root_device)
+        shared, alike = shared_batch(batch, subject, trainer.strategy.root_device, self._refusals)
+        if subject not in alike:
+            return
         sketches = torch.stack(gathered(self._gradient(trainer, pl_module, shared, batch_idx)))
-        odd = outliers(sketches, self.tolerance)
+        odd = [rank for rank in outliers(sketches, self.tolerance) if rank in alike]
         if odd:
             message = (
                 f"Batch {self._batches}: all ranks computed the gradient of rank {subject}'s micro-batch. {named(odd, self._places)} The same input and "
@@ -79,7 +90,7 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
             self.report(trainer, odd, message)
 
     def _gradient(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> Tensor:
-        """The sketch of the batch's gradient at the parameters as they are; nan if it gives no loss."""
+        """The sketch of the batch's gradient at the parameters as they are; nan if it gives no loss, or there is no batch."""
         device, precision = trainer.strategy.root_device, trainer.precision_plugin
         layout = FlatParameters([p for p in module.parameters() if p.requires_grad])
 
@@ -89,7 +100,7 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
 
         passes = QuietPasses(module, WorkerBuffers(module, 1), WorkerAttributes(module, 1), precision, device, training_step)
         with random_states_kept(device):
-            done = passes.gradient(layout, 0, (self.checks,), (batch, batch_idx), {})
+            done = None if batch is None else passes.gradient(layout, 0, (self.checks,), (batch, batch_idx), {})
         sketch = Sketch(layout.dim)
         out = sketch.new(device=device)
         if done is None:
@@ -113,52 +124,55 @@ def outliers(sketches: Tensor, tolerance: float) -> list[int]:
     return odd
 
 
-def shared_batch(batch: Any, subject: int, device: torch.device) -> Any:
+def shared_batch(batch: Any, subject: int, device: torch.device, refusals: Refusals) -> tuple[Any, set[int]]:
     """Rank ``subject``'s batch, on every rank: its tensors, in the containers of this rank's own batch. A collective.
 
+    Returns:
+        the batch, and the ranks, the same everywhere, whose own are made like those of most ranks: of the same number of tensors, of the
+        same dtypes and numbers of dimensions, not `_MUCH` times as large as the median rank's. Others are left out: the
+        batch is None on these ranks, and on all ranks if the subject is among them.
+
     Raises:
-        ValueError: on all ranks, if batches are not made of the same number of tensors, of the same dtypes and numbers of dimensions.
+        ValueError: on all ranks, if no more than half of the batches are made of the same number of tensors, of the same dtypes and
+            numbers of dimensions.
     """
     leaves: list[Tensor] = []
     apply_to_collection(batch, Tensor, leaves.append)
-    header = torch.full((2 + _LEAVES * (_DIMS + 2),), -1, dtype=torch.int64)
-    fits = 0 < len(leaves) <= _LEAVES and all(leaf.ndim <= _DIMS for leaf in leaves)
-    header[0], header[1] = int(fits), len(leaves)
-    for i, leaf in enumerate(leaves if fits else ()):
-        place = 2 + i * (_DIMS + 2)
-        header[place], header[place + 1] = leaf.ndim, _DTYPES.index(leaf.dtype)
-        header[place + 2 : place + 2 + leaf.ndim] = torch.tensor(leaf.shape, dtype=torch.int64)
-    headers = torch.stack(gathered(header))
-    kinds = [index for i in range(_LEAVES) for index in (2 + i * (_DIMS + 2), 3 + i * (_DIMS + 2))]
-    if not bool((headers[:, 0] == 1).all()) or not bool((headers[:, [1, *kinds]] == headers[0, [1, *kinds]]).all()):
+    headers = gathered(leaf_header(leaves, _LEAVES))
+    said = [refusals.read(rank, read_leaves, header.tolist(), _LARGEST) for rank, header in enumerate(headers)]
+    kinds = [None if named is None else tuple((leaf.dtype, len(leaf.shape)) for leaf in named) for named in said]
+    common, count = Counter(kinds).most_common(1)[0]
+    if common is None or 2 * count <= len(kinds):
         raise ValueError(
-            f"To compute each other's batches, all ranks' should hold the same number of tensors, 1 .. {_LEAVES}, of the same dtypes and numbers of "
-            f"dimensions. Found {headers[:, 1].tolist()} tensors in the ranks' batches. Leave DuplicateBatchCheck out."
+            f"To compute each other's batches, most ranks' should hold the same number of tensors, 1 .. {_LEAVES} of at most {DIMENSIONS} "
+            f"dimensions, of the same dtypes and numbers of dimensions. Found {[0 if kind is None else len(kind) for kind in kinds]} tensors "
+            "in the ranks' batches. Leave DuplicateBatchCheck out."
         )
-    received = []
-    for i, leaf in enumerate(leaves):
-        place = 4 + i * (_DIMS + 2)
-        shape = headers[subject, place : place + leaf.ndim].tolist()
-        mine = dist.get_rank() == subject
-        sent = leaf.detach().contiguous() if mine else torch.empty(shape, dtype=leaf.dtype, device=leaf.device)
+    sizes = sorted(sum(leaf.nbytes for leaf in named) for named, kind in zip(said, kinds, strict=True) if named and kind == common)
+    most = _MUCH * max(sizes[len(sizes) // 2], 1)
+    alike = {
+        rank
+        for rank, (leaves_there, kind) in enumerate(zip(said, kinds, strict=True))
+        if leaves_there is not None and kind == common and sum(leaf.nbytes for leaf in leaves_there) <= most
+    }
+    for rank, leaves_there in enumerate(said):
+        if rank not in alike and leaves_there is not None:
+            refusals.note(rank, "It is not made like those of most ranks.")
+    theirs = said[subject]
+    if theirs is None or subject not in alike:
+        return None, alike
+    rank, received = dist.get_rank(), []
+    for i, leaf in enumerate(theirs):
+        sent = leaves[i].detach().contiguous() if rank == subject else torch.empty(leaf.shape, dtype=leaf.dtype)
         sent = sent.to(device if dist.get_backend() == "nccl" else "cpu")
         dist.broadcast(sent, src=subject)
-        received.append(sent.to(leaf.device))
-    queue = iter(received)
-    return apply_to_collection(batch, Tensor, lambda leaf: next(queue))
+        received.append(sent)
+    if rank not in alike:
+        return None, alike
+    queue = iter(zip(received, leaves, strict=True))
 
+    def replaced(leaf: Tensor) -> Tensor:
+        sent, own = next(queue)
+        return sent.to(own.device)
 
-_DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-]
+    return apply_to_collection(batch, Tensor, replaced), alike

@@ -122,10 +122,10 @@ class SuspicionMonitorCallback(_Base):
             exchange.observers.append(observe)
 
     @staticmethod
-    def _gathered(strategy: RobustStrategy, own: Tensor) -> list[Tensor]:
+    def _gathered(strategy: RobustStrategy, own: Tensor) -> list[Tensor | None]:
         copies, field = strategy.workers_per_process, Field(tuple(own.shape), own.dtype)
         everybody = strategy.exchanges[0].transport.gather([[own.to(strategy.root_device)]] * copies, [field])
-        return [heard[0].cpu() for heard in everybody[::copies] if heard is not None]
+        return [None if heard is None else heard[0].cpu() for heard in everybody[::copies]]
 
     # -- a round ------------------------------------------------------------------------------------------------------
 
