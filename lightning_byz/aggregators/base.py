@@ -97,11 +97,19 @@ class Aggregator(Rule):
         return rule.aggregate(rows)
 
     def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
-        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call."""
+        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call.
+
+        Rules that look across columns get them in a range where they can square numbers (`Rows.in_range`).
+        """
         self.check(len(rows))
         if rows.shares is not None:
             self.check_shares(rows.shares)
-        speaking = rows.finite() if present is None else present
+        rule, rows = self._hearing(rows, rows.finite() if present is None else present)
+        assert rule.f is not None
+        return rule, rows if rule.coordinate_wise else rows.in_range(rule.f)
+
+    def _hearing(self: AggregatorT, rows: Rows, speaking: Tensor) -> tuple[AggregatorT, Rows]:
+        """The rows that speak ``[n]`` bool, and this rule with the f that is left for them."""
         heard = int(speaking.sum())
         silent = len(rows) - heard
         if silent == 0:
@@ -110,26 +118,30 @@ class Aggregator(Rule):
         exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
         exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
         remaining, quiet = self.f - exposed, silent - exposed
-        f = min(remaining, self.most_f(heard))
+        left = rows.select(speaking)
+        most = self.most_f(heard) if left.shares is None else min(self.most_f(heard), _most_below_half(left.shares))
+        f = min(remaining, most)
         # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
         # and all f Byzantine ones may be among those that speak.
         least = remaining - quiet if quiet <= remaining else remaining
         if heard == 0 or f < least:
+            of_them = f"{heard} rows" if left.shares is None else f"{heard} rows of these shares of the data"
             raise TooFewRowsError(
-                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {heard} rows it "
-                f"tolerates at most f={self.most_f(heard)}. {least} of them may be Byzantine."
+                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {of_them} it "
+                f"tolerates at most f={most}. {least} of them may be Byzantine."
             )
-        return self.with_f(f), rows.select(speaking)
+        return self.with_f(f), left
 
     def check_shares(self, shares: Tensor) -> None:
         """Raises unless this rule can take rows that stand for such shares ``[n]`` of the data."""
-        name, largest = type(self).__name__, shares.sort(descending=True).values[: self.f]
+        name = type(self).__name__
         if not self.weighted:
             raise ValueError(
                 f"{name} counts every row alike. Found rows that stand for different shares of the data. Use CoordinateMedian, "
                 "GeometricMedian or Mean, which weigh them, or no weights."
             )
-        if self.f and 2 * float(largest.sum()) >= float(shares.sum()):
+        if self.f and self.f > _most_below_half(shares):
+            largest = shares.sort(descending=True).values[: self.f]
             raise ValueError(
                 f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} with "
                 f"{100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
@@ -192,6 +204,11 @@ class PreAggregator(Rule):
     @abstractmethod
     def __call__(self, rows: Rows) -> Rows:
         """The new rows; lazily, by `Rows.mix`."""
+
+
+def _most_below_half(shares: Tensor) -> int:
+    """The largest f for which any f rows stand for less than half of the data, of which rows have ``shares [n]``."""
+    return int((2 * shares.sort(descending=True).values.cumsum(0) < shares.sum()).sum())
 
 
 def equal_weights(chosen: Tensor, n: int) -> Tensor:

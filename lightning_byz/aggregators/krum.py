@@ -152,4 +152,4 @@ class Bulyan(Aggregator):
             ordered = sorted_rows(block, 0, n - 2 * f)
             return mean_of_nearest(ordered, middle_of(ordered), n - 4 * f)
 
-        return rows.select(self.picked(rows)).map(rule)
+        return rows.select(self.picked(rows)).map(rule, averages=True)

@@ -42,8 +42,7 @@ class MDA(WeightedAggregator):
             else:
                 high = middle
         graph = _farther(distances, levels[low]) if levels else [0] * n
-        finite = torch.nan_to_num(distances, posinf=torch.finfo(distances.dtype).max / n**2)
-        best = min((_completed(cover, finite, f) for cover in _covers(graph, f)), key=lambda kept: _spread(kept, finite))
+        best = min((_completed(cover, distances, f) for cover in _covers(graph, f)), key=lambda kept: _spread(kept, distances))
         return equal_weights(torch.tensor(best, device=rows.values.device), n)
 
 
@@ -105,10 +104,9 @@ class SMEA(WeightedAggregator):
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, keep = len(rows), len(rows) - self.f
-        near, products = around_medoid(rows, self.f)
-        products = products.cpu()
+        products = around_medoid(rows, self.f).cpu()
         best, chosen = math.inf, tuple(range(keep))
-        subsets = itertools.combinations(range(len(near)), keep)
+        subsets = itertools.combinations(range(n), keep)
         while batch := list(itertools.islice(subsets, 4096)):
             index = torch.tensor(batch)
             among = products[index[:, :, None], index[:, None, :]]  # [subsets, n - f, n - f]
@@ -116,4 +114,4 @@ class SMEA(WeightedAggregator):
             largest = torch.linalg.eigvalsh(centred)[:, -1]
             if float(largest.min()) < best:
                 best, chosen = float(largest.min()), batch[int(largest.argmin())]
-        return equal_weights(near[torch.tensor(chosen, device=near.device)], n)
+        return equal_weights(torch.tensor(chosen, device=rows.values.device), n)
