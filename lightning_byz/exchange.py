@@ -17,7 +17,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room, empty_rows, places_of
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
 from lightning_byz.upload import Upload, is_whole, piece_of
@@ -551,7 +551,7 @@ class _Known(Aggregator):
 
     result: Tensor | None = None
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         return self.aggregate(Rows.of(rows))
 
     def aggregate(self, rows: Rows) -> Tensor:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_byz.finite import all_finite
@@ -56,8 +58,19 @@ _FAINT = 1e-20
 """Squared norms below it may have lost digits to underflow, and those of the largest rows overflow."""
 
 
+AnyRows: TypeAlias = "Tensor | Rows | Sequence[Tensor] | NDArray[np.floating[Any]] | Sequence[NDArray[np.floating[Any]]]"
+"""What rules take for n vectors of d numbers; see `Rows.of`."""
+
+
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _tensor(values: Any) -> Tensor:
+    """Numbers as a tensor; those of an array are copied, which may be read-only, or lie in memory backwards."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +124,30 @@ class Rows:
             )
 
     @classmethod
-    def of(cls, rows: Tensor | Rows) -> Rows:
-        """Rows as they are, or a matrix ``[n, d]`` as Rows."""
-        return rows if isinstance(rows, Rows) else cls(rows)
+    def of(cls, rows: AnyRows) -> Rows:
+        """Rows as they are; or a matrix ``[n, d]``, or n vectors ``[d]``, of torch or of numpy, as Rows.
+
+        Raises:
+            ValueError: if they are no floating-point matrix.
+        """
+        if isinstance(rows, Rows):
+            return rows
+        if isinstance(rows, Tensor):
+            return cls(rows)
+        try:
+            together = isinstance(rows, (list, tuple))
+            vectors = [_tensor(row) for row in (rows if together else [rows])]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Rows hold a floating-point matrix [n, d], one row per worker. Found {type(rows).__name__}: {error}"
+            ) from error
+        if not together:
+            return cls(vectors[0])
+        kinds = {(tuple(vector.shape), vector.dtype, vector.device) for vector in vectors}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds)) or "none"
+            raise ValueError(f"Rows in a list should be vectors [d] of one length, dtype and device. Found {found}.")
+        return cls(torch.stack(vectors))
 
     # -- size ---------------------------------------------------------------------------------------------------------
 
@@ -255,6 +289,11 @@ class Rows:
         for first, last, block in self.blocks():
             out[:, first:last] = block
         return out
+
+    def wide(self) -> Tensor:
+        """The rows in float64, divided by `unit`: ``[n, d_local]``, for reading only."""
+        wide = self.dense().double()
+        return wide if self.unit == 1 else wide / self.unit
 
     @property
     def stream(self) -> torch.Generator:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 
 RuleT = TypeVar("RuleT", bound="Rule")
 AggregatorT = TypeVar("AggregatorT", bound="Aggregator")
@@ -78,7 +81,7 @@ class Aggregator(Rule):
         """Whether the result depends on the last round's, which algorithms then keep and give it as ``rows.last``."""
         return False
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
@@ -86,15 +89,24 @@ class Aggregator(Rule):
         can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
 
         Args:
-            rows: a matrix ``[n, d]``, or Rows.
+            rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows. The result is a tensor.
             present: ``[n]`` bool, the rows that count, already known to be finite; None looks for itself.
 
         Raises:
             TooFewRowsError: if f is too large for n, or for the rows that are left.
-            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it.
+            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it; if rows are
+                no floating-point matrix; if the rule's weights, or its result, are not what they should be.
         """
         rule, rows = self.facing(Rows.of(rows), present)
-        return rule.aggregate(rows)
+        result = rule.aggregate(rows)
+        width = rows.values.shape[1]
+        if not isinstance(result, Tensor) or result.shape != (width,) or result.dtype != rows.values.dtype:
+            found = f"a tensor {list(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+            raise ValueError(
+                f"`aggregate` of {type(self).__name__} should give a vector [d] of the rows' dtype: [{width}] of {rows.values.dtype}. Found "
+                f"{found}."
+            )
+        return result
 
     def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
         """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call.
@@ -169,41 +181,88 @@ class Aggregator(Rule):
 
 @dataclass(frozen=True)
 class WeightedAggregator(Aggregator):
-    """A rule whose result is a weighted sum of rows. Its weights tell whom it trusted."""
+    """A rule whose result is a weighted sum of rows. Its weights tell whom it trusted.
+
+    Attributes:
+        clips: it shortens rows, so that its weights may sum to less than 1.
+    """
+
+    clips: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, rows: Rows) -> Tensor:
-        """``[n]`` float64 weights >= 0 that sum to 1, or to less where a rule clips rows."""
+        """``[n]`` float64 weights >= 0 that sum to 1, or to less where a rule ``clips`` rows."""
 
     def aggregate(self, rows: Rows) -> Tensor:
-        return rows.combine(self.weights(rows))
+        return rows.combine(self.checked_weights(rows))
+
+    def checked_weights(self, rows: Rows) -> Tensor:
+        """`weights`, once they are found to be what they should be.
+
+        Raises:
+            ValueError: else; one wrong weight would spoil every parameter.
+        """
+        weights, n = self.weights(rows), len(rows)
+        if not isinstance(weights, Tensor) or weights.shape != (n,):
+            found = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+        else:
+            listed = weights.tolist()
+            total = math.fsum(listed) if all(map(math.isfinite, listed)) else math.nan
+            if min(listed) >= 0 and total <= 1 + 1e-3 and (self.clips or total >= 1 - 1e-3):
+                return weights
+            found = f"{listed}, whose sum is {total:.6g}"
+        raise ValueError(
+            f"`weights` of {type(self).__name__} should be a tensor [{n}] of numbers >= 0, one for each row, that sum to 1"
+            f"{' at most' if self.clips else ''}. Found {found}."
+        )
 
     def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
         if type(self).aggregate is not WeightedAggregator.aggregate:
             yield from super().in_pieces(rows)
             return
-        weights = self.weights(rows)
+        weights = self.checked_weights(rows)
         yield from (piece.combine(weights) for _, piece in rows.pieces())
 
 
 @dataclass(frozen=True)
 class PreAggregator(Rule):
-    """Maps n rows to rows that are easier to aggregate.
+    """Maps n rows to rows that are easier to aggregate. Subclasses implement `prepare`.
 
     Attributes:
         bounds_rows: whether f rows can move the mean of the new rows by a bounded amount only, as clipping does; a chain may then
             end in `Mean`.
+        needs_f: what it makes of rows depends on f.
     """
 
     bounds_rows: ClassVar[bool] = False
+    needs_f: ClassVar[bool] = True
 
     def count(self, n: int) -> int:
         """How many rows it makes of n."""
         return n
 
     @abstractmethod
-    def __call__(self, rows: Rows) -> Rows:
-        """The new rows; lazily, by `Rows.mix`."""
+    def prepare(self, rows: Rows) -> Rows:
+        """The new rows of finite ones; lazily, by `Rows.mix`."""
+
+    @overload
+    def __call__(self, rows: Rows) -> Rows: ...
+
+    @overload
+    def __call__(self, rows: Tensor | Sequence[Tensor] | NDArray[np.floating[Any]]) -> Tensor: ...
+
+    def __call__(self, rows: AnyRows) -> Rows | Tensor:
+        """The new rows: Rows of Rows, and a matrix ``[count(n), d]`` of all else that a rule takes.
+
+        Raises:
+            TooFewRowsError: if f is too large for n.
+            ValueError: if f is not known and needed, or if rows are no floating-point matrix.
+        """
+        given = Rows.of(rows)
+        if self.f is not None or self.needs_f:
+            self.check(len(given))
+        made = self.prepare(given.in_range(self.f or 0))
+        return made if isinstance(rows, Rows) else made.dense().clone()
 
 
 def _most_below_half(shares: Tensor) -> int:

@@ -84,7 +84,7 @@ class Chain(Aggregator):
     def prepared(self, rows: Rows) -> Rows:
         """The rows that the rule at the end sees."""
         for part in self.pre:
-            rows = part(rows)
+            rows = part.prepare(rows)
         return dataclasses.replace(rows, compiled=rows.compiled or self.compile)
 
     def aggregate(self, rows: Rows) -> Tensor:

@@ -29,6 +29,7 @@ class StaticClipping(PreAggregator):
     """
 
     bounds_rows: ClassVar[bool] = True
+    needs_f: ClassVar[bool] = False
 
     c: float = 2.0
 
@@ -37,7 +38,7 @@ class StaticClipping(PreAggregator):
         if not self.c > 0:
             raise ValueError(f"`c`, the largest norm, should be positive. Found c={self.c}.")
 
-    def __call__(self, rows: Rows) -> Rows:
+    def prepare(self, rows: Rows) -> Rows:
         norms = rows.norms()
         return _clipped(rows, norms, torch.full_like(norms[0], self.c))
 
@@ -51,7 +52,7 @@ class ARC(PreAggregator):
 
     bounds_rows: ClassVar[bool] = True
 
-    def __call__(self, rows: Rows) -> Rows:
+    def prepare(self, rows: Rows) -> Rows:
         assert self.f is not None
         n = len(rows)
         k = math.floor(2 * self.f * (n - self.f) / n)

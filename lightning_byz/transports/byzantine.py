@@ -15,7 +15,7 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round, keyed_generator
 
@@ -200,7 +200,7 @@ class _HonestMean(Aggregator):
     f: int | None = 0
     honest: Sequence[int] = ()
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         return Rows.of(rows).select(torch.tensor(self.honest)).dense().mean(0)
 
     def aggregate(self, rows: Rows) -> Tensor:
