@@ -204,6 +204,7 @@ class Exchange:
             if bool(round.cohort[worker]) and comes(round, worker) and _is_finite(contribution.grads, codec):
                 seen = round._replace(worker=worker, room=self._room)
                 payload, state = self.algorithm.worker(contribution.grads, self.workers[worker], seen)
+                codec.check(payload, len(x), x.dtype)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
                     sent[worker] = payload

@@ -73,6 +73,7 @@ class Upload:
         places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
         round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
         payload, after = self.algorithm.worker(Gradients(g), before, round)
+        self.codec.check(payload, last - first, self.like.dtype)
         self.sound[worker].append(self.codec.valid(payload, last - first))
         if not self.codec.tells_nonfinite:
             self.sound[worker].append(all_finite(g))

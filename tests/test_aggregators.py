@@ -651,3 +651,102 @@ def test_f_liars_never_hold_half_of_the_data_that_is_left(data):
     assert 2 * largest.sum() < shares[present].sum() or used.f == 0
     assert used.f >= (f - silent if silent <= f else f)
     assert torch.equal(left.shares, shares[present])
+
+
+# -- rules of one's own that are wrong -----------------------------------------------------------------------------------
+
+
+def with_weights(make):
+    @dataclasses.dataclass(frozen=True)
+    class Own(WeightedAggregator):
+        def weights(self, rows):
+            return make(len(rows))
+
+    return Own(f=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda n: torch.ones(n - 1) / (n - 1), r"shape \[4\]"),
+        (lambda n: torch.ones(n, 1) / n, r"shape \[5, 1\]"),
+        (lambda n: torch.ones(n), "whose sum is 5"),
+        (lambda n: torch.zeros(n), "whose sum is 0"),
+        (lambda n: torch.full((n,), torch.nan), "whose sum is nan"),
+        (lambda n: torch.tensor([torch.inf, -torch.inf, 1, 0, 0]), "whose sum is nan"),
+        (lambda n: torch.tensor([2.0, -1, 0, 0, 0]), "2.0, -1.0"),
+        (lambda n: [1.0] * n, "1.0, 1.0"),
+    ],
+)
+def test_weights_that_are_none_are_an_error_by_the_rules_name(make, found):
+    rule = with_weights(make)
+    for aggregate in (rule, lambda x: list(rule.in_pieces(Rows(x))), Chain(pre=(NNM(),), rule=rule)):
+        with pytest.raises(ValueError, match=f"`weights` of Own should be a tensor .5. of numbers >= 0.*Found.*{found}"):
+            aggregate(rows_for(5, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_weights_may_be_rounded(dtype):
+    x = rows_for(7, D)
+    close(with_weights(lambda n: torch.full((n,), 1 / n, dtype=dtype))(x), x.mean(0), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (torch.zeros(D - 1).double(), r"\[12\]"),
+        (torch.zeros(D), "torch.float32"),
+        (torch.zeros(1, D).double(), r"\[1, 13\]"),
+        (None, "None"),
+    ],
+)
+def test_a_result_that_is_no_vector_of_the_rows_is_an_error_by_the_rules_name(result, found):
+    @dataclasses.dataclass(frozen=True)
+    class Own(CoordinateMedian):
+        def aggregate(self, rows):
+            return result
+
+    with pytest.raises(ValueError, match=f"`aggregate` of Own should give a vector.*\\[13\\] of torch.float64. Found.*{found}"):
+        Own(f=1)(rows_for(5, D))
+
+
+def test_a_rule_that_is_no_dataclass_is_an_error_by_its_name():
+    class Own(CoordinateMedian):
+        def __init__(self, strength):
+            super().__init__(f=1)
+
+    with pytest.raises(TypeError, match="Own should be a dataclass"):
+        Own(3).with_f(2)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Chain(pre=NNM(), rule=Krum()), lambda: Chain(NNM(), Krum()), lambda: Chain(NNM(f=1), rule=Krum())]
+)
+def test_a_chain_whose_parts_are_in_the_wrong_place_is_refused(make):
+    with pytest.raises(ValueError, match="a tuple of pre-aggregators and one aggregator, by name"):
+        make()
+
+
+def test_an_m_that_is_too_large_is_named():
+    with pytest.raises(TooFewRowsError, match=r"`m`.* at most n - f - 2 = 4 for n=7 rows and f=1. Found m=6. .* at least 9 rows"):
+        MultiKrum(f=1, m=6)(rows_for(7, D))
+    with pytest.raises(TooFewRowsError, match=r"at most n - f = 6 for n=7 rows and f=1. Found m=7. .* at least 8 rows"):
+        MultiKrum(f=1, m=7, definition="byzfl")(rows_for(7, D))
+
+
+def test_pre_aggregations_of_a_matrix_give_a_matrix():
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    mixed = torch.tensor([[2.5, 3.5, 4.5], [2.5, 3.5, 4.5], [5.5, 6.5, 7.5]])
+    for rows in (x, x.numpy(), list(x)):
+        torch.testing.assert_close(NNM(f=1)(rows), mixed)
+    torch.testing.assert_close(NNM(f=1)(Rows(x)).dense(), mixed)
+    torch.testing.assert_close(torch.linalg.vector_norm(StaticClipping(c=2.0)(x), dim=1), torch.full((3,), 2.0))
+    whole = StaticClipping(c=100.0)(x)
+    whole.fill_(7)
+    assert x[0, 0] == 1
+    with pytest.raises(ValueError, match="NNM needs to know f"):
+        NNM()(x)
+    with pytest.raises(TooFewRowsError, match="at most f=1"):
+        NNM(f=2)(x)
+    far = torch.cat([x.double(), torch.full((2, 3), 1e300, dtype=torch.float64)])
+    torch.testing.assert_close(NNM(f=2)(far)[:3], x.double().mean(0).expand(3, -1))

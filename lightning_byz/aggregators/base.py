@@ -45,8 +45,22 @@ class Rule(ABC):
         return (n - 1) // 2
 
     def with_f(self: RuleT, f: int) -> RuleT:
-        """The same rule for another f."""
-        return dataclasses.replace(self, f=f)
+        """The same rule for another f.
+
+        Raises:
+            TypeError: if the rule's class is no dataclass, and has a constructor of its own.
+        """
+        try:
+            return dataclasses.replace(self, f=f)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__} should be a dataclass, whose fields are its parameters: write @dataclass(frozen=True) above it, "
+                f"and no __init__. Found a class of which no copy with another f can be made: {error}"
+            ) from error
+
+    def caveat(self, n: int) -> str | None:
+        """What somebody should know who is about to run this rule, whose f is known, on n rows in every step; None: nothing."""
+        return None
 
     def check(self, n: int) -> None:
         """Raises unless this rule can take n rows."""

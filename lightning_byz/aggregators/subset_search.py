@@ -89,6 +89,7 @@ class SMEA(WeightedAggregator):
     """
 
     most_subsets: ClassVar[int] = 1_000_000
+    many_subsets: ClassVar[int] = 20_000
 
     def most_f(self, n: int) -> int:
         return next((f for f in range((n - 1) // 2, 0, -1) if math.comb(n, f) <= self.most_subsets), min(0, n - 1))
@@ -100,6 +101,16 @@ class SMEA(WeightedAggregator):
                 f"{math.comb(n, self.f):,}. Use f <= {self.most_f(n)}, or CAF, which needs no search."
             )
         super().check(n)
+
+    def caveat(self, n: int) -> str | None:
+        assert self.f is not None
+        subsets = math.comb(n, self.f)
+        if subsets <= self.many_subsets:
+            return None
+        return (
+            f"SMEA with f={self.f} searches {subsets:,} subsets of n={n} rows in every step, some 10,000 a second. Use a smaller "
+            "num_byzantine, or CAF, which needs no search."
+        )
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
