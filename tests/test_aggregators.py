@@ -187,7 +187,7 @@ def test_one_row_is_its_own_aggregate_where_a_rule_takes_one(case):
 def assert_near_the_honest(out, honest, n):
     """Within a constant of the honest spread: what Krum, the loosest of the rules, keeps for every n, f and d."""
     assert out.isfinite().all()
-    size = 2.0 ** math.frexp(float(honest.abs().max()))[1] if honest.any() else 1.0
+    size = 2.0 ** (math.frexp(float(honest.abs().max()))[1] - 1) if honest.any() else 1.0
     out, honest, rounding = out.double() / size, honest.double() / size, max(1e-5, 8 * torch.finfo(honest.dtype).eps)
     diameter = torch.cdist(honest, honest, compute_mode="donot_use_mm_for_euclid_dist").max()
     assert torch.linalg.vector_norm(out - honest.mean(0)) <= (1 + n**0.5) * diameter + rounding
