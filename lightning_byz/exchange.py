@@ -17,7 +17,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import Room, empty_rows, places_of
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 from lightning_byz.state_layout import check_kept, check_state, columns_of, piece_of
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
@@ -229,6 +229,7 @@ class Exchange:
                     owner = f"{type(self.algorithm).__name__}.worker"
                     check_state(state, owner, self.workers[worker])
                     check_kept(state, contribution.grads.current, owner)
+                codec.check(payload, len(x), x.dtype)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
                     message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
                     sent[worker] = payload
@@ -615,7 +616,7 @@ class _Known(Aggregator):
 
     result: Tensor | None = None
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         return self.aggregate(Rows.of(rows))
 
     def aggregate(self, rows: Rows) -> Tensor:

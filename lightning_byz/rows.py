@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_byz.finite import all_finite
@@ -46,12 +48,29 @@ _SAMPLE = 32_768
 _CLOSE = 1e-2
 """Rows whose squared distance is a smaller part of their squared norms have lost digits of it in float32 products, which keep 7 of the norms'."""
 
+_REACH = 200
+"""Rows may be 2^200 times as large as the others before they are shrunk: float64 holds fourth powers of that."""
+
+_NOTHING = -1100
+"""The exponent of 0, below all others."""
+
 _FAINT = 1e-20
 """Squared norms below it may have lost digits to underflow, and those of the largest rows overflow."""
 
 
+AnyRows: TypeAlias = "Tensor | Rows | Sequence[Tensor] | NDArray[np.floating[Any]] | Sequence[NDArray[np.floating[Any]]]"
+"""What rules take for n vectors of d numbers; see `Rows.of`."""
+
+
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _tensor(values: Any) -> Tensor:
+    """Numbers as a tensor; those of an array are copied, which may be read-only, or lie in memory backwards."""
+    if isinstance(values, Tensor):
+        return values
+    return torch.tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +91,10 @@ class Rows:
             the same. They come from the run's configuration, never from a worker.
         exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
         compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
+        scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when they are read (see `in_range`);
+            None: by 1.
+        unit: a power of two. Inner products and squared norms and distances are those of the rows divided by it, so that a length in
+            the rows' own units has to be divided by it, too, before it is compared with theirs.
     """
 
     values: Tensor
@@ -86,6 +109,8 @@ class Rows:
     shares: Tensor | None = None
     exposed: Tensor | None = None
     compiled: bool = False
+    scales: Tensor | None = None
+    unit: float = 1.0
     _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
     """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
     _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -99,9 +124,30 @@ class Rows:
             )
 
     @classmethod
-    def of(cls, rows: Tensor | Rows) -> Rows:
-        """Rows as they are, or a matrix ``[n, d]`` as Rows."""
-        return rows if isinstance(rows, Rows) else cls(rows)
+    def of(cls, rows: AnyRows) -> Rows:
+        """Rows as they are; or a matrix ``[n, d]``, or n vectors ``[d]``, of torch or of numpy, as Rows.
+
+        Raises:
+            ValueError: if they are no floating-point matrix.
+        """
+        if isinstance(rows, Rows):
+            return rows
+        if isinstance(rows, Tensor):
+            return cls(rows)
+        try:
+            together = isinstance(rows, (list, tuple))
+            vectors = [_tensor(row) for row in (rows if together else [rows])]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Rows hold a floating-point matrix [n, d], one row per worker. Found {type(rows).__name__}: {error}"
+            ) from error
+        if not together:
+            return cls(vectors[0])
+        kinds = {(tuple(vector.shape), vector.dtype, vector.device) for vector in vectors}
+        if len(kinds) != 1:
+            found = ", ".join(sorted(f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds)) or "none"
+            raise ValueError(f"Rows in a list should be vectors [d] of one length, dtype and device. Found {found}.")
+        return cls(torch.stack(vectors))
 
     # -- size ---------------------------------------------------------------------------------------------------------
 
@@ -154,6 +200,8 @@ class Rows:
     def block(self, first: int, last: int) -> Tensor:
         """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for reading only."""
         block = self._base(self.values[:, first:last]).to(self.work_dtype)
+        if self.scales is not None:
+            block = self._base(self.scales)[:, None] * block
         if self._factors is not None:
             return self._factors.to(block.dtype)[:, None] * block
         return block if self.mixing is None else self._mixed(block)
@@ -223,6 +271,8 @@ class Rows:
         """The rows' columns first .. last - 1 one by one, in `work_dtype`, for reading only; nothing is copied that need not be."""
         if self.mixing is not None:
             yield from self.block(first, last)
+        elif self.scales is not None:
+            yield from (self.values[i, first:last] * self.scales[i] for i in self._stored)
         else:
             yield from (self.values[i, first:last].to(self.work_dtype) for i in self._stored)
 
@@ -233,12 +283,17 @@ class Rows:
 
     def dense(self) -> Tensor:
         """The rows as one matrix ``[n, d_local]`` (a copy where rows are selected or mixed)."""
-        if self.index is None and self.mixing is None:
+        if self.index is None and self.mixing is None and self.scales is None:
             return self.values
         out = self.values.new_empty(len(self), self.values.shape[1])
         for first, last, block in self.blocks():
             out[:, first:last] = block
         return out
+
+    def wide(self) -> Tensor:
+        """The rows in float64, divided by `unit`: ``[n, d_local]``, for reading only."""
+        wide = self.dense().double()
+        return wide if self.unit == 1 else wide / self.unit
 
     @property
     def stream(self) -> torch.Generator:
@@ -378,6 +433,8 @@ class Rows:
                 else:
                     room = torch.empty(narrow.shape, dtype=torch.float64, device=block.device) if room is None else room
                     wide = room[:, : narrow.shape[1]].copy_(narrow)
+                if self.unit != 1:
+                    wide /= self.unit
                 if block.dtype == torch.float64:
                     wide -= median_of_rows(wide)
                 products.addmm_(wide, wide.T)
@@ -393,13 +450,8 @@ class Rows:
             products = replace(self, mixing=None).gram()
             squares = products.diagonal()
             pairs = squares[:, None] + squares[None, :] - 2 * products
-            pairs = torch.nan_to_num(pairs, nan=torch.inf, posinf=torch.inf)
             difference = self.mixing[:, None, :] - self.mixing[None, :, :]  # [m, m, k], and sums to 0 over k
-            touched = difference != 0
-            finite = torch.where(torch.isfinite(pairs), pairs, 0.0)
-            distances = -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, finite, difference)
-            infinite = torch.einsum("ijk,kl,ijl->ij", touched.double(), torch.isinf(pairs).double(), touched.double()) > 0
-            distances = torch.where(infinite, torch.inf, distances)
+            distances = -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, pairs, difference)
         distances = torch.nan_to_num(distances, nan=torch.inf, posinf=torch.inf).clamp_min(0)
         distances = torch.minimum(distances, distances.T).fill_diagonal_(0)
         return self.agree(distances)
@@ -431,8 +483,10 @@ class Rows:
         squares = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
         for first, last in self._bounds(_WIDE):
             parts = self._parts(first, last)
+            if self.unit != 1:
+                parts = (part / self.unit for part in parts)
             if center is not None:
-                middle = center[first:last].to(self.work_dtype)
+                middle = center[first:last].to(self.work_dtype) / self.unit
                 room = torch.empty_like(middle)
                 parts = (torch.sub(part, middle, out=room) for part in parts)
             if dtype == torch.float64:
@@ -441,6 +495,63 @@ class Rows:
                 sums = [torch.linalg.vector_norm(_chunks(part), dim=-1).double().square().sum() for part in parts]
             squares += torch.stack(sums)
         return self.agree(self.sum(squares))
+
+    def norms(self) -> Tensor:
+        """``[n]`` float64 ``||x_i||``, in the rows' own units, whatever their squares are."""
+        squares = self.squared_norms()
+        norms = squares.sqrt() * self.unit
+        odd = ~((squares > 2.0**-900) & squares.isfinite())
+        if self.work_dtype == torch.float64 and bool(odd.any()):
+            rows = replace(self.select(odd), unit=1.0)
+            sizes = 2.0 ** rows._exponents().clamp(-1000, 1000).double()
+            norms[odd] = rows._times(1 / sizes).squared_norms().sqrt() * sizes
+        return norms
+
+    def in_range(self, f: int) -> Rows:
+        """The same rows, for rules that square numbers: so that no square of theirs leaves float64's range.
+
+        `unit` becomes about the size of the largest row when the f largest are left out, which f rows cannot choose: it is no larger
+        than the largest of the other n - f. Rows that are 2^200 times as large, f at most, are shrunk to that by a power of two: what
+        bears whatever f rows hold bears these in their place. (Where not even that power can be written, they become 0.) Only float64
+        rows need it, and only if a norm is above 2^200 or below 2^-200; all others are returned as they are.
+        """
+        if self.work_dtype != torch.float64 or self.unit != 1 or self.scales is not None:
+            return self
+        squares = self.squared_norms()
+        if bool(((squares > 2.0 ** (-2 * _REACH)) & (squares < 2.0 ** (2 * _REACH))).all()):
+            return self
+        exponents = self._exponents()
+        ordered = exponents.sort().values.tolist()
+        usual = ordered[-1 - f]
+        if usual == _NOTHING:
+            usual = next((exponent for exponent in ordered if exponent != _NOTHING), 0)
+        if usual > -_REACH and ordered[-1] < _REACH:
+            return self
+        usual = max(-1000, min(1000, usual))
+        beyond = (exponents - usual - _REACH).clamp_min(0)
+        rows = replace(self, unit=2.0**usual, _cache={})
+        if not bool(beyond.any()):
+            return rows
+        if rows.mixing is not None:  # products are those of the base rows, which may be large where the mixed ones are not
+            rows = replace(rows, values=rows.dense(), index=None, mixing=None)
+        return rows._times(2.0 ** -beyond.double())
+
+    def _exponents(self) -> Tensor:
+        """``[n]`` int: 2 to that is the size of every row's largest number, about; `_NOTHING` if it is 0."""
+        largest = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
+        for _, _, block in self.blocks():
+            largest = torch.maximum(largest, block.abs().amax(1))
+        mantissa, exponent = torch.frexp(self.agree(self.sum(largest * 2.0**-32)))  # no sum over slices overflows
+        return torch.where(mantissa > 0, exponent + 32, _NOTHING)
+
+    def _times(self, factors: Tensor) -> Rows:
+        """Every row times a power of two ``factors [n]``."""
+        if self.mixing is not None:
+            return replace(self, mixing=factors[:, None] * self.mixing)
+        scales = torch.ones(len(self.values), dtype=torch.float64, device=self.values.device)
+        scales = scales if self.scales is None else scales * self.scales
+        scales[slice(None) if self.index is None else self.index] *= factors
+        return replace(self, scales=scales, _cache={})
 
     def kth_largest(self, magnitudes: Tensor, k: int) -> Tensor:
         """The k-th largest number of a vector ``[d_local]`` of numbers >= 0 that lies in slices as these rows do; the least one if it has fewer.
@@ -477,16 +588,20 @@ class Rows:
 
     def norm(self, vector: Tensor) -> Tensor:
         """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as these rows do."""
-        return self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square())).sqrt()
+        square = self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square()))
+        if 2.0**-900 < float(square) < torch.inf:
+            return square.sqrt()
+        return replace(self, values=vector[None], index=None, mixing=None, scales=None, unit=1.0, _cache={}).norms()[0]
 
     # -- from n vectors to one ----------------------------------------------------------------------------------------
 
-    def map(self, rule: Callable[[Tensor], Tensor], passes: int = 1) -> Tensor:
+    def map(self, rule: Callable[[Tensor], Tensor], passes: int = 1, averages: bool = False) -> Tensor:
         """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``.
 
         Args:
             rule: of a block.
             passes: how often it reads what it makes of the rows; with more than one, compiled code gets columns that fit into a cache.
+            averages: it gives means of numbers of a column, whose sums may overflow where they do not: then it is given smaller ones.
         """
         width = self.values.shape[1]
         out = self.values.new_empty(width)
@@ -500,18 +615,32 @@ class Rows:
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
         for first, last in bounds:
             out[first:last] = rule(self.block(first, last))
+        if averages and not bool(all_finite(out)):
+            part = 2.0 ** -len(self).bit_length()
+            for first, last in bounds:
+                block, found = self.block(first, last), out[first:last]
+                again, most = rule(block * part) / part, block.abs().amax(0)
+                found.copy_(torch.where(found.isfinite(), found, again.clamp(-most, most)))
         return out
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0 * inf is nan."""
+        """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0 * inf is nan.
+
+        A mean is never larger than the largest of its numbers, not even by rounding.
+        """
         weights = weights.to(device=self.values.device, dtype=torch.float64)
         if self.mixing is not None:
             weights = weights @ self.mixing
+        if self.scales is not None:
+            weights = weights * self._base(self.scales)
         used = [(self._stored[i], weight) for i, weight in enumerate(weights.tolist()) if weight]
         out = torch.zeros(self.values.shape[1], dtype=self.work_dtype, device=self.values.device)
         for first, last in self._bounds(_WIDE * torch.get_num_threads() if self._on_cpu else None):
             for row, weight in used:
                 out[first:last].add_(self.values[row, first:last], alpha=weight)
+        if sum(abs(weight) for _, weight in used) < 1 + 1e-9 and not bool(all_finite(out)):
+            most = torch.stack([self.values[row].abs() for row, _ in used]).amax(0).to(out.dtype)
+            out.clamp_(-most, most)
         return out.to(self.values.dtype)
 
 

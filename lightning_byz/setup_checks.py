@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from lightning_byz.aggregators import CAF, Mean
+from lightning_byz.aggregators import CAF, SMEA, Chain, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
 from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 
@@ -37,7 +37,7 @@ def resolve_algorithm(
 
     Args:
         algorithm: None for the default.
-        num_byzantine: f, or None for as many as the algorithm allows, up to a third.
+        num_byzantine: f, or None for as many as the algorithm allows, up to a third. `Mean` tolerates nobody, whatever it is.
         processes: number of processes.
         workers_per_process: workers of each.
 
@@ -64,9 +64,15 @@ def resolve_algorithm(
             f"`num_byzantine` and the rule's f should agree. Found num_byzantine={num_byzantine} and {rule!r}. Give f once."
         )
     f = num_byzantine if num_byzantine is not None else rule.f
-    most = algorithm.most_f(n)
-    if f is None or (isinstance(rule, Mean) and num_byzantine is None):
-        f = min(max(1, (n - 1) // 3), max(0, most))
+    most, usual, caveats = algorithm.most_f(n), max(1, (n - 1) // 3), list[str]()
+    if isinstance(rule, Mean):
+        f = 0
+    elif f is None:
+        f = min(usual, max(0, most))
+        if f < usual and isinstance(rule.rule if isinstance(rule, Chain) else rule, SMEA):
+            caveats.append(
+                f"SMEA tolerates f={f} of n={n} workers here, not a third, {usual}: these would be too many subsets to search."
+            )
         log.info(f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it.")
     resolved = algorithm.with_f(f)
     if f > most:
@@ -82,6 +88,9 @@ def resolve_algorithm(
     if f == 0 and num_byzantine != 0:
         warn(f"byzantine_robust: {type(rule).__name__} tolerates no Byzantine worker among n={n}.")
     resolved.check(n)
+    caveats += filter(None, [resolved.aggregator.caveat(n)])
+    if caveats:
+        warn(f"byzantine_robust: {' '.join(caveats)}")
     return resolved
 
 

@@ -92,6 +92,7 @@ class Upload:
             owner = f"{type(self.algorithm).__name__}.worker"
             check_state(after, owner, before)
             check_kept(after, g, owner)
+        self.codec.check(payload, last - first, self.like.dtype)
         self.sound[worker].append(self.codec.valid(payload, last - first))
         if not self.codec.tells_nonfinite:
             self.sound[worker].append(all_finite(g))

@@ -55,7 +55,46 @@ BUGS = [
     Bug("distances not agreed on", "rows.py", "return self.agree(distances)", "return distances", "rows"),
     Bug("sums over this slice only", "rows.py", "return self.total(partial)", "return partial", "aggregators"),
     Bug("selecting from selected rows", "rows.py", "keep if self.index is None else self.index[keep]", "keep", "rows"),
+    Bug("rows that are far larger are not shrunk", "rows.py", "if not bool(beyond.any()):", "if True:", "aggregators"),
+    Bug("products of rows of any size", "rows.py", "wide /= self.unit", "wide /= 1", "aggregators"),
+    Bug(
+        "norms of rows of any size",
+        "rows.py",
+        "(part / self.unit for part in parts)",
+        "(part / 1 for part in parts)",
+        "aggregators",
+    ),
+    Bug("shrunk rows are combined as they were", "rows.py", "weights = weights * self._base(self.scales)", "pass", "aggregators"),
+    Bug("the largest row says which are far larger", "rows.py", "usual = ordered[-1 - f]", "usual = ordered[-1]", "aggregators"),
+    Bug(
+        "sizes of rows in this slice only",
+        "rows.py",
+        "self.agree(self.sum(largest * 2.0**-32))",
+        "largest * 2.0**-32",
+        "aggregators",
+    ),
+    Bug("norms that underflow", "rows.py", "~((squares > 2.0**-900) & squares.isfinite())", "~squares.isfinite()", "aggregators"),
+    Bug("means whose sums overflow", "rows.py", "if averages and not bool(all_finite(out)):", "if False:", "aggregators"),
     # rules
+    Bug(
+        "shares are checked before rows are silent only",
+        "aggregators/base.py",
+        "if left.shares is None else min(self.most_f(heard), _most_below_half(left.shares))",
+        "",
+        "aggregators",
+    ),
+    Bug("weights of any sum", "aggregators/base.py", " and total <= 1 + 1e-3", "", "aggregators"),
+    Bug("a clipping length in no unit", "aggregators/centered_clipping.py", "self.tau / rows.unit", "self.tau", "aggregators"),
+    Bug("smoothing in no unit", "aggregators/geometric_median.py", "self.nu / rows.unit if", "self.nu if", "aggregators"),
+    Bug(
+        "who abstains votes",
+        "aggregators/majority_vote.py",
+        "((block != 0).sum(0) > f)",
+        "((block != 0).sum(0) >= 0)",
+        "papers",
+    ),
+    Bug("zeros always vote +1", "algorithms/signsgd_majority_vote.py", "and round.step % 2:", "and False:", "papers"),
+    Bug("a payload is not held to its layout", "exchange.py", "codec.check(payload, len(x), x.dtype)", "pass", "exchange"),
     Bug(
         "a mean whose f was left open", "aggregators/coordinate_wise.py", 'object.__setattr__(self, "f", 0)', "pass", "aggregators"
     ),
@@ -163,14 +202,14 @@ BUGS = [
     Bug(
         "f not reduced for silent rows",
         "aggregators/base.py",
-        "f = min(remaining, self.most_f(heard))",
+        "f = min(remaining, most)",
         "f = remaining",
         "aggregators",
     ),
     Bug(
         "f reduced for every silent row",
         "aggregators/base.py",
-        "f = min(remaining, self.most_f(heard))",
+        "f = min(remaining, most)",
         "f = max(0, remaining - quiet)",
         "aggregators",
     ),
@@ -306,9 +345,7 @@ BUGS = [
         "self.shares[: len(keep)]",
         "rules",
     ),
-    Bug(
-        "f rows may hold half of the data", "aggregators/base.py", "2 * float(largest.sum()) >=", "float(largest.sum()) >=", "rules"
-    ),
+    Bug("f rows may hold half of the data", "aggregators/base.py", "(2 * shares.sort(", "(shares.sort(", "rules"),
     Bug(
         "a stale Gram matrix",
         "rows.py",

@@ -1,6 +1,7 @@
 """Laws over every rule in the zoo."""
 
 import dataclasses
+import math
 import threading
 
 import oracles
@@ -13,12 +14,16 @@ from zoo import FROZEN_ROWS, JUNK, PRE_AGGREGATORS, ROBUST_RULES, RULES, RuleCas
 from lightning_byz import rows as rows_module
 from lightning_byz.aggregators import (
     NNM,
+    AutoGM,
+    CenteredClip,
     Chain,
     CoordinateMedian,
+    GeometricMedian,
     Krum,
     Mean,
     MultiKrum,
     SignGuard,
+    StaticClipping,
     TooFewRowsError,
     TrimmedMean,
     WeightedAggregator,
@@ -181,11 +186,11 @@ def test_one_row_is_its_own_aggregate_where_a_rule_takes_one(case):
 
 def assert_near_the_honest(out, honest, n):
     """Within a constant of the honest spread: what Krum, the loosest of the rules, keeps for every n, f and d."""
-    mean = honest.double().mean(0)
-    diameter = torch.cdist(honest.double(), honest.double(), compute_mode="donot_use_mm_for_euclid_dist").max()
-    rounding = 1e-5 * float(honest.abs().max())
     assert out.isfinite().all()
-    assert torch.linalg.vector_norm(out.double() - mean) <= (1 + n**0.5) * diameter + rounding
+    size = 2.0 ** (math.frexp(float(honest.abs().max()))[1] - 1) if honest.any() else 1.0
+    out, honest, rounding = out.double() / size, honest.double() / size, max(1e-5, 8 * torch.finfo(honest.dtype).eps)
+    diameter = torch.cdist(honest, honest, compute_mode="donot_use_mm_for_euclid_dist").max()
+    assert torch.linalg.vector_norm(out - honest.mean(0)) <= (1 + n**0.5) * diameter + rounding
 
 
 @each(ROBUST_RULES)
@@ -199,16 +204,39 @@ def test_f_rows_of_junk_leave_the_result_near_the_honest_rows(case, junk, dtype)
         assert_near_the_honest(case.rule.with_f(f)(x), honest, N)
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def any_number(dtype):
+    """Every finite number of a dtype, about as often of one size as of another, and ordinary ones."""
+    largest = torch.finfo(dtype).max
+    low, high = math.frexp(torch.finfo(dtype).tiny)[1], math.frexp(largest)[1]
+    of_a_size = st.builds(
+        lambda sign, part, power: sign * math.ldexp(part, power), SIGN, st.floats(0.5, 0.99), st.integers(low, high)
+    )
+    return st.one_of(st.sampled_from([0.0, largest, -largest]), of_a_size, st.floats(-10, 10))
+
+
+SIGN = st.sampled_from([-1.0, 1.0])
+
+
 @each(ROBUST_RULES)
 @laws
 @given(st.data())
 def test_f_arbitrary_rows_leave_the_result_near_the_honest_rows(case, data):
+    """Whatever finite numbers they hold; and honest rows may be of any size, where a rule scales with them."""
+    dtype = data.draw(st.sampled_from(DTYPES))
     n = data.draw(st.integers(5, 14).filter(lambda n: case.rule.most_f(n) >= 1))
     f = data.draw(st.integers(1, case.rule.most_f(n)))
     d = data.draw(st.integers(1, 8))
-    honest = rows_for(n - f, d, data.draw(st.integers(0, 10**6)), mean=3.0, dtype=torch.float32)
-    value = st.one_of(st.floats(width=32), st.floats(-10, 10, width=32))
-    bad = torch.tensor(data.draw(st.lists(st.lists(value, min_size=d, max_size=d), min_size=f, max_size=f)), dtype=torch.float32)
+    honest = rows_for(n - f, d, data.draw(st.integers(0, 10**6)), mean=3.0)
+    if case.scale_equivariant:
+        info = torch.finfo(dtype)
+        highest = math.frexp(info.max)[1] - math.frexp(float(honest.abs().max()))[1]
+        honest *= 2.0 ** data.draw(st.one_of(st.just(0), st.integers(math.frexp(info.tiny)[1] // 2, highest), st.just(highest)))
+    honest = honest.to(dtype)
+    rows = st.lists(any_number(dtype), min_size=d, max_size=d)
+    bad = torch.tensor(data.draw(st.lists(rows, min_size=f, max_size=f)), dtype=torch.float64).to(dtype)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
     assert_near_the_honest(case.rule.with_f(f)(torch.cat([honest, bad])[order]), honest, n)
 
@@ -510,7 +538,10 @@ def test_the_oracles_agree_with_values_from_the_literature():
     assert oracles.trimmed_mean(x, 1) == oracles.median(x, 1) == oracles.mean(x, 0) == [4, 5, 6]
 
 
-@pytest.mark.parametrize("size", [1e160, 1e200, 1e300])
+# -- numbers whose squares are no float64 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e77, 1e100, 1e154, 1e200, 1e300])
 @each([case for case in ROBUST_RULES if case.rule.most_f(N) >= F and case.scale_equivariant])
 def test_float64_rows_whose_squares_overflow_hurt_nobody(case, size):
     honest = rows_for(N - F, D)
@@ -518,3 +549,204 @@ def test_float64_rows_whose_squares_overflow_hurt_nobody(case, size):
     out = case.rule.with_f(F)(torch.cat([bad[:1], honest, bad[1:]]))
     assert torch.isfinite(out).all()
     assert (out - honest.mean(0)).abs().max() < 20
+
+
+@each([case for case in RULES if case.scale_equivariant])
+@pytest.mark.parametrize("power", [-1000, -600, -300, 300, 600, 1015])
+def test_scale_equivariance_over_all_of_float64(case, power):
+    x, factor = rows_for(N, D), 2.0**power
+    close(set_up(case)(factor * x) / factor, set_up(case)(x), 1e-12)
+
+
+def in_lengths(unit):
+    """Rules with a length in the rows' units, and what it is for rows in units of ``unit``."""
+    clipped = Chain(pre=(StaticClipping(c=2.0 * unit),), rule=CoordinateMedian(), f=F)
+    settings = [clipped, CenteredClip(f=F, tau=unit), CenteredClip(f=F, tau=unit, iterations=3, start="median")]
+    return [*settings, GeometricMedian(f=F, nu=0.5 * unit), AutoGM(f=F, regularization=3.0 * unit)]
+
+
+@pytest.mark.parametrize("power", [-900, -300, 300, 900])
+def test_lengths_are_in_the_rows_units_over_all_of_float64(power):
+    x, unit = rows_for(N, D), 2.0**power
+    for rule, scaled in zip(in_lengths(1.0), in_lengths(unit), strict=True):
+        close(scaled(unit * x) / unit, rule(x), 1e-9)
+
+
+@pytest.mark.parametrize("rule", in_lengths(1.0), ids=repr)
+def test_a_length_bounds_rows_whose_squares_overflow(rule):
+    """What they may do is as large as the length says, or as the honest rows are."""
+    x = torch.cat([rows_for(N - F, D), torch.tensor([[1e300], [-1e200], [1e160]], dtype=torch.float64).expand(F, D)])
+    assert rule(x).abs().max() < 20
+
+
+@each([case for case in RULES if case.unanimous])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_sum_of_rows_near_the_largest_number_overflows(case, dtype):
+    row = torch.tensor([1.0, -1.0, 0.25], dtype=torch.float64) * 0.99 * torch.finfo(dtype).max
+    out = set_up(case)(row.to(dtype).repeat(N, 1))
+    torch.testing.assert_close(out, row.to(dtype), rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@each(RULES)
+def test_slices_of_rows_whose_squares_overflow_give_what_the_whole_rows_give(case):
+    x = rows_for(N, 40, mean=10.0)
+    x[2], x[5], x[7, 30] = 1e200, 0.0, -1e300
+    rule = set_up(case, f=2)
+    close(on_slices(rule, x, (0, 13, 26, 40)), rule(x), 1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 40])
+def test_norms_are_right_whatever_their_squares_are(columns):
+    """Each row's own, beside rows of any other size; of mixed and of selected ones, too."""
+    sizes = torch.tensor([1e300, 1.0, 1e-300, 0.0, 1e160, 1e-170, -1e10], dtype=torch.float64)
+    x = sizes[:, None] * rows_for(1, columns).abs()
+    expected = torch.tensor([math.hypot(*row) for row in x.tolist()], dtype=torch.float64)
+    rows, keep = Rows(x), torch.tensor([6, 0, 2])
+    torch.testing.assert_close(rows.norms(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows.select(keep).norms(), expected[keep], rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows.mix(torch.eye(7)[keep]).norms(), expected[keep], rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.stack([rows.norm(row) for row in x]), expected, rtol=1e-12, atol=0)
+
+
+@laws
+@given(st.data())
+def test_only_rows_far_larger_than_n_minus_f_others_are_shrunk(data):
+    n = data.draw(st.integers(1, 9))
+    f = data.draw(st.integers(0, (n - 1) // 2))
+    x = torch.tensor([[data.draw(any_number(torch.float64))] for _ in range(n)], dtype=torch.float64) / 2
+    read = Rows(x).in_range(f)
+    changed = (read.dense() != x).any(1)
+    usual = x.abs().flatten().sort().values[n - 1 - f]
+    assert int(changed.sum()) <= f or usual == 0
+    assert (x[changed].abs() > 2.0**190 * usual).all()
+    assert read.squared_norms().isfinite().all()
+    assert read.in_range(f) is read
+    assert Rows(x.float()).in_range(f).unit == 1.0
+
+
+def test_a_mean_weighs_no_row_by_more_than_it_may_where_shares_are_left():
+    """Of any f rows that are left, too, the shares are to be less than half."""
+    x, shares = torch.tensor([[0.0], [1], [2], [3], [1e9]]), torch.tensor([1.0, 1, 1, 1, 3], dtype=torch.float64)
+    for rule in (CoordinateMedian(f=1), GeometricMedian(f=1), Chain(rule=CoordinateMedian(f=1))):
+        assert rule(Rows(x, shares=shares)) < 10
+        with pytest.raises(TooFewRowsError, match="heard 3 of n=5 rows, and for 3 rows of these shares"):
+            rule(Rows(x, shares=shares), torch.tensor([False, False, True, True, True]))
+
+
+@laws
+@given(st.data())
+def test_f_liars_never_hold_half_of_the_data_that_is_left(data):
+    """Unless so many rows are silent that they may be the liars themselves."""
+    n = data.draw(st.integers(3, 9))
+    shares = torch.tensor([float(data.draw(st.integers(1, 6))) for _ in range(n)], dtype=torch.float64)
+    present = torch.tensor([data.draw(st.booleans()) for _ in range(n)])
+    f = data.draw(st.integers(1, (n - 1) // 2))
+    rows, rule = Rows(rows_for(n, 2), shares=shares), CoordinateMedian(f=f)
+    silent = int((~present).sum())
+    try:
+        used, left = rule.facing(rows, present)
+    except ValueError:
+        return
+    largest = shares[present].sort(descending=True).values[: used.f]
+    assert 2 * largest.sum() < shares[present].sum() or used.f == 0
+    assert used.f >= (f - silent if silent <= f else f)
+    assert torch.equal(left.shares, shares[present])
+
+
+# -- rules of one's own that are wrong -----------------------------------------------------------------------------------
+
+
+def with_weights(make):
+    @dataclasses.dataclass(frozen=True)
+    class Own(WeightedAggregator):
+        def weights(self, rows):
+            return make(len(rows))
+
+    return Own(f=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda n: torch.ones(n - 1) / (n - 1), r"shape \[4\]"),
+        (lambda n: torch.ones(n, 1) / n, r"shape \[5, 1\]"),
+        (lambda n: torch.ones(n), "whose sum is 5"),
+        (lambda n: torch.zeros(n), "whose sum is 0"),
+        (lambda n: torch.full((n,), torch.nan), "whose sum is nan"),
+        (lambda n: torch.tensor([torch.inf, -torch.inf, 1, 0, 0]), "whose sum is nan"),
+        (lambda n: torch.tensor([2.0, -1, 0, 0, 0]), "2.0, -1.0"),
+        (lambda n: [1.0] * n, "1.0, 1.0"),
+    ],
+)
+def test_weights_that_are_none_are_an_error_by_the_rules_name(make, found):
+    rule = with_weights(make)
+    for aggregate in (rule, lambda x: list(rule.in_pieces(Rows(x))), Chain(pre=(NNM(),), rule=rule)):
+        with pytest.raises(ValueError, match=f"`weights` of Own should be a tensor .5. of numbers >= 0.*Found.*{found}"):
+            aggregate(rows_for(5, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_weights_may_be_rounded(dtype):
+    x = rows_for(7, D)
+    close(with_weights(lambda n: torch.full((n,), 1 / n, dtype=dtype))(x), x.mean(0), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (torch.zeros(D - 1).double(), r"\[12\]"),
+        (torch.zeros(D), "torch.float32"),
+        (torch.zeros(1, D).double(), r"\[1, 13\]"),
+        (None, "None"),
+    ],
+)
+def test_a_result_that_is_no_vector_of_the_rows_is_an_error_by_the_rules_name(result, found):
+    @dataclasses.dataclass(frozen=True)
+    class Own(CoordinateMedian):
+        def aggregate(self, rows):
+            return result
+
+    with pytest.raises(ValueError, match=f"`aggregate` of Own should give a vector.*\\[13\\] of torch.float64. Found.*{found}"):
+        Own(f=1)(rows_for(5, D))
+
+
+def test_a_rule_that_is_no_dataclass_is_an_error_by_its_name():
+    class Own(CoordinateMedian):
+        def __init__(self, strength):
+            super().__init__(f=1)
+
+    with pytest.raises(TypeError, match="Own should be a dataclass"):
+        Own(3).with_f(2)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Chain(pre=NNM(), rule=Krum()), lambda: Chain(NNM(), Krum()), lambda: Chain(NNM(f=1), rule=Krum())]
+)
+def test_a_chain_whose_parts_are_in_the_wrong_place_is_refused(make):
+    with pytest.raises(ValueError, match="a tuple of pre-aggregators and one aggregator, by name"):
+        make()
+
+
+def test_an_m_that_is_too_large_is_named():
+    with pytest.raises(TooFewRowsError, match=r"`m`.* at most n - f - 2 = 4 for n=7 rows and f=1. Found m=6. .* at least 9 rows"):
+        MultiKrum(f=1, m=6)(rows_for(7, D))
+    with pytest.raises(TooFewRowsError, match=r"at most n - f = 6 for n=7 rows and f=1. Found m=7. .* at least 8 rows"):
+        MultiKrum(f=1, m=7, definition="byzfl")(rows_for(7, D))
+
+
+def test_pre_aggregations_of_a_matrix_give_a_matrix():
+    x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    mixed = torch.tensor([[2.5, 3.5, 4.5], [2.5, 3.5, 4.5], [5.5, 6.5, 7.5]])
+    for rows in (x, x.numpy(), list(x)):
+        torch.testing.assert_close(NNM(f=1)(rows), mixed)
+    torch.testing.assert_close(NNM(f=1)(Rows(x)).dense(), mixed)
+    torch.testing.assert_close(torch.linalg.vector_norm(StaticClipping(c=2.0)(x), dim=1), torch.full((3,), 2.0))
+    whole = StaticClipping(c=100.0)(x)
+    whole.fill_(7)
+    assert x[0, 0] == 1
+    with pytest.raises(ValueError, match="NNM needs to know f"):
+        NNM()(x)
+    with pytest.raises(TooFewRowsError, match="at most f=1"):
+        NNM(f=2)(x)
+    far = torch.cat([x.double(), torch.full((2, 3), 1e300, dtype=torch.float64)])
+    torch.testing.assert_close(NNM(f=2)(far)[:3], x.double().mean(0).expand(3, -1))

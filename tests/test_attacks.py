@@ -132,6 +132,18 @@ def test_the_z_table_of_alie(n, f, z):
     torch.testing.assert_close(ALIE()(rows[f:], rows[:f]), expected.expand(f, -1))
 
 
+@pytest.mark.parametrize(("b", "n", "z"), [(2, 10, "0"), (1, 5, "0"), (1, 4, "-0.43")])
+def test_alie_says_where_its_formula_is_no_attack(b, n, z):
+    with pytest.warns(UserWarning, match=rf"no attack with {b} of n={n} workers.* z={z}.* ALIE\(z=1.5\)"):
+        ALIE().check(range(b), n)
+
+
+@pytest.mark.parametrize(("attack", "b", "n"), [(ALIE(), 9, 20), (ALIE(z=0.5), 2, 10), (ALIE(z=0.0), 2, 10), (ALIE(), 0, 10)])
+def test_alie_says_nothing_where_it_is_one_or_where_z_was_chosen(attack, b, n, recwarn):
+    attack.check(range(b), n)
+    assert not recwarn.list
+
+
 def test_alie_by_hand():
     honest = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])  # means 2 and 1, unbiased deviations 2 and 0
     assert ALIE(z=1.5)(honest, torch.zeros(1, 2)).tolist() == [[-1.0, 1.0]]

@@ -32,6 +32,7 @@ from lightning_byz.rng import restore, snapshot, worker_rng
 from lightning_byz.rows import Rows
 from lightning_byz.step_logs import StepLogs, WorkerLog
 from lightning_byz.transports import ByzantineTransport, InProcess, Message
+from lightning_byz.transports.byzantine import checked_lies
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
 
@@ -213,6 +214,51 @@ def test_the_vote_on_packed_bits_is_the_rules(tie, absent):
         assert torch.equal(found.estimate, expected.estimate)
         assert found.bytes_down == expected.bytes_down
     assert torch.equal(found.rows.dense(), expected.rows.dense())
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagrees(Identity):
+    """Its payload is not what its layout says."""
+
+    how: str = "longer"
+
+    def encode(self, x, generator=None):
+        return {
+            "longer": (torch.cat([x, x[:1]]),),
+            "narrower": (x.float(),),
+            "two": (x, x),
+            "none": (),
+            "a number": (1.0,),
+        }[self.how]
+
+
+@pytest.mark.parametrize("how", ["longer", "narrower", "two", "none", "a number"])
+def test_a_compressor_that_disagrees_with_its_layout_is_an_error_by_its_name(how):
+    exchange = Exchange(RobustSGD(CoordinateMedian(f=1), Disagrees(how)), connected(), 0)
+    with pytest.raises(ValueError, match=rf"`encode` of Disagrees .* `layout` declares for {D} numbers of torch.float64: \[{D}\]"):
+        exchange.run(contributions(grads_of()), LIKE)
+    codec = Disagrees(how)
+    codec.check((grads_of()[0],), D, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda own: own[0], r"\[7\]"),
+        (lambda own: own[:1], r"\[1, 7\]"),
+        (lambda own: own.long(), "int64"),
+        (lambda own: None, "None"),
+    ],
+)
+def test_an_attack_that_does_not_answer_for_each_worker_is_an_error_by_its_name(answer, found):
+    class Wrong(SignFlip):
+        def __call__(self, honest, own, scene=None):
+            return answer(own)
+
+    own = torch.zeros(2, 7)
+    with pytest.raises(ValueError, match=rf"Wrong should answer .*\[b, d\] = \[2, 7\].* Found .*{found}"):
+        checked_lies(Wrong(), answer(own), own)
+    assert checked_lies(Wrong(), own, own) is own
 
 
 def test_observers_see_every_outcome_and_rounds_are_counted():

@@ -540,12 +540,47 @@ def test_a_vote_by_hand():
 
 def test_a_zero_votes_plus_one_or_at_random():
     grads = torch.zeros(9, 400, dtype=torch.float64)
-    plus = SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0)
+    plus = SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0, zero="plus_one")
     assert play(plus, grads, *start(plus, d=400), 0)[0].unique().tolist() == [1.0]
     chance = SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0, zero="random")
     assert float(play(chance, grads, *start(chance, d=400), 0)[0].mean()) == pytest.approx(0, abs=0.2)
     ties = SignSGDMajorityVote(MajorityVote(f=2, tie="zero"), momentum=0.0, zero="random")
     assert play(ties, grads[:8], *start(ties, d=400, n=8), 0)[0].unique().tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("tie", ["plus_one", "zero", "random"])
+@pytest.mark.parametrize(("zero", "sums"), [("in_turn", (1.0, 0.0)), ("abstain", (0.0, 0.0)), ("plus_one", (1.0, 2.0))])
+def test_coordinates_that_nobody_uses_stay_where_they_are(momentum, tie, zero, sums):
+    """After one step and after two; f liars that vote on them change nothing, but for the code whose zeros all vote +1."""
+    algorithm = SignSGDMajorityVote(MajorityVote(f=2, tie=tie), momentum=momentum, zero=zero)
+    workers, server = start(algorithm, n=9)
+    moved = torch.zeros(D, dtype=torch.float64)
+    for step, expected in enumerate(sums):
+        grads = gradients(step, n=9, mean=0.5)
+        grads[:, 1] = 0.0
+        grads[:2, 1] = -5.0
+        estimate, workers, server, _ = play(algorithm, grads, workers, server, step)
+        moved += estimate
+        assert moved[1] == expected
+
+
+def test_who_abstains_leaves_a_coordinate_to_those_that_use_it():
+    grads = torch.zeros(9, 4, dtype=torch.float64)
+    grads[:3, 0], grads[:2, 1], grads[:3, 2], grads[5, 3] = -1.0, -1.0, torch.tensor([2.0, -3.0, -1e-30]), torch.inf
+    algorithm = SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0, zero="abstain")
+    estimate, *_ = play(algorithm, grads[[0, 1, 2, 3, 4, 6, 7, 8, 5]][:8], *start(algorithm, d=4, n=8), 0)
+    assert estimate.tolist() == [-1, 0, -1, 0]
+    four = torch.tensor([[1.0], [1], [-1], [-1], [0], [0]])
+    assert [MajorityVote(f=2, tie=tie, zero="abstain")(four).item() for tie in ("plus_one", "zero")] == [1, 0]
+    assert MajorityVote(f=2, tie="random", zero="abstain")(four).item() in (1, -1)
+
+
+@pytest.mark.parametrize("d", [1, 33, 1000])
+def test_two_bits_a_coordinate_where_zeros_abstain(d):
+    exchange = Exchange(SignSGDMajorityVote(MajorityVote(f=1), zero="abstain"), connected(4), seed=0)
+    outcome = exchange.run(contributions(rows_for(4, d, mean=0.0, dtype=torch.float32)), torch.zeros(d))
+    assert outcome.bytes_up == outcome.bytes_down == 4 * math.ceil(2 * d / 32) + 4
 
 
 @pytest.mark.parametrize("d", [1, 31, 32, 33, 1000])

@@ -4,9 +4,10 @@ import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import JUNK, laws, rows_for
 
@@ -239,6 +240,7 @@ def test_only_floating_point_matrices_are_rows(bad):
         Rows(bad)
 
 
+@laws
 @given(st.data())
 def test_the_kth_largest_number_is_that_of_a_sort(data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
@@ -271,6 +273,49 @@ def test_the_kth_largest_number_is_found_whatever_a_sample_says(k):
         y = x.clone()
         y[large] += 1000
         assert Rows(y[None]).kth_largest(y, k) == y.sort(descending=True).values[k - 1]
+
+
+@given(st.integers())
+def test_no_example_has_a_deadline(number):
+    """Whatever settings a test forgets."""
+    assert settings().deadline is None
+
+
+# -- what is taken for rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_lists_and_arrays_are_rows(dtype):
+    array = np.random.default_rng(0).normal(size=(5, 3)).astype(dtype)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    expected = torch.tensor(array)
+    several = [list(expected), tuple(expected), array, read_only, list(array), np.ascontiguousarray(array[::-1])[::-1]]
+    for rows in [*several, [expected[0], *array[1:]]]:
+        found = Rows.of(rows).values
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert Rows.of(expected).values is expected
+    assert torch.equal(Rows.of([[1.0, 2.0], [3.0, 4.0]]).values, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        ([torch.zeros(2), torch.zeros(3)], r"one length, dtype and device. Found \[2\] of torch.float32 on cpu, \[3\]"),
+        ([torch.zeros(2), torch.zeros(2).double()], "one length, dtype and device"),
+        ([], "Found none"),
+        (np.zeros((2, 2), dtype=int), r"matrix \[n, d\].*torch.int64"),
+        (np.zeros(3), r"matrix \[n, d\].*shape \[3\]"),
+        ("rows", r"matrix \[n, d\].*Found str"),
+        (None, r"matrix \[n, d\].*Found NoneType"),
+        (torch.zeros(2, 2, dtype=torch.cfloat), r"matrix \[n, d\].*torch.complex64"),
+    ],
+    ids=str,
+)
+def test_what_is_no_matrix_of_numbers_is_refused(rows, match):
+    with pytest.raises(ValueError, match=match):
+        Rows.of(rows)
 
 
 # -- order statistics -----------------------------------------------------------------------------------------------------

@@ -22,8 +22,11 @@ from torch.nn import functional as F
 from lightning_byz import (
     ALIE,
     IPM,
+    NNM,
+    SMEA,
     AllGather,
     ByzEF21SGDM,
+    Chain,
     CoordinateMedian,
     FlippedBit,
     Gaussian,
@@ -41,6 +44,7 @@ from lightning_byz import (
     TrimmedMean,
 )
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.setup_checks import resolve_algorithm
 
 
 def in_process(n: int = 4, **kwargs: Any) -> ByzantineRobustStrategy:
@@ -313,6 +317,31 @@ REFUSED: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "first batch too small": (lambda: in_process(30), Plain, {}, "first batch.*30 in-process workers. Found 24"),
     "in-process transport on ranks": (lambda: on_ranks(transport=InProcess()), Plain, {"devices": 3}, "Use transport=AllGather"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("num_byzantine", [None, 1, 4])
+def test_a_mean_tolerates_nobody_says_so_once_and_trains(num_byzantine: int | None) -> None:
+    with pytest.warns(UserWarning, match="Mean tolerates no Byzantine worker among n=10") as seen:
+        resolved = resolve_algorithm(RobustSGD(aggregator=Mean()), num_byzantine, 1, 10)
+    assert resolved.aggregator.f == 0
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_search_that_takes_long_or_tolerates_less_says_so_once(chained: bool, recwarn: pytest.WarningsRecorder) -> None:
+    def warned(num_byzantine: int | None, n: int) -> str:
+        recwarn.clear()
+        rule = Chain(pre=(NNM(),), rule=SMEA()) if chained else SMEA()
+        resolve_algorithm(RobustSGD(aggregator=rule), num_byzantine, 1, n)
+        assert len(recwarn.list) <= 1
+        return str(recwarn.pop().message) if recwarn.list else ""
+
+    assert "f=6 of n=30 workers here, not a third, 9" in warned(None, 30)
+    assert "searches 593,775 subsets of n=30" in warned(None, 30)
+    assert "f=2 of n=200 workers here, not a third, 66" in warned(None, 200)
+    assert "searches" in warned(6, 30)
+    assert "not a third" not in warned(6, 30)
+    assert warned(2, 30) == warned(None, 10) == ""
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -382,6 +382,9 @@ JUNK: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
     "+3e38": lambda f, d, dtype: torch.full((f, d), 3e38, dtype=dtype),
     "-3e38": lambda f, d, dtype: torch.full((f, d), -3e38, dtype=dtype),
     "3e38, signs alternate": lambda f, d, dtype: (3e38 * (-1.0) ** torch.arange(f)[:, None].expand(f, d)).to(dtype),
+    "the largest numbers": lambda f, d, dtype: (
+        torch.finfo(dtype).max * (-1.0) ** torch.arange(f, dtype=torch.float64)[:, None].expand(f, d)
+    ).to(dtype),
     "1e20": lambda f, d, dtype: torch.full((f, d), 1e20, dtype=dtype),
     "1e6, all the same": lambda f, d, dtype: rows_for(1, d, 99, 0.0, 1e6, dtype).expand(f, d),
     "30, all the same": lambda f, d, dtype: rows_for(1, d, 98, 0.0, 30.0, dtype).expand(f, d),
@@ -616,6 +619,7 @@ ALGORITHMS = [
     ),
     AlgorithmCase("signsgd", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0), lr=(0.4, 0.95)),
     AlgorithmCase("signum", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.5), lr=(0.4, 0.95)),
+    AlgorithmCase("signum_abstain", SignSGDMajorityVote(MajorityVote(f=2), 0.5, "abstain"), lr=(0.4, 0.95)),
     AlgorithmCase("signum_ties", SignSGDMajorityVote(MajorityVote(f=2, tie="zero"), 0.5, "random"), lr=(0.4, 0.95)),
 ]
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 
 RuleT = TypeVar("RuleT", bound="Rule")
 AggregatorT = TypeVar("AggregatorT", bound="Aggregator")
@@ -42,8 +45,22 @@ class Rule(ABC):
         return (n - 1) // 2
 
     def with_f(self: RuleT, f: int) -> RuleT:
-        """The same rule for another f."""
-        return dataclasses.replace(self, f=f)
+        """The same rule for another f.
+
+        Raises:
+            TypeError: if the rule's class is no dataclass, and has a constructor of its own.
+        """
+        try:
+            return dataclasses.replace(self, f=f)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self).__name__} should be a dataclass, whose fields are its parameters: write @dataclass(frozen=True) above it, "
+                f"and no __init__. Found a class of which no copy with another f can be made: {error}"
+            ) from error
+
+    def caveat(self, n: int) -> str | None:
+        """What somebody should know who is about to run this rule, whose f is known, on n rows in every step; None: nothing."""
+        return None
 
     def check(self, n: int) -> None:
         """Raises unless this rule can take n rows."""
@@ -78,7 +95,7 @@ class Aggregator(Rule):
         """Whether the result depends on the last round's, which algorithms then keep and give it as ``rows.last``."""
         return False
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
@@ -86,22 +103,39 @@ class Aggregator(Rule):
         can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
 
         Args:
-            rows: a matrix ``[n, d]``, or Rows.
+            rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows. The result is a tensor.
             present: ``[n]`` bool, the rows that count, already known to be finite; None looks for itself.
 
         Raises:
             TooFewRowsError: if f is too large for n, or for the rows that are left.
-            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it.
+            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it; if rows are
+                no floating-point matrix; if the rule's weights, or its result, are not what they should be.
         """
         rule, rows = self.facing(Rows.of(rows), present)
-        return rule.aggregate(rows)
+        result = rule.aggregate(rows)
+        width = rows.values.shape[1]
+        if not isinstance(result, Tensor) or result.shape != (width,) or result.dtype != rows.values.dtype:
+            found = f"a tensor {list(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+            raise ValueError(
+                f"`aggregate` of {type(self).__name__} should give a vector [d] of the rows' dtype: [{width}] of {rows.values.dtype}. Found "
+                f"{found}."
+            )
+        return result
 
     def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
-        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call."""
+        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call.
+
+        Rules that look across columns get them in a range where they can square numbers (`Rows.in_range`).
+        """
         self.check(len(rows))
         if rows.shares is not None:
             self.check_shares(rows.shares)
-        speaking = rows.finite() if present is None else present
+        rule, rows = self._hearing(rows, rows.finite() if present is None else present)
+        assert rule.f is not None
+        return rule, rows if rule.coordinate_wise else rows.in_range(rule.f)
+
+    def _hearing(self: AggregatorT, rows: Rows, speaking: Tensor) -> tuple[AggregatorT, Rows]:
+        """The rows that speak ``[n]`` bool, and this rule with the f that is left for them."""
         heard = int(speaking.sum())
         silent = len(rows) - heard
         if silent == 0:
@@ -110,26 +144,30 @@ class Aggregator(Rule):
         exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
         exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
         remaining, quiet = self.f - exposed, silent - exposed
-        f = min(remaining, self.most_f(heard))
+        left = rows.select(speaking)
+        most = self.most_f(heard) if left.shares is None else min(self.most_f(heard), _most_below_half(left.shares))
+        f = min(remaining, most)
         # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
         # and all f Byzantine ones may be among those that speak.
         least = remaining - quiet if quiet <= remaining else remaining
         if heard == 0 or f < least:
+            of_them = f"{heard} rows" if left.shares is None else f"{heard} rows of these shares of the data"
             raise TooFewRowsError(
-                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {heard} rows it "
-                f"tolerates at most f={self.most_f(heard)}. {least} of them may be Byzantine."
+                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {of_them} it "
+                f"tolerates at most f={most}. {least} of them may be Byzantine."
             )
-        return self.with_f(f), rows.select(speaking)
+        return self.with_f(f), left
 
     def check_shares(self, shares: Tensor) -> None:
         """Raises unless this rule can take rows that stand for such shares ``[n]`` of the data."""
-        name, largest = type(self).__name__, shares.sort(descending=True).values[: self.f]
+        name = type(self).__name__
         if not self.weighted:
             raise ValueError(
                 f"{name} counts every row alike. Found rows that stand for different shares of the data. Use CoordinateMedian, "
                 "GeometricMedian or Mean, which weigh them, or no weights."
             )
-        if self.f and 2 * float(largest.sum()) >= float(shares.sum()):
+        if self.f and self.f > _most_below_half(shares):
+            largest = shares.sort(descending=True).values[: self.f]
             raise ValueError(
                 f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} with "
                 f"{100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
@@ -157,41 +195,93 @@ class Aggregator(Rule):
 
 @dataclass(frozen=True)
 class WeightedAggregator(Aggregator):
-    """A rule whose result is a weighted sum of rows. Its weights tell whom it trusted."""
+    """A rule whose result is a weighted sum of rows. Its weights tell whom it trusted.
+
+    Attributes:
+        clips: it shortens rows, so that its weights may sum to less than 1.
+    """
+
+    clips: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self, rows: Rows) -> Tensor:
-        """``[n]`` float64 weights >= 0 that sum to 1, or to less where a rule clips rows."""
+        """``[n]`` float64 weights >= 0 that sum to 1, or to less where a rule ``clips`` rows."""
 
     def aggregate(self, rows: Rows) -> Tensor:
-        return rows.combine(self.weights(rows))
+        return rows.combine(self.checked_weights(rows))
+
+    def checked_weights(self, rows: Rows) -> Tensor:
+        """`weights`, once they are found to be what they should be.
+
+        Raises:
+            ValueError: else; one wrong weight would spoil every parameter.
+        """
+        weights, n = self.weights(rows), len(rows)
+        if not isinstance(weights, Tensor) or weights.shape != (n,):
+            found = f"shape {list(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+        else:
+            listed = weights.tolist()
+            total = math.fsum(listed) if all(map(math.isfinite, listed)) else math.nan
+            if min(listed) >= 0 and total <= 1 + 1e-3 and (self.clips or total >= 1 - 1e-3):
+                return weights
+            found = f"{listed}, whose sum is {total:.6g}"
+        raise ValueError(
+            f"`weights` of {type(self).__name__} should be a tensor [{n}] of numbers >= 0, one for each row, that sum to 1"
+            f"{' at most' if self.clips else ''}. Found {found}."
+        )
 
     def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
         if type(self).aggregate is not WeightedAggregator.aggregate:
             yield from super().in_pieces(rows)
             return
-        weights = self.weights(rows)
+        weights = self.checked_weights(rows)
         yield from (piece.combine(weights) for _, piece in rows.pieces())
 
 
 @dataclass(frozen=True)
 class PreAggregator(Rule):
-    """Maps n rows to rows that are easier to aggregate.
+    """Maps n rows to rows that are easier to aggregate. Subclasses implement `prepare`.
 
     Attributes:
         bounds_rows: whether f rows can move the mean of the new rows by a bounded amount only, as clipping does; a chain may then
             end in `Mean`.
+        needs_f: what it makes of rows depends on f.
     """
 
     bounds_rows: ClassVar[bool] = False
+    needs_f: ClassVar[bool] = True
 
     def count(self, n: int) -> int:
         """How many rows it makes of n."""
         return n
 
     @abstractmethod
-    def __call__(self, rows: Rows) -> Rows:
-        """The new rows; lazily, by `Rows.mix`."""
+    def prepare(self, rows: Rows) -> Rows:
+        """The new rows of finite ones; lazily, by `Rows.mix`."""
+
+    @overload
+    def __call__(self, rows: Rows) -> Rows: ...
+
+    @overload
+    def __call__(self, rows: Tensor | Sequence[Tensor] | NDArray[np.floating[Any]]) -> Tensor: ...
+
+    def __call__(self, rows: AnyRows) -> Rows | Tensor:
+        """The new rows: Rows of Rows, and a matrix ``[count(n), d]`` of all else that a rule takes.
+
+        Raises:
+            TooFewRowsError: if f is too large for n.
+            ValueError: if f is not known and needed, or if rows are no floating-point matrix.
+        """
+        given = Rows.of(rows)
+        if self.f is not None or self.needs_f:
+            self.check(len(given))
+        made = self.prepare(given.in_range(self.f or 0))
+        return made if isinstance(rows, Rows) else made.dense().clone()
+
+
+def _most_below_half(shares: Tensor) -> int:
+    """The largest f for which any f rows stand for less than half of the data, of which rows have ``shares [n]``."""
+    return int((2 * shares.sort(descending=True).values.cumsum(0) < shares.sum()).sum())
 
 
 def equal_weights(chosen: Tensor, n: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class Bucketing(PreAggregator):
         s: rows in a bucket, at least 1. 2 is the papers' choice.
     """
 
+    needs_f: ClassVar[bool] = False
+
     s: int = 2
 
     def __post_init__(self) -> None:
@@ -38,7 +41,7 @@ class Bucketing(PreAggregator):
     def most_f(self, n: int) -> int:
         return (self.count(n) - 1) // 2
 
-    def __call__(self, rows: Rows) -> Rows:
+    def prepare(self, rows: Rows) -> Rows:
         n = len(rows)
         order = torch.randperm(n, generator=rows.stream, device=rows.stream.device).cpu()
         weights = torch.zeros(self.count(n), n, dtype=torch.float64)

@@ -45,10 +45,10 @@ class CenteredClip(Aggregator):
         return self.start == "last"
 
     def aggregate(self, rows: Rows) -> Tensor:
-        n, v = len(rows), self._start(rows)
+        n, v, tau = len(rows), self._start(rows), self.tau / rows.unit
         for _ in range(self.iterations):
             distances = rows.squared_distances_to(v).sqrt()
-            pulls = torch.where(distances > self.tau, self.tau / distances, 1.0) / n
+            pulls = torch.where(distances > tau, tau / distances, 1.0) / n
             moved = rows.combine(pulls)
             v = moved if v is None else moved.add_(v, alpha=1 - float(pulls.sum()))
         assert v is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator, PreAggregator
+from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule
 from lightning_byz.aggregators.coordinate_wise import Mean
 from lightning_byz.aggregators.nearest_neighbor_mixing import NNM
 from lightning_byz.rows import Rows
@@ -34,12 +34,13 @@ class Chain(Aggregator):
     compile: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.rule, Aggregator) or not all(isinstance(part, PreAggregator) for part in self.pre):
+        are_pre = isinstance(self.pre, (list, tuple)) and all(isinstance(part, PreAggregator) for part in self.pre)
+        if isinstance(self.f, Rule) or not isinstance(self.rule, Aggregator) or not are_pre:
             raise ValueError(
-                "Chain takes pre-aggregators and one aggregator, such as Chain(pre=(NNM(),), rule=TrimmedMean()). "
-                f"Found pre={self.pre!r}, rule={self.rule!r}."
+                "Chain takes a tuple of pre-aggregators and one aggregator, by name, such as Chain(pre=(NNM(),), rule=TrimmedMean()). "
+                f"Found f={self.f!r}, pre={self.pre!r}, rule={self.rule!r}."
             )
+        super().__post_init__()
         counting = self.pre if self.pre and isinstance(self.rule, Mean) else (*self.pre, self.rule)
         given = {part.f for part in (self, *counting) if part.f is not None}
         if len(given) > 1:
@@ -72,6 +73,11 @@ class Chain(Aggregator):
     def with_f(self, f: int) -> Chain:
         return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))
 
+    def caveat(self, n: int) -> str | None:
+        for part in self.pre:
+            n = part.count(n)
+        return self.rule.caveat(n)
+
     def kappa(self, n: int) -> float | None:
         """With NNM in front, 8 f / (n - f) (kappa + 1) for the rule's own kappa; None for other pre-aggregations."""
         kappa = self.rule.kappa(n)
@@ -84,7 +90,7 @@ class Chain(Aggregator):
     def prepared(self, rows: Rows) -> Rows:
         """The rows that the rule at the end sees."""
         for part in self.pre:
-            rows = part(rows)
+            rows = part.prepare(rows)
         return dataclasses.replace(rows, compiled=rows.compiled or self.compile)
 
     def aggregate(self, rows: Rows) -> Tensor:

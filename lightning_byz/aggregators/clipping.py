@@ -13,8 +13,7 @@ from lightning_byz.aggregators.base import PreAggregator
 from lightning_byz.rows import Rows
 
 
-def _clipped(rows: Rows, squared_norms: Tensor, limit: Tensor) -> Rows:
-    norms = squared_norms.sqrt()
+def _clipped(rows: Rows, norms: Tensor, limit: Tensor) -> Rows:
     factors = torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
     return rows.mix(torch.diag(factors))
 
@@ -30,6 +29,7 @@ class StaticClipping(PreAggregator):
     """
 
     bounds_rows: ClassVar[bool] = True
+    needs_f: ClassVar[bool] = False
 
     c: float = 2.0
 
@@ -38,9 +38,9 @@ class StaticClipping(PreAggregator):
         if not self.c > 0:
             raise ValueError(f"`c`, the largest norm, should be positive. Found c={self.c}.")
 
-    def __call__(self, rows: Rows) -> Rows:
-        squared = rows.squared_norms()
-        return _clipped(rows, squared, torch.tensor(self.c, dtype=squared.dtype, device=squared.device))
+    def prepare(self, rows: Rows) -> Rows:
+        norms = rows.norms()
+        return _clipped(rows, norms, torch.full_like(norms[0], self.c))
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class ARC(PreAggregator):
 
     bounds_rows: ClassVar[bool] = True
 
-    def __call__(self, rows: Rows) -> Rows:
+    def prepare(self, rows: Rows) -> Rows:
         assert self.f is not None
         n = len(rows)
         k = math.floor(2 * self.f * (n - self.f) / n)
-        squared = rows.squared_norms()
-        return _clipped(rows, squared, squared.sort(descending=True).values[k].sqrt())
+        norms = rows.norms()
+        return _clipped(rows, norms, norms.sort(descending=True).values[k])

@@ -50,7 +50,7 @@ class Mean(WeightedAggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None or rows.mixing is not None:
             return super().aggregate(rows)
-        return rows.map(_mean)
+        return rows.map(_mean, averages=True)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class TrimmedMean(Aggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
-        return rows.map(lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)))
+        return rows.map(lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)), averages=True)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class MeaMed(Aggregator):
             ordered = sorted_rows(block, 0, n)
             return mean_of_nearest(ordered, middle_of(ordered), n - f)
 
-        return rows.map(rule, passes=2)
+        return rows.map(rule, passes=2, averages=True)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Phocas(Aggregator):
             ordered = sorted_rows(block, 0, n)
             return mean_of_nearest(ordered, _mean(ordered[f : n - f]), n - f)
 
-        return rows.map(rule, passes=2)
+        return rows.map(rule, passes=2, averages=True)
 
 
 def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:

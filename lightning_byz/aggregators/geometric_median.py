@@ -84,14 +84,7 @@ class GeometricMedian(WeightedAggregator):
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        n = len(rows)
-        near, products = around_medoid(rows, self.f)
-        weights = torch.zeros(n, dtype=torch.float64, device=products.device)
-        weights[near] = self._weiszfeld(rows if len(near) == n else rows.select(near), products)
-        return weights
-
-    def _weiszfeld(self, rows: Rows, products: Tensor) -> Tensor:
-        n = len(rows)
+        n, products = len(rows), around_medoid(rows, self.f)
         shares = torch.full((n,), 1 / n, dtype=torch.float64) if rows.shares is None else rows.shares / rows.shares.sum()
         shares = shares.to(products.device)
         if self.start == "medoid":
@@ -100,7 +93,7 @@ class GeometricMedian(WeightedAggregator):
             to_z = rows.squared_norms().sqrt()
         else:
             to_z = _distances(products, shares)
-        nu = self.nu if self.nu is not None else max(1e-6 * float(to_z.median()), 1e-300)
+        nu = self.nu / rows.unit if self.nu is not None else max(1e-6 * float(to_z.median()), 1e-300)
         weights, before = shares, None
         for _ in range(self.iterations or 1000):
             beta = shares / to_z.clamp_min(nu)
@@ -145,19 +138,16 @@ class AutoGM(WeightedAggregator):
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        n = len(rows)
-        near, products = around_medoid(rows, self.f)
-        strength = float(n if self.regularization is None else self.regularization)
-        trust = torch.full((len(near),), 1 / len(near), dtype=torch.float64, device=products.device)
+        n, products = len(rows), around_medoid(rows, self.f)
+        strength = float(n if self.regularization is None else self.regularization) / rows.unit
+        trust = torch.full((n,), 1 / n, dtype=torch.float64, device=products.device)
         beta = trust
         for _ in range(self.iterations):
             beta = _weighted_median(products, trust)
             before, trust = trust, _simplex_weights(_distances(products, beta), strength)
             if float((trust - before).abs().max()) < self.tolerance:
                 break
-        weights = torch.zeros(n, dtype=torch.float64, device=products.device)
-        weights[near] = beta
-        return weights
+        return beta
 
 
 def _weighted_median(products: Tensor, trust: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator, WeightedAggregator, equal_weights
+from lightning_byz.aggregators.base import Aggregator, TooFewRowsError, WeightedAggregator, equal_weights
 from lightning_byz.aggregators.coordinate_wise import mean_of_nearest
 from lightning_byz.order_statistics import middle_of, sorted_rows
 from lightning_byz.rows import Rows
@@ -76,6 +76,16 @@ class MultiKrum(WeightedAggregator):
     def most_f(self, n: int) -> int:
         definition = DEFINITIONS[self.definition]
         return min((n - definition.margin) // 2, n - definition.kept - (self.m or 1))
+
+    def check(self, n: int) -> None:
+        kept = DEFINITIONS[self.definition].kept
+        if self.m is not None and self.f is not None and self.f <= replace(self, m=None).most_f(n) and self.m > n - self.f - kept:
+            less = f" - {kept}" if kept else ""
+            raise TooFewRowsError(
+                f"`m`, the number of rows that MultiKrum averages, should be at most n - f{less} = {n - self.f - kept} for n={n} rows and "
+                f"f={self.f}. Found m={self.m}. Use a smaller m, or at least {self.m + self.f + kept} rows."
+            )
+        super().check(n)
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
@@ -152,4 +162,4 @@ class Bulyan(Aggregator):
             ordered = sorted_rows(block, 0, n - 2 * f)
             return mean_of_nearest(ordered, middle_of(ordered), n - 4 * f)
 
-        return rows.select(self.picked(rows)).map(rule)
+        return rows.select(self.picked(rows)).map(rule, averages=True)

@@ -18,7 +18,7 @@ class NNM(PreAggregator):
     n x n distance matrix; the mixed rows are never stored.
     """
 
-    def __call__(self, rows: Rows) -> Rows:
+    def prepare(self, rows: Rows) -> Rows:
         assert self.f is not None
         n = len(rows)
         nearest = rows.squared_distances().sort(dim=1, stable=True).indices[:, : n - self.f]  # [n, n - f]

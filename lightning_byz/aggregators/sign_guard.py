@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class SignGuard(WeightedAggregator):
         high: largest norm that passes, in median norms, exclusive.
         share: size of the block, as a share of all coordinates, in (0, 1].
     """
+
+    clips: ClassVar[bool] = True
 
     low: float = 0.1
     high: float = 3.0

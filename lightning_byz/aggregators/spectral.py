@@ -65,11 +65,11 @@ class CAF(WeightedAggregator):
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n = len(rows)
-        near, products = around_medoid(rows, self.f)
+        products = around_medoid(rows, self.f)
         start = self._long_enough(rows)
         taken = float(start.sum()) < n
         least = float(start.sum()) - 2 * self.f
-        c = start.to(products)[near]
+        c = start.to(products)
         best, chosen = math.inf, c
         while float(c.sum()) > least or math.isinf(best):
             variance, tau = _top_direction(products, c)
@@ -82,9 +82,7 @@ class CAF(WeightedAggregator):
             if not float(tau.max()) > 0:
                 break  # all rows that have weight are equal
             c = c * (1 - tau / tau.max())
-        weights = torch.zeros(n, dtype=torch.float64, device=products.device)
-        weights[near] = chosen / chosen.sum()
-        return weights
+        return chosen / chosen.sum()
 
     def _long_enough(self, rows: Rows) -> Tensor:
         """``[n]`` the weights to start with."""
@@ -134,10 +132,8 @@ class DnC(WeightedAggregator):
         stream = rows.stream
         bad = torch.zeros(n, dtype=torch.int64, device=rows.values.device)
         for _ in range(self.iterations):
-            near, products = around_medoid(self._sampled(rows, stream), self.f)
-            everyone = torch.ones(len(near), dtype=torch.float64, device=products.device)
-            scores = torch.full((n,), torch.inf, dtype=torch.float64, device=products.device)
-            scores[near] = _top_direction(products, everyone)[1]
+            products = around_medoid(self._sampled(rows, stream), self.f)
+            scores = _top_direction(products, torch.ones(n, dtype=torch.float64, device=products.device))[1]
             bad[scores.sort(stable=True).indices[n - drop :]] += 1
         return equal_weights((bad == bad.min()).nonzero().flatten(), n)
 

@@ -42,8 +42,7 @@ class MDA(WeightedAggregator):
             else:
                 high = middle
         graph = _farther(distances, levels[low]) if levels else [0] * n
-        finite = torch.nan_to_num(distances, posinf=torch.finfo(distances.dtype).max / n**2)
-        best = min((_completed(cover, finite, f) for cover in _covers(graph, f)), key=lambda kept: _spread(kept, finite))
+        best = min((_completed(cover, distances, f) for cover in _covers(graph, f)), key=lambda kept: _spread(kept, distances))
         return equal_weights(torch.tensor(best, device=rows.values.device), n)
 
 
@@ -90,6 +89,7 @@ class SMEA(WeightedAggregator):
     """
 
     most_subsets: ClassVar[int] = 1_000_000
+    many_subsets: ClassVar[int] = 20_000
 
     def most_f(self, n: int) -> int:
         return next((f for f in range((n - 1) // 2, 0, -1) if math.comb(n, f) <= self.most_subsets), min(0, n - 1))
@@ -102,13 +102,22 @@ class SMEA(WeightedAggregator):
             )
         super().check(n)
 
+    def caveat(self, n: int) -> str | None:
+        assert self.f is not None
+        subsets = math.comb(n, self.f)
+        if subsets <= self.many_subsets:
+            return None
+        return (
+            f"SMEA with f={self.f} searches {subsets:,} subsets of n={n} rows in every step, some 10,000 a second. Use a smaller "
+            "num_byzantine, or CAF, which needs no search."
+        )
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, keep = len(rows), len(rows) - self.f
-        near, products = around_medoid(rows, self.f)
-        products = products.cpu()
+        products = around_medoid(rows, self.f).cpu()
         best, chosen = math.inf, tuple(range(keep))
-        subsets = itertools.combinations(range(len(near)), keep)
+        subsets = itertools.combinations(range(n), keep)
         while batch := list(itertools.islice(subsets, 4096)):
             index = torch.tensor(batch)
             among = products[index[:, :, None], index[:, None, :]]  # [subsets, n - f, n - f]
@@ -116,4 +125,4 @@ class SMEA(WeightedAggregator):
             largest = torch.linalg.eigvalsh(centred)[:, -1]
             if float(largest.min()) < best:
                 best, chosen = float(largest.min()), batch[int(largest.argmin())]
-        return equal_weights(near[torch.tensor(chosen, device=near.device)], n)
+        return equal_weights(torch.tensor(chosen, device=rows.values.device), n)

@@ -40,10 +40,8 @@ class FABA(WeightedAggregator):
         left = torch.arange(n, device=distances.device)
         for _ in range(self.f):
             # ||x_i - mean||^2 is the mean of row i of the squared distances, less a constant.
-            among = distances[left][:, left]
-            overflown = torch.isinf(among).sum(1)  # float64 rows beyond 1e154: the one that is too far from most goes first
-            score = torch.where(overflown == overflown.max(), torch.nan_to_num(among, posinf=0.0).mean(1), -1.0)
-            left = left[torch.arange(len(left), device=left.device) != score.argmax()]
+            farthest = distances[left][:, left].mean(1).argmax()
+            left = left[torch.arange(len(left), device=left.device) != farthest]
         return equal_weights(left, n)
 
 

@@ -145,7 +145,7 @@ class _Clipped(Algorithm):
 
 def clipped(rows: Rows, lam: Tensor) -> Rows:
     """Every row scaled down to norm ``lam`` at most (0-d): ``min(1, lam / ||x_i||) x_i``, and 0 for x_i = 0."""
-    norms = rows.squared_norms().sqrt()
+    norms = rows.norms()
     factors = torch.where(norms > lam, lam / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
     # In float64, where the factor of a row of 3e38 is not rounded to 0 and its product has no error worth a name.
     values = (rows.dense().double() * factors[:, None]).to(rows.values.dtype) if bool((factors < 1).any()) else rows.dense()

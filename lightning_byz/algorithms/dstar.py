@@ -103,7 +103,7 @@ class DeviationFilter(WeightedAggregator):
         deviations = rows.squared_distances_to(center).sqrt()
         limit = deviations.sort().values[(len(rows) - 1) // 2]  # the lower median, which is an honest row's or below one
         if self.reading == "ensemble" and self.trusted is not None:
-            squares = (self.trusted.double() - center.double()).square().sum()
+            squares = (self.trusted.double() / rows.unit - center.double() / rows.unit).square().sum()
             limit = torch.maximum(limit, rows.agree(rows.sum(squares)).sqrt())
         kept = torch.ones_like(deviations) if math.isinf(self.tolerance) else deviations <= self.tolerance * limit
         return equal_weights(kept.nonzero().flatten(), len(rows))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,6 +70,15 @@ class ALIE(Attack):
         supporters = n // 2 + 1 - f
         share = (n - f - supporters) / (n - f)
         return statistics.NormalDist().inv_cdf(share) if 0 < share < 1 else 0.0
+
+    def check(self, byzantine: Sequence[int], n: int) -> None:
+        z = self.factor(n, len(byzantine))
+        if byzantine and self.z is None and z <= 0:
+            warnings.warn(
+                f"ALIE() is no attack with {len(byzantine)} of n={n} workers: the paper's formula gives z={z:.3g}, and workers that lie by "
+                "it send the honest mean, or help. Give z, such as ALIE(z=1.5), or more Byzantine workers.",
+                stacklevel=2,
+            )
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         return everyone(honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread(honest), own)

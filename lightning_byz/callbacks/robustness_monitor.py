@@ -142,7 +142,8 @@ def about_honest(outcome: Outcome, transport: Transport, honest: Tensor, weights
     here = honest & outcome.round.present
     if not bool(here.any()):
         return {}
-    mean = outcome.seen.select(here).dense().double().mean(0)
+    heard = outcome.seen.select(here).in_range(0)
+    mean = heard.wide().mean(0) * heard.unit
     rows = transport.assemble(mean, len(outcome.estimate))[None]
     values = {
         "byz/aggregation_error": float(metrics.aggregation_error(outcome.estimate, rows)),
@@ -159,7 +160,8 @@ def _needed_kappa(seen: Aggregated, honest: Tensor) -> float | None:
     keep = honest[seen.workers]
     if seen.rule.remembers or not bool(keep.any()):
         return None
-    result, rows = seen.rule.aggregate(seen.again()).double(), seen.rows.select(keep).dense().double()
+    here = seen.rows.in_range(seen.rule.f or 0).select(keep)
+    result, rows = seen.rule.aggregate(seen.again()).double() / here.unit, here.wide()
     mean = rows.mean(0)
     error = float(seen.rows.sum((result - mean).square().sum()))  # over all slices of columns
     width = float(seen.rows.sum((rows - mean).square().sum() / len(rows)))

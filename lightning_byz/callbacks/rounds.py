@@ -91,7 +91,8 @@ def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | Non
         seen: what the rule saw.
         honest: ``[n]`` bool, who is honest; None: nobody knows.
     """
-    rule, rows = seen.rule, seen.rows
+    rule = seen.rule
+    rows = seen.rows.in_range(rule.f or 0)
     kappa = None if rows.shares is not None else rule.kappa(len(rows))
     if kappa is None:
         return None
@@ -104,8 +105,9 @@ def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | Non
         keep = nearest.indices[center, : len(rows) - rule.f]
     if not len(keep):
         return None
-    chosen = rows.select(keep).dense().double()
+    chosen = rows.select(keep).wide()
     mean = chosen.mean(0)
     width = rows.sum((chosen - mean).square().sum() / len(chosen))  # over all slices of columns
     squared_norm = rows.sum(mean.square().sum())
-    return Guarantee(kappa, float(width), float(worst_relative_error(width, squared_norm, kappa)))
+    ratio = worst_relative_error(width, squared_norm, kappa)
+    return Guarantee(kappa, float(width) * rows.unit * rows.unit, float(ratio))

@@ -226,7 +226,7 @@ class Grid:
         trainer = config["trainer"]
         config["seed_everything"] = cell.seed
         strategy = trainer["strategy"]["init_args"]
-        strategy["num_byzantine"] = 0 if _is_mean(cell.rule) else cell.f
+        strategy["num_byzantine"] = cell.f
         if cell.algorithm != _AS_IN_RUN:
             strategy["algorithm"] = part(cell.algorithm)
         rule = part(cell.rule)

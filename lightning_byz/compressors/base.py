@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class Field(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of this tensor on the wire."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _listed(fields: Sequence[Any]) -> str:
+    return ", ".join(f"{list(part.shape)} of {part.dtype}" if isinstance(part, Field) else repr(part) for part in fields) or "none"
 
 
 class WireFormat(ABC):
@@ -71,6 +75,16 @@ class Compressor(WireFormat):
     @abstractmethod
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Payload:
         """The payload of ``x [d]``; ``x`` is not modified. Random compressors draw from ``generator`` alone."""
+
+    def check(self, payload: Payload, dim: int, dtype: torch.dtype) -> None:
+        """Raises ValueError unless a payload that this has encoded, of ``dim`` numbers of ``dtype``, has its layout."""
+        layout = self.layout(dim, dtype)
+        found = [Field(tuple(part.shape), part.dtype) if isinstance(part, Tensor) else part for part in payload]
+        if found != list(layout):
+            raise ValueError(
+                f"`encode` of {type(self).__name__} should give the tensors that its `layout` declares for {dim} numbers of {dtype}: "
+                f"{_listed(layout)}. Found {_listed(found)}."
+            )
 
     def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
         """The payload of ``x - y``; for error feedback."""

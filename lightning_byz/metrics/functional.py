@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,28 +10,54 @@ import torch
 from torch import Tensor
 
 
+def _in_units(*tensors: Tensor) -> tuple[float, list[Tensor]]:
+    """A power of two, and the tensors in float64 divided by it, so that their squares neither overflow nor vanish.
+
+    It is 1 where no number is float64, for squares of the others do neither, and where all are of an ordinary size.
+    """
+    if all(tensor.dtype != torch.float64 for tensor in tensors):
+        return 1.0, [tensor.double() for tensor in tensors]
+    largest = max(float(tensor.abs().max()) for tensor in tensors if tensor.numel()) if any(map(len, tensors)) else 0.0
+    ordinary = not largest or not math.isfinite(largest) or 2.0**-200 < largest < 2.0**200
+    unit = 1.0 if ordinary else 2.0 ** max(-1000, math.frexp(largest)[1])
+    return unit, [tensor.double() if unit == 1 else tensor.double() / unit for tensor in tensors]
+
+
 def cosine_to_honest_mean(aggregate: Tensor, honest: Tensor) -> Tensor:
     """The cosine of the angle between an aggregate ``[d]`` and the mean of the honest rows ``[h, d]``; 0 if either is 0."""
-    mean = honest.double().mean(0)
-    norms = torch.linalg.vector_norm(aggregate.double()) * torch.linalg.vector_norm(mean)
-    return torch.where(norms > 0, aggregate.double() @ mean / norms, 0.0)
+    _, (aggregate,) = _in_units(aggregate)  # each in a unit of its own: no length matters
+    mean = _in_units(honest)[1][0].mean(0)
+    norms = torch.linalg.vector_norm(aggregate) * torch.linalg.vector_norm(mean)
+    return torch.where(norms > 0, aggregate @ mean / norms, 0.0)
+
+
+def _error(aggregate: Tensor, honest: Tensor) -> Tensor:
+    """``||aggregate - mean||``, of float64 numbers whose squares do not overflow."""
+    error: Tensor = torch.linalg.vector_norm(aggregate - honest.mean(0))
+    return error
 
 
 def aggregation_error(aggregate: Tensor, honest: Tensor) -> Tensor:
     """``||aggregate - mean||`` against the mean of the honest rows ``[h, d]``, in the gradients' own units."""
-    error: Tensor = torch.linalg.vector_norm(aggregate.double() - honest.double().mean(0))
-    return error
+    unit, (aggregate, honest) = _in_units(aggregate, honest)
+    return _error(aggregate, honest) * unit
 
 
 def relative_error(aggregate: Tensor, honest: Tensor) -> Tensor:
     """``||aggregate - mean|| / ||mean||`` against the mean of the honest rows ``[h, d]``; inf if the mean is 0 and the aggregate is not."""
-    error, norm = aggregation_error(aggregate, honest), torch.linalg.vector_norm(honest.double().mean(0))
+    _, (aggregate, honest) = _in_units(aggregate, honest)
+    error, norm = _error(aggregate, honest), torch.linalg.vector_norm(honest.mean(0))
     return torch.where(error == 0, 0.0, error / norm)
 
 
 def spread(rows: Tensor) -> Tensor:
     """``1/h sum_i ||x_i - mean||^2`` of rows ``[h, d]``: how much the workers' gradients differ, noise and data together."""
-    rows = rows.double()
+    unit, (rows,) = _in_units(rows)
+    return _spread(rows) * unit * unit
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """The same of float64 numbers whose squares do not overflow."""
     return (rows - rows.mean(0)).square().sum(1).mean()
 
 
@@ -40,8 +67,9 @@ def empirical_kappa(aggregate: Tensor, honest: Tensor) -> Tensor:
     A rule is (f, kappa)-robust if this is at most kappa for every set of n - f rows, whatever the other f hold (Allouah et al., AISTATS
     2023, arXiv 2302.01772). 0 if the aggregate is the honest mean; inf if it is not, and the honest rows are all equal.
     """
-    error = aggregation_error(aggregate, honest)
-    return torch.where(error == 0, 0.0, error.square() / spread(honest))
+    _, (aggregate, honest) = _in_units(aggregate, honest)
+    error = _error(aggregate, honest)
+    return torch.where(error == 0, 0.0, error.square() / _spread(honest))
 
 
 def worst_relative_error(spread: Tensor, squared_norm: Tensor, kappa: float) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.compressors import Compressor, Field
-from lightning_byz.rows import Rows
+from lightning_byz.rows import AnyRows, Rows
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round, keyed_generator
 
@@ -183,12 +183,27 @@ class ByzantineTransport(Transport):
             agree=self.inner.agree,
         )
         before = torch.stack([rows.get(worker, zero) for worker in own]) if own else seen[:0]
-        lies = self.attack(seen, before, scene)
+        lies = checked_lies(self.attack, self.attack(seen, before, scene), before)
         for worker, lie in zip(own, lies, strict=True):
             flags = everybody[worker].flags.clone()
             flags[0] = 1
             everybody[worker] = Message(flags, _encoded(lie, worker, codec, dtype, round))
         return everybody
+
+
+def checked_lies(attack: Attack, lies: Tensor, own: Tensor) -> Tensor:
+    """What an attack answered.
+
+    Raises:
+        ValueError: unless it is a message ``[b, d]`` for each of the ``own [b, d]``.
+    """
+    if not isinstance(lies, Tensor) or lies.shape != own.shape or not lies.is_floating_point():
+        found = f"a tensor {list(lies.shape)} of {lies.dtype}" if isinstance(lies, Tensor) else repr(lies)
+        raise ValueError(
+            f"{type(attack).__name__} should answer with a message for each Byzantine worker, [b, d] = {list(own.shape)} of floating-point "
+            f"numbers. Found {found}. The same message for all: message.expand_as(own)."
+        )
+    return lies
 
 
 def _encoded(lie: Tensor, worker: int, codec: Compressor, dtype: torch.dtype, round: Round) -> Payload:
@@ -203,7 +218,7 @@ class _HonestMean(Aggregator):
     f: int | None = 0
     honest: Sequence[int] = ()
 
-    def __call__(self, rows: Tensor | Rows, present: Tensor | None = None) -> Tensor:
+    def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         return Rows.of(rows).select(torch.tensor(self.honest)).dense().mean(0)
 
     def aggregate(self, rows: Rows) -> Tensor:
