@@ -31,7 +31,7 @@ from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.overlap import Overlap, obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
-from lightning_byz.roll_call import RollCall
+from lightning_byz.roll_call import RollCall, roll_call
 from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import UnsupportedSetupError, check_setup, default_transport, explain_transport, resolve_algorithm
 from lightning_byz.setup_checks import warn as _warn
@@ -95,7 +95,7 @@ class RobustStrategy(_Base):
     """
 
     roll_call_patience = 60.0
-    """Seconds that a rank that saves a checkpoint waits for the others, before it saves alone."""
+    """Seconds that rank 0 waits with a checkpoint for ranks of which it cannot tell whether they come, before it saves alone."""
 
     _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
 
@@ -281,21 +281,18 @@ class RobustStrategy(_Base):
             return
         if self._process_group_backend is None:
             self._process_group_backend = "nccl" if self.root_device.type == "cuda" else "gloo"
-        if dist.is_initialized():
-            return
-        os.environ["MASTER_ADDR"] = environment.main_address
-        os.environ["MASTER_PORT"] = str(environment.main_port)
-        dist.init_process_group(
-            self._process_group_backend,
-            rank=environment.global_rank(),
-            world_size=environment.world_size(),
-            timeout=self._timeout,
-            device_id=self.root_device if self.root_device.type == "cuda" else None,
-        )
-        atexit.register(_leave_process_group)
-        self._roll_call = RollCall(
-            environment.main_address, environment.global_rank(), environment.world_size(), self._timeout or timedelta(minutes=30)
-        )
+        if not dist.is_initialized():
+            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_PORT"] = str(environment.main_port)
+            dist.init_process_group(
+                self._process_group_backend,
+                rank=environment.global_rank(),
+                world_size=environment.world_size(),
+                timeout=self._timeout,
+                device_id=self.root_device if self.root_device.type == "cuda" else None,
+            )
+            atexit.register(_leave_process_group)
+        self._roll_call = roll_call(environment.main_address, self._timeout or timedelta(minutes=30))
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -415,8 +412,13 @@ class RobustStrategy(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._move_on()  # of those of the step, some begin during backward
         if self._served is not None:
             self._served.begin_batch(batch_idx)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._move_on()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._served is not None:
@@ -739,6 +741,7 @@ class RobustStrategy(_Base):
         # In manual optimization this runs inside the precision plugin's autocast, which is not for aggregation.
         with torch.autocast(self.root_device.type, enabled=False):
             contributions = self._contributions(layout, 1 / scale)
+            self._move_on()
             outcome = exchange.run(contributions, self._x(layout, exchange), self._trusted)
 
         parameters, f = len(layout.parameters), outcome.rule.f or 0
@@ -798,6 +801,11 @@ class RobustStrategy(_Base):
             return self._served.is_alone or self._interrupted()
         return self._world == 1 or not dist.is_initialized() or self._interrupted()
 
+    def _move_on(self, group: Any = None) -> None:
+        """This rank goes on to something that all ranks do: those that wait with a checkpoint learn that it has passed their place."""
+        if self._roll_call is not None and group in (None, dist.group.WORLD):
+            self._roll_call.move_on()
+
     def barrier(self, name: str | None = None) -> None:
         if self._alone():
             return
@@ -807,6 +815,7 @@ class RobustStrategy(_Base):
         if self._served is not None:
             self._served.barrier(name)
             return
+        self._move_on()
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
@@ -818,6 +827,7 @@ class RobustStrategy(_Base):
             return obj
         if self._served is not None:
             return self._served.broadcast(obj, src)
+        self._move_on()
         objects = [obj]
         dist.broadcast_object_list(objects, src)
         return objects[0]
@@ -833,6 +843,7 @@ class RobustStrategy(_Base):
             received = self._served.gather(tensor)
             ranks = len(received)
         else:
+            self._move_on(group)
             ranks = dist.get_world_size(group)
             received = [torch.empty_like(tensor) for _ in range(ranks)]
             dist.all_gather(received, tensor.contiguous(), group=group)
@@ -854,11 +865,12 @@ class RobustStrategy(_Base):
             return decision
         if self._served is not None:
             return self._served.decide(decision, all)
-        return super().reduce_boolean_decision(decision, all=all)
+        return super().reduce_boolean_decision(decision, all=all)  # by `reduce`
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The ranks' tensors, stacked; on a parameter server those of the ranks that are heard."""
         if self._served is None:
+            self._move_on(group)
             return super().all_gather(tensor, group, sync_grads)
         if sync_grads:
             raise UnsupportedSetupError("all_gather(sync_grads=True) would let gradients pass by the rule. Use sync_grads=False.")
@@ -870,7 +882,7 @@ class RobustStrategy(_Base):
         """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
         if self._served is not None and self._served.takes_snapshot(checkpoint):
             return
-        self._saved_alone = not self._all_save(checkpoint, filepath)
+        self._saved_alone = not self._all_save(filepath)
         if self.exchanges and "optimizer_states" in checkpoint:
             local = [exchange.worker_states() for exchange in self.exchanges]
             workers, states = self._collected(local)
@@ -899,18 +911,19 @@ class RobustStrategy(_Base):
             return self._served.snapshot()
         return dict(super().load_checkpoint(checkpoint_path, *args, **kwargs))
 
-    def _all_save(self, checkpoint: Mapping[str, Any], filepath: Any) -> bool:
+    def _all_save(self, filepath: Any) -> bool:
         """Whether all ranks are here to save this checkpoint, so that they may enter collectives."""
         if self._alone() or self._roll_call is None:
             return self._served is not None or not self._interrupted()
-        here = self._roll_call.everybody(f"save {checkpoint.get('global_step')} {filepath}", self.roll_call_patience)
-        if not here:
+        absent = self._roll_call.absent(self.roll_call_patience)
+        if absent:
             warnings.warn(
-                f"Rank {self.global_rank} saves {filepath} without all others. The checkpoint holds no worker state of theirs. "
+                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not come here. The checkpoint holds the "
+                "weights, but the algorithm's state at rank 0 only: a run that resumes from it starts the rest of it afresh. "
                 "Call trainer.save_checkpoint on every rank.",
                 stacklevel=2,
             )
-        return here
+        return not absent
 
     def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
         """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""
