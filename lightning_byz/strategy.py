@@ -36,7 +36,7 @@ from lightning_byz.outputs import joined
 from lightning_byz.overlap import obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
 from lightning_byz.reductions import is_finite, over_finite, reduction
-from lightning_byz.roll_call import RollCall
+from lightning_byz.roll_call import RollCall, roll_call
 from lightning_byz.served import ServedRun, surviving_launcher
 from lightning_byz.setup_checks import (
     UnsupportedSetupError,
@@ -118,7 +118,7 @@ class RobustStrategy(_Base):
     """
 
     roll_call_patience = 60.0
-    """Seconds that a rank that saves a checkpoint waits for the others, before it saves alone."""
+    """Seconds that rank 0 waits with a checkpoint for ranks of which it cannot tell whether they come, before it saves alone."""
 
     _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
 
@@ -315,22 +315,19 @@ class RobustStrategy(_Base):
             return
         if self._process_group_backend is None:
             self._process_group_backend = "nccl" if self.root_device.type == "cuda" else "gloo"
-        if dist.is_initialized():
-            return
-        os.environ["MASTER_ADDR"] = environment.main_address
-        os.environ["MASTER_PORT"] = str(environment.main_port)
-        dist.init_process_group(
-            self._process_group_backend,
-            rank=environment.global_rank(),
-            world_size=environment.world_size(),
-            timeout=self._timeout,
-            device_id=self.root_device if self.root_device.type == "cuda" else None,
-        )
-        atexit.register(_leave_process_group)
+        if not dist.is_initialized():
+            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_PORT"] = str(environment.main_port)
+            dist.init_process_group(
+                self._process_group_backend,
+                rank=environment.global_rank(),
+                world_size=environment.world_size(),
+                timeout=self._timeout,
+                device_id=self.root_device if self.root_device.type == "cuda" else None,
+            )
+            atexit.register(_leave_process_group)
         meeting()
-        self._roll_call = RollCall(
-            environment.main_address, environment.global_rank(), environment.world_size(), self._timeout or timedelta(minutes=30)
-        )
+        self._roll_call = roll_call(environment.main_address, self._timeout or timedelta(minutes=30))
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -464,8 +461,13 @@ class RobustStrategy(_Base):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        self._move_on()  # of those of the step, some begin during backward
         if self._served is not None:
             self._served.begin_batch(batch_idx)
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._move_on()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._served is not None:
@@ -819,6 +821,7 @@ class RobustStrategy(_Base):
         # This may run inside of the precision plugin's autocast, which is not for aggregation.
         with torch.autocast(self.root_device.type, enabled=False):
             contributions = self._contributions(group, 1 / scale)
+            self._move_on()
             outcome = exchange.run(contributions, self._x(group), self._trusted if group is self.groups[0] else None)
 
         parameters, f = len(layout.parameters), outcome.rule.f or 0
@@ -882,11 +885,17 @@ class RobustStrategy(_Base):
         if self._alone() or group not in (None, dist.group.WORLD):
             yield
             return
+        self._move_on()
         ranks = meeting()
         ranks.begin(place)
         ranks.join()
         with ranks.naming_lost_ranks():
             yield
+
+    def _move_on(self) -> None:
+        """This rank goes on to something that all ranks do: those that wait with a checkpoint learn that it has passed their place."""
+        if self._roll_call is not None:
+            self._roll_call.move_on()
 
     def barrier(self, name: str | None = None) -> None:
         if self._alone():
@@ -974,7 +983,7 @@ class RobustStrategy(_Base):
         """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
         if self._served is not None and self._served.takes_snapshot(checkpoint):
             return
-        self._saved_alone = not self._all_save(checkpoint, filepath)
+        self._saved_alone = not self._all_save(filepath)
         if self.exchanges and "optimizer_states" in checkpoint:
             local = [exchange.worker_states() for exchange in self.exchanges]
             workers, states = self._collected(local)
@@ -1003,18 +1012,19 @@ class RobustStrategy(_Base):
             return self._served.snapshot()
         return dict(super().load_checkpoint(checkpoint_path, *args, **kwargs))
 
-    def _all_save(self, checkpoint: Mapping[str, Any], filepath: Any) -> bool:
+    def _all_save(self, filepath: Any) -> bool:
         """Whether all ranks are here to save this checkpoint, so that they may enter collectives."""
         if self._alone() or self._roll_call is None:
             return self._served is not None or not self._interrupted()
-        here = self._roll_call.everybody(f"save {checkpoint.get('global_step')} {filepath}", self.roll_call_patience)
-        if not here:
+        absent = self._roll_call.absent(self.roll_call_patience)
+        if absent:
             warnings.warn(
-                f"Rank {self.global_rank} saves {filepath} without all others. The checkpoint holds no worker state of theirs. "
+                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not come here. The checkpoint holds the "
+                "weights, but the algorithm's state at rank 0 only: a run that resumes from it starts the rest of it afresh. "
                 "Call trainer.save_checkpoint on every rank.",
                 stacklevel=2,
             )
-        return here
+        return not absent
 
     def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
         """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""

@@ -23,6 +23,7 @@ from lightning_byz.transports import RunIsOverError, ServerLostError
 from lightning_byz.transports.parameter_server import server as server_module
 from lightning_byz.transports.parameter_server.client import Client
 from lightning_byz.transports.parameter_server.desk import Call, Desk
+from lightning_byz.transports.parameter_server.door import KEPT
 from lightning_byz.transports.parameter_server.keys import load_key
 from lightning_byz.transports.parameter_server.protocol import Head, Kind, fingerprint, parse
 from lightning_byz.transports.parameter_server.server import Server
@@ -166,7 +167,7 @@ def test_who_is_waited_for() -> None:
     assert not desk.is_done(9.0) and not desk.is_done(11.0) and desk.is_done(20.0)
     desk.receive(b"route1", message(), 1, 0.0)
     assert not desk.is_done(9.0) and desk.is_done(10.0)
-    desk.gone(b"route2")
+    desk.gone(b"route2", 0.0)
     assert not desk.is_done(0.0)
     desk.receive(b"route3", message(3, name="another"), 3, 0.0)  # it waits elsewhere, so it will not come here
     assert desk.is_done(0.0)
@@ -177,7 +178,7 @@ def test_who_is_waited_for() -> None:
     assert desk.call is not None
     desk.call.least = 3
     for rank in (1, 2):
-        desk.gone(b"route%d" % rank)
+        desk.gone(b"route%d" % rank, 0.0)
     desk.receive(b"route3", message(3), 3, 0.0)
     assert not desk.is_done(9.0), "with too few it waits until the deadline for one to come back"
     assert desk.is_done(10.0)
@@ -283,16 +284,21 @@ def serves(served: Any, client: Client) -> None:
 
 
 def test_random_messages_through_a_socket(served: Any) -> None:
+    """As many at a time as nobody is dropped for; a hello after them is answered when they have been read."""
     honest, liar = served.client(1), served.client(2)
     assert not honest.join(0, 10.0) and not liar.join(0, 10.0)
     generator = random.Random(1)
-    for i in range(3000):
-        frames, _ = fuzzed(generator)
-        liar._socket.send_multipart(frames or [b""])
-        if i % 1000 == 0:
+    hello = [Head(Kind.HELLO, token=token(2), rank=2).pack(), b""]
+    for i in range(1000):
+        for _ in range(KEPT - 1):
+            frames, _ = fuzzed(generator)
+            liar._socket.send_multipart(frames or [b""])
+        liar._socket.send_multipart(hello)
+        while parse(liar._socket.recv_multipart())[0].kind not in (Kind.WELCOME, Kind.BEGUN):
+            pass
+        if i % 300 == 0:
             serves(served, honest)
-    while sum(served.desk.rejected.values()) < 1000:
-        time.sleep(0.01)
+    assert sum(served.desk.rejected.values()) > 1000 and not served.desk.members[2].dropped
     serves(served, honest)
     honest.leave()
     liar.close()

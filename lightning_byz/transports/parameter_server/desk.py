@@ -12,6 +12,9 @@ from lightning_byz.transports.parameter_server.protocol import BadFrameError, He
 
 log = logging.getLogger("lightning_byz")
 
+RECONNECT = 5.0
+"""Seconds in which workers connect anew, after the server has lost all connections at once."""
+
 Key = tuple[int, str]
 """Position and name of a collective."""
 
@@ -36,6 +39,9 @@ class Member:
         wants: whether it waits for a snapshot.
         starting: whether it starts from one, and has not called yet.
         left: whether it said good-bye.
+        dropped: whether it sent too much, and is not let in again.
+        called: the latest position that it asked about.
+        lost: when its connection broke; 0.0 if it never had one.
         heard: when it last said something.
         pinged: when it was last looked for.
         knocked: where another process stands that was told that this rank is taken, and its hello.
@@ -48,6 +54,9 @@ class Member:
     wants: bool = False
     starting: bool = False
     left: bool = False
+    dropped: bool = False
+    called: int = 0
+    lost: float = 0.0
     heard: float = 0.0
     pinged: float = 0.0
     knocked: tuple[bytes, Head] | None = None
@@ -98,6 +107,7 @@ class Desk:
         session: 16 bytes that name this server.
         entry: which of the program's entry points (fit, test, ...) it serves, counted from 0.
         backlog: how many positions' results it keeps.
+        return_within: seconds after the loss of its connection in which a worker may come back.
 
     Attributes:
         outbox: answers to send: (route, head, body).
@@ -105,8 +115,8 @@ class Desk:
         late: how many messages came after their collective had closed, by rank.
     """
 
-    def __init__(self, ranks: int, session: bytes, entry: int, backlog: int) -> None:
-        self.session, self.entry, self.backlog = session, entry, backlog
+    def __init__(self, ranks: int, session: bytes, entry: int, backlog: int, return_within: float = float("inf")) -> None:
+        self.session, self.entry, self.backlog, self.return_within = session, entry, backlog, return_within
         self.members = {rank: Member() for rank in range(1, ranks)}
         self.position = 0
         self.begun = False
@@ -117,6 +127,7 @@ class Desk:
         self.rejected: Counter[str] = Counter()
         self.late: Counter[int] = Counter()
         self._told: dict[str, float] = {}
+        self._all_lost = -RECONNECT
 
     # -- what comes in ------------------------------------------------------------------------------------------------
 
@@ -144,6 +155,8 @@ class Desk:
         if head.kind is Kind.HELLO:
             self._hello(member, route, head, body, now)
             return
+        if member.dropped:
+            raise BadFrameError("dropped rank")
         if head.session != self.session:
             self._answer(route, Kind.CLOSED, head, b"This is another run's server.")
             raise BadFrameError("another session")
@@ -163,6 +176,8 @@ class Desk:
     def _hello(self, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
         if len(body):
             raise BadFrameError("body of a hello")
+        if member.dropped:
+            raise BadFrameError("dropped rank")
         if head.position > self.entry:
             return  # it is ahead, at the program's next entry point: it will ask again
         if head.position < self.entry or self.closing:
@@ -185,7 +200,7 @@ class Desk:
             raise BadFrameError("step of the future")
         if member.waiting is not None and member.waiting.key == key:
             raise BadFrameError("duplicate")
-        member.active, member.left = True, False
+        member.active, member.left, member.called = True, False, max(member.called, head.position)
         if key in self.results:
             if len(body):
                 self.late[rank] += 1
@@ -252,14 +267,24 @@ class Desk:
         if call.heard >= call.need or now >= call.give_up:
             return True
         missing = set(call.asked).difference(call.bodies, call.silent)
-        if call.heard >= call.least:
-            return now >= call.deadline or not any(self._may_come(rank, call) for rank in missing)
-        return not missing or (now >= call.deadline and not any(self._may_come(rank, call) for rank in missing))
+        if any(self._may_come(rank, call, now) for rank in missing):
+            return call.heard >= call.least and now >= call.deadline
+        return call.heard >= call.least or now >= call.deadline or not any(self._may_return(rank, now) for rank in missing)
 
-    def _may_come(self, rank: int, call: Call) -> bool:
+    def _may_come(self, rank: int, call: Call, now: float) -> bool:
         """Whether a rank that has not answered this collective may still do so: it is alive, and does not wait in a later one."""
         member = self.members[rank]
-        return member.active and member.route is not None and (member.waiting is None or member.waiting.key[0] < call.key[0])
+        here = member.route is not None or (now < self._all_lost + RECONNECT and not member.dropped)
+        return member.active and here and (member.waiting is None or member.waiting.key[0] < call.key[0])
+
+    def _may_return(self, rank: int, now: float) -> bool:
+        """Whether a rank that is not there may come back, to a collective that has too few: it has not left, and is not lost for good."""
+        member = self.members[rank]
+        if member.left or member.dropped:
+            return False
+        if member.route is not None:
+            return not member.active  # else it waits in another collective
+        return now < member.lost + self.return_within
 
     def close(self) -> Call:
         """Closes the open collective: who comes now is late."""
@@ -292,11 +317,53 @@ class Desk:
         present = [member for member in self.members.values() if member.route is not None and not member.left]
         return not any(member.active or member.wants or member.starting for member in present)
 
-    def gone(self, route: bytes) -> None:
+    def all_lost(self, now: float) -> None:
+        """All connections have broken at once, at the server's end: the workers connect anew."""
+        self._all_lost = now
+        self.outbox.clear()  # they ask again
+        for member in self.members.values():
+            if member.route is not None:
+                member.route, member.lost = None, now
+
+    def drop(self, rank: int) -> None:
+        """A rank has sent more than anybody reads: it takes part in nothing any more."""
+        member = self.members[rank]
+        member.dropped, member.active, member.wants, member.starting = True, False, False, False
+        member.route = member.waiting = None
+        log.warning(
+            f"ParameterServer: rank {rank} has sent many more messages than it may, or does not read what it is answered. It is dropped, and "
+            "not let in again in this run."
+        )
+
+    def status(self) -> str:
+        """Who is where, in words."""
+        groups: dict[str, list[int]] = {}
+        for rank in self.members:
+            groups.setdefault(self.whereabouts(rank), []).append(rank)
+        return "; ".join(f"ranks {ranks} {what}" for what, ranks in sorted(groups.items())) or "no other ranks"
+
+    def whereabouts(self, rank: int) -> str:
+        """What a worker does that this desk does not hear now, or hears."""
+        member = self.members[rank]
+        if member.dropped:
+            return "have been dropped"
+        if not member.token:
+            return "have not come yet"
+        if member.left:
+            return "have left"
+        if member.route is None:
+            return "are not connected"
+        if member.wants or member.starting or not member.active:
+            return "are about to join"
+        if member.called < self.position - 1:
+            return "are behind"
+        return "take part"
+
+    def gone(self, route: bytes, now: float) -> None:
         """A connection has broken: its rank is dead, unless it comes back."""
         for rank, member in self.members.items():
             if member.route == route:
-                member.route = None
+                member.route, member.lost = None, now
                 if not member.left:
                     log.warning(f"ParameterServer: rank {rank} is gone. The run goes on without it.")
 

@@ -61,6 +61,11 @@ class Head(NamedTuple):
         return _HEAD.pack(_MAGIC, *self[:6], len(name)) + name
 
 
+def rank_of(head: bytes) -> int:
+    """The rank in a head that this process has packed."""
+    return int(_HEAD.unpack_from(head)[4])
+
+
 class BadFrameError(ValueError):
     """A message that no honest peer sends. Its text is one of a few reasons, by which they are counted."""
 

@@ -1,20 +1,27 @@
-"""The server's thread: a ROUTER socket, who may talk to it, and the desk behind it."""
+"""The server: the desk, a thread that serves it, and a process that holds the connections."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import selectors
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
+from lightning_byz.transports.parameter_server import door
 from lightning_byz.transports.parameter_server.desk import Call, Desk
+from lightning_byz.transports.parameter_server.door import Link, Parcel, Word
 from lightning_byz.transports.parameter_server.keys import Pair
-from lightning_byz.transports.parameter_server.protocol import Head, Kind
+from lightning_byz.transports.parameter_server.protocol import Head, Kind, rank_of
 
 log = logging.getLogger("lightning_byz")
 
@@ -24,28 +31,25 @@ DEAD_AFTER = 10.0
 """Seconds without one after which a connection counts as broken. A killed process's connection breaks at once."""
 _TICK = 0.02
 _PING_EVERY = 0.25
+_STATUS_EVERY = 10.0
+_AT_ONCE = 256
+_LONGEST_START = 120.0
+_RESTART_AFTER = (0.0, 0.1, 0.5, 2.0, 5.0)
+"""Seconds before the door is started again, by how often it has ended; the last holds from then on."""
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
-    """Options that both ends share."""
+    """Options of a worker's end that fit the server's."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(1000 * HEARTBEAT))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(1000 * DEAD_AFTER))
     socket.setsockopt(zmq.HEARTBEAT_TTL, int(1000 * DEAD_AFTER))
 
 
-class _Known:
-    """Tells the authenticator which keys may connect."""
-
-    def __init__(self, publics: Sequence[bytes]) -> None:
-        self.publics = frozenset(publics)
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in self.publics
-
-
 class Server:
     """Serves a desk in a thread of its own, while the process's main thread computes.
+
+    The connections are held by another process, the `door`. If that ends, it is started again.
 
     Args:
         desk: the bookkeeping.
@@ -59,42 +63,34 @@ class Server:
     """
 
     def __init__(self, desk: Desk, address: str, keys: Pair, workers: Mapping[int, bytes], max_message_bytes: int) -> None:
+        assert keys.secret is not None
         self.desk, self.address = desk, address
-        self._owners = {public.decode(): rank for rank, public in workers.items()}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, 4096)
-        self._authenticator = ThreadAuthenticator(self._context, log=log)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback("*", credentials_provider=_Known(list(workers.values())))
-        self._router = self._context.socket(zmq.ROUTER)
-        prepare(self._router)
-        for option, value in (
-            (zmq.ROUTER_MANDATORY, 1),
-            (zmq.CURVE_SERVER, 1),
-            (zmq.MAXMSGSIZE, max_message_bytes),
-            (zmq.RCVHWM, 8),
-            (zmq.BACKLOG, 1024),
-            (zmq.HANDSHAKE_IVL, 5000),
-        ):
-            self._router.setsockopt(option, value)
-        self._router.curve_publickey, self._router.curve_secretkey = keys.public, keys.secret
-        try:
-            self._router.bind(address)
-        except zmq.ZMQError as error:
-            self._authenticator.stop()
-            self._context.destroy(linger=0)
-            raise RuntimeError(
-                f"ParameterServer should be able to listen at {address}. Found: {error}. Set MASTER_PORT to a free port on every host, and "
-                "MASTER_ADDR to this host."
-            ) from error
-        self._doorbell = self._context.socket(zmq.PULL)
-        self._doorbell.bind("inproc://desk")
-        self._bell = self._context.socket(zmq.PUSH)
-        self._bell.setsockopt(zmq.SNDHWM, 0)
-        self._bell.connect("inproc://desk")
+        # a frame in and one out for every rank, and what Python, ZeroMQ and the allocators reserve
+        memory = (2 << 30) + (2 * len(workers) + 8) * max_message_bytes
+        self._settings = {
+            "address": address,
+            "public": keys.public.decode(),
+            "secret": keys.secret.decode(),
+            "workers": {rank: public.decode() for rank, public in workers.items()},
+            "max_message_bytes": max_message_bytes,
+            "memory": memory,
+            "heartbeat": HEARTBEAT,
+            "dead_after": DEAD_AFTER,
+        }
+        self._dropped: set[int] = set()
+        self._bell, self._doorbell = socket.socketpair()
+        self._bell.setblocking(False)
+        self._doorbell.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._doorbell, selectors.EVENT_READ)
         self._lock = threading.Lock()  # of the desk, and of what is open
         self._open: Future[Call] | None = None
         self._stopped = False
+        self._ends, self._closed_at = 0, -1.0
+        self._status, self._told_status = "", -_STATUS_EVERY
+        self._door: subprocess.Popen[bytes] | None = None
+        self._start_door()
+        self._wait_until_it_listens()
         self._thread = threading.Thread(target=self._serve, name="parameter-server", daemon=True)
         self._thread.start()
 
@@ -108,7 +104,7 @@ class Server:
             result = action()
             ring = bool(self.desk.outbox) or self._open is not None
         if ring:
-            self._bell.send(b"")
+            self._ring()
         return result
 
     def collect(self, call: Call, own: bytes) -> Call:
@@ -141,63 +137,146 @@ class Server:
                 break
             time.sleep(_TICK)
         self._stopped = True
-        self._bell.send(b"")
+        self._ring()
         self._thread.join()
-        self._authenticator.stop()
-        self._context.destroy(linger=500)
+        self._stop_door()
+        self._selector.close()
+        self._bell.close()
+        self._doorbell.close()
+
+    def _ring(self) -> None:
+        try:
+            self._bell.send(b"\0")
+        except BlockingIOError:
+            return  # it rings already
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._doorbell, zmq.POLLIN)
         while not self._stopped:
-            ready = dict(poller.poll(int(1000 * _TICK)))
-            if self._doorbell in ready:
-                self._doorbell.recv()
+            for key, _ in self._selector.select(_TICK):
+                if key.fileobj is self._doorbell:
+                    self._doorbell.recv(4096)
             with self._lock:
-                if self._router in ready:
-                    self._read()
                 now = time.monotonic()
-                self._look_for_the_missing(now)
+                self._work(now)
                 if self._open is not None and self.desk.is_done(now):
                     done, self._open = self._open, None
                     done.set_result(self.desk.close())
-                self._send()
+                self._tell_status(now)
 
-    def _read(self) -> None:
-        """What has arrived, up to a number of messages, so that nobody can keep the server from the rest of its work."""
-        for _ in range(256):
-            try:
-                route, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+    def _work(self, now: float) -> None:
+        """What has arrived, what is to be sent, and another door if this one has ended."""
+        if self._door is None:
+            delay = _RESTART_AFTER[min(self._ends, len(_RESTART_AFTER)) - 1]
+            if now < self._closed_at + delay:
                 return
-            owner = self._owners.get(str(frames[0].get("User-Id"))) if frames else None
-            self.desk.receive(route.bytes, [frame.buffer for frame in frames], -1 if owner is None else owner, time.monotonic())
+            self._start_door()
+        try:
+            self._read(now)
+            self._look_for_the_missing(now)
+            self._send()
+        except ConnectionError:
+            self._stop_door()
+            self._ends, self._closed_at = self._ends + 1, now
+            log.warning(
+                "ParameterServer: the process that holds the connections has ended. It is started again, and the workers connect anew."
+            )
+            self.desk.all_lost(now)
+
+    def _read(self, now: float) -> None:
+        """What has arrived, up to a number of messages, so that nobody can keep the server from the rest of its work."""
+        for _ in range(_AT_ONCE):
+            parcel = self._link.get() if self._link.backlog < _AT_ONCE else None
+            if parcel is None:
+                return
+            self._take(parcel, now)
+
+    def _take(self, parcel: Parcel, now: float) -> None:
+        word, rank, frames = parcel
+        if word is Word.HEARD:
+            self.desk.receive(bytes(frames[0]), frames[1:], rank, now)
+        elif word is Word.LOST:
+            self.desk.gone(bytes(frames[0]), now)
+        elif word is Word.DROPPED:
+            self._dropped.add(rank)
+            self.desk.drop(rank)
+        elif word is Word.SAYS:
+            log.warning(f"ParameterServer: {bytes(frames[0]).decode(errors='replace')}.")
+        elif word is Word.DEAF:
+            log.warning(f"ParameterServer cannot listen at {self.address} again: {bytes(frames[0]).decode(errors='replace')}.")
 
     def _look_for_the_missing(self, now: float) -> None:
         """Pings connections that may be dead: sending to a broken one fails. The longer it is silent, the rarer."""
-        for member in self.desk.members.values():
+        for rank, member in self.desk.members.items():
             since = now - max(member.heard, member.pinged)
             if member.route is not None and since > max(_PING_EVERY, 0.1 * (now - member.heard)):
                 member.pinged = now
-                self._send_one(member.route, Head(Kind.PING, self.desk.session).pack(), b"")
+                self._link.put(Word.PING, rank, [member.route, Head(Kind.PING, self.desk.session).pack(), b""])
 
     def _send(self) -> None:
         outbox, self.desk.outbox = self.desk.outbox, []
         for route, head, body in outbox:
-            if not self._send_one(route, head, body):
-                self.desk.outbox.append((route, head, body))  # its queue is full of pings: once more at the next tick
+            self._link.put(Word.ANSWER, rank_of(head), [route, head, body])
+        self._link.flush()
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._link.backlog else 0)
+        self._selector.modify(self._link, events)
 
-    def _send_one(self, route: bytes, head: bytes, body: bytes) -> bool:
-        """Whether it is on its way, or never will be."""
+    def _tell_status(self, now: float) -> None:
+        """Says who is there when that has changed, and at most every ten seconds."""
+        if now - self._told_status < _STATUS_EVERY:
+            return
+        status = self.desk.status()
+        if status != self._status:
+            log.info(f"ParameterServer: {status}.")
+        self._status, self._told_status = status, now
+
+    # -- the door -----------------------------------------------------------------------------------------------------
+
+    def _start_door(self) -> None:
+        own, others = socket.socketpair()
+        with others:
+            self._door = subprocess.Popen([sys.executable, os.path.abspath(door.__file__)], stdin=others.fileno())
+        self._link = Link(own)
+        self._selector.register(self._link, selectors.EVENT_READ)
+        settings = {**self._settings, "dropped": sorted(self._dropped)}
+        self._link.put(Word.SETTINGS, 0, [json.dumps(settings).encode()])
+
+    def _wait_until_it_listens(self) -> None:
+        deadline, why = time.monotonic() + _LONGEST_START, "it does not answer"
+        while time.monotonic() < deadline:
+            try:
+                parcel = self._link.get()
+            except ConnectionError:
+                why = "the process that holds the connections has ended with the error above"
+                break
+            if parcel is None:
+                time.sleep(0.002)
+            elif parcel.word is Word.LISTENING:
+                return
+            elif parcel.word is Word.DEAF:
+                why = bytes(parcel.frames[0]).decode(errors="replace")
+                break
+        self._stop_door()
+        raise RuntimeError(
+            f"ParameterServer should be able to listen at {self.address}. Found: {why}. Set MASTER_PORT to a free port on every host, and "
+            "MASTER_ADDR to this host."
+        )
+
+    def _stop_door(self) -> None:
+        """Lets it send its last answers, and waits for its end."""
+        if self._door is None:
+            return
+        self._selector.unregister(self._link)
         try:
-            self._router.send_multipart([route, head, body], zmq.NOBLOCK, copy=len(body) < 65536)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self.desk.gone(route)
-        return True
+            deadline = time.monotonic() + 1.0
+            while self._link.backlog and time.monotonic() < deadline:
+                self._link.flush()
+                time.sleep(0.001)
+            self._link.finish()
+            self._door.wait(timeout=5.0)
+        except (OSError, subprocess.TimeoutExpired):
+            self._door.kill()
+            self._door.wait()
+        self._link.close()
+        self._door = None
