@@ -71,6 +71,7 @@ class Rows:
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
             the same. They come from the run's configuration, never from a worker.
         exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
+        quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None: nobody is.
         compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
     """
 
@@ -85,6 +86,7 @@ class Rows:
     last: Tensor | None = None
     shares: Tensor | None = None
     exposed: Tensor | None = None
+    quarantined: Tensor | None = None
     compiled: bool = False
     _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
     """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
@@ -122,7 +124,8 @@ class Rows:
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         shares = None if self.shares is None else self.shares[keep.to(self.shares.device)]
         exposed = None if self.exposed is None else self.exposed[keep.to(self.exposed.device)]
-        chosen = replace(self, shares=shares, exposed=exposed)
+        quarantined = None if self.quarantined is None else self.quarantined[keep.to(self.quarantined.device)]
+        chosen = replace(self, shares=shares, exposed=exposed, quarantined=quarantined)
         if self.mixing is not None:
             return replace(chosen, mixing=self.mixing[keep.to(self.mixing.device)])
         keep = keep.to(self.values.device)
@@ -131,7 +134,7 @@ class Rows:
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
         weights = weights.to(device=self.values.device, dtype=torch.float64)
-        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None)
+        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None, quarantined=None)
 
     @property
     def _stored(self) -> Sequence[int]:
