@@ -100,7 +100,8 @@ class Exchange:
         observers: called with every outcome, where the server's half runs.
         liars: step -> the workers that lie in it, in a simulation; in one with arrival times they are the first to arrive.
         arrivals: step -> ``Round.arrivals``, in a simulation that knows them beforehand; a worker whose message never comes is silent.
-        quarantined: workers whose messages do not count from the next round on, the same on every rank; the rule's f is smaller by as many.
+        quarantined: workers whose messages do not count from the next round on, the same on every rank; the rule's f stays, as far as
+            it allows that for the rows that are left.
     """
 
     def __init__(
@@ -314,7 +315,8 @@ class Exchange:
             generator=round.shared("rule"),
             spans=spans,
             dim=len(x),
-            exposed=spoke & ~present | left_out,  # an honest worker checks what it sends
+            exposed=spoke & ~present & ~left_out,  # an honest worker checks what it sends
+            quarantined=left_out,
             shares=self.shares,
         )
         decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[:width])))

@@ -90,6 +90,7 @@ class Rows:
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
             the same. They come from the run's configuration, never from a worker.
         exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
+        quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None: nobody is.
         compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
         scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when they are read (see `in_range`);
             None: by 1.
@@ -108,6 +109,7 @@ class Rows:
     last: Tensor | None = None
     shares: Tensor | None = None
     exposed: Tensor | None = None
+    quarantined: Tensor | None = None
     compiled: bool = False
     scales: Tensor | None = None
     unit: float = 1.0
@@ -168,7 +170,8 @@ class Rows:
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         shares = None if self.shares is None else self.shares[keep.to(self.shares.device)]
         exposed = None if self.exposed is None else self.exposed[keep.to(self.exposed.device)]
-        chosen = replace(self, shares=shares, exposed=exposed)
+        quarantined = None if self.quarantined is None else self.quarantined[keep.to(self.quarantined.device)]
+        chosen = replace(self, shares=shares, exposed=exposed, quarantined=quarantined)
         if self.mixing is not None:
             return replace(chosen, mixing=self.mixing[keep.to(self.mixing.device)])
         keep = keep.to(self.values.device)
@@ -177,7 +180,7 @@ class Rows:
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
         weights = weights.to(device=self.values.device, dtype=torch.float64)
-        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None)
+        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None, quarantined=None)
 
     @property
     def _stored(self) -> Sequence[int]:

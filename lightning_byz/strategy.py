@@ -24,7 +24,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from lightning_byz import rng
+from lightning_byz import resuming, rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
 from lightning_byz.batches import BatchSplitter, batch_size
 from lightning_byz.buffers import WorkerBuffers, shared_tensors
@@ -115,6 +115,9 @@ class RobustStrategy(_Base):
         aggregated_buffers: names of buffers, or patterns such as ``"*.mean"``, that are statistics as BatchNorm's are: their
             coordinate-wise median over the workers is taken. Other buffers than those of torch's batch and instance
             normalization are data (queues, memory banks): those of worker 0, or of the next one where 0 is silent.
+        resume_workers: for a checkpoint of a run with other workers: whose state of that run worker 0, 1, ... of this one goes on
+            with; None, and workers beyond the list, are new. ``[0, 2, 3]`` resumes without worker 1. None: every worker goes on
+            with the state of its own number.
     """
 
     roll_call_patience = 60.0
@@ -133,6 +136,7 @@ class RobustStrategy(_Base):
         trusted_data: Any = None,
         max_skipped_steps: int = 10,
         aggregated_buffers: Sequence[str] = (),
+        resume_workers: Sequence[int | None] | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -175,6 +179,8 @@ class RobustStrategy(_Base):
         self.trusted_data = None if trusted_data is None else TrustedData(trusted_data)
         self.max_skipped_steps = max_skipped_steps
         self.aggregated_buffers = tuple(aggregated_buffers)
+        resuming.check_argument(resume_workers)
+        self.resume_workers = resume_workers
 
         self._num_nodes = 1
         self._world_size: int | None = None
@@ -1058,29 +1064,38 @@ class RobustStrategy(_Base):
         if self.exchanges:
             self._restore(checkpoint.get(CHECKPOINT_KEY))
 
+    def followed(self, before: int) -> resuming.Followed:
+        """For each worker of this run, the one of a run with ``before`` workers whose state it goes on with; None: it is new."""
+        return resuming.followed(self.resume_workers, before, self.n)
+
     def _restore(self, saved: Mapping[str, Any] | None) -> None:
         if saved is None:
             if self.n > 1:
                 log.info("The checkpoint holds no state of byzantine_robust: the algorithm starts afresh from its weights.")
             return
-        if saved["n"] != self.n:
-            raise ValueError(
-                f"The checkpoint was written by a run of n={saved['n']} workers. Found n={self.n} (processes x workers_per_process "
-                f"= {self._world} x {self.workers_per_process}). Resume with {saved['n']} workers, or start a new run from its "
-                "weights: Model.load_from_checkpoint(path)."
-            )
         if len(saved["server"]) not in (len(self.optimizers), len(self.exchanges)):
             raise ValueError(
                 f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found {len(self.optimizers)}. "
                 "Resume with the same optimizers, or start a new run from its weights: Model.load_from_checkpoint(path)."
             )
+        groups = self.groups[: len(saved["server"])]
+        follow = self.followed(saved["n"])
+        if not resuming.is_same(follow, saved["n"]):
+            _warn(f"byzantine_robust: {resuming.described(follow, saved['n'])}")
+            if self.algorithm is None and min(saved["n"], self.n) <= 2 < max(saved["n"], self.n):
+                _warn(f"byzantine_robust: the default algorithm is another one for n={self.n} workers, and starts afresh.")
+                saved = resuming.without_states(saved)
+            likes = [group.example() for group in groups]
+            algorithms = [group.exchange.algorithm for group in groups]
+            saved = resuming.adapted(saved, follow, self.workers_per_process, algorithms, likes)
         self._forget()
         assert self.lightning_module is not None
         self._buffers = WorkerBuffers(self.lightning_module, self.workers_per_process, self.aggregated_buffers)
         self._attributes = WorkerAttributes(self.lightning_module, self.workers_per_process)
-        for i, exchange in enumerate(self.exchanges[: len(saved["server"])]):
-            exchange.load(saved["server"][i], saved["workers"][i], self.groups[i].example())
-        missing = set(range(self.n)) - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        for group, server, workers in zip(groups, saved["server"], saved["workers"], strict=True):
+            group.exchange.load(server, workers, group.example())
+        kept = {worker for worker, old in enumerate(follow) if old is not None}
+        missing = kept - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
         if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
             _warn(
                 "The checkpoint was written by one rank alone, which held its shard of the state only. The algorithm starts afresh."

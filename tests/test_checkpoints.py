@@ -14,7 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from harness import assert_equal, averaging, fit
+from harness import assert_equal, fit
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
 from models import GAN, CountsBatches, Plain, StatefulLoader, blobs
@@ -190,13 +190,6 @@ def test_what_an_attack_remembers_is_resumed(name: str, tmp_path: Path) -> None:
     torch.save(forgotten, tmp_path / "forgotten.ckpt")
     with pytest.raises(AssertionError):
         assert_equal(whole, run("forgotten", ckpt_path=str(tmp_path / "forgotten.ckpt")))
-
-
-def test_another_number_of_workers_is_refused(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(tmp_path)
-    fit(tmp_path, Plain(), averaging(workers_per_process=4), enable_checkpointing=True, callbacks=[checkpoint])
-    with pytest.raises(ValueError, match=r"n=4 workers. Found n=6.*Resume with 4 workers.*load_from_checkpoint"):
-        fit(tmp_path, Plain(), averaging(workers_per_process=6), ckpt_path=checkpoint.best_model_path, max_epochs=2)
 
 
 def test_another_algorithm_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from zoo import laws
 
 from lightning_byz.sketch import Sketch
 from lightning_byz.suspicion import SuspicionTest
@@ -95,6 +98,130 @@ def test_a_liar_cannot_frame_an_honest_worker() -> None:
         framed += bool(test.accused - {3})
         assert 3 in test.accused
     assert framed <= 2 + 2 * math.sqrt(1.8)
+
+
+@pytest.mark.parametrize("kappa", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 3), (10, 3)])
+def test_colluders_that_know_everybodys_rows_cannot_frame_an_honest_worker(n: int, f: int, kappa: float) -> None:
+    """They subtract a part of its noise from what an honest worker would send, or add it, or sit next to everybody else."""
+    framed, runs = 0, 4
+    for seed in range(runs):
+        generator = torch.Generator().manual_seed(seed)
+        test = SuspicionTest(n, f, 0.1)
+        for _ in range(60):
+            rows = draw(n, 256, generator)
+            noise = rows[0] - rows[: n - f].mean(0)
+            rows[n - f :] = rows[n - f :] * (1 - kappa**2) ** 0.5 + kappa * ((-1) ** seed * noise if seed < 2 else rows[1] - noise)
+            test.observe(rows)
+        framed += bool(test.accused & set(range(n - f)))
+    assert framed <= runs * 0.1 + 2 * math.sqrt(runs * 0.1 * 0.9)
+
+
+def lies(honest: Tensor, f: int, kind: int, generator: torch.Generator) -> Tensor:
+    """f rows ``[f, d]`` of workers that know the honest ones ``[h, d]``, and want worker 0 to look odd."""
+    noise = honest[0] - honest.mean(0)
+    if kind == 0:
+        return honest[1:].mean(0) - 3 * noise + torch.randn(f, len(noise), generator=generator)
+    if kind == 1:  # next to the others
+        return honest[1 : 1 + f].clone() if len(honest) > f else honest[1:2].repeat(f, 1)
+    if kind == 2:
+        return torch.full((f, len(noise)), torch.nan)
+    if kind == 3:
+        return honest[0].repeat(f, 1)
+    if kind == 4:
+        return 1e30 * honest[1].repeat(f, 1)
+    return torch.zeros(f, len(noise))
+
+
+@laws
+@given(st.integers(0, 10**6), st.sampled_from([(4, 1), (5, 2), (7, 2), (9, 4)]), st.integers(0, 5), st.sampled_from([1, 3, 40]))
+def test_who_is_surely_extreme_is_extreme_among_the_honest(seed: int, sizes: tuple[int, int], kind: int, d: int) -> None:
+    """What the false-alarm rate rests on: whatever f rows hold, a won bet is won among the honest workers alone."""
+    n, f = sizes
+    generator = torch.Generator().manual_seed(seed)
+    pair = []
+    for _ in range(2):
+        honest = torch.randn(n - f, d, generator=generator).round(decimals=1)  # with ties
+        pair.append(torch.cat([honest, lies(honest, f, kind, generator)]))
+    test = SuspicionTest(n, f)
+    for rows in pair:
+        test.observe(rows)
+    if not test._shown:
+        return
+    _, won = test._shown[-1]
+    table = torch.zeros(n - f, 4, dtype=torch.float64)  # the honest workers' numbers, without the others
+    a, b = (rows[: n - f].double() for rows in pair)
+    for i in range(n - f):
+        partners = [k for k in range(n - f) if k != i]
+        for rows in (a, b):
+            for k in partners:
+                apart, sides = float((rows[i] - rows[k]).norm()), float(rows[i].norm() * rows[k].norm())
+                table[i, 0] += math.log(apart) if apart > 1e-6 else -1e6
+                table[i, 1] += float(rows[i] @ rows[k]) / sides if sides else 0.0
+            table[i, 2] += math.log(float(rows[i].norm())) if float(rows[i].norm()) else -1e6
+        table[i, 3] = float((a[i] - b[i]).norm())
+    for statistic in range(4):
+        column = table[:, statistic]
+        for side, ahead in enumerate((column[None, :] >= column[:, None] - 1e-9, column[None, :] <= column[:, None] + 1e-9)):
+            place = ahead.sum(1)  # with itself
+            for size in range(f):
+                assert bool((place[won[: n - f, statistic, side, size]] <= size + 1).all()), (statistic, side, size)
+
+
+def test_of_three_workers_directions_accuse_nobody() -> None:
+    """The third may be next to either of the two others; longer rows, and stuck ones, are found."""
+    generator = torch.Generator().manual_seed(0)
+    test = SuspicionTest(3, 1)
+    for _ in range(120):
+        rows = draw(3, 64, generator)
+        rows[2] = -rows[2]
+        test.observe(rows)
+    assert test.accused == set()
+
+
+def test_two_that_copy_a_third_do_not_make_the_others_gross() -> None:
+    generator = torch.Generator().manual_seed(0)
+    test = SuspicionTest(5, 2)
+    for _ in range(20):
+        rows = draw(5, 64, generator)
+        rows[3:] = rows[0]
+        test.observe(rows)
+        assert test.accused <= {3, 4}
+
+
+def test_rows_of_the_same_bits_accuse_nobody_and_another_direction_is_found() -> None:
+    """Replicated data: distances are rounding errors, and a liar with a usual norm is infinitely farther."""
+    generator, found = torch.Generator().manual_seed(0), []
+    test = SuspicionTest(6, 2)
+    for step in range(60):
+        rows = torch.randn(1, 50, generator=generator).repeat(6, 1)
+        if step >= 40:
+            rows[4] = rows[4].flip(0)
+        found += [(worker, step) for worker in test.observe(rows)]
+    ((worker, step),) = found
+    assert worker == 4
+    assert 40 <= step < 46
+
+
+@pytest.mark.parametrize("compare", ["others", "own_past"])
+@pytest.mark.parametrize(("scale", "word"), [(0.5, ("shorter", "less", "closer")), (2.0, ("longer", "more", "farther"))])
+def test_an_accusation_shows_what_decided_it(compare: str, scale: float, word: tuple[str, ...]) -> None:
+    """Also if the worker's last row was as the others'."""
+    generator = torch.Generator().manual_seed(0)
+    test = SuspicionTest(8, 2, compare=compare)  # type: ignore[arg-type]
+    for step in range(160):
+        rows = draw(8, 32, generator, noise=0.1)
+        rows[5] *= scale if step >= 60 and step % 2 == 0 else 1
+        if test.observe(rows):
+            break
+    assert test.accused == {5}
+    shown = test.evidence_shown(5)
+    size = float(shown.split(" on average ")[1].split(" times")[0])
+    assert min(scale, 1.0) <= size <= max(scale, 1.0) if "distance" not in shown and "change" not in shown else size > 1.0
+    assert "the median worker's" in shown if compare == "others" else "its own past" in shown
+    if "norm" in shown:
+        assert any(each in test.reason(5) for each in word)
+        assert size == pytest.approx(scale**0.5, rel=0.1)  # one of two rows
 
 
 def test_different_data_need_a_past_of_their_own() -> None:
@@ -207,6 +334,7 @@ def test_what_it_knows_survives_a_checkpoint(compare: str) -> None:
         straight.observe(rows)
         resumed.observe(rows)
     assert torch.equal(straight.evidence, resumed.evidence)
+    assert [straight.evidence_shown(worker) for worker in range(5)] == [resumed.evidence_shown(worker) for worker in range(5)]
     fresh = SuspicionTest(5, 1, compare=compare)  # type: ignore[arg-type]
     for rows in rounds[40:]:
         fresh.observe(rows)

@@ -101,6 +101,8 @@ class Aggregator(Rule):
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
         faulty (``rows.exposed``) count as Byzantine rows that are gone, so f shrinks by as many. Each of the others may be one row less that
         can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
+        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f stays as large as the rule allows; and
+        as they are probably Byzantine, a step does not fail for their absence.
 
         Args:
             rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows. The result is a tensor.
@@ -143,13 +145,15 @@ class Aggregator(Rule):
         assert self.f is not None
         exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
         exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
-        remaining, quiet = self.f - exposed, silent - exposed
         left = rows.select(speaking)
         most = self.most_f(heard) if left.shares is None else min(self.most_f(heard), _most_below_half(left.shares))
+        accused = 0 if rows.quarantined is None else int((rows.quarantined.to(speaking.device) & ~speaking).sum())
+        remaining, quiet = self.f - exposed, silent - exposed - accused
         f = min(remaining, most)
         # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
         # and all f Byzantine ones may be among those that speak.
-        least = remaining - quiet if quiet <= remaining else remaining
+        least = max(0, remaining - accused)
+        least = least - quiet if quiet <= least else least
         if heard == 0 or f < least:
             of_them = f"{heard} rows" if left.shares is None else f"{heard} rows of these shares of the data"
             raise TooFewRowsError(

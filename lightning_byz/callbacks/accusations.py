@@ -79,10 +79,21 @@ def accuse(
         on_suspect: the user's function.
     """
     reason = test.reason(place.worker)
-    others = "" if test.compare == "others" else ", by its own past"
+    if test.compare == "others":
+        others = ""
+        odds = (
+            f"an honest worker is ever accused with probability at most {test.false_alarm_rate:g}, whatever up to f={test.f} "
+            "others send."
+        )
+    else:
+        others = ", by its own past"
+        odds = (
+            f"a run of honest workers ever says so with probability at most {test.false_alarm_rate:g}. It is no proof: "
+            "colluding workers can move what is measured of an honest one."
+        )
     message = (
-        f"Suspect: {place}. Step {step}: {reason}. Last seen: {test.numbers(place.worker)}. Tested {int(test.pairs[place.worker])} "
-        f"times{others}; a run of honest workers ever says so with probability at most {test.false_alarm_rate:g}."
+        f"Suspect: {place}. Step {step}: {reason}. {test.evidence_shown(place.worker)}. Tested {int(test.pairs[place.worker])} "
+        f"times{others}; {odds}"
         + (f" {remark}" if remark else "")
     )
     suspect = Suspect(place.worker, place.rank, place.host, place.device, step, reason, message)
@@ -95,6 +106,14 @@ def accuse(
     if on_suspect is not None:
         on_suspect(suspect)
     return suspect
+
+
+def starts_afresh(who: str, test: SuspicionTest, before: int) -> str:
+    """That the checkpoint's evidence, of ``before`` workers, is left out."""
+    return (
+        f"{who}: its evidence starts afresh. The checkpoint's is of n={before} workers, or of other settings; here "
+        f"n={test.n}, f={test.f}, compare={test.compare!r}."
+    )
 
 
 def log_to_all(trainer: Any, values: dict[str, float]) -> None:

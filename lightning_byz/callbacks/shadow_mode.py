@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byz.aggregators import Aggregator, MultiKrum, TooFewRowsError, WeightedAggregator
-from lightning_byz.callbacks.accusations import Suspect, accuse, gathered, log_to_all, run_logger, scores
+from lightning_byz.callbacks.accusations import Suspect, accuse, gathered, log_to_all, run_logger, scores, starts_afresh
 from lightning_byz.metrics import dropped
 from lightning_byz.rows import Rows
 from lightning_byz.sketch import Sketch
@@ -116,10 +116,12 @@ class ShadowModeCallback(_Base):
         self.test = SuspicionTest(n, f, self.false_alarm_rate, self.compare)
         self.drops, self.looks = torch.zeros(n), 0
         self.places = whereabouts(trainer.strategy.root_device, gathered)
-        if self._saved is not None:
+        if self._saved is not None and self.test.fits(self._saved["test"]):
             self.test.load_state_dict(self._saved["test"])
             self.drops, self.looks = self._saved["drops"].clone(), self._saved["looks"]
-            self._saved = None
+        elif self._saved is not None and trainer.is_global_zero:
+            run_logger(trainer).warning(starts_afresh("Shadow mode", self.test, len(self._saved["drops"])))
+        self._saved = None
         if trainer.is_global_zero:
             run_logger(trainer).info(
                 f"Shadow mode: {self._rule!r} is asked in 2 of every {self.every_n_steps} steps whom of {n} ranks it would drop; DDP's mean is applied "
