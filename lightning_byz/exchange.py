@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
@@ -232,13 +232,13 @@ class Exchange:
                     check_kept(state, contribution.grads.current, owner)
                 codec.check(payload, len(x), x.dtype)
                 if bool(codec.valid(payload, len(x))):  # a momentum or a narrow format may overflow: who knows that is silent
-                    message, new_states[worker] = Message(_flags(True, contribution.used), payload), state
+                    message, new_states[worker] = Message(_flags(_SPEAKS, contribution.used), payload), state
                     sent[worker] = payload
             if message is None:  # silence has the size of speech
                 empty = tuple(
                     torch.zeros(field.shape, dtype=field.dtype, device=x.device) for field in codec.layout(len(x), x.dtype)
                 )
-                message = Message(_flags(False, contribution.used), empty)
+                message = Message(_flags(_IDLE if contribution.grads is None else _SILENT, contribution.used), empty)
             messages.append(message)
 
         if self.transport.serves:
@@ -267,7 +267,7 @@ class Exchange:
             if not (here and bool(torch.stack(upload.sound[worker]).all())):
                 upload.states.pop(worker, None)
         flags = [
-            _flags(worker in upload.states, contribution.used)
+            _flags(_SPEAKS if worker in upload.states else _IDLE if contribution.grads is None else _SILENT, contribution.used)
             for worker, contribution in zip(self.transport.workers, contributions, strict=True)
         ]
         layout = self.algorithm.codec(round).layout(len(x), x.dtype)
@@ -301,7 +301,8 @@ class Exchange:
         assert round.cohort is not None
         rule = self.algorithm.rule(round)
         flags = torch.stack([flags for flags, _ in received.messages]).cpu()
-        spoke = (flags[:, 0] == 1) & round.cohort
+        spoke = (flags[:, 0] == _SPEAKS) & round.cohort
+        idle = (flags[:, 0] == _IDLE) & round.cohort
         left_out = torch.zeros_like(spoke)
         left_out[sorted(self.quarantined)] = True
         left_out &= round.cohort
@@ -330,7 +331,8 @@ class Exchange:
         try:
             estimate, answer = self._answer(received, blank, decode, down, round)
         except TooFewRowsError as error:
-            outcome = outcome._replace(reason=str(error))
+            nobody = not bool(spoke.any()) and int(idle.sum()) > (rule.f or 0)  # so that some honest worker says so
+            outcome = outcome._replace(reason=NO_LOSS if nobody else str(error))
         else:
             server = self.server
             outcome = outcome._replace(
@@ -465,16 +467,15 @@ class Exchange:
         assert self.dim is not None
         rule = self.algorithm.aggregator
         plain = not rule.remembers and type(rule).__call__ is Aggregator.__call__
+        plain = plain and (rule.coordinate_wise or self.algorithm.aggregates_messages)
         return plain and self.algorithm.coordinate_wise and isinstance(down, Identity) and len(self.transport.spans(self.dim)) > 1
 
     def _answer_in_pieces(self, rows: Rows, round: Round) -> tuple[Tensor, Payload]:
         """As `_answer`; a piece is on its way while the next one is made."""
         assert self.dim is not None
         width, place, states, downlink = rows.values.shape[1], 0, [], None
-        rule, speaking = self.algorithm.aggregator.facing(rows, round.present)
-        for (_, piece), result in zip(rows.pieces(), rule.in_pieces(speaking), strict=True):
+        for piece, algorithm in self._with_results(rows, round):
             size = piece.values.shape[1]
-            algorithm = replace(self.algorithm, aggregator=_Known(rule.f, result))  # type: ignore[type-var]
             estimate, state = algorithm.server(piece, piece_of(self.server, place, place + size, width, self._columns[1]), round)
             if downlink is None:  # there will be an estimate
                 downlink = self.transport.downlink(self.dim, rows.values, self._whole)
@@ -490,6 +491,15 @@ class Exchange:
         )
         whole = downlink.close()
         return whole, (whole,)
+
+    def _with_results(self, rows: Rows, round: Round) -> Iterator[tuple[Rows, Algorithm]]:
+        """The pieces of the rows, and the algorithm for each: with its rule, or with what a rule of whole rows has found."""
+        if self.algorithm.aggregator.coordinate_wise:
+            yield from ((piece, self.algorithm) for _, piece in rows.pieces())
+            return
+        rule, speaking = self.algorithm.aggregator.facing(rows, round.present)
+        for (_, piece), result in zip(rows.pieces(), rule.in_pieces(speaking), strict=True):
+            yield piece, replace(self.algorithm, aggregator=_Known(rule.f, result))  # type: ignore[type-var]
 
     def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
         """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
@@ -654,8 +664,15 @@ def _is_finite(grads: Gradients | None, codec: Compressor) -> TypeGuard[Gradient
     return all(bool(all_finite(part)) for part in grads if part is not None)
 
 
-def _flags(present: bool, used: Tensor) -> Tensor:
-    return torch.cat([torch.tensor([present], device=used.device), used]).to(torch.uint8)
+_SILENT, _SPEAKS, _IDLE = 0, 1, 2
+"""What a worker says of itself in its first flag: its gradient is not finite; it has a message; it has no batch, or no loss."""
+
+NO_LOSS = "No worker had a loss: training_step returned None, or there was no batch."
+"""The reason of a round without an estimate that says nothing of the training."""
+
+
+def _flags(says: int, used: Tensor) -> Tensor:
+    return torch.cat([torch.tensor([says], dtype=torch.uint8, device=used.device), used.to(torch.uint8)])
 
 
 def _restored(fresh: Any, saved: dict[str, Tensor], owner: str) -> Any:

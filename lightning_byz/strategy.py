@@ -29,7 +29,7 @@ from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DSta
 from lightning_byz.batches import BatchSplitter, batch_size
 from lightning_byz.buffers import WorkerBuffers, shared_tensors
 from lightning_byz.compressors import Field
-from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
+from lightning_byz.exchange import NO_LOSS, Contribution, Exchange, Outcome, comes
 from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.outputs import joined
@@ -209,6 +209,7 @@ class RobustStrategy(_Base):
         """Back to before the first step."""
         self._micro_step = 0
         self._skipped_in_a_row = 0
+        self._told_no_loss = False
         self._losses: list[Tensor | None] = [None] * self.workers_per_process
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
@@ -852,6 +853,11 @@ class RobustStrategy(_Base):
             return
         if outcome.estimate is not None:
             self._skipped_in_a_row = 0
+            return
+        if outcome.reason == NO_LOSS:
+            if not self._told_no_loss:
+                log.info(f"byzantine_robust: step {outcome.round.step} is skipped, and so are later ones like it. {NO_LOSS}")
+            self._told_no_loss = True
             return
         self._skipped_in_a_row += 1
         _warn(f"byzantine_robust: step {outcome.round.step} is skipped. {outcome.reason}")

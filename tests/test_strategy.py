@@ -130,6 +130,29 @@ def test_steps_without_enough_workers_are_skipped_then_stop_the_run(devices: int
         )
 
 
+@pytest.mark.parametrize("devices", BOTH)
+def test_steps_without_a_loss_are_left_out_as_long_as_there_is_none(devices: int, tmp_path: Path) -> None:
+    """A replay buffer that fills, say: nothing diverges, and nothing moves. A liar that claims a nan changes nothing about it."""
+
+    class Fills(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx < 8 else super().training_step(batch, batch_idx)
+
+    moved: list[bool] = []
+
+    class Watches(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            moved.append(bool(module.net[0].weight.grad is not None))
+
+    reports = fit(
+        tmp_path, Fills(), strategy_for(devices, max_skipped_steps=3), devices=devices, data=loader(24 if devices == 1 else 6),
+        callbacks=[Watches()], extra=lambda *_: list(moved),
+    )  # fmt: skip
+    for report in reports:
+        assert_equal(reports[0], report)
+        assert report["extra"] == [False] * 8 + [True] * 2
+
+
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
     (short,) = fit(tmp_path, AlwaysNan(optimizer="adamw"), in_process(max_skipped_steps=20), max_steps=2)
     torch.manual_seed(0)

@@ -40,6 +40,8 @@ class Algorithm(ABC):
         changes_few: the estimate differs from the last one in few coordinates only, which a transport may send alone.
         changes_named: ..., and in those alone that some message names, to which the server's half may then be confined.
         stateless: neither half remembers anything.
+        aggregates_messages: the server's half gives its rule the messages as they are, once. Then estimates of rules with distances come
+            down in pieces, too.
         coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of its gradients and state alone, in every
             round; and of the server's estimate and state likewise, if the rule is coordinate-wise. Such a message may leave piece by piece.
     """
@@ -87,6 +89,11 @@ class Algorithm(ABC):
     @property
     def coordinate_wise(self) -> bool:
         """Whether both halves, the rule aside, look at one coordinate at a time."""
+        return False
+
+    @property
+    def aggregates_messages(self) -> bool:
+        """Whether the server's half gives its rule the messages as they are, once, so that the rule's result may be known beforehand."""
         return False
 
     @abstractmethod

@@ -99,6 +99,10 @@ class RobustSGD(Algorithm):
         return self.worker_momentum == 0 and self.server_momentum == 0 and not self.aggregator.remembers
 
     @property
+    def aggregates_messages(self) -> bool:
+        return type(self).server is RobustSGD.server
+
+    @property
     def coordinate_wise(self) -> bool:
         return self.compressor.coordinate_wise
 

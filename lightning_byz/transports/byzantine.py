@@ -156,7 +156,7 @@ class ByzantineTransport(Transport):
         others = set(self.liars(round.step)).difference(self.byzantine)
         rows = {}
         for worker, (flags, payload) in enumerate(everybody):
-            if cohort[worker] and worker not in others and bool(flags[0]) and bool(codec.valid(payload, dim)):
+            if cohort[worker] and worker not in others and int(flags[0]) == 1 and bool(codec.valid(payload, dim)):
                 rows[worker] = codec.decode(payload, dim)
         honest = [worker for worker in rows if worker not in self.byzantine]
         if not honest and not self.attack.alone:

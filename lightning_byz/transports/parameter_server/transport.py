@@ -391,7 +391,7 @@ class ParameterServer(Transport):
 
     def _spoken(self, messages: Sequence[Message], layout: Sequence[Field]) -> bytes:
         """The messages' bytes; none if all are silent."""
-        if not any(bool(message.flags[0]) for message in messages):
+        if not any(int(message.flags[0]) == 1 for message in messages):
             return b""
         return self._packed([(message.flags, *message.payload) for message in messages], layout)
 
