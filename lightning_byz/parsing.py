@@ -69,7 +69,7 @@ def flag(value: float) -> bool:
 
 def count(value: float) -> int:
     """A number of samples that travelled as a floating-point number."""
-    if not (math.isfinite(value) and 0 <= value <= _MOST and value == int(value)):
+    if not (0 <= value <= _MOST and value == int(value)):
         raise RefusedError(f"A number of samples should be an integer in 0 .. {_MOST}. Found {value}.")
     return int(value)
 

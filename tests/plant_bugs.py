@@ -885,8 +885,7 @@ BUGS = [
     Bug("weights of ranks without a value", "strategy.py", "torch.where(weighed.finite, values, 0)", "values", "strategy"),
     Bug("whoever came first says how a name is logged", "step_logs.py", "counts.most_common(1)[0][0]", "next(iter(counts))", "exchange"),
     # what other processes say
-    Bug("a negative number of samples", "parsing.py", "and 0 <= value <= _MOST", "and value <= _MOST", "parsing exchange"),
-    Bug("a nan number of samples", "parsing.py", "math.isfinite(value) and", "", "parsing exchange"),
+    Bug("a negative number of samples", "parsing.py", "not (0 <= value <= _MOST", "not (value <= _MOST", "parsing exchange"),
     Bug("any name is logged", "parsing.py", "or not name.isprintable()", "", "parsing"),
     Bug("values logged on nothing", "parsing.py", 'if arguments.get("on_step") is False and', "if False and", "parsing exchange"),
     Bug("other sizes than the first", "parsing.py", "or shape[1:] != tuple(like.shape[1:])", "or False", "parsing"),
