@@ -22,7 +22,7 @@ from zoo import ALGORITHMS, each, laws, robust, rows_for
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
-from lightning_byz.attacks.base import Attack
+from lightning_byz.attacks.base import Attack, checked_lies
 from lightning_byz.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.exchange import Contribution, Exchange
@@ -32,7 +32,6 @@ from lightning_byz.rng import restore, snapshot, worker_rng
 from lightning_byz.rows import Rows
 from lightning_byz.step_logs import StepLogs, WorkerLog
 from lightning_byz.transports import ByzantineTransport, InProcess, Message
-from lightning_byz.transports.byzantine import checked_lies
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
 

@@ -216,6 +216,7 @@ def test_a_finished_cell_is_not_run_again_and_a_failed_one_is(finished, capsys):
     assert not {grid.identity(cell) for cell in grid.cells()} & {name for name, _ in before}
 
 
+@pytest.mark.filterwarnings("ignore:byzantine_robust. Mean tolerates no Byzantine worker")  # as a grid's own processes do
 def test_a_cell_depends_on_nothing_that_ran_before_it(tmp_path):
     grid = Grid.read(grid_file(tmp_path))
     mean, _, median, _ = grid.cells()

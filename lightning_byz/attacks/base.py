@@ -108,6 +108,21 @@ class Attack(ABC):
         return
 
 
+def checked_lies(attack: Attack, lies: Tensor, own: Tensor) -> Tensor:
+    """What an attack answered.
+
+    Raises:
+        ValueError: unless it is a message ``[b, d]`` for each of the ``own [b, d]``.
+    """
+    if not isinstance(lies, Tensor) or lies.shape != own.shape or not lies.is_floating_point():
+        found = f"a tensor {list(lies.shape)} of {lies.dtype}" if isinstance(lies, Tensor) else repr(lies)
+        raise ValueError(
+            f"{type(attack).__name__} should answer with a message for each Byzantine worker, [b, d] = {list(own.shape)} of floating-point "
+            f"numbers. Found {found}. The same message for all: message.expand_as(own)."
+        )
+    return lies
+
+
 class DataAttack(ABC):
     """What a Byzantine worker does to its own batch, before an otherwise honest step."""
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lightning_byz.attacks.base import Attack, Scene
+from lightning_byz.attacks.base import Attack, Scene, checked_lies
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Mixture(Attack):
                 byzantine=members,
                 aggregate=None if scene.aggregate is None else _of_part(scene.aggregate, lies, rows),
             )
-            lies[rows] = part(honest, own[rows], view)
+            lies[rows] = checked_lies(part, part(honest, own[rows], view), own[rows])
             for name in [name for name in scene.memory if name.startswith(f"{i}/")]:
                 del scene.memory[name]
             scene.memory.update({f"{i}/{name}": value for name, value in memory.items()})

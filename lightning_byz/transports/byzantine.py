@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
+from lightning_byz.attacks.base import checked_lies
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.rows import AnyRows, Rows
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Verdict
@@ -189,21 +190,6 @@ class ByzantineTransport(Transport):
             flags[0] = 1
             everybody[worker] = Message(flags, _encoded(lie, worker, codec, dtype, round))
         return everybody
-
-
-def checked_lies(attack: Attack, lies: Tensor, own: Tensor) -> Tensor:
-    """What an attack answered.
-
-    Raises:
-        ValueError: unless it is a message ``[b, d]`` for each of the ``own [b, d]``.
-    """
-    if not isinstance(lies, Tensor) or lies.shape != own.shape or not lies.is_floating_point():
-        found = f"a tensor {list(lies.shape)} of {lies.dtype}" if isinstance(lies, Tensor) else repr(lies)
-        raise ValueError(
-            f"{type(attack).__name__} should answer with a message for each Byzantine worker, [b, d] = {list(own.shape)} of floating-point "
-            f"numbers. Found {found}. The same message for all: message.expand_as(own)."
-        )
-    return lies
 
 
 def _encoded(lie: Tensor, worker: int, codec: Compressor, dtype: torch.dtype, round: Round) -> Payload:
