@@ -872,8 +872,9 @@ class RobustStrategy(_Base):
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
+                why = self.exchanges[0].transport.why_silent(worker) if comes(outcome.round, worker) else "did not come"
                 _warn(
-                    f"byzantine_robust: worker {worker} gave no finite gradient in step {outcome.round.step}; the step went on "
+                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step went on "
                     f"without it. This was time {count}."
                 )
 

@@ -1,4 +1,4 @@
-"""The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, ``grid``, ``report``, ``list``, ``demo``."""
+"""The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, ``grid``, ``report``, ``list``, ``keys``, ``demo``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help=about, description=about[0].upper() + about[1:] + ".")
     report.add_argument("folder", type=Path, help="where `lightning-byz grid` wrote results.csv, or a CSVLogger metrics.csv")
     report.set_defaults(run=_report)
+    about = "make the keys of a parameter server and its workers, and say which host needs which"
+    keys = commands.add_parser("keys", help=about, description=about[0].upper() + about[1:] + ".")
+    keys.add_argument("processes", type=_positive, help="number of processes of the run, the server included")
+    keys.add_argument("folder", type=Path, nargs="?", default=Path("keys"), help="where to write them (default: %(default)s)")
+    keys.set_defaults(run=_keys)
     for name, text in _LIGHTNING.items():
         commands.add_parser(name, help=text)  # for --help; LightningCLI parses them
     return parser
@@ -137,6 +142,22 @@ def _grid(options: argparse.Namespace) -> int:
     else:
         _report(argparse.Namespace(folder=output))
     return 0 if complete else 1
+
+
+def _keys(options: argparse.Namespace) -> int:
+    require("lightning-byz keys", "server", "zmq")
+    if options.processes < 2:
+        print("lightning-byz keys: a parameter server has two processes at least. Found 1.", file=sys.stderr)
+        return 2
+    try:
+        folder = lightning_byz.make_keys(options.folder, options.processes)
+    except FileExistsError as error:
+        print(f"lightning-byz keys: {error}", file=sys.stderr)
+        return 2
+    print(f"{folder.resolve()} holds the keys of {options.processes} processes.")
+    print("The host of rank 0, the server, needs server.key_secret and all files *.key.")
+    print("The host of rank r needs server.key and rank{r}.key_secret, and no other secret.")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

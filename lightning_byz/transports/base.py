@@ -255,6 +255,10 @@ class Transport(ABC):
         """``[n]`` float64, the seconds after which the messages of the last round came, inf for those that did not; None if not `measured`."""
         return None
 
+    def why_silent(self, worker: int) -> str:
+        """Why a worker's message did not count in the last round, as a verb for the log."""
+        return "gave no finite gradient"
+
     def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:  # noqa: B027  # all know it themselves
         """Tells the others what came of the round, in a process that serves. ``down``: the format of the answer."""
 

@@ -88,6 +88,9 @@ class ByzantineTransport(Transport):
     def arrivals(self) -> Tensor | None:
         return self.inner.arrivals()
 
+    def why_silent(self, worker: int) -> str:
+        return self.inner.why_silent(worker)
+
     def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:
         self.inner.publish(verdict, down, dim, dtype)
 

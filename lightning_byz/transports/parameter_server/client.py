@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ from lightning_byz.transports.parameter_server.keys import Pair
 from lightning_byz.transports.parameter_server.protocol import BadFrameError, Head, Kind, parse
 from lightning_byz.transports.parameter_server.server import DEAD_AFTER, prepare
 
+log = logging.getLogger("lightning_byz")
+
 _ASK_AGAIN = 1.0
+_TELL_AFTER = 3
 
 
 class Client:
@@ -43,8 +47,11 @@ class Client:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.curve_publickey, self._socket.curve_secretkey = keys.public, keys.secret
         self._socket.curve_serverkey = server_key
-        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        failures = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | failures
         self._monitor = self._socket.get_monitor_socket(events)
+        self._failed = 0  # handshakes since the last good one
+        self._met = False  # whether there was a good one
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -79,7 +86,7 @@ class Client:
                     "its own NODE_RANK and LOCAL_RANK."
                 )
             time.sleep(_ASK_AGAIN)
-        raise ServerLostError(f"No server at {self.address} let rank {self.rank} in for {patience:.0f} s.")
+        raise ServerLostError(f"No server at {self.address} let rank {self.rank} in for {patience:.0f} s.{self._likely_cause()}")
 
     def call(self, position: int, name: str, layout: int, body: bytes | memoryview) -> memoryview | None:
         """What came of a collective; None if the server passed this position without it.
@@ -138,13 +145,23 @@ class Client:
             if self._away_since is not None and now - self._away_since > self.lost_after:
                 raise ServerLostError(
                     f"The server at {self.address} has not been there for {self.lost_after:.0f} s. The run has ended with it. Resume from its "
-                    "last checkpoint: trainer.fit(..., ckpt_path=...)."
+                    f"last checkpoint: trainer.fit(..., ckpt_path=...).{self._likely_cause()}"
+                    if self._met
+                    else f"No server at {self.address} has let rank {self.rank} in.{self._likely_cause()}"
                 )
             if until is not None and now > until:
-                raise ServerLostError(f"No server at {self.address} answered rank {self.rank}.")
+                raise ServerLostError(f"No server at {self.address} answered rank {self.rank}.{self._likely_cause()}")
             if again is not None and now - asked > again and self._away_since is None:
                 self._socket.send_multipart(question)
                 asked = now
+
+    def _likely_cause(self) -> str:
+        if not self._failed:
+            return ""
+        return (
+            f" It is reached, but has ended the handshake {self._failed} times. The likely cause is the key: `server.key` in the `keys` "
+            "directory of this host should be that of the server's host."
+        )
 
     def _refused(self, answer: Head, reason: memoryview) -> None:
         text = bytes(reason[:500]).decode(errors="replace")
@@ -159,12 +176,16 @@ class Client:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                anew, self._away_since = True, None
+                anew, self._away_since, self._failed, self._met = True, None, 0, True
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise ServerLostError(
                     f"The server at {self.address} does not know the key of rank {self.rank}. Its `keys` directory should hold "
-                    f"rank{self.rank}.key, and this host's the secret half of the same pair."
+                    f"rank{self.rank}.key, and this host's the secret half of the same pair. Or it has dropped this rank, and its log says why."
                 )
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._failed += 1
+                if self._failed == _TELL_AFTER:
+                    log.warning(f"Rank {self.rank} is not let in yet.{self._likely_cause()}")
             elif self._away_since is None:
                 self._away_since = time.monotonic()
         return anew

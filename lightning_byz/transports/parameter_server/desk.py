@@ -75,6 +75,11 @@ class Call:
         least: of as many are enough at the deadline, and when nobody else is alive.
         deadline, give_up: when it closes with the least, and when with whatever there is.
         opened: when the server entered it.
+
+    Attributes:
+        bodies, seconds: what has come, and when, by rank.
+        silent: ranks that have said nothing, or something that was refused.
+        why: once it is closed, why there is no body of these ranks, unless they have none to send.
     """
 
     key: Key
@@ -89,6 +94,7 @@ class Call:
     bodies: dict[int, memoryview] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
+    why: dict[int, str] = field(default_factory=dict)
 
     @property
     def heard(self) -> int:
@@ -226,7 +232,9 @@ class Desk:
             return
         call.silent.add(rank)
         if len(waiting.body) and rank in call.asked:
-            self._reject("layout" if waiting.layout != call.layout else "size", rank, now)
+            reason = "layout" if waiting.layout != call.layout else "size"
+            call.why[rank] = f"sent a message that was refused ({reason})"
+            self._reject(reason, rank, now)
 
     def _reject(self, reason: str, rank: int | None, now: float) -> None:
         self.rejected[reason] += 1
@@ -291,6 +299,9 @@ class Desk:
         call = self.call
         assert call is not None
         self.call = None
+        for rank in set(call.asked).difference(call.bodies, call.silent):
+            where = self.whereabouts(rank)
+            call.why[rank] = "was late" if where == "connected" else f"was not heard (its process: {where})"
         return call
 
     def publish(self, key: Key, result: bytes) -> None:
@@ -337,27 +348,25 @@ class Desk:
 
     def status(self) -> str:
         """Who is where, in words."""
-        groups: dict[str, list[int]] = {}
+        groups: dict[str, list[str]] = {}
         for rank in self.members:
-            groups.setdefault(self.whereabouts(rank), []).append(rank)
-        return "; ".join(f"ranks {ranks} {what}" for what, ranks in sorted(groups.items())) or "no other ranks"
+            groups.setdefault(self.whereabouts(rank), []).append(str(rank))
+        return "; ".join(f"{what}: ranks {', '.join(ranks)}" for what, ranks in sorted(groups.items()))
 
     def whereabouts(self, rank: int) -> str:
-        """What a worker does that this desk does not hear now, or hears."""
+        """Where a worker is, in words."""
         member = self.members[rank]
         if member.dropped:
-            return "have been dropped"
+            return "refused"
         if not member.token:
-            return "have not come yet"
+            return "not come yet"
         if member.left:
-            return "have left"
+            return "left"
         if member.route is None:
-            return "are not connected"
-        if member.wants or member.starting or not member.active:
-            return "are about to join"
-        if member.called < self.position - 1:
-            return "are behind"
-        return "take part"
+            return "gone"
+        if not member.active:
+            return "joining"
+        return "behind" if member.called < self.position - 1 else "connected"
 
     def gone(self, route: bytes, now: float) -> None:
         """A connection has broken: its rank is dead, unless it comes back."""

@@ -90,6 +90,7 @@ class ParameterServer(Transport):
         self._calls: dict[str, int] = {}
         self._awaited = Awaited(0, 1, False)
         self._arrivals: Tensor | None = None
+        self._why_silent: dict[int, str] = {}
 
     # -- opening and closing the line ---------------------------------------------------------------------------------
 
@@ -154,7 +155,9 @@ class ParameterServer(Transport):
         from lightning_byz.transports.parameter_server.keys import SERVER, load_key
         from lightning_byz.transports.parameter_server.server import Server
 
-        desk = Desk(self.world_size, os.urandom(16), self._entry, self.backlog)
+        # keys that were made for this run are gone with a process: nobody can start it again
+        return_within = float("inf") if self.keys is not None else self.lost_after
+        desk = Desk(self.world_size, os.urandom(16), self._entry, self.backlog, return_within)
         workers = {rank: load_key(directory, f"rank{rank}", secret=False).public for rank in range(1, self.world_size)}
         self._server = Server(desk, f"tcp://*:{port}", load_key(directory, SERVER, secret=True), workers, self._limit)
 
@@ -168,10 +171,14 @@ class ParameterServer(Transport):
         if self._server is None:
             return []
         desk, deadline = self._server.desk, time.monotonic() + self.start_timeout
+        told: list[int] = []
         while True:
             missing: list[int] = self._server.ask(lambda: [rank for rank, member in desk.members.items() if not member.token])
             if self._lost.issuperset(missing) or time.monotonic() > deadline:
                 break
+            if missing != told:
+                told = missing
+                log.info(f"ParameterServer at {self._server.address} waits for ranks {missing}, for {self.start_timeout:.0f} s at most.")
             time.sleep(0.01)
 
         def begin() -> None:
@@ -372,6 +379,7 @@ class ParameterServer(Transport):
         )
         silent = Message(*self._silence(layout))
         everybody = [silent] * self.n
+        self._why_silent = call.why
         self._arrivals = torch.full((self.n,), torch.inf, dtype=torch.float64)
         for rank, body in call.bodies.items():
             for i, (flags, *payload) in enumerate(self._unpacked(body, layout)):
@@ -381,6 +389,11 @@ class ParameterServer(Transport):
 
     def arrivals(self) -> Tensor | None:
         return self._arrivals
+
+    def why_silent(self, worker: int) -> str:
+        if not self.serves:
+            return "was not heard, or gave no finite gradient (the server's log says which)"
+        return self._why_silent.get(worker // self.workers_per_process, super().why_silent(worker))
 
     def _layout(self, message: Message, codec: Compressor, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
         return (Field(tuple(message.flags.shape), torch.uint8), *codec.layout(dim, dtype))
