@@ -37,9 +37,13 @@ class WorkerLog:
     loss: Tensor | None = None
     samples: int = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training_step leaves its graph here, as it does for Lightning's own log
-    def record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Stands in for ``LightningModule.log``."""
+    @property
+    def record(self) -> Callable[..., None]:
+        """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as it does for Lightning's own."""
+        record: Callable[..., None] = torch.compiler.disable(self._record)  # here: it imports the compiler
+        return record
+
+    def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
         self.samples = kwargs.get("batch_size") or self.samples
