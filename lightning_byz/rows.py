@@ -525,7 +525,7 @@ def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for functions of the
     same code and the same numbers; for methods, and for functions that hold anything else, every time.
     """
-    torch.compiler.assume_constant_result(pruned_network)  # here: it imports the compiler
+    torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]  # here: it imports the compiler
     if not isinstance(rule, FunctionType) or rule.__defaults__ or rule.__kwdefaults__:
         return torch.compile(rule, dynamic=True)
     inside = tuple(cell.cell_contents for cell in rule.__closure__ or ())

@@ -40,7 +40,7 @@ class WorkerLog:
     @property
     def record(self) -> Callable[..., None]:
         """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as it does for Lightning's own."""
-        record: Callable[..., None] = torch.compiler.disable(self._record)  # here: it imports the compiler
+        record: Callable[..., None] = torch.compiler.disable(self._record)  # type: ignore[no-untyped-call]  # here: it imports the compiler
         return record
 
     def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

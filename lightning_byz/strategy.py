@@ -28,6 +28,7 @@ from lightning_byz.batches import batch_size, split_batch
 from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Contribution, Exchange, Outcome, comes
+from lightning_byz.few_users import FewUsers, described
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.overlap import Overlap, obstacle
 from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
@@ -189,6 +190,8 @@ class RobustStrategy(_Base):
         self._scale_probe: Tensor | None = None
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
+        self._few_users = FewUsers()
+        self._fresh_starts = 0
         self._buffers: WorkerBuffers | None = None
         self._step_is_due = False  # once this micro-batch's gradients are there
         self._drop_overlap()
@@ -310,6 +313,8 @@ class RobustStrategy(_Base):
     def teardown(self) -> None:
         vars(self.precision_plugin).pop("clip_gradients", None)
         self._drop_overlap()
+        if self._fresh_starts > 1:
+            log.warning(f"The algorithm's state has started afresh {self._fresh_starts} times: so often the trained parameters changed.")
         if self._served is not None:
             self._served.leave(self._interrupted())
         super().teardown()
@@ -690,9 +695,12 @@ class RobustStrategy(_Base):
         now, before = FlatParameters.of(self.optimizers[index]), self._layouts[index]
         if not now.same_as(before):
             if before is not None:
-                log.warning(
-                    "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh."
-                )
+                self._fresh_starts += 1
+                if self._fresh_starts == 1:
+                    log.warning(
+                        "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh. "
+                        "Each time that it does is counted, and said at the end."
+                    )
                 self.exchanges[index].dim = None
             self._layouts[index] = now
             self._drop_overlap()
@@ -757,6 +765,10 @@ class RobustStrategy(_Base):
         else:
             views = not exchange.transport.measured  # a server may still be sending the estimate
             layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale, views)
+            wanted = [contribution.used[:parameters] for contribution in contributions]
+            unmoved = self._few_users.observe(layout.parameters, wanted, outcome.used[:parameters])
+            if unmoved and self.lightning_module is not None:
+                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)  # on the rank that has them
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         self._accumulated = [None] * self.workers_per_process
