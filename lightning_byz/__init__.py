@@ -4,7 +4,8 @@
 algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
 first. `ByzantineRobustStrategy`, `ByzantineWorkers`, `Classifier` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
-them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`.
+them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`. Lightning is imported with the first of these classes, unless the program
+has imported it; the strategy names are known to a Lightning package as soon as both it and this package are imported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_byz.aggregators import (
     ARC,
@@ -102,6 +103,7 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
+from lightning_byz.registration import register_with
 from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
 
 __version__ = "0.1.0"
@@ -130,21 +132,25 @@ if TYPE_CHECKING:
         Stragglers,
         SuspicionMonitor,
     )
-else:
-    _glue = {name: importlib.import_module(f"lightning_byz.{name}") for name in _installed}  # registers the strategy names
-    ByzantineRobustStrategy = _glue[_home].ByzantineRobustStrategy
-    ByzantineWorkers = _glue[_home].ByzantineWorkers
-    CIFAR10DataModule = _glue[_home].CIFAR10DataModule
-    Classifier = _glue[_home].Classifier
-    DigitsDataModule = _glue[_home].DigitsDataModule
-    DuplicateBatchCheck = _glue[_home].DuplicateBatchCheck
-    FashionMNISTDataModule = _glue[_home].FashionMNISTDataModule
-    LIBSVMDataModule = _glue[_home].LIBSVMDataModule
-    Stragglers = _glue[_home].Stragglers
-    ReplicaCheck = _glue[_home].ReplicaCheck
-    RobustnessMonitor = _glue[_home].RobustnessMonitor
-    ShadowMode = _glue[_home].ShadowMode
-    SuspicionMonitor = _glue[_home].SuspicionMonitor
+
+
+_PARTS = frozenset(globals())
+"""What is here without Lightning."""
+
+register_with(_installed)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that have bases of Lightning's, which is imported with the first of them."""
+    if name not in __all__ or name in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"lightning_byz.{_home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "ALIE",

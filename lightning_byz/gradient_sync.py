@@ -56,6 +56,7 @@ class GradientGroup:
         self, name: str, parameters: Callable[[], Iterable[Tensor]], exchange: Exchange, of_optimizer: bool = True
     ) -> None:
         self.name, self.parameters, self.exchange, self.of_optimizer = name, parameters, exchange, of_optimizer
+        self.fresh_starts = 0
         self._algorithm = exchange.algorithm  # which does not know the parameters' sizes yet
         self.forget()
 
@@ -79,7 +80,12 @@ class GradientGroup:
         if before is not None and [*map(id, before.parameters)] == [*map(id, parameters)]:
             return before
         if before is not None:
-            log.warning("The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh.")
+            self.fresh_starts += 1
+            if self.fresh_starts == 1:
+                log.warning(
+                    "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh. "
+                    "Each time that it does is counted, and said at the end."
+                )
             self.exchange.dim = None
         self.layout, self.overlap = FlatParameters(parameters), None
         self.rows, self.used = [None] * len(self.rows), [None] * len(self.rows)

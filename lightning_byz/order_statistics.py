@@ -30,7 +30,6 @@ def _odd_even_merge_sort(n: int) -> list[tuple[int, int]]:
     return comparators
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def pruned_network(n: int, first: int, last: int, ordered: bool = True) -> tuple[tuple[int, int, bool, bool], ...]:
     """The comparators of a sort of n wires on which outputs first .. last - 1 depend.

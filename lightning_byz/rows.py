@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_byz.finite import all_finite
 from lightning_byz.memory import places_of
-from lightning_byz.order_statistics import median_of_rows
+from lightning_byz.order_statistics import median_of_rows, pruned_network
 
 _BLOCK = 65_536
 """Columns that a core works on at a time: three float32 rows of them, as many as an operation touches, are 0.8 MB, about a second-level cache. Torch
@@ -654,6 +654,7 @@ def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for functions of the
     same code and the same numbers; for methods, and for functions that hold anything else, every time.
     """
+    torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]  # here: it imports the compiler
     if not isinstance(rule, FunctionType) or rule.__defaults__ or rule.__kwdefaults__:
         return torch.compile(rule, dynamic=True)
     inside = tuple(cell.cell_contents for cell in rule.__closure__ or ())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import numbers
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,9 +44,13 @@ class WorkerLog:
     sizes: dict[str, int] = field(default_factory=dict)
     float64: set[str] = field(default_factory=set)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled training_step leaves its graph here, as it does for Lightning's own log
-    def record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Stands in for ``LightningModule.log``."""
+    @property
+    def record(self) -> Callable[..., None]:
+        """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as it does for Lightning's own."""
+        record: Callable[..., None] = torch.compiler.disable(self._record)  # type: ignore[no-untyped-call]  # here: it imports the compiler
+        return record
+
+    def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
         if kwargs.get("batch_size"):

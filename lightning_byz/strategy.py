@@ -30,6 +30,7 @@ from lightning_byz.batches import BatchSplitter, batch_size
 from lightning_byz.buffers import WorkerBuffers, shared_tensors
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import NO_LOSS, Contribution, Exchange, Outcome, comes
+from lightning_byz.few_users import FewUsers, described
 from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
 from lightning_byz.gradients import FlatParameters
 from lightning_byz.outputs import joined
@@ -215,6 +216,7 @@ class RobustStrategy(_Base):
         self._step_logs = StepLogs()
         self._logged: set[str] = set()
         self._weighed: _Weighed | None = None
+        self._few_users = FewUsers()
         self._buffers: WorkerBuffers | None = None
         self._attributes: WorkerAttributes | None = None
         self._splitter: BatchSplitter | None = None
@@ -342,6 +344,9 @@ class RobustStrategy(_Base):
 
     def teardown(self) -> None:
         vars(self.precision_plugin).pop("clip_gradients", None)
+        fresh_starts = sum(group.fresh_starts for group in self.groups)
+        if self.sync is not None and fresh_starts > 1:
+            log.warning(f"The algorithm's state has started afresh {fresh_starts} times: so often the trained parameters changed.")
         self._drop_sync()
         if self._served is not None:
             self._served.leave(self._interrupted())
@@ -842,6 +847,10 @@ class RobustStrategy(_Base):
         else:
             views = not exchange.transport.measured  # a server may still be sending the estimate
             layout.write_gradients(outcome.estimate, outcome.used[:parameters].tolist(), scale, views)
+            wanted = [contribution.used[:parameters] for contribution in contributions]
+            unmoved = self._few_users.observe(layout.parameters, wanted, outcome.used[:parameters])
+            if unmoved and self.lightning_module is not None:
+                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)  # on the rank that has them
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         group.rows, group.used = [None] * len(group.rows), [None] * len(group.rows)

@@ -4,6 +4,7 @@ import csv
 import importlib
 import pickle
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -347,7 +348,41 @@ def test_every_part_says_what_it_does_and_where_it_comes_from(kind):
         assert entry.source, f"{entry.name}: the docstring should cite a paper, or say `No paper: ...`"
 
 
-def test_everything_that_a_run_is_made_of_is_listed(capsys):
+@pytest.mark.parametrize("command", ["--help", "list", "list Krum", "list SuspicionMonitor"])
+def test_what_can_be_asked_is_answered_without_lightning(command):
+    """Its import takes seconds, and PyTorch's compiler's too."""
+    program = (
+        f"import sys\nfrom lightning_byz import cli\ntry:\n    assert cli.main({command.split()}) == 0\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = ('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', 'torch._dynamo', 'matplotlib')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    *said, last = shown.stdout.splitlines()
+    assert last == "[]"
+    assert len(said) > 5
+    assert command != "list" or max(map(len, said)) <= 100
+
+
+@pytest.mark.parametrize("first", ["lightning_byz", "lightning", "pytorch_lightning"])
+def test_strategy_names_are_known_once_both_are_imported(first):
+    program = (
+        f"import {first}, lightning_byz, lightning, pytorch_lightning\n"
+        "for package in (lightning.pytorch, pytorch_lightning):\n"
+        "    assert 'byzantine_robust' in package.strategies.StrategyRegistry.available_strategies()\n"
+        "home = lightning_byz.ByzantineRobustStrategy.__module__\n"
+        f"assert home == 'lightning_byz.{'pytorch_lightning' if first == 'pytorch_lightning' else 'lightning'}', home\n"
+        "assert set(lightning_byz.__all__) <= set(dir(lightning_byz))\n"
+        "assert all(hasattr(lightning_byz, name) for name in lightning_byz.__all__)\n"
+        "assert not hasattr(lightning_byz, 'Nothing')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_that_a_run_is_made_of_is_listed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "320")  # a line each
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}

@@ -132,6 +132,74 @@ def test_a_mistake_in_a_grid_file_is_named(tmp_path, capsys, change, message):
     assert cli.main(["grid", str(tmp_path / "nothing.yaml")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rules": ["Krum", "MultiKrum(mm=5)"]}, "has no argument 'mm'. Did you mean m?"),
+        ({"attacks": ["none", "ALIE(zz=1.5)"]}, "has no argument 'zz'"),
+        ({"algorithms": ["RobustSGD(worker_momentun=0.9)"]}, "Did you mean worker_momentum?"),
+        ({"heterogeneity": ["Dirichlet(alfa=0.1)"]}, "'alfa'"),
+        ({"trainer": {"max_stepz": 3}}, "max_stepz"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_mistake_in_an_argument_is_named_once_before_the_first_cell(tmp_path, capsys, change, message, dry):
+    path = grid_file(tmp_path, seeds=[0, 1], **{key: value for key, value in change.items() if key != "trainer"})
+    content = yaml.safe_load(path.read_text())
+    content["run"]["trainer"] |= change.get("trainer", {})
+    path.write_text(yaml.safe_dump(content))
+    output = tmp_path / "out"
+    assert cli.main(["grid", str(path), "--output", str(output), *(["--dry-run"] if dry else [])]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("the cell ") == 1
+    assert not output.exists()
+
+
+def test_a_dry_run_lists_the_cells_and_runs_none(tmp_path, capsys):
+    path, output = grid_file(tmp_path), tmp_path / "out"
+    grid = Grid.read(path)
+    names = [grid.identity(cell) for cell in grid.cells()]
+    output.mkdir()
+    (output / "results.jsonl").write_text(f'["{names[1]}", {{"status": "diverged"}}]\n')
+    assert cli.main(["grid", str(path), "--output", str(output), "--dry-run"]) == 0
+    *listed, total = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == names
+    assert ["diverged" in line for line in listed] == [False, True, False, False]
+    assert all(cell.label in line for cell, line in zip(grid.cells(), listed, strict=True))
+    assert total == "small: 4 cells, 1 of them known."
+    assert [file.name for file in output.iterdir()] == ["results.jsonl"]
+
+
+MINE = """
+from lightning_byz import Krum
+
+class MyRule(Krum):
+    pass
+"""
+
+
+@pytest.mark.processes
+def test_a_cell_that_was_cut_short_is_run_again_with_a_logger_and_a_rule_of_this_folder(tmp_path, monkeypatch):
+    (tmp_path / "rule_of_this_folder.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    run = yaml.safe_load(RUN)
+    run["trainer"]["logger"] = {"class_path": "CSVLogger"}
+    path = grid_file(tmp_path, rules=["rule_of_this_folder.MyRule()"], attacks=["none"], run=run)
+    grid = Grid.read(path)
+    (cell,) = grid.cells()
+    folder = tmp_path / "out" / "cells" / grid.identity(cell)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("of a run that was cut short")
+    (folder / "metrics.csv").write_text("step,old\n1,2\n")
+    assert cli.main(["grid", str(path), "--jobs", "1", "--output", str(tmp_path / "out")]) == 0
+    (row,) = rows(tmp_path / "out" / "results.csv")
+    assert row["status"] == "finished"
+    assert "old" not in (folder / "metrics.csv").read_text()
+    assert "rule_of_this_folder.MyRule" in (folder / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_grids_in_the_repository_are_valid(path):
     grid = Grid.read(path)
@@ -322,7 +390,7 @@ def test_the_report_of_a_grid(tmp_path, capsys):
     assert names[0] == "worst"
     assert {"heatmap-f-2", "curves-f-2", "curves-f-3-nnm", "accuracy-bytes-up-f-2", "accuracy-simulated-seconds-f-3"} <= set(names)
     assert "ValueError: &lt;Krum&gt; &amp; co" in text
-    assert "NNM + Krum, ALIE(z=1.5), IID, f = 3, seed 1: failed" in text
+    assert "NNM + Krum | ALIE(z=1.5) | f=3 | IID | seed 1: failed" in text
 
 
 def test_the_report_of_a_grid_shows_suspicion_where_cells_logged_it(tmp_path):
@@ -351,7 +419,38 @@ def test_the_worst_case_is_the_lowest_mean_over_seeds(tmp_path):
     for row in table:
         row["aggregation"] = reports._aggregation(row)
     worst = reports._draw_setting(page, table, [], "accuracy", True, "")
-    assert worst == pytest.approx({"Mean": 0.205, "Krum": 0.905, "NNM + Krum": 0.9})  # of the last, one seed has failed
+    assert worst == pytest.approx({"Mean": 0.205, "Krum": 0.905})  # of NNM + Krum, one seed has failed
+
+
+@pytest.mark.parametrize("unknown", ["failed", "not run"])
+def test_a_rule_that_failed_under_an_attack_has_no_worst_case(tmp_path, monkeypatch, unknown):
+    from lightning_byz.cli import report_figures, reports
+
+    invented_grid(tmp_path / "grid", seeds=(0,))
+    lines = rows(tmp_path / "grid" / "results.csv")
+    chosen = [row for row in lines if (row["rule"], row["attack"], row["f"]) == ("Mean", "ALIE(z=1.5)", "2")]
+    assert len(chosen) == 1
+    for row in lines:
+        row |= {"status": "finished", "accuracy": row["accuracy"] or "0.5"}
+    if unknown == "failed":
+        chosen[0] |= {"status": "failed", "accuracy": ""}
+    else:
+        lines.remove(chosen[0])
+    write_csv(tmp_path / "grid" / "results.csv", lines)
+    drawn, heatmap = {}, report_figures.heatmap
+
+    def draws(values, names, columns, notes, title, percent):
+        drawn[title] = {name: (values[i, -1], notes.get((i, len(columns) - 1), "")) for i, name in enumerate(names)}
+        return heatmap(values, names, columns, notes, title, percent)
+
+    monkeypatch.setattr(report_figures, "heatmap", draws)
+    reports.write_report(tmp_path / "grid")
+    of_setting, overall = drawn["Accuracy at the end, f = 2, in percent"], drawn["Worst accuracy over all attacks"]
+    assert of_setting["Mean"] == (pytest.approx(float("nan"), nan_ok=True), "failed" if unknown == "failed" else "?")
+    assert overall["Mean"] == (pytest.approx(float("nan"), nan_ok=True), "no result")
+    for name in ("Krum", "NNM + Krum"):
+        assert of_setting[name] == (pytest.approx(0.9), "")
+        assert overall[name][0] == pytest.approx(0.5 if name == "NNM + Krum" else 0.9)
 
 
 def test_the_report_of_a_run(tmp_path):

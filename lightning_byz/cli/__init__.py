@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: with status 2 if the command itself is wrong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a class_path may name a module of this folder
     try:
         if arguments and arguments[0] in _LIGHTNING:
             return _run_lightning(arguments, given=arguments != sys.argv[1:])
@@ -69,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, default=os.cpu_count() or 1, help="runs at a time (default: one per core, %(default)s)"
     )
     grid.add_argument("--output", type=Path, help="folder for the results (default: what the file says, or outputs/grids/NAME)")
+    grid.add_argument("--dry-run", action="store_true", help="check the file, list its cells, and run none")
     grid.set_defaults(run=_grid)
     about = "make pictures and one page of HTML from a grid's folder, or from a run's"
     report = commands.add_parser("report", help=about, description=about[0].upper() + about[1:] + ".")
@@ -107,7 +111,7 @@ def _list(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     if not console.is_terminal:
-        console.width = 320  # one line each
+        console.width = shutil.get_terminal_size((100, 24)).columns  # what COLUMNS says, if it is set
     console.print(catalogue.table([options.name] if options.name else catalogue.KINDS))
     return 0
 
@@ -124,12 +128,15 @@ def _grid(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lightning_byz.cli.grid_file import Grid, GridError
-    from lightning_byz.cli.grids import run_grid
+    from lightning_byz.cli.grids import list_cells, run_grid
 
     console = Console()
     try:
         grid = Grid.read(options.file)
         output = options.output or grid.output
+        if options.dry_run:
+            list_cells(grid, output, console)
+            return 0
         complete = run_grid(grid, output, options.jobs, console)
     except GridError as error:
         print(f"lightning-byz grid: {error}", file=sys.stderr)

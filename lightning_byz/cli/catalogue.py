@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import lightning_byz
-from lightning_byz import aggregators, algorithms, attacks, compressors, data, transports
-from lightning_byz.callbacks import __all__ as _callback_logic
+from lightning_byz import aggregators, algorithms, attacks, callbacks, compressors, data, transports
 
 KINDS: dict[str, tuple[type, ...]] = {
     "algorithms": (algorithms.Algorithm,),
@@ -68,9 +67,9 @@ def described(name: str) -> str:
     known = {part.lower(): found for kind in KINDS for part, found in _parts(kind)}
     if name.lower() in known:
         part = known[name.lower()]
-        return f"lightning_byz.{part.__name__}{_signature(part)}\n\n{documentation(part)}"
+        return f"lightning_byz.{_name(part)}{_signature(part)}\n\n{documentation(part)}"
     near = difflib.get_close_matches(name.lower(), [*known, *KINDS], n=1)
-    meant = f" Did you mean {known[near[0]].__name__ if near[0] in known else near[0]}?" if near else ""
+    meant = f" Did you mean {_name(known[near[0]]) if near[0] in known else near[0]}?" if near else ""
     raise ValueError(f"there is neither a part nor a kind of parts called {name}.{meant} Kinds: {', '.join(KINDS)}.")
 
 
@@ -106,20 +105,24 @@ def source(part: type) -> str:
 
 
 def _parts(kind: str) -> Iterator[tuple[str, type]]:
+    """The names and classes of a kind; of a callback the class that holds its logic, so that Lightning need not be imported."""
     for name in sorted(lightning_byz.__all__, key=str.lower):
-        part = getattr(lightning_byz, name)
-        if inspect.isclass(part) and (issubclass(part, KINDS[kind]) if KINDS[kind] else _is_callback(part)):
-            yield name, part
+        callback = getattr(callbacks, f"{name}Callback", None)
+        if kind == "callbacks" and callback is not None:
+            yield name, callback
+        elif name in vars(lightning_byz) and KINDS[kind]:
+            part = getattr(lightning_byz, name)
+            if inspect.isclass(part) and issubclass(part, KINDS[kind]):
+                yield name, part
 
 
-def _is_callback(part: type) -> bool:
-    return any(base.__name__ in _callback_logic for base in part.__mro__)
+def _name(part: type) -> str:
+    return part.__name__.removesuffix("Callback")
 
 
 def documentation(part: type) -> str:
-    """The docstring of a part; of a class that only adds a Lightning base to another, the other's."""
-    logic = next((base for base in part.__mro__ if base.__name__ in _callback_logic), part)
-    return inspect.getdoc(logic) or ""
+    """A part's docstring."""
+    return inspect.getdoc(part) or ""
 
 
 def _entry(name: str, part: type) -> Entry:

@@ -148,7 +148,6 @@ def with_loggers_of_its_own(config: dict[str, Any], folder: Path, name: str, gro
         arguments = logger.setdefault("init_args", {})
         arguments["save_dir"] = str(folder)
         if logger["class_path"].rpartition(".")[2] == "WandbLogger":
-            folder.mkdir(parents=True, exist_ok=True)
             arguments.update(name=name, group=arguments.get("group", group))
         else:
             arguments.update(name="", version="")

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_byz.cli import grid_cells
-from lightning_byz.cli.grid_file import CELL_FIELDS, Cell, Grid
+from lightning_byz.cli.grid_file import CELL_FIELDS, Cell, Grid, GridError
+from lightning_byz.cli.runs import ByzantineCLI, ConfigurationError
 
 RESULTS, CURVES, KEPT, LOG = "results.csv", "curves.csv", "results.jsonl", "log.txt"
 """Files of a grid's folder: a line for each cell; a line for each point of each curve; what a rerun reads; what the runs printed."""
@@ -43,11 +45,13 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
         whether every cell has a result. Cells that failed have none: the same call tries them again.
 
     Raises:
+        GridError: if the configuration of a cell cannot be read, before any cell has run.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once the tables are written.
     """
     cells = {grid.identity(cell): cell for cell in grid.cells()}
+    results = _known(cells, output)
+    check([(cell, _config(grid, name, cell, output)) for name, cell in cells.items() if name not in results])
     output.mkdir(parents=True, exist_ok=True)
-    results = {name: result for name, result in kept(output / KEPT) if name in cells and result["status"] != "failed"}
     missing = [name for name in cells if name not in results]
     console.print(
         f"{grid.name}: {len(cells)} cells, {len(results)} of them known; {jobs} at a time. Results go to {output}.",
@@ -73,6 +77,51 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
     finally:
         write_tables(grid, {name: (cells[name], results[name]) for name in cells if name in results}, output)
     return all(name in results and results[name]["status"] != "failed" for name in cells)
+
+
+def _known(cells: Mapping[str, Cell], output: Path) -> dict[str, Result]:
+    """The results of cells that need not be run again."""
+    return {name: result for name, result in kept(output / KEPT) if name in cells and result["status"] != "failed"}
+
+
+def _config(grid: Grid, name: str, cell: Cell, output: Path) -> dict[str, Any]:
+    """The configuration of a cell's run, with loggers of its own."""
+    return grid_cells.with_loggers_of_its_own(grid.config(cell), output / "cells" / name, cell.label, grid.name)
+
+
+def check(cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
+    """Reads configurations of cells in which every value of every axis occurs.
+
+    Args:
+        cells: with the configurations of their runs.
+
+    Raises:
+        GridError: names the first cell whose configuration cannot be read, and says what is wrong with it.
+    """
+    seen: set[tuple[str, Any]] = set()
+    for cell, config in cells:
+        values = {*asdict(cell).items()} - seen
+        if any(key not in ("f", "seed") for key, _ in values) or not seen:
+            try:
+                ByzantineCLI.check(config)
+            except ConfigurationError as error:
+                raise GridError(f"the cell {cell.label} cannot run: {error}") from error
+        seen |= values
+
+
+def list_cells(grid: Grid, output: Path, console: Console) -> None:
+    """Checks the grid and prints its cells, and which of them have a result already.
+
+    Raises:
+        GridError: as `run_grid`.
+    """
+    cells = {grid.identity(cell): cell for cell in grid.cells()}
+    check([(cell, _config(grid, name, cell, output)) for name, cell in cells.items()])
+    results = _known(cells, output)
+    for name, cell in cells.items():
+        status = results[name]["status"] if name in results else "to run"
+        console.print(f"{name}  {status:8}  {cell.label}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{grid.name}: {len(cells)} cells, {len(results)} of them known.", highlight=False, soft_wrap=True)
 
 
 def kept(path: Path) -> Iterator[tuple[str, Result]]:
@@ -125,7 +174,11 @@ def _results(grid: Grid, cells: Mapping[str, Cell], output: Path, jobs: int) -> 
         name, cell = next(waiting, (None, None))
         if name is not None and cell is not None:
             folder = output / "cells" / name
-            config = grid_cells.with_loggers_of_its_own(grid.config(cell), folder, cell.label, grid.name)
+            if folder.exists():  # what an attempt that was cut short, or failed, has left
+                shutil.rmtree(folder)
+            config = _config(grid, name, cell, output)
+            if config["trainer"].get("logger"):
+                folder.mkdir(parents=True)  # a WandbLogger wants it
             running[worker.submit(config, grid.metric)] = name, worker
 
     try:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import lightning_byz
 from lightning_byz.cli import report_figures as figures
-from lightning_byz.cli.grid_file import CELL_FIELDS
+from lightning_byz.cli.grid_file import CELL_FIELDS, Cell
 from lightning_byz.cli.grids import CURVES, RESULTS
 
 Row = dict[str, str]
@@ -113,6 +113,10 @@ def _aggregation(row: Row) -> str:
     return row["rule"] if row["pre_aggregation"] == "none" else f"{row['pre_aggregation']} + {row['rule']}"
 
 
+def _cell(row: Row) -> Cell:
+    return Cell(**{**{key: row[key] for key in CELL_FIELDS}, "f": int(row["f"]), "seed": int(row["seed"])})  # type: ignore[arg-type]
+
+
 def _names(rows: Iterable[Row], key: str) -> list[str]:
     return list(dict.fromkeys(row[key] for row in rows))
 
@@ -144,20 +148,18 @@ def _of_grid(folder: Path) -> _Page:
     if len(worst) > 1:
         aggregations = _names(rows, "aggregation")
         values = np.array([[found.get(aggregation, np.nan) for found in worst.values()] for aggregation in aggregations])
-        values = np.hstack([values, np.nanmin(np.where(np.isfinite(values), values, np.inf), 1, keepdims=True)])
-        values[~np.isfinite(values)] = np.nan
-        figure = figures.heatmap(values, aggregations, [*worst, "worst"], {}, f"Worst {metric} over all attacks", percent)
+        values = np.hstack([values, values.min(1, keepdims=True)])  # nan where one is
+        missing = {(int(i), int(j)): "no result" for i, j in zip(*np.nonzero(np.isnan(values)), strict=True)}
+        figure = figures.heatmap(values, aggregations, [*worst, "worst"], missing, f"Worst {metric} over all attacks", percent)
         caption = "Under the attack that is worst for the rule, by setting; mean of seeds."
+        caption += " No result: it failed under an attack, or has not been run under all." if missing else ""
         page.pictures = {"worst": (figure, caption), **page.pictures}
     _draw_suspicion(page, folder, rows)
     page.header = [*CELL_FIELDS, metric, "status", "wall_seconds"]
     for row in rows:
         page.table.append([f"{float(row[metric]):.4f}" if key == metric and row[metric] else row[key] for key in page.header])
         if row["status"] != "finished":
-            label = (
-                ", ".join(row[key] for key in ("aggregation", "attack", "heterogeneity")) + f", f = {row['f']}, seed {row['seed']}"
-            )
-            page.problems.append((f"{label}: {row['status']}", row["reason"]))
+            page.problems.append((f"{_cell(row).label}: {row['status']}", row["reason"]))
     return page
 
 
@@ -199,13 +201,20 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
             notes[i, j] = "failed"
         elif any(row["status"] == "diverged" for row in cells):
             notes[i, j] = notes.get((i, j), "") + " †"
-    for i, known in enumerate(np.isfinite(values[:, :-1]).any(1)):
-        values[i, -1] = np.nanmin(values[i, :-1]) if known else np.nan
+    for i in range(len(aggregations)):
+        if any(notes.get((i, j)) == "failed" for j in range(len(attacks))):
+            notes[i, len(attacks)] = "failed"
+        elif np.isfinite(values[i, :-1]).all():
+            values[i, -1] = values[i, :-1].min()
+        else:
+            notes[i, len(attacks)] = "?"
     title = f"{metric.capitalize()} at the end{f', {name}' if name else ''}"
     figure = figures.heatmap(values, aggregations, [*attacks, "worst"], notes, title + (", in percent" if percent else ""), percent)
     caption = "Rules against attacks; the last column is the worst of its row. Mean of seeds"
     caption += ", ± half of their range" if any("±" in note for note in notes.values()) else ""
     caption += "; †: training diverged" if any("†" in note for note in notes.values()) else ""
+    caption += "; who failed under an attack has no worst case" if "failed" in notes.values() else ""
+    caption += "; ?: some attacks have not been run yet" if "?" in notes.values() else ""
     page.pictures[_slug("heatmap", name)] = figure, caption + "."
 
     for pre in _names(rows, "pre_aggregation"):
@@ -229,7 +238,7 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
             page.pictures[_slug("curves", name, "" if pre == "none" else pre)] = figure, caption
 
     worst_attack = {
-        a: attacks[int(np.nanargmin(row[:-1]))] for a, row in zip(aggregations, values, strict=True) if np.isfinite(row[-1])
+        a: attacks[int(np.argmin(row[:-1]))] for a, row in zip(aggregations, values, strict=True) if np.isfinite(row[-1])
     }
     best = sorted(worst_attack, key=lambda a: -values[aggregations.index(a), -1])[: figures.MOST_LINES]
     for measure in ("bytes_up", "simulated_seconds"):

@@ -69,6 +69,20 @@ class ByzantineCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise ConfigurationError(explained(str(error), self._settings())) from error
 
+    @classmethod
+    def check(cls, configuration: Mapping[str, Any]) -> None:
+        """Reads a configuration and makes nothing of it.
+
+        Raises:
+            ConfigurationError: says what is wrong with it.
+        """
+
+        class Reads(cls):  # type: ignore[misc, valid-type]
+            def instantiate_classes(self) -> None:
+                pass
+
+        Reads(configuration)
+
     def instantiate_classes(self) -> None:
         """Makes the trainer, the model and the data."""
         self._check_loggers()

@@ -1,7 +1,13 @@
 """Metrics: what survived of the honest workers' direction, whom a rule dropped, and what it cost.
 
 Pure functions of one round are in `lightning_byz.metrics.functional`; the classes here are torchmetrics' Metrics over many rounds.
+torchmetrics is imported with the first of them.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from lightning_byz.metrics.functional import (
     aggregation_error,
@@ -15,15 +21,17 @@ from lightning_byz.metrics.functional import (
     spread,
     worst_relative_error,
 )
-from lightning_byz.metrics.modular import (
-    AggregationError,
-    CosineToHonestMean,
-    EmpiricalKappa,
-    FilterPrecision,
-    FilterRecall,
-    RelativeError,
-    Traffic,
-)
+
+if TYPE_CHECKING:
+    from lightning_byz.metrics.modular import (
+        AggregationError,
+        CosineToHonestMean,
+        EmpiricalKappa,
+        FilterPrecision,
+        FilterRecall,
+        RelativeError,
+        Traffic,
+    )
 
 __all__ = [
     "AggregationError",
@@ -44,3 +52,9 @@ __all__ = [
     "spread",
     "worst_relative_error",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("lightning_byz.metrics.modular"), name)
