@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ from lightning_byz.transports.parameter_server.protocol import Head, Kind, parse
 from lightning_byz.transports.parameter_server.server import Server
 
 pytestmark = pytest.mark.processes
+_FORK = multiprocessing.get_context("fork")
 RANKS = 4
 
 
@@ -85,38 +87,42 @@ def memory(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-FLOOD = """
-import sys, time, zmq
-from lightning_byz.transports.parameter_server.keys import load_key
-from lightning_byz.transports.parameter_server.protocol import Head, Kind, parse
-from pathlib import Path
-keys, port, rank, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-s = zmq.Context().socket(zmq.DEALER)
-pair = load_key(keys, f"rank{rank}", True)
-s.curve_publickey, s.curve_secretkey, s.curve_serverkey = *pair, load_key(keys, "server", False).public
-for name, value in dict(RCVHWM=1, SNDHWM=0, LINGER=0, RCVBUF=4096, HEARTBEAT_IVL=200).items():
-    s.setsockopt(getattr(zmq, name), value)
-s.connect(f"tcp://127.0.0.1:{port}")
-token = bytes([rank]) * 16
-s.send_multipart([Head(Kind.HELLO, token=token, rank=rank).pack(), b""])
-if not s.poll(2000):
-    print("refused")
-    sys.exit()
-session = parse(s.recv_multipart())[0].session
-head, sent, end = Head(Kind.CALL, session, token, rank, 0, 0, "model#1").pack(), 0, time.monotonic() + seconds
-while time.monotonic() < end and sent < 200_000:
-    for _ in range(100):
-        s.send_multipart([head, b""], zmq.NOBLOCK)
-        sent += 1
-    time.sleep(0.001)
-print("sent", sent)
-"""
+REFUSED = 3
 
 
-def flooded(served: Served, rank: int, seconds: float) -> subprocess.Popen[str]:
-    """A worker that asks for a result again and again, never reads, and then closes."""
-    command = [sys.executable, "-c", FLOOD, str(served.keys), str(served.port), str(rank), str(seconds)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def _flood(keys: Path, port: int, rank: int, seconds: float) -> None:
+    """A worker that asks for a result again and again, never reads, and then closes. Exits with `REFUSED` if it is not let in."""
+    one = zmq.Context().socket(zmq.DEALER)
+    pair = load_key(keys, f"rank{rank}", secret=True)
+    one.curve_publickey, one.curve_secretkey = pair.public, pair.secret
+    one.curve_serverkey = load_key(keys, "server", secret=False).public
+    for option, value in (
+        (zmq.RCVHWM, 1), (zmq.SNDHWM, 0), (zmq.LINGER, 0), (zmq.RCVBUF, 4096), (zmq.HEARTBEAT_IVL, 200), (zmq.HEARTBEAT_TIMEOUT, 60_000),
+    ):  # fmt: skip
+        one.setsockopt(option, value)
+    failures = one.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+    one.connect(f"tcp://127.0.0.1:{port}")
+    token, poller = bytes([rank]) * 16, zmq.Poller()
+    one.send_multipart([Head(Kind.HELLO, token=token, rank=rank).pack(), b""])
+    poller.register(one, zmq.POLLIN)
+    poller.register(failures, zmq.POLLIN)
+    if one not in dict(poller.poll(60_000)):
+        os._exit(REFUSED)
+    session = parse(one.recv_multipart())[0].session
+    head, sent, end = Head(Kind.CALL, session, token, rank, 0, 0, "model#1").pack(), 0, time.monotonic() + seconds
+    while sent < 20_000 or time.monotonic() < end:
+        for _ in range(100):
+            one.send_multipart([head, b""], zmq.NOBLOCK)
+            sent += 1
+        time.sleep(0.001)
+    one.close()
+    os._exit(0)
+
+
+def flooded(served: Served, rank: int, seconds: float) -> Any:
+    flood = _FORK.Process(target=_flood, args=(served.keys, served.port, rank, seconds))
+    flood.start()
+    return flood
 
 
 def test_five_floods_end_nothing_and_keep_nobody_waiting(served: Served) -> None:
@@ -126,14 +132,14 @@ def test_five_floods_end_nothing_and_keep_nobody_waiting(served: Served) -> None
     before = memory(served.door), memory(os.getpid())
     said = []
     for rank in (2, 2, 3, 3, 2):
-        with flooded(served, rank, 2.0) as flood:
-            while flood.poll() is None:
-                began = time.monotonic()
-                served.serves(honest)
-                assert time.monotonic() - began < 20.0
-            said.append(flood.stdout.read().split()[0])  # type: ignore[union-attr]
+        flood = flooded(served, rank, 2.0)
+        while flood.is_alive():
+            began = time.monotonic()
+            served.serves(honest)
+            assert time.monotonic() - began < 20.0
+        said.append(flood.exitcode)
         assert memory(served.door) < before[0] + (200 << 20) and memory(os.getpid()) < before[1] + (200 << 20)
-    assert said == ["sent", "refused", "sent", "refused", "refused"]
+    assert said == [0, REFUSED, 0, REFUSED, REFUSED]
     assert all(served.desk.whereabouts(rank) == "refused" for rank in (2, 3))
     assert not any(served.desk.members[rank].active for rank in (2, 3)), "nobody waits for a dropped rank"
     served.serves(honest)
@@ -143,8 +149,7 @@ def test_five_floods_end_nothing_and_keep_nobody_waiting(served: Served) -> None
 def test_who_does_not_read_a_large_answer_again_and_again_costs_no_memory(served: Served) -> None:
     served.server.ask(lambda: served.desk.publish((0, "model#1"), os.urandom(8 << 20)))
     before = memory(served.door)
-    with flooded(served, 2, 4.0) as flood:
-        flood.wait()
+    flooded(served, 2, 4.0).join()
     until(lambda: served.desk.members[2].dropped)
     assert memory(served.door) < before + (300 << 20)
     honest = served.client(1)
@@ -177,16 +182,16 @@ def test_a_door_that_ends_is_opened_again(served: Served) -> None:
 
 
 def test_who_was_dropped_stays_so_when_the_door_is_opened_again(served: Served) -> None:
-    with flooded(served, 2, 2.0) as flood:
-        flood.wait()
+    flooded(served, 2, 2.0).join()
     until(lambda: served.desk.members[2].dropped)
     first = served.door
     os.kill(first, signal.SIGKILL)
     until(lambda: served.server._door is not None and served.door != first)
     honest = served.client(1)
     served.serves(honest)
-    with flooded(served, 2, 1.0) as again:
-        assert again.communicate()[0].split() == ["refused"]
+    again = flooded(served, 2, 1.0)
+    again.join()
+    assert again.exitcode == REFUSED
     honest.leave()
 
 
@@ -204,30 +209,39 @@ def test_strangers_take_no_descriptor_of_the_training_and_keep_nobody_out(served
     honest.leave()
 
 
+def _training(folder: Path, port: int) -> None:
+    keys = make_keys(folder / "keys", 2)
+    public = load_key(keys, "rank1", secret=False).public
+    server = Server(Desk(2, b"s" * 16, 0, 4), f"tcp://127.0.0.1:{port}", load_key(keys, "server", secret=True), {1: public}, 1 << 20)
+    child = os.fork()
+    if child == 0:  # a data loader's worker, which has all that is open here
+        time.sleep(600)
+    assert server._door is not None
+    (folder / "new").write_text(f"{server._door.pid} {child}")
+    (folder / "new").rename(folder / "processes")
+    time.sleep(600)
+
+
 def test_the_door_ends_with_the_training(tmp_path: Path) -> None:
     """However that ends: nobody keeps workers waiting at a server that is no more."""
-    script = f"""
-import os, sys, time
-from pathlib import Path
-from lightning_byz import make_keys
-from lightning_byz.transports.parameter_server.desk import Desk
-from lightning_byz.transports.parameter_server.keys import load_key
-from lightning_byz.transports.parameter_server.server import Server
-keys = make_keys({str(tmp_path / "keys")!r}, 2)
-server = Server(Desk(2, b"s" * 16, 0, 4), "tcp://127.0.0.1:{free_port()}", load_key(keys, "server", True), {{1: load_key(keys, "rank1", False).public}}, 1 << 20)
-if os.fork() == 0:  # a data loader's worker, that has all that is open here
-    time.sleep(600)
-print(server._door.pid, flush=True)
-time.sleep(600)
-"""
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as training:
-        assert training.stdout is not None
-        door = int(training.stdout.readline())
+    training = _FORK.Process(target=_training, args=(tmp_path, free_port()))
+    training.start()
+    until((tmp_path / "processes").exists)
+    door, child = map(int, (tmp_path / "processes").read_text().split())
+    try:
+        assert not _has_ended(door)
         training.kill()
-        try:
-            until(lambda: not Path(f"/proc/{door}").exists() or Path(f"/proc/{door}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
-        finally:
-            os.killpg(training.pid, signal.SIGKILL)
+        training.join()
+        until(lambda: _has_ended(door))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_the_door_is_small() -> None:

@@ -22,7 +22,7 @@ from lightning_byz.compressors import Field
 from lightning_byz.transports import RunIsOverError, ServerLostError
 from lightning_byz.transports.parameter_server import server as server_module
 from lightning_byz.transports.parameter_server.client import Client
-from lightning_byz.transports.parameter_server.desk import Call, Desk
+from lightning_byz.transports.parameter_server.desk import RECONNECT, Call, Desk
 from lightning_byz.transports.parameter_server.door import KEPT
 from lightning_byz.transports.parameter_server.keys import load_key
 from lightning_byz.transports.parameter_server.protocol import Head, Kind, fingerprint, parse
@@ -182,6 +182,115 @@ def test_who_is_waited_for() -> None:
     desk.receive(b"route3", message(3), 3, 0.0)
     assert not desk.is_done(9.0), "with too few it waits until the deadline for one to come back"
     assert desk.is_done(10.0)
+
+
+def test_who_cannot_come_back_is_not_waited_for() -> None:
+    """With too few in a collective: not who has left, nor who is lost for longer than a process without keys could be."""
+    for ends in ("left", "lost", "dropped"):
+        desk = a_desk(deadline=1000.0, give_up=2000.0)
+        desk.return_within = 30.0
+        assert desk.call is not None
+        desk.call.least = 3
+        for rank in (1, 2):
+            if ends == "left":
+                desk.receive(b"route%d" % rank, message(rank, kind=Kind.BYE), rank, 5.0)
+            elif ends == "lost":
+                desk.gone(b"route%d" % rank, 5.0)
+            else:
+                desk.drop(rank)
+        assert not desk.is_done(6.0), "rank 3 may come"
+        desk.receive(b"route3", message(3), 3, 6.0)
+        assert desk.is_done(6.0) == (ends != "lost") and desk.is_done(36.0)
+
+
+def test_all_connections_are_lost_at_once() -> None:
+    """At the server's end: nobody is taken for dead before they had time to connect anew."""
+    desk = a_desk(deadline=1000.0, give_up=2000.0)
+    assert desk.call is not None
+    desk.receive(b"route1", message(), 1, 0.0)
+    desk.all_lost(10.0)
+    assert not desk.is_done(11.0)
+    desk.receive(b"new", message(2), 2, 12.0)
+    assert set(desk.call.bodies) == {0, 1, 2} and not desk.is_done(12.0) and desk.is_done(10.0 + RECONNECT)
+
+
+def test_the_log_says_where_a_worker_is() -> None:
+    desk = a_desk()
+    assert desk.status() == "connected: ranks 1, 2, 3"
+    desk.gone(b"route1", 0.0)
+    desk.receive(b"route2", message(2, layout=1), 2, 0.0)
+    assert desk.call is not None
+    assert desk.close().why == {1: "was not heard (its process: gone)", 2: "sent a message that was refused (layout)", 3: "was late"}
+    desk.receive(b"route2", message(2, kind=Kind.BYE), 2, 0.0)
+    desk.advance(2)
+    desk.advance(3)
+    assert desk.status() == "behind: ranks 3; gone: ranks 1; left: ranks 2"
+    desk.drop(3)
+    desk.receive(b"new", [Head(Kind.HELLO, token=b"n" * 16, rank=1).pack(), b""], 1, 0.0)
+    assert desk.status() == "joining: ranks 1; left: ranks 2; refused: ranks 3"
+    assert Desk(3, SESSION, 0, 2).status() == "not come yet: ranks 1, 2"
+
+
+def test_a_worker_gets_a_snapshot_now_and_then_only() -> None:
+    """Whatever it says, and from however many processes: making one keeps everybody waiting."""
+    desk, given = a_desk(), []
+    for position in range(2, 22):
+        desk.advance(position)
+        hello = Head(Kind.HELLO, token=bytes([position]) * 16, rank=1)
+        desk.receive(b"route1", message(1, kind=Kind.BYE, token=desk.members[1].token), 1, 0.0)
+        desk.receive(b"route1", [hello.pack(), b""], 1, 0.0)
+        desk.receive(b"route1", message(1, kind=Kind.WANT, token=hello.token), 1, 0.0)
+        if desk.wanting():
+            desk.snapshot(desk.wanting(), b"checkpoint")
+            given.append(position)
+    assert given == list(range(2, 22, desk.backlog))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_desk_stands_whatever_comes_in_whatever_state(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Mutated messages between all that the server does: no error, no body that is not as it should be, nothing that grows."""
+    caplog.set_level(logging.CRITICAL, logger="lightning_byz")
+    generator, desk, now = random.Random(seed), a_desk(), 0.0
+    desk.backlog = 3
+
+    def server_does() -> None:
+        what = generator.randrange(8)
+        if what == 0 and desk.call is None:
+            desk.advance(desk.position + 1)
+        elif what == 1 and desk.call is None:
+            name = generator.choice(["round#1", "gather#2", "barrier#1"])
+            desk.enter(entered(desk.position, name, need=generator.randrange(1, 5), now=now, deadline=now + 1, give_up=now + 5), GOOD)
+        elif what in (2, 3) and desk.call is not None and desk.is_done(now):
+            call = desk.close()
+            assert all(bytes(body) == GOOD for body in call.bodies.values()) and set(call.bodies) <= {0, 1, 2, 3}
+            assert not set(call.why).intersection(call.bodies)
+            desk.publish(call.key, b"result")
+        elif what == 4:
+            desk.gone(b"route%d" % generator.randrange(6), now)
+        elif what == 5:
+            ranks = desk.wanting()
+            assert set(ranks) <= {1, 2, 3}
+            desk.snapshot(ranks, b"checkpoint")
+        elif what == 6 and generator.random() < 0.02:
+            desk.all_lost(now)
+        elif what == 7 and generator.random() < 0.001:
+            desk.drop(generator.randrange(1, 4))
+
+    for _ in range(5000):
+        now += generator.random() / 100
+        frames, owner = fuzzed(generator)
+        if generator.random() < 0.7 and frames:  # in the present, so that most are of use
+            changes = {"position": max(0, desk.position + generator.randrange(-4, 2)), "name": generator.choice(["round#1", "gather#2"])}
+            frames = [message(generator.randrange(1, 4), **changes)[0], *frames[1:]]
+            owner = parse([frames[0], b""])[0].rank
+        desk.receive(b"route%d" % generator.randrange(6), frames, owner, now)
+        server_does()
+        assert len(desk.results) <= 3 * (desk.backlog + 1) and len(desk.outbox) < 20 and isinstance(desk.status(), str)
+        assert desk.call is None or isinstance(desk.is_done(now), bool)
+        for route, head, _ in desk.outbox:
+            assert route.startswith(b"route") and parse([head, b""])[0].kind >= Kind.WELCOME
+        desk.outbox.clear()
+    assert desk.position > 20
 
 
 def test_messages_before_the_server_is_there_are_kept() -> None:

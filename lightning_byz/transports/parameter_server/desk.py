@@ -41,6 +41,7 @@ class Member:
         left: whether it said good-bye.
         dropped: whether it sent too much, and is not let in again.
         called: the latest position that it asked about.
+        given: the position of the last snapshot that it was given; None if it had none.
         lost: when its connection broke; 0.0 if it never had one.
         heard: when it last said something.
         pinged: when it was last looked for.
@@ -56,6 +57,7 @@ class Member:
     left: bool = False
     dropped: bool = False
     called: int = 0
+    given: int | None = None
     lost: float = 0.0
     heard: float = 0.0
     pinged: float = 0.0
@@ -316,12 +318,18 @@ class Desk:
         for rank in ranks:
             member = self.members[rank]
             if member.wants and member.route is not None:
-                member.wants, member.starting = False, True
+                member.wants, member.starting, member.given = False, True, self.position
                 self._answer(member.route, Kind.SNAPSHOT, Head(Kind.WANT, token=member.token, rank=rank), checkpoint)
 
     def wanting(self) -> list[int]:
-        """The ranks that wait for a snapshot."""
-        return [rank for rank, member in self.members.items() if member.wants and member.route is not None]
+        """The ranks that wait for a snapshot, and may have one: no worker keeps the server busy with them."""
+        return [
+            rank
+            for rank, member in self.members.items()
+            if member.wants
+            and member.route is not None
+            and (member.given is None or self.position >= member.given + self.backlog)
+        ]
 
     def deserted(self) -> bool:
         """Whether nobody is left who may still ask for something."""
