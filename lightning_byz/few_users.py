@@ -47,7 +47,7 @@ class FewUsers:
 
 def described(found: Sequence[Tensor], module: nn.Module, f: int) -> str:
     """What to say about them."""
-    names = {p: name for name, p in module.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shown = [names.get(p, "one without a name") for p in found]
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     return (
