@@ -1061,6 +1061,21 @@ BUGS = [
         "parameter_server",
     ),
     Bug("who is behind computes", "strategy.py", "parts = [None] * len(parts)", "pass", "parameter_server"),
+    # suspicion, quarantine, resuming, grids
+    Bug(
+        "all partners speak for who is extreme",
+        "suspicion.py",
+        "_surely_above(table, len(some) - f - 2)",
+        "_surely_above(table, len(some) - 2)",
+        "suspicion",
+    ),
+    Bug("any one nearer worker makes another gross", "suspicion.py", "beyond >= f + (honest + 1) // 2", "beyond >= 1", "suspicion"),
+    Bug("a step fails for the absence of the accused", "aggregators/base.py", "max(0, remaining - accused)", "remaining", "exchange"),
+    Bug("quarantine takes one from f", "exchange.py", "& ~present & ~left_out", "& ~present | left_out", "exchange"),
+    Bug("mirrors keep their places", "resuming.py", "saved.index_select(dim, old)", "saved.index_select(dim, new)", "resuming"),
+    Bug("what has moved is said not to", "few_users.py", "and p not in self._moved", "", "few_users"),
+    Bug("what a cut-short cell left stays", "cli/grids.py", "shutil.rmtree(folder)", "return", "grids"),
+    Bug("who failed is worst by the rest", "cli/reports.py", 'if any(notes.get((i, j)) == "failed"', 'if any(notes.get((i, j)) == "no"', "grids"),
 ]
 
 

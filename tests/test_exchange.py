@@ -1582,3 +1582,27 @@ def test_an_algorithm_that_is_wrong_is_named_in_the_first_round(wrong: str, mess
         right.run(contributions, torch.zeros(5))
     with pytest.raises((TypeError, ValueError), match=message):
         broken.run(contributions, torch.zeros(5))
+
+
+# -- quarantine -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "out", "absent", "f"),
+    [
+        (TrimmedMean(f=2), 7, {4}, (), 2),  # an accusation is no proof: all f may still be there
+        (TrimmedMean(f=2), 7, {4, 5}, (), 2),
+        (TrimmedMean(f=2), 6, {4, 5}, (), 1),  # the most that it allows for four rows
+        (Krum(f=2), 7, {4}, (), 1),
+        (TrimmedMean(f=2), 7, {4, 5}, (0, 1), 1),  # and a step does not fail for the absence of the accused
+    ],
+    ids=str,
+)
+def test_quarantine_leaves_f_as_it_is_as_far_as_the_rule_allows(rule, n, out, absent, f):
+    exchange, grads = Exchange(RobustSGD(rule), connected(n), 0), grads_of(n=n)
+    exchange.quarantined.update(out)
+    outcome = exchange.run(contributions(grads, absent=absent, used=[ALL_USED] * n), LIKE)
+    left = [worker for worker in range(n) if worker not in out | {*absent}]
+    assert rule.most_f(len(left)) >= f
+    assert torch.equal(outcome.estimate, rule.with_f(f)(grads[left]))
+    assert outcome.silent == [*absent]
