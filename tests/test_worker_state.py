@@ -10,9 +10,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from harness import assert_close, assert_equal, averaging, fit, forked_ddp
+from harness import QUIET, assert_close, assert_equal, averaging, fit, forked_ddp
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from models import Plain, loader, loss_of
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -354,6 +356,55 @@ def test_frozen_parameters_may_be_anything(devices: int, tmp_path: Path) -> None
 
 
 # -- processes that somebody else started -----------------------------------------------------------------------------------
+
+
+class Theirs(LightningEnvironment):
+    """What Ray's trainer hands to Lightning: it knows the ranks, and takes no other numbers for them."""
+
+    creates_processes_externally = True
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def world_size(self) -> int:
+        return self.size
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.rank
+
+    local_rank = global_rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+
+def train_as_told(rank: int, size: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+
+    class OnTheirDevice(ByzantineRobustStrategy):
+        @property
+        def root_device(self) -> torch.device:
+            return torch.device("cpu")
+
+    L.seed_everything(1, verbose=False)
+    model = Plain()
+    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=OnTheirDevice(), plugins=[Theirs(rank, size)])
+    trainer.fit(model, loader(8))
+    torch.save((trainer.world_size, model.seen, model.state_dict()), folder / f"told{rank}.pt")
+
+
+@processes
+def test_processes_that_somebody_else_started_are_one_run(tmp_path: Path) -> None:
+    start_processes(train_as_told, args=(3, tmp_path), nprocs=3, start_method="fork")
+    worlds, seen, weights = zip(*(torch.load(tmp_path / f"told{rank}.pt") for rank in range(3)), strict=True)
+    assert worlds == (3, 3, 3)
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 240
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
 
 
 def test_one_process_has_a_group_for_code_that_asks(tmp_path: Path) -> None:
