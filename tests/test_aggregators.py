@@ -545,10 +545,11 @@ def test_the_oracles_agree_with_values_from_the_literature():
 @each([case for case in ROBUST_RULES if case.rule.most_f(N) >= F and case.scale_equivariant])
 def test_float64_rows_whose_squares_overflow_hurt_nobody(case, size):
     honest = rows_for(N - F, D)
-    bad = size * torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)[:F, None].expand(F, D)
-    out = case.rule.with_f(F)(torch.cat([bad[:1], honest, bad[1:]]))
-    assert torch.isfinite(out).all()
-    assert (out - honest.mean(0)).abs().max() < 20
+    for sizes in ([size, -size, 0.5 * size], [1e10, size, -size]):  # also one that is large only beside the honest ones
+        bad = torch.tensor(sizes, dtype=torch.float64)[:, None].expand(F, D)
+        out = case.rule.with_f(F)(torch.cat([bad[:1], honest, bad[1:]]))
+        assert torch.isfinite(out).all()
+        assert (out - honest.mean(0)).abs().max() < 20
 
 
 @each([case for case in RULES if case.scale_equivariant])
