@@ -93,9 +93,10 @@ class RobustStrategy(_Base):
             Rank 0 computes the gradient; the other ranks need no data, but an argument.
         max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
             stops with an error.
-        resume_workers: for a checkpoint of a run with other workers: whose state of that run worker 0, 1, ... of this one goes on
-            with; None, and workers beyond the list, are new. ``[0, 2, 3]`` resumes without worker 1. None: every worker goes on
-            with the state of its own number.
+        resume_workers: for a checkpoint of a run with other workers: whose state of that run worker
+            0, 1, ... of this one goes on with; None, and workers beyond the list, are new. ``[0, 2,
+            3]`` resumes without worker 1. None: every worker goes on with the state of its own
+            number.
     """
 
     roll_call_patience = 60.0
@@ -314,7 +315,10 @@ class RobustStrategy(_Base):
         vars(self.precision_plugin).pop("clip_gradients", None)
         self._drop_overlap()
         if self._fresh_starts > 1:
-            log.warning(f"The algorithm's state has started afresh {self._fresh_starts} times: so often the trained parameters changed.")
+            log.warning(
+                f"The algorithm's state has started afresh {self._fresh_starts} times: so often the "
+                "trained parameters changed."
+            )
         if self._served is not None:
             self._served.leave(self._interrupted())
         super().teardown()
@@ -698,8 +702,8 @@ class RobustStrategy(_Base):
                 self._fresh_starts += 1
                 if self._fresh_starts == 1:
                     log.warning(
-                        "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh. "
-                        "Each time that it does is counted, and said at the end."
+                        "The set of trained parameters has changed: the algorithm's state (momenta, "
+                        "EF21 estimates) starts afresh. Each time that it does is counted, and said at the end."
                     )
                 self.exchanges[index].dim = None
             self._layouts[index] = now
@@ -768,7 +772,8 @@ class RobustStrategy(_Base):
             wanted = [contribution.used[:parameters] for contribution in contributions]
             unmoved = self._few_users.observe(layout.parameters, wanted, outcome.used[:parameters])
             if unmoved and self.lightning_module is not None:
-                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)  # on the rank that has them
+                # on the rank whose workers use them
+                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         self._accumulated = [None] * self.workers_per_process
@@ -963,7 +968,9 @@ class RobustStrategy(_Base):
             self._restore(checkpoint.get(CHECKPOINT_KEY))
 
     def followed(self, before: int) -> resuming.Followed:
-        """For each worker of this run, the one of a run with ``before`` workers whose state it goes on with; None: it is new."""
+        """For each worker of this run, the one of a run with ``before`` workers whose state it goes
+        on with; None: it is new.
+        """
         return resuming.followed(self.resume_workers, before, self.n)
 
     def _restore(self, saved: Mapping[str, Any] | None) -> None:
@@ -980,7 +987,10 @@ class RobustStrategy(_Base):
         if not resuming.is_same(follow, saved["n"]):
             _warn(f"byzantine_robust: {resuming.described(follow, saved['n'])}")
             if self.algorithm is None and min(saved["n"], self.n) <= 2 < max(saved["n"], self.n):
-                _warn(f"byzantine_robust: the default algorithm is another one for n={self.n} workers, and starts afresh.")
+                _warn(
+                    f"byzantine_robust: the default algorithm is another one for n={self.n} workers, and "
+                    "starts afresh."
+                )
                 saved = resuming.without_states(saved)
             likes = [FlatParameters.of(optimizer).like() for optimizer in self.optimizers]
             algorithms = [exchange.algorithm for exchange in self.exchanges]
@@ -991,7 +1001,9 @@ class RobustStrategy(_Base):
         for i, exchange in enumerate(self.exchanges):
             exchange.load(saved["server"][i], saved["workers"][i], FlatParameters.of(self.optimizers[i]).like())
         kept = {worker for worker, old in enumerate(follow) if old is not None}
-        missing = kept - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        missing = (
+            kept - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        )
         if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
             _warn(
                 "The checkpoint was written by one rank alone, which held its shard of the state only. The algorithm starts afresh."

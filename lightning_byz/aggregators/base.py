@@ -84,8 +84,9 @@ class Aggregator(Rule):
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
         faulty (``rows.exposed``) count as Byzantine rows that are gone, so f shrinks by as many. Each of the others may be one row less that
         can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
-        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f stays as large as the rule allows; and
-        as they are probably Byzantine, a step does not fail for their absence.
+        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f
+        stays as large as the rule allows; and as they are probably Byzantine, a step does not fail
+        for their absence.
 
         Args:
             rows: a matrix ``[n, d]``, or Rows.
@@ -111,7 +112,11 @@ class Aggregator(Rule):
         assert self.f is not None
         exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
         exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
-        accused = 0 if rows.quarantined is None else int((rows.quarantined.to(speaking.device) & ~speaking).sum())
+        accused = (
+            0
+            if rows.quarantined is None
+            else int((rows.quarantined.to(speaking.device) & ~speaking).sum())
+        )
         remaining, quiet = self.f - exposed, silent - exposed - accused
         f = min(remaining, self.most_f(heard))
         # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
