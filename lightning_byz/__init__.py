@@ -4,8 +4,9 @@
 algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
 first. `ByzantineRobustStrategy`, `ByzantineWorkers`, `Classifier` and the data modules are those of the package that the program uses: the one that
 is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
-them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`. Lightning is imported with the first of these classes, unless the program
-has imported it; the strategy names are known to a Lightning package as soon as both it and this package are imported.
+them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`. Lightning is imported with
+the first of these classes, unless the program has imported it; the strategy names are known to a
+Lightning package as soon as both it and this package are imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Registers the strategy names with Lightning as soon as the program imports it, and not before: that takes seconds."""
+"""Registers the strategy names with Lightning as soon as the program imports it, and not before:
+that takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class _Watcher(MetaPathFinder):
     def __init__(self, followers: dict[str, str]) -> None:
         self.followers = followers
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         follower = self.followers.pop(name, None)
         if follower is None:
             return None
@@ -41,7 +45,8 @@ class _Watcher(MetaPathFinder):
 
 
 def register_with(packages: Sequence[str]) -> None:
-    """Imports ``lightning_byz.PACKAGE``, whose classes register themselves: now, or right after the package's Trainer.
+    """Imports ``lightning_byz.PACKAGE``, whose classes register themselves: now, or right after the
+    package's Trainer.
 
     Args:
         packages: Lightning packages that are installed.

@@ -90,7 +90,8 @@ class Rows:
         shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
             the same. They come from the run's configuration, never from a worker.
         exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
-        quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None: nobody is.
+        quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None:
+            nobody is.
         compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
         scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when they are read (see `in_range`);
             None: by 1.
@@ -170,7 +171,9 @@ class Rows:
         keep = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
         shares = None if self.shares is None else self.shares[keep.to(self.shares.device)]
         exposed = None if self.exposed is None else self.exposed[keep.to(self.exposed.device)]
-        quarantined = None if self.quarantined is None else self.quarantined[keep.to(self.quarantined.device)]
+        quarantined = (
+            None if self.quarantined is None else self.quarantined[keep.to(self.quarantined.device)]
+        )
         chosen = replace(self, shares=shares, exposed=exposed, quarantined=quarantined)
         if self.mixing is not None:
             return replace(chosen, mixing=self.mixing[keep.to(self.mixing.device)])
@@ -180,7 +183,13 @@ class Rows:
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
         weights = weights.to(device=self.values.device, dtype=torch.float64)
-        return replace(self, mixing=weights if self.mixing is None else weights @ self.mixing, shares=None, exposed=None, quarantined=None)
+        return replace(
+            self,
+            mixing=weights if self.mixing is None else weights @ self.mixing,
+            shares=None,
+            exposed=None,
+            quarantined=None,
+        )
 
     @property
     def _stored(self) -> Sequence[int]:
@@ -654,7 +663,8 @@ def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for functions of the
     same code and the same numbers; for methods, and for functions that hold anything else, every time.
     """
-    torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]  # here: it imports the compiler
+    # here, as it imports the compiler
+    torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]
     if not isinstance(rule, FunctionType) or rule.__defaults__ or rule.__kwdefaults__:
         return torch.compile(rule, dynamic=True)
     inside = tuple(cell.cell_contents for cell in rule.__closure__ or ())

@@ -46,8 +46,11 @@ class WorkerLog:
 
     @property
     def record(self) -> Callable[..., None]:
-        """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as it does for Lightning's own."""
-        record: Callable[..., None] = torch.compiler.disable(self._record)  # type: ignore[no-untyped-call]  # here: it imports the compiler
+        """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as
+        it does for Lightning's own.
+        """
+        disable: Any = torch.compiler.disable  # here, as it imports the compiler
+        record: Callable[..., None] = disable(self._record)
         return record
 
     def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:

@@ -850,7 +850,8 @@ class RobustStrategy(_Base):
             wanted = [contribution.used[:parameters] for contribution in contributions]
             unmoved = self._few_users.observe(layout.parameters, wanted, outcome.used[:parameters])
             if unmoved and self.lightning_module is not None:
-                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)  # on the rank that has them
+                # on the rank whose workers use them
+                warnings.warn(described(unmoved, self.lightning_module, f), stacklevel=2)
         assert self._buffers is not None and outcome.round.present is not None
         self._buffers.merge(exchange.transport, outcome.used[parameters:], outcome.round.present, f)
         group.rows, group.used = [None] * len(group.rows), [None] * len(group.rows)
@@ -1081,7 +1082,9 @@ class RobustStrategy(_Base):
             self._restore(checkpoint.get(CHECKPOINT_KEY))
 
     def followed(self, before: int) -> resuming.Followed:
-        """For each worker of this run, the one of a run with ``before`` workers whose state it goes on with; None: it is new."""
+        """For each worker of this run, the one of a run with ``before`` workers whose state it goes
+        on with; None: it is new.
+        """
         return resuming.followed(self.resume_workers, before, self.n)
 
     def _restore(self, saved: Mapping[str, Any] | None) -> None:
@@ -1099,7 +1102,10 @@ class RobustStrategy(_Base):
         if not resuming.is_same(follow, saved["n"]):
             _warn(f"byzantine_robust: {resuming.described(follow, saved['n'])}")
             if self.algorithm is None and min(saved["n"], self.n) <= 2 < max(saved["n"], self.n):
-                _warn(f"byzantine_robust: the default algorithm is another one for n={self.n} workers, and starts afresh.")
+                _warn(
+                    f"byzantine_robust: the default algorithm is another one for n={self.n} workers, and "
+                    "starts afresh."
+                )
                 saved = resuming.without_states(saved)
             likes = [group.example() for group in groups]
             algorithms = [group.exchange.algorithm for group in groups]
@@ -1111,7 +1117,9 @@ class RobustStrategy(_Base):
         for group, server, workers in zip(groups, saved["server"], saved["workers"], strict=True):
             group.exchange.load(server, workers, group.example())
         kept = {worker for worker, old in enumerate(follow) if old is not None}
-        missing = kept - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        missing = (
+            kept - set(saved["workers"][0]) if saved["server"][0]["dim"] is not None else set()
+        )
         if saved["server"][0]["dim"] is not None and saved["server"][0]["server"] is None:
             _warn(
                 "The checkpoint was written by one rank alone, which held its shard of the state only. The algorithm starts afresh."

@@ -1,4 +1,6 @@
-"""What too few workers use does not move, and what changes all the time starts afresh: both are said, and once."""
+"""What too few workers use does not move, and what changes all the time starts afresh: both are
+said, and once.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,31 @@ from lightning_byz import RobustSGD, TrimmedMean
 from lightning_byz.few_users import FewUsers
 from lightning_byz.lightning import ByzantineRobustStrategy
 
-QUIET = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
 
 
 @laws
 @given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=30))
 def test_who_is_named_was_wanted_three_times_and_never_moved(users: list[list[int]]) -> None:
     """``users``: of each round, how many of three workers use each of three parameters; f = 1."""
-    parameters, watch, told = [nn.Parameter(torch.zeros(1)) for _ in range(3)], FewUsers(), []
+    parameters = [nn.Parameter(torch.full((1,), float(j))) for j in range(3)]
+    watch, told = FewUsers(), []
     for i, counts in enumerate(users[:20]):
         wanted = [torch.tensor([worker < count for count in counts]) for worker in range(3)]
         found = watch.observe(parameters, wanted, torch.tensor([count > 1 for count in counts]))
         so_far = users[: i + 1]
-        right = [j for j in range(3) if all(c[j] < 2 for c in so_far) and sum(c[j] == 1 for c in so_far) >= 3]
-        assert sorted(parameters.index(p) for p in found) == ([] if told else right)
+        right = [
+            j
+            for j in range(3)
+            if all(c[j] < 2 for c in so_far) and sum(c[j] == 1 for c in so_far) >= 3
+        ]
+        assert sorted(int(p) for p in found) == ([] if told else right)
         told += found
 
 
@@ -54,7 +67,9 @@ class Heads(Plain):
         self.heads = nn.ModuleList(nn.Linear(8, 3) for _ in range(6))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.heads[int(batch[2][0])](self.body(batch[0])), batch[1])
+        return nn.functional.cross_entropy(
+            self.heads[int(batch[2][0])](self.body(batch[0])), batch[1]
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([*self.body.parameters(), *self.heads.parameters()], lr=0.1)
@@ -64,13 +79,22 @@ class Heads(Plain):
 def test_a_head_of_one_worker_is_named_once(f: int, shared: bool) -> None:
     domain = (torch.arange(96) % 24) // (12 if shared else 4)
     data = TensorDataset(torch.randn(96, 6), torch.randint(0, 3, (96,)), domain)
-    module, strategy = Heads(), ByzantineRobustStrategy(RobustSGD(TrimmedMean()), workers_per_process=6, num_byzantine=f)
+    module, strategy = (
+        Heads(),
+        ByzantineRobustStrategy(RobustSGD(TrimmedMean()), workers_per_process=6, num_byzantine=f),
+    )
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        L.Trainer(**QUIET, max_epochs=3, strategy=strategy).fit(module, DataLoader(data, batch_size=24))
+        L.Trainer(**QUIET, max_epochs=3, strategy=strategy).fit(
+            module, DataLoader(data, batch_size=24)
+        )
     said = [str(w.message) for w in seen if "do not move" in str(w.message)]
-    still = {name for name, p in module.named_parameters() if name.startswith("heads") and torch.equal(p, before[name])}
+    still = {
+        name
+        for name, p in module.named_parameters()
+        if name.startswith("heads") and torch.equal(p, before[name])
+    }
     if f == 0 or shared:
         assert said == []
         assert len(still) == (0 if f == 0 else 8)  # four heads that nobody uses
@@ -92,7 +116,9 @@ class InTurns(Plain):
             p.requires_grad_(i % 2 == batch_idx % 2)
 
 
-def test_layers_frozen_in_turns_are_said_once_and_counted(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_layers_frozen_in_turns_are_said_once_and_counted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     strategy = ByzantineRobustStrategy(workers_per_process=4)
     with caplog.at_level(logging.WARNING, "lightning_byz"):
         L.Trainer(**QUIET, max_epochs=1, strategy=strategy).fit(InTurns(), loader(24, blobs()))

@@ -19,7 +19,12 @@ from zoo import ALGORITHMS, each, laws, robust
 
 from lightning_byz import ByzEF21SGDM, InProcess, RobustSGD, TopK, WrongScale, resuming
 from lightning_byz.exchange import Contribution, Exchange
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, ShadowMode, SuspicionMonitor
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+    ShadowMode,
+    SuspicionMonitor,
+)
 from lightning_byz.types import Gradients
 
 D = 12
@@ -39,7 +44,9 @@ def run(exchange: Exchange, rounds: int, workers: list[int]) -> list[Tensor]:
         x = torch.full((D,), 0.01 * exchange.step)
         table = torch.randn(20, D, generator=torch.Generator().manual_seed(exchange.step))
         grads = [Gradients(table[w], 0.9 * table[w]) for w in workers]
-        outcome = exchange.run([Contribution(g, torch.ones(1, dtype=torch.bool)) for g in grads], x, table[0])
+        outcome = exchange.run(
+            [Contribution(g, torch.ones(1, dtype=torch.bool)) for g in grads], x, table[0]
+        )
         assert outcome.estimate is not None
         estimates.append(outcome.estimate.clone())
     return estimates
@@ -86,7 +93,9 @@ def test_who_is_left_keeps_its_state_on_both_sides(case: Any, name: str) -> None
     assert again.step == 5
     for new, old in enumerate(follow):
         if old is not None:
-            for now, then in zip(again.workers[new], before["workers"][0][old].values(), strict=True):
+            for now, then in zip(
+                again.workers[new], before["workers"][0][old].values(), strict=True
+            ):
                 assert torch.equal(now, then)
     for field, value in again.server._asdict().items():
         then = before["server"][0]["server"][field]
@@ -120,8 +129,12 @@ def test_the_same_workers_go_on_with_the_same_bits(case: Any) -> None:
 
 @laws
 @given(st.permutations(range(5)), st.integers(3, 5))
-def test_a_run_without_some_workers_is_the_run_that_never_had_them_if_states_are_their_own(order: list[int], kept: int) -> None:
-    """EF21's mirrors depend on each worker's own messages alone: those that are left give the estimate of a run of their own."""
+def test_a_run_without_some_workers_is_the_run_that_never_had_them_if_states_are_their_own(
+    order: list[int], kept: int
+) -> None:
+    """EF21's mirrors depend on each worker's own messages alone: those that are left give the
+    estimate of a run of their own.
+    """
     algorithm, left = ByzEF21SGDM(robust(1), TopK(k=3)), order[:kept]
     whole, apart = exchange_of(algorithm, 5), exchange_of(algorithm, kept)
     run(whole, 4, [*range(5)])
@@ -145,7 +158,13 @@ def test_a_new_worker_starts_from_the_servers_mirror_of_it() -> None:
 
 
 def test_random_states_follow_whole_ranks() -> None:
-    saved = {"server": [], "workers": [], "workers_per_process": 2, "rng": {0: "a", 1: "b", 2: "c"}, "silences": {}}
+    saved = {
+        "server": [],
+        "workers": [],
+        "workers_per_process": 2,
+        "rng": {0: "a", 1: "b", 2: "c"},
+        "silences": {},
+    }
 
     def states(follow: list[int | None], workers_per_process: int = 2) -> dict[int, str]:
         return resuming.adapted(saved, follow, workers_per_process, [], [])["rng"]
@@ -187,7 +206,11 @@ class Saves(L.Callback):
 
 def states(trainer: L.Trainer, module: L.LightningModule) -> Any:
     (exchange,) = trainer.strategy.exchanges
-    return {"workers": exchange.worker_states(), "server": exchange.server, "silences": trainer.strategy.silences}
+    return {
+        "workers": exchange.worker_states(),
+        "server": exchange.server,
+        "silences": trainer.strategy.silences,
+    }
 
 
 class AtStart(L.Callback):
@@ -200,9 +223,17 @@ class AtStart(L.Callback):
         self.states = states(trainer, module)
 
 
-@pytest.mark.parametrize("algorithm", [RobustSGD(worker_momentum=0.9), ByzEF21SGDM(compressor=TopK(ratio=0.3)), None], ids=repr)
-@pytest.mark.parametrize(("n", "workers"), [(3, [0, 2, 3]), (5, None), (4, [0, 1, None, 3]), (2, [3, 0])])
-def test_a_run_resumes_with_other_workers(algorithm: Any, n: int, workers: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [RobustSGD(worker_momentum=0.9), ByzEF21SGDM(compressor=TopK(ratio=0.3)), None],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    ("n", "workers"), [(3, [0, 2, 3]), (5, None), (4, [0, 1, None, 3]), (2, [3, 0])]
+)
+def test_a_run_resumes_with_other_workers(
+    algorithm: Any, n: int, workers: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "saved.ckpt"
 
     def strategy(n: int, **kwargs: Any) -> ByzantineRobustStrategy:
@@ -220,7 +251,10 @@ def test_a_run_resumes_with_other_workers(algorithm: Any, n: int, workers: Any, 
     for new, old in enumerate(follow):
         for name, value in start.states["workers"][new].items():
             then = first["extra"]["workers"][old][name] if old is not None else None
-            assert torch.equal(value, torch.zeros_like(value) if then is None else then), (new, name)
+            assert torch.equal(value, torch.zeros_like(value) if then is None else then), (
+                new,
+                name,
+            )
     if isinstance(algorithm, ByzEF21SGDM):
         for new in range(n):
             assert torch.equal(start.states["server"].g[new], start.states["workers"][new]["g"])
@@ -228,14 +262,24 @@ def test_a_run_resumes_with_other_workers(algorithm: Any, n: int, workers: Any, 
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("before", "after", "workers"), [(4, 3, [0, 2, 3]), (3, 4, None)])
-def test_ranks_resume_with_other_ranks(before: int, after: int, workers: Any, tmp_path: Path, capfd: Any) -> None:
+def test_ranks_resume_with_other_ranks(
+    before: int, after: int, workers: Any, tmp_path: Path, capfd: Any
+) -> None:
     path = tmp_path / "saved.ckpt"
 
     def strategy(**kwargs: Any) -> ByzantineRobustStrategy:
-        return ByzantineRobustStrategy(ByzEF21SGDM(compressor=TopK(ratio=0.3)), start_method="fork", **kwargs)
+        return ByzantineRobustStrategy(
+            ByzEF21SGDM(compressor=TopK(ratio=0.3)), start_method="fork", **kwargs
+        )
 
     fit(tmp_path, Plain(), strategy(), devices=before, callbacks=[Saves(path)], data=loader(8))
-    settings = {"ckpt_path": str(path), "max_epochs": 2, "data": loader(8), "extra": states, "devices": after}
+    settings = {
+        "ckpt_path": str(path),
+        "max_epochs": 2,
+        "data": loader(8),
+        "extra": states,
+        "devices": after,
+    }
     reports = fit(tmp_path, Plain(), strategy(resume_workers=workers), **settings)
     for report in reports[1:]:
         assert_equal(reports[0], report)
@@ -261,34 +305,53 @@ def test_shadow_mode_lets_ddp_resume_with_fewer_ranks(tmp_path: Path) -> None:
     logging.getLogger("lightning.pytorch.lightning_byz").addHandler(handler)
 
     def tested(trainer: L.Trainer, module: L.LightningModule) -> Any:
-        (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, ShadowMode))
+        (callback,) = (
+            callback for callback in trainer.callbacks if isinstance(callback, ShadowMode)
+        )
         return callback.test.pairs.tolist(), callback.looks
 
     try:
         settings = {"ckpt_path": str(path), "max_epochs": 2, "extra": tested, **shadow}
-        reports = fit(tmp_path, Plain(), forked_ddp(), devices=3, callbacks=[ShadowMode()], **settings)
+        reports = fit(
+            tmp_path, Plain(), forked_ddp(), devices=3, callbacks=[ShadowMode()], **settings
+        )
     finally:
         logging.getLogger("lightning.pytorch.lightning_byz").removeHandler(handler)
     pairs, looks = reports[0]["extra"]
     assert len(pairs) == 3
     assert looks == 2 * pairs[0] < 12
-    said = [line for line in (tmp_path / "said.txt").read_text().splitlines() if "starts afresh" in line]
+    said = [
+        line for line in (tmp_path / "said.txt").read_text().splitlines() if "starts afresh" in line
+    ]
     assert said == [
-        "Shadow mode: its evidence starts afresh. The checkpoint's is of n=4 workers, or of other settings; here n=3, f=1, "
+        "Shadow mode: its evidence starts afresh. The checkpoint's is of n=4 workers, or of other "
+        "settings; here n=3, f=1, "
         "compare='others'."
     ]
 
 
-def test_quarantine_goes_on_for_those_that_are_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_quarantine_goes_on_for_those_that_are_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "saved.ckpt"
 
     def go(n: int, workers: Any = None, **kwargs: Any) -> Any:
         liar = [ByzantineWorkers(WrongScale(), workers=[2])] if n == 7 else []
         monitor = SuspicionMonitor(quarantine=True)
-        strategy = ByzantineRobustStrategy(RobustSGD(), workers_per_process=n, num_byzantine=2, resume_workers=workers)
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(), workers_per_process=n, num_byzantine=2, resume_workers=workers
+        )
         callbacks = [*liar, monitor, *([] if kwargs else [Saves(path)])]
         data = loader(42, blobs(2000), shuffle=False)
-        fit(tmp_path, Plain(), strategy, callbacks=callbacks, data=data, max_epochs=9, **{"max_steps": 10, **kwargs})
+        fit(
+            tmp_path,
+            Plain(),
+            strategy,
+            callbacks=callbacks,
+            data=data,
+            max_epochs=9,
+            **{"max_steps": 10, **kwargs},
+        )
         return monitor
 
     assert go(7).quarantined == {2: 1}
@@ -296,7 +359,11 @@ def test_quarantine_goes_on_for_those_that_are_left(tmp_path: Path, caplog: pyte
         moved = go(6, [0, 2, 3, 4, 5, 6], ckpt_path=str(path), max_steps=14)
     assert moved.quarantined == {1: 1}
     assert moved.tests[0].pairs.tolist() == [2, 0, 2, 2, 2, 2]  # afresh
-    (said,) = (record.getMessage() for record in caplog.records if "still in quarantine" in record.getMessage())
+    (said,) = (
+        record.getMessage()
+        for record in caplog.records
+        if "still in quarantine" in record.getMessage()
+    )
     assert "worker 1, rank 0" in said
     assert "since step 1" in said
     gone = go(6, [0, 1, 3, 4, 5, 6], ckpt_path=str(path), max_steps=14)

@@ -101,8 +101,9 @@ class Aggregator(Rule):
         Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
         faulty (``rows.exposed``) count as Byzantine rows that are gone, so f shrinks by as many. Each of the others may be one row less that
         can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
-        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f stays as large as the rule allows; and
-        as they are probably Byzantine, a step does not fail for their absence.
+        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f
+        stays as large as the rule allows; and as they are probably Byzantine, a step does not fail
+        for their absence.
 
         Args:
             rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows. The result is a tensor.

@@ -82,19 +82,19 @@ def accuse(
     if test.compare == "others":
         others = ""
         odds = (
-            f"an honest worker is ever accused with probability at most {test.false_alarm_rate:g}, whatever up to f={test.f} "
-            "others send."
+            "an honest worker is ever accused with probability at most "
+            f"{test.false_alarm_rate:g}, whatever up to f={test.f} others send."
         )
     else:
         others = ", by its own past"
         odds = (
-            f"a run of honest workers ever says so with probability at most {test.false_alarm_rate:g}. It is no proof: "
-            "colluding workers can move what is measured of an honest one."
+            "a run of honest workers ever says so with probability at most "
+            f"{test.false_alarm_rate:g}. It is no proof: colluding workers can move what is measured "
+            "of an honest one."
         )
     message = (
-        f"Suspect: {place}. Step {step}: {reason}. {test.evidence_shown(place.worker)}. Tested {int(test.pairs[place.worker])} "
-        f"times{others}; {odds}"
-        + (f" {remark}" if remark else "")
+        f"Suspect: {place}. Step {step}: {reason}. {test.evidence_shown(place.worker)}. "
+        f"Tested {int(test.pairs[place.worker])} times{others}; {odds}" + (f" {remark}" if remark else "")
     )
     suspect = Suspect(place.worker, place.rank, place.host, place.device, step, reason, message)
     if not trainer.is_global_zero:
@@ -111,8 +111,8 @@ def accuse(
 def starts_afresh(who: str, test: SuspicionTest, before: int) -> str:
     """That the checkpoint's evidence, of ``before`` workers, is left out."""
     return (
-        f"{who}: its evidence starts afresh. The checkpoint's is of n={before} workers, or of other settings; here "
-        f"n={test.n}, f={test.f}, compare={test.compare!r}."
+        f"{who}: its evidence starts afresh. The checkpoint's is of n={before} workers, or of other "
+        f"settings; here n={test.n}, f={test.f}, compare={test.compare!r}."
     )
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byz.aggregators import Aggregator, MultiKrum, TooFewRowsError, WeightedAggregator
-from lightning_byz.callbacks.accusations import Suspect, accuse, gathered, log_to_all, run_logger, scores, starts_afresh
+from lightning_byz.callbacks.accusations import (
+    Suspect,
+    accuse,
+    gathered,
+    log_to_all,
+    run_logger,
+    scores,
+    starts_afresh,
+)
 from lightning_byz.metrics import dropped
 from lightning_byz.rows import Rows
 from lightning_byz.sketch import Sketch
@@ -120,7 +128,9 @@ class ShadowModeCallback(_Base):
             self.test.load_state_dict(self._saved["test"])
             self.drops, self.looks = self._saved["drops"].clone(), self._saved["looks"]
         elif self._saved is not None and trainer.is_global_zero:
-            run_logger(trainer).warning(starts_afresh("Shadow mode", self.test, len(self._saved["drops"])))
+            run_logger(trainer).warning(
+                starts_afresh("Shadow mode", self.test, len(self._saved["drops"]))
+            )
         self._saved = None
         if trainer.is_global_zero:
             run_logger(trainer).info(

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from lightning_byz import resuming
 from lightning_byz.algorithms import Algorithm, RobustSGD
-from lightning_byz.callbacks.accusations import Suspect, accuse, log_to_all, run_logger, starts_afresh
+from lightning_byz.callbacks.accusations import (
+    Suspect,
+    accuse,
+    log_to_all,
+    run_logger,
+    starts_afresh,
+)
 from lightning_byz.compressors import Field
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.sketch import Sketch
@@ -32,16 +38,20 @@ class SuspicionMonitorCallback(_Base):
     """Scores every worker of a ``byzantine_robust`` run by the rows that the rule sees, and accuses one when chance explains them no longer.
 
     The statistics, the test, and what its false-alarm rate assumes are described in `lightning_byz.suspicion`. In two consecutive rounds of every
-    ``every_n_steps`` it looks at (sketches of) the rows, and logs to all loggers ``byz/suspicion/worker_<i>`` (0 is no evidence, from 1 on a worker is
-    accused) and ``byz/quarantined``, how many workers are in quarantine.
-    The first time, rank 0 warns, naming its rank, host and device; it sends the same by ``wandb.alert`` if the Trainer has a WandbLogger, and calls ``on_suspect``.
-    A worker without a finite message counts as infinitely far away.
+    ``every_n_steps`` it looks at (sketches of) the rows, and logs to all loggers
+    ``byz/suspicion/worker_<i>`` (0 is no evidence, from 1 on a worker is accused) and
+    ``byz/quarantined``, how many workers are in quarantine. The first time, rank 0 warns, naming
+    its rank, host and device; it sends the same by ``wandb.alert`` if the Trainer has a
+    WandbLogger, and calls ``on_suspect``. A worker without a finite message counts as infinitely
+    far away.
 
-    With ``compare="others"`` up to f workers that send whatever they like cannot have an honest one accused beyond that rate, as
-    long as honest workers' rows are exchangeable; with "own_past" an accusation is evidence and no proof. At the end of the run rank 0 sums up.
+    With ``compare="others"`` up to f workers that send whatever they like cannot have an honest one
+    accused beyond that rate, as long as honest workers' rows are exchangeable; with "own_past" an
+    accusation is evidence and no proof. At the end of the run rank 0 sums up.
 
-    What the test knows, and who is in quarantine, goes into checkpoints. With other workers than the checkpoint's the evidence starts
-    afresh, and those in quarantine that are left stay there (see ``resume_workers`` of the strategy).
+    What the test knows, and who is in quarantine, goes into checkpoints. With other workers than
+    the checkpoint's the evidence starts afresh, and those in quarantine that are left stay there
+    (see ``resume_workers`` of the strategy).
 
     Args:
         every_n_steps: two of so many rounds are looked at. None: as many as the workers' momenta take to fade to 5 % (30 for 0.9; 30 for algorithms whose
@@ -49,9 +59,9 @@ class SuspicionMonitorCallback(_Base):
         false_alarm_rate: the probability that a run of honest workers ever accuses one, at most; shared among the run's optimizers.
         compare: "others", where workers draw from one pool of data; "own_past", where their data differ.
         num_byzantine: how many workers may be faulty; None: the f of the run's rule, or, where that is 0, max(1, (n - 1) // 3).
-        quarantine: leave an accused worker's messages out from then on. The rule's f stays as it is, or becomes the most that the
-            rule allows for the rows that are left: an accusation is evidence and no proof. When f workers are in quarantine, nobody
-            else is looked for.
+        quarantine: leave an accused worker's messages out from then on. The rule's f stays as it
+            is, or becomes the most that the rule allows for the rows that are left: an accusation
+            is evidence and no proof. When f workers are in quarantine, nobody else is looked for.
         probation: after so many rounds in quarantine a worker is reinstated, as if it was new. None: never, unless you call `reinstate`.
         sketch_size: how many numbers are kept of a row.
         on_suspect: called on rank 0 with every `Suspect`, once.
@@ -128,7 +138,9 @@ class SuspicionMonitorCallback(_Base):
             exchange.observers.append(observe)
 
     def _resume(self, trainer: Any, saved: dict[str, Any]) -> None:
-        """Goes on with a checkpoint's evidence if it is of the same workers; and with its quarantine, of those that are left."""
+        """Goes on with a checkpoint's evidence if it is of the same workers; and with its
+        quarantine, of those that are left.
+        """
         states, before = saved["tests"], len(saved["tests"][0]["pairs"])
         follow = trainer.strategy.followed(before)
         if resuming.is_same(follow, before) and all(map(SuspicionTest.fits, self.tests, states)):
@@ -138,12 +150,19 @@ class SuspicionMonitorCallback(_Base):
         elif trainer.is_global_zero:
             run_logger(trainer).warning(starts_afresh(type(self).__name__, self.tests[0], before))
         place = {old: new for new, old in enumerate(follow) if old is not None}
-        self.quarantined = {place[worker]: since for worker, since in saved["quarantined"].items() if worker in place}
+        self.quarantined = {
+            place[worker]: since
+            for worker, since in saved["quarantined"].items()
+            if worker in place
+        }
         self._told |= self.quarantined.keys()
         for test, worker in itertools.product(self.tests, self.quarantined):
             test.exclude(worker)
         if self.quarantined and trainer.is_global_zero:
-            who = "; ".join(f"{self.places[worker]} since step {since}" for worker, since in self.quarantined.items())
+            who = "; ".join(
+                f"{self.places[worker]} since step {since}"
+                for worker, since in self.quarantined.items()
+            )
             run_logger(trainer).warning(f"{type(self).__name__}: still in quarantine: {who}.")
 
     @staticmethod
@@ -169,7 +188,10 @@ class SuspicionMonitorCallback(_Base):
         self.tests[index].observe(self._rows(index, outcome), cohort)
         if trainer.loggers:
             scores = torch.stack([test.scores for test in self.tests]).max(0).values
-            values = {f"byz/suspicion/worker_{worker}": float(score) for worker, score in enumerate(scores)}
+            values = {
+                f"byz/suspicion/worker_{worker}": float(score)
+                for worker, score in enumerate(scores)
+            }
             log_to_all(trainer, {**values, "byz/quarantined": float(len(self.quarantined))})
         verdicts = torch.zeros(self.tests[index].n, dtype=torch.uint8)
         verdicts[sorted(self.tests[index].accused)] = 1
@@ -203,10 +225,13 @@ class SuspicionMonitorCallback(_Base):
             for exchange, test in zip(self._exchanges, self.tests, strict=True):
                 exchange.quarantined.add(worker)
                 test.exclude(worker)
-            left, rule = self.tests[index].n - len(self.quarantined), self._exchanges[index].algorithm.aggregator
+            left, rule = (
+                self.tests[index].n - len(self.quarantined),
+                self._exchanges[index].algorithm.aggregator,
+            )
             remark = (
-                f"It is in quarantine now: its messages no longer count, and the rule goes on with {left} rows and "
-                f"f={min(rule.f or 0, rule.most_f(left))}."
+                "It is in quarantine now: its messages no longer count, and the rule goes on with "
+                f"{left} rows and f={min(rule.f or 0, rule.most_f(left))}."
             )
         elif self.quarantine:
             remark = f"Its messages count as before: f={f} workers are in quarantine already."
@@ -234,10 +259,14 @@ class SuspicionMonitorCallback(_Base):
         scores = torch.stack([test.scores for test in self.tests]).max(0).values
         lines = []
         for place, score in zip(self.places, scores, strict=True):
-            line = f"{place}: suspicion {float(score):.2f}" + (" (SUSPECT)" if place.worker in self._told else "")
+            line = f"{place}: suspicion {float(score):.2f}" + (
+                " (SUSPECT)" if place.worker in self._told else ""
+            )
             since = self.quarantined.get(place.worker)
             lines.append(line + ("" if since is None else f", in quarantine since step {since}"))
-        run_logger(trainer).info(f"{type(self).__name__}, at the end (suspicion 1 accuses):\n  " + "\n  ".join(lines))
+        run_logger(trainer).info(
+            f"{type(self).__name__}, at the end (suspicion 1 accuses):\n  " + "\n  ".join(lines)
+        )
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does, so that a class_path may name a module of this folder
+        sys.path.insert(
+            0, os.getcwd()
+        )  # as `python -m` does, so that a class_path may name a module of this folder
     try:
         if arguments and arguments[0] in _LIGHTNING:
             return _run_lightning(arguments, given=arguments != sys.argv[1:])
@@ -72,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=_positive, default=os.cpu_count() or 1, help="runs at a time (default: one per core, %(default)s)"
     )
     grid.add_argument("--output", type=Path, help="folder for the results (default: what the file says, or outputs/grids/NAME)")
-    grid.add_argument("--dry-run", action="store_true", help="check the file, list its cells, and run none")
+    grid.add_argument(
+        "--dry-run", action="store_true", help="check the file, list its cells, and run none"
+    )
     grid.set_defaults(run=_grid)
     about = "make pictures and one page of HTML from a grid's folder, or from a run's"
     report = commands.add_parser("report", help=about, description=about[0].upper() + about[1:] + ".")
@@ -111,7 +115,9 @@ def _list(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     if not console.is_terminal:
-        console.width = shutil.get_terminal_size((100, 24)).columns  # what COLUMNS says, if it is set
+        console.width = shutil.get_terminal_size(
+            (100, 24)
+        ).columns  # what COLUMNS says, if it is set
     console.print(catalogue.table([options.name] if options.name else catalogue.KINDS))
     return 0
 

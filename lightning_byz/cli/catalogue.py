@@ -69,7 +69,9 @@ def described(name: str) -> str:
         part = known[name.lower()]
         return f"lightning_byz.{_name(part)}{_signature(part)}\n\n{documentation(part)}"
     near = difflib.get_close_matches(name.lower(), [*known, *KINDS], n=1)
-    meant = f" Did you mean {_name(known[near[0]]) if near[0] in known else near[0]}?" if near else ""
+    meant = (
+        f" Did you mean {_name(known[near[0]]) if near[0] in known else near[0]}?" if near else ""
+    )
     raise ValueError(f"there is neither a part nor a kind of parts called {name}.{meant} Kinds: {', '.join(KINDS)}.")
 
 
@@ -105,7 +107,9 @@ def source(part: type) -> str:
 
 
 def _parts(kind: str) -> Iterator[tuple[str, type]]:
-    """The names and classes of a kind; of a callback the class that holds its logic, so that Lightning need not be imported."""
+    """The names and classes of a kind; of a callback the class that holds its logic, so that
+    Lightning need not be imported.
+    """
     for name in sorted(lightning_byz.__all__, key=str.lower):
         callback = getattr(callbacks, f"{name}Callback", None)
         if kind == "callbacks" and callback is not None:

@@ -50,7 +50,13 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
     """
     cells = {grid.identity(cell): cell for cell in grid.cells()}
     results = _known(cells, output)
-    check([(cell, _config(grid, name, cell, output)) for name, cell in cells.items() if name not in results])
+    check(
+        [
+            (cell, _config(grid, name, cell, output))
+            for name, cell in cells.items()
+            if name not in results
+        ]
+    )
     output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in cells if name not in results]
     console.print(
@@ -81,12 +87,18 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
 
 def _known(cells: Mapping[str, Cell], output: Path) -> dict[str, Result]:
     """The results of cells that need not be run again."""
-    return {name: result for name, result in kept(output / KEPT) if name in cells and result["status"] != "failed"}
+    return {
+        name: result
+        for name, result in kept(output / KEPT)
+        if name in cells and result["status"] != "failed"
+    }
 
 
 def _config(grid: Grid, name: str, cell: Cell, output: Path) -> dict[str, Any]:
     """The configuration of a cell's run, with loggers of its own."""
-    return grid_cells.with_loggers_of_its_own(grid.config(cell), output / "cells" / name, cell.label, grid.name)
+    return grid_cells.with_loggers_of_its_own(
+        grid.config(cell), output / "cells" / name, cell.label, grid.name
+    )
 
 
 def check(cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
@@ -96,7 +108,8 @@ def check(cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
         cells: with the configurations of their runs.
 
     Raises:
-        GridError: names the first cell whose configuration cannot be read, and says what is wrong with it.
+        GridError: names the first cell whose configuration cannot be read, and says what is wrong
+            with it.
     """
     seen: set[tuple[str, Any]] = set()
     for cell, config in cells:
@@ -120,8 +133,14 @@ def list_cells(grid: Grid, output: Path, console: Console) -> None:
     results = _known(cells, output)
     for name, cell in cells.items():
         status = results[name]["status"] if name in results else "to run"
-        console.print(f"{name}  {status:8}  {cell.label}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{grid.name}: {len(cells)} cells, {len(results)} of them known.", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name}  {status:8}  {cell.label}", markup=False, highlight=False, soft_wrap=True
+        )
+    console.print(
+        f"{grid.name}: {len(cells)} cells, {len(results)} of them known.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def kept(path: Path) -> Iterator[tuple[str, Result]]:

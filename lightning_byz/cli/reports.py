@@ -114,7 +114,8 @@ def _aggregation(row: Row) -> str:
 
 
 def _cell(row: Row) -> Cell:
-    return Cell(**{**{key: row[key] for key in CELL_FIELDS}, "f": int(row["f"]), "seed": int(row["seed"])})  # type: ignore[arg-type]
+    values: dict[str, Any] = {key: row[key] for key in CELL_FIELDS}
+    return Cell(**{**values, "f": int(row["f"]), "seed": int(row["seed"])})
 
 
 def _names(rows: Iterable[Row], key: str) -> list[str]:
@@ -149,10 +150,24 @@ def _of_grid(folder: Path) -> _Page:
         aggregations = _names(rows, "aggregation")
         values = np.array([[found.get(aggregation, np.nan) for found in worst.values()] for aggregation in aggregations])
         values = np.hstack([values, values.min(1, keepdims=True)])  # nan where one is
-        missing = {(int(i), int(j)): "no result" for i, j in zip(*np.nonzero(np.isnan(values)), strict=True)}
-        figure = figures.heatmap(values, aggregations, [*worst, "worst"], missing, f"Worst {metric} over all attacks", percent)
+        missing = {
+            (int(i), int(j)): "no result"
+            for i, j in zip(*np.nonzero(np.isnan(values)), strict=True)
+        }
+        figure = figures.heatmap(
+            values,
+            aggregations,
+            [*worst, "worst"],
+            missing,
+            f"Worst {metric} over all attacks",
+            percent,
+        )
         caption = "Under the attack that is worst for the rule, by setting; mean of seeds."
-        caption += " No result: it failed under an attack, or has not been run under all." if missing else ""
+        caption += (
+            " No result: it failed under an attack, or has not been run under all."
+            if missing
+            else ""
+        )
         page.pictures = {"worst": (figure, caption), **page.pictures}
     _draw_suspicion(page, folder, rows)
     page.header = [*CELL_FIELDS, metric, "status", "wall_seconds"]
@@ -213,7 +228,9 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
     caption = "Rules against attacks; the last column is the worst of its row. Mean of seeds"
     caption += ", ± half of their range" if any("±" in note for note in notes.values()) else ""
     caption += "; †: training diverged" if any("†" in note for note in notes.values()) else ""
-    caption += "; who failed under an attack has no worst case" if "failed" in notes.values() else ""
+    caption += (
+        "; who failed under an attack has no worst case" if "failed" in notes.values() else ""
+    )
     caption += "; ?: some attacks have not been run yet" if "?" in notes.values() else ""
     page.pictures[_slug("heatmap", name)] = figure, caption + "."
 
@@ -238,7 +255,9 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
             page.pictures[_slug("curves", name, "" if pre == "none" else pre)] = figure, caption
 
     worst_attack = {
-        a: attacks[int(np.argmin(row[:-1]))] for a, row in zip(aggregations, values, strict=True) if np.isfinite(row[-1])
+        a: attacks[int(np.argmin(row[:-1]))]
+        for a, row in zip(aggregations, values, strict=True)
+        if np.isfinite(row[-1])
     }
     best = sorted(worst_attack, key=lambda a: -values[aggregations.index(a), -1])[: figures.MOST_LINES]
     for measure in ("bytes_up", "simulated_seconds"):
