@@ -95,7 +95,7 @@ class RobustStrategy(_Base):
     """
 
     roll_call_patience = 60.0
-    """Seconds that rank 0 waits with a checkpoint for ranks of which it cannot tell whether they come, before it saves alone."""
+    """Seconds that rank 0 waits with a checkpoint where others may come or not (`RollCall`)."""
 
     _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
 
@@ -292,7 +292,9 @@ class RobustStrategy(_Base):
                 device_id=self.root_device if self.root_device.type == "cuda" else None,
             )
             atexit.register(_leave_process_group)
-        self._roll_call = roll_call(environment.main_address, self._timeout or timedelta(minutes=30))
+        self._roll_call = roll_call(
+            environment.main_address, self._timeout or timedelta(minutes=30)
+        )
 
     def model_to_device(self) -> None:
         assert self.model is not None
@@ -782,10 +784,11 @@ class RobustStrategy(_Base):
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
-                why = self.exchanges[0].transport.why_silent(worker) if comes(outcome.round, worker) else "did not come"
+                came = comes(outcome.round, worker)
+                why = self.exchanges[0].transport.why_silent(worker) if came else "did not come"
                 _warn(
-                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step went on "
-                    f"without it. This was time {count}."
+                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step "
+                    f"went on without it. This was time {count}."
                 )
 
     # -- collectives that Lightning asks for --------------------------------------------------------------------------
@@ -803,7 +806,7 @@ class RobustStrategy(_Base):
         return self._world == 1 or not dist.is_initialized() or self._interrupted()
 
     def _move_on(self, group: Any = None) -> None:
-        """This rank goes on to something that all ranks do: those that wait with a checkpoint learn that it has passed their place."""
+        """This rank goes on to something that all do: it comes to no checkpoint of before."""
         if self._roll_call is not None and group in (None, dist.group.WORLD):
             self._roll_call.move_on()
 
@@ -919,9 +922,10 @@ class RobustStrategy(_Base):
         absent = self._roll_call.absent(self.roll_call_patience)
         if absent:
             warnings.warn(
-                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not come here. The checkpoint holds the "
-                "weights, but the algorithm's state at rank 0 only: a run that resumes from it starts the rest of it afresh. "
-                "Call trainer.save_checkpoint on every rank.",
+                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not "
+                "come here. The checkpoint holds the weights, but the algorithm's state at rank 0 "
+                "only: a run that resumes from it starts the rest of it afresh. Call "
+                "trainer.save_checkpoint on every rank.",
                 stacklevel=2,
             )
         return not absent
