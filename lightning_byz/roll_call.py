@@ -1,4 +1,4 @@
-"""RollCall: whether all ranks are at the same place, asked without a collective, so that nobody is left waiting in one."""
+"""RollCall: whether all ranks come to a place, asked without a collective to hang in."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LEFT = 2**62
 
 
 class RollCall:
-    """Ranks that come to the same place sign in at a key-value store, and learn whether all others are coming.
+    """Ranks that come to the same place sign in at a key-value store, and learn whether all do.
 
-    Ranks count what they all do (collectives, steps, ends of trainings), and publish their number. A place
-    is known by it. Whoever has a larger one has passed the place, and does not come; whoever has a smaller
-    one is late, and is waited for.
+    Ranks count what they all do (collectives, steps, ends of trainings) and publish their number. A
+    place is known by it. Whoever has a larger one has passed the place, and does not come; whoever
+    has a smaller one is late, and is waited for.
 
     A collective that is not counted (torch.distributed called by the user, or by a metric) leaves a
-    doubt: a rank that waits in it looks as if it was on its way. Then rank 0 waits for a while only.
+    doubt: a rank that waits in it looks as if it was on its way. Then rank 0 waits a while only.
     A call of rank 0 alone, with another one of all ranks directly after it, meets that one.
 
     Args:
@@ -39,11 +39,15 @@ class RollCall:
         self._number, self._calls = 0, 0
         port = [0]
         if rank == 0:
-            self._store = TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(
+                address, 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
             port = [self._store.port]
         dist.broadcast_object_list(port, src=0)
         if rank != 0:
-            self._store = TCPStore(address, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
+            self._store = TCPStore(
+                address, port[0], is_master=False, wait_for_workers=False, timeout=timeout
+            )
         self._publish(0)
 
     def move_on(self) -> None:
@@ -67,9 +71,15 @@ class RollCall:
         began, pause = time.monotonic(), 0.001
         while not self._store.check([f"{place}/absent"]):
             waited = time.monotonic() - began
-            missing = [rank for rank in range(self.world_size) if not self._store.check([f"{place}/{rank}"])]
+            missing = [
+                rank
+                for rank in range(self.world_size)
+                if not self._store.check([f"{place}/{rank}"])
+            ]
             numbers = {rank: self._number_of(rank) for rank in missing}
-            limit = patience if self.rank == 0 and self._number in numbers.values() else self.timeout
+            limit = (
+                patience if self.rank == 0 and self._number in numbers.values() else self.timeout
+            )
             passed = [rank for rank, number in numbers.items() if number > self._number]
             if passed or waited > limit or (self.rank == 0 and not missing):
                 return self._decide(place, passed or missing)
@@ -94,7 +104,7 @@ _made: tuple[object, RollCall] | None = None
 
 
 def roll_call(address: str, timeout: timedelta) -> RollCall:
-    """The roll call of this process's process group, whoever initialised that: made where it is first asked for, by all ranks.
+    """The roll call of the process group, whoever initialised that. All ranks ask for it together.
 
     Args:
         address: host name of rank 0.

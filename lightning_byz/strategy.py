@@ -122,7 +122,7 @@ class RobustStrategy(_Base):
     """
 
     roll_call_patience = 60.0
-    """Seconds that rank 0 waits with a checkpoint for ranks of which it cannot tell whether they come, before it saves alone."""
+    """Seconds that rank 0 waits with a checkpoint where others may come or not (`RollCall`)."""
 
     _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
 
@@ -882,10 +882,11 @@ class RobustStrategy(_Base):
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
-                why = self.exchanges[0].transport.why_silent(worker) if comes(outcome.round, worker) else "did not come"
+                came = comes(outcome.round, worker)
+                why = self.exchanges[0].transport.why_silent(worker) if came else "did not come"
                 _warn(
-                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step went on "
-                    f"without it. This was time {count}."
+                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step "
+                    f"went on without it. This was time {count}."
                 )
 
     # -- collectives that Lightning asks for --------------------------------------------------------------------------
@@ -1042,9 +1043,10 @@ class RobustStrategy(_Base):
         absent = self._roll_call.absent(self.roll_call_patience)
         if absent:
             warnings.warn(
-                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not come here. The checkpoint holds the "
-                "weights, but the algorithm's state at rank 0 only: a run that resumes from it starts the rest of it afresh. "
-                "Call trainer.save_checkpoint on every rank.",
+                f"Rank {self.global_rank} saves {filepath} without ranks {absent}, which do not "
+                "come here. The checkpoint holds the weights, but the algorithm's state at rank 0 "
+                "only: a run that resumes from it starts the rest of it afresh. Call "
+                "trainer.save_checkpoint on every rank.",
                 stacklevel=2,
             )
         return not absent

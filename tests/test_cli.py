@@ -431,13 +431,21 @@ def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
 def test_keys_are_made_once_and_the_hosts_are_named(here, capsys):
     assert cli.main(["keys", "3"]) == 0
     said = capsys.readouterr().out
-    assert str(here / "keys") in said and "server.key_secret" in said and "rank{r}.key_secret" in said
+    assert (
+        str(here / "keys") in said and "server.key_secret" in said and "rank{r}.key_secret" in said
+    )
     names = {f"{name}.key{end}" for name in ("server", "rank1", "rank2") for end in ("", "_secret")}
     assert {path.name for path in (here / "keys").iterdir()} == names
     before = (here / "keys" / "rank1.key").read_bytes()
     assert cli.main(["keys", "3"]) == 2
-    assert "should hold no keys yet" in capsys.readouterr().err and (here / "keys" / "rank1.key").read_bytes() == before
-    assert cli.main(["keys", "2", "elsewhere"]) == 0 and (here / "elsewhere" / "rank1.key_secret").exists()
+    assert (
+        "should hold no keys yet" in capsys.readouterr().err
+        and (here / "keys" / "rank1.key").read_bytes() == before
+    )
+    assert (
+        cli.main(["keys", "2", "elsewhere"]) == 0
+        and (here / "elsewhere" / "rank1.key_secret").exists()
+    )
     assert cli.main(["keys", "1", "one"]) == 2 and not (here / "one").exists()
     for wrong in (["keys"], ["keys", "0"], ["keys", "many"]):
         with pytest.raises(SystemExit):

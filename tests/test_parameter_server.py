@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ class Watch(L.Callback):
 
 def present(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
     return next(callback for callback in trainer.callbacks if isinstance(callback, Watch)).present
+
+
+class Loud(L.Callback):
+    """Shows warnings, each as often as it is given."""
+
+    def on_fit_start(self, *_: Any) -> None:
+        warnings.simplefilter("always")
 
 
 class Dies(L.Callback):
@@ -192,12 +200,14 @@ def test_workers_killed_at_any_moment(tmp_path: Path) -> None:
     deaths = [(1, "forward", 2), (2, "exchange", 4), (3, "validation", 5), (4, "checkpoint", 5), (5, "end of the epoch", 5)]
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Dies(folder, *deaths), ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")]
+        checkpoints = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")
+        return [Loud(), Watch(), Dies(folder, *deaths), checkpoints]
 
     settings = {"enable_checkpointing": True, "max_epochs": 2, "num_sanity_val_steps": 1}
     run = job(6, callbacks=callbacks, val=loader, data=lambda: loader(8), extra=present, **settings)
     with Ranks(tmp_path, 6, run) as ranks:
         assert ranks.wait() == {0: 0, **dict.fromkeys(range(1, 6), -signal.SIGKILL)}, ranks.everything()
+        assert "worker 1 was not heard (its process: gone) in step 2" in ranks.output(0)
     (report,) = reports(tmp_path, 0)
     assert report["steps"] == len(report["extra"]) == 10
     assert report["extra"][0] == [0, 1, 2, 3, 4, 5] and report["extra"][2] == [0, 2, 3, 4, 5] and report["extra"][-1] == [0]

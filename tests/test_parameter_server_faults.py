@@ -185,7 +185,7 @@ def test_who_is_waited_for() -> None:
 
 
 def test_who_cannot_come_back_is_not_waited_for() -> None:
-    """With too few in a collective: not who has left, nor who is lost for longer than a process without keys could be."""
+    """With too few in a collective: not who has left, nor who is lost for too long."""
     for ends in ("left", "lost", "dropped"):
         desk = a_desk(deadline=1000.0, give_up=2000.0)
         desk.return_within = 30.0
@@ -211,7 +211,11 @@ def test_all_connections_are_lost_at_once() -> None:
     desk.all_lost(10.0)
     assert not desk.is_done(11.0)
     desk.receive(b"new", message(2), 2, 12.0)
-    assert set(desk.call.bodies) == {0, 1, 2} and not desk.is_done(12.0) and desk.is_done(10.0 + RECONNECT)
+    assert (
+        set(desk.call.bodies) == {0, 1, 2}
+        and not desk.is_done(12.0)
+        and desk.is_done(10.0 + RECONNECT)
+    )
 
 
 def test_the_log_says_where_a_worker_is() -> None:
@@ -220,7 +224,11 @@ def test_the_log_says_where_a_worker_is() -> None:
     desk.gone(b"route1", 0.0)
     desk.receive(b"route2", message(2, layout=1), 2, 0.0)
     assert desk.call is not None
-    assert desk.close().why == {1: "was not heard (its process: gone)", 2: "sent a message that was refused (layout)", 3: "was late"}
+    assert desk.close().why == {
+        1: "was not heard (its process: gone)",
+        2: "sent a message that was refused (layout)",
+        3: "was late",
+    }
     desk.receive(b"route2", message(2, kind=Kind.BYE), 2, 0.0)
     desk.advance(2)
     desk.advance(3)
@@ -247,8 +255,10 @@ def test_a_worker_gets_a_snapshot_now_and_then_only() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_desk_stands_whatever_comes_in_whatever_state(seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Mutated messages between all that the server does: no error, no body that is not as it should be, nothing that grows."""
+def test_the_desk_stands_whatever_comes_in_whatever_state(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mutated messages between all that the server does: no error, no wrong body, no growth."""
     caplog.set_level(logging.CRITICAL, logger="lightning_byz")
     generator, desk, now = random.Random(seed), a_desk(), 0.0
     desk.backlog = 3
@@ -259,10 +269,22 @@ def test_the_desk_stands_whatever_comes_in_whatever_state(seed: int, caplog: pyt
             desk.advance(desk.position + 1)
         elif what == 1 and desk.call is None:
             name = generator.choice(["round#1", "gather#2", "barrier#1"])
-            desk.enter(entered(desk.position, name, need=generator.randrange(1, 5), now=now, deadline=now + 1, give_up=now + 5), GOOD)
+            desk.enter(
+                entered(
+                    desk.position,
+                    name,
+                    need=generator.randrange(1, 5),
+                    now=now,
+                    deadline=now + 1,
+                    give_up=now + 5,
+                ),
+                GOOD,
+            )
         elif what in (2, 3) and desk.call is not None and desk.is_done(now):
             call = desk.close()
-            assert all(bytes(body) == GOOD for body in call.bodies.values()) and set(call.bodies) <= {0, 1, 2, 3}
+            assert all(bytes(body) == GOOD for body in call.bodies.values()) and set(
+                call.bodies
+            ) <= {0, 1, 2, 3}
             assert not set(call.why).intersection(call.bodies)
             desk.publish(call.key, b"result")
         elif what == 4:
@@ -280,12 +302,19 @@ def test_the_desk_stands_whatever_comes_in_whatever_state(seed: int, caplog: pyt
         now += generator.random() / 100
         frames, owner = fuzzed(generator)
         if generator.random() < 0.7 and frames:  # in the present, so that most are of use
-            changes = {"position": max(0, desk.position + generator.randrange(-4, 2)), "name": generator.choice(["round#1", "gather#2"])}
+            changes = {
+                "position": max(0, desk.position + generator.randrange(-4, 2)),
+                "name": generator.choice(["round#1", "gather#2"]),
+            }
             frames = [message(generator.randrange(1, 4), **changes)[0], *frames[1:]]
             owner = parse([frames[0], b""])[0].rank
         desk.receive(b"route%d" % generator.randrange(6), frames, owner, now)
         server_does()
-        assert len(desk.results) <= 3 * (desk.backlog + 1) and len(desk.outbox) < 20 and isinstance(desk.status(), str)
+        assert (
+            len(desk.results) <= 3 * (desk.backlog + 1)
+            and len(desk.outbox) < 20
+            and isinstance(desk.status(), str)
+        )
         assert desk.call is None or isinstance(desk.is_done(now), bool)
         for route, head, _ in desk.outbox:
             assert route.startswith(b"route") and parse([head, b""])[0].kind >= Kind.WELCOME
@@ -393,7 +422,7 @@ def serves(served: Any, client: Client) -> None:
 
 
 def test_random_messages_through_a_socket(served: Any) -> None:
-    """As many at a time as nobody is dropped for; a hello after them is answered when they have been read."""
+    """As many at a time as nobody is dropped for; a hello is answered when they have been read."""
     honest, liar = served.client(1), served.client(2)
     assert not honest.join(0, 10.0) and not liar.join(0, 10.0)
     generator = random.Random(1)

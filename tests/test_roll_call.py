@@ -1,4 +1,4 @@
-"""Checkpoints that all ranks save, some of them, or one: who is waited for, and that nobody hangs."""
+"""Checkpoints that all ranks save, some, or one: who is waited for, and that nobody hangs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ LONG = 500.0  # a rank that waits for so long has failed
 
 
 def joined(folder: Path, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=SIZE)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=SIZE
+    )
 
 
 def until(here: Callable[[], bool]) -> None:
@@ -58,7 +60,7 @@ def signed_in(call: RollCall, place: str, *ranks: int) -> Callable[[], bool]:
 
 
 def test_who_comes_late_is_waited_for(tmp_path: Path) -> None:
-    """Without patience: rank 0 comes when the others wait; rank 1 is in an earlier place when they do."""
+    """Without patience: rank 0 comes last to the first place, and rank 1 to the second."""
 
     def play(call: RollCall) -> Any:
         if call.rank == 0:
@@ -116,7 +118,9 @@ def test_there_is_one_for_each_process_group(tmp_path: Path) -> None:
         same = roll_call("127.0.0.1", timedelta(seconds=LONG)) is call
         dist.barrier()
         dist.destroy_process_group()
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/again", rank=call.rank, world_size=SIZE)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path}/again", rank=call.rank, world_size=SIZE
+        )
         again = roll_call("127.0.0.1", timedelta(seconds=LONG))
         return same, again is call, again.absent(0.0) if call.rank else again.absent(LONG)
 
@@ -138,7 +142,7 @@ class Guarded(Plain):
 
 @pytest.mark.parametrize("own_group", [False, True], ids=["first_trainers_group", "own_group"])
 def test_in_a_second_trainer_and_into_folders_that_differ(own_group: bool, tmp_path: Path) -> None:
-    """A script with two Trainers, or with a process group of its own; every rank writes into a folder that only it knows."""
+    """Two Trainers, or a process group of the script's own; a folder that differs by rank."""
 
     def job(folder: Path) -> None:
         rank = int(os.environ["LOCAL_RANK"])

@@ -84,8 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     about = "make the keys of a parameter server and its workers, and say which host needs which"
     keys = commands.add_parser("keys", help=about, description=about[0].upper() + about[1:] + ".")
-    keys.add_argument("processes", type=_positive, help="number of processes of the run, the server included")
-    keys.add_argument("folder", type=Path, nargs="?", default=Path("keys"), help="where to write them (default: %(default)s)")
+    keys.add_argument(
+        "processes", type=_positive, help="number of processes of the run, the server included"
+    )
+    keys.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("keys"),
+        help="where to write them (default: %(default)s)",
+    )
     keys.set_defaults(run=_keys)
     for name, text in _LIGHTNING.items():
         commands.add_parser(name, help=text)  # for --help; LightningCLI parses them
@@ -160,7 +168,10 @@ def _grid(options: argparse.Namespace) -> int:
 def _keys(options: argparse.Namespace) -> int:
     require("lightning-byz keys", "server", "zmq")
     if options.processes < 2:
-        print("lightning-byz keys: a parameter server has two processes at least. Found 1.", file=sys.stderr)
+        print(
+            "lightning-byz keys: a parameter server has two processes at least. Found 1.",
+            file=sys.stderr,
+        )
         return 2
     try:
         folder = lightning_byz.make_keys(options.folder, options.processes)

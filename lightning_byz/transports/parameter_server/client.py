@@ -86,7 +86,10 @@ class Client:
                     "its own NODE_RANK and LOCAL_RANK."
                 )
             time.sleep(_ASK_AGAIN)
-        raise ServerLostError(f"No server at {self.address} let rank {self.rank} in for {patience:.0f} s.{self._likely_cause()}")
+        why = self._likely_cause()
+        raise ServerLostError(
+            f"No server at {self.address} let rank {self.rank} in for {patience:.0f} s.{why}"
+        )
 
     def call(self, position: int, name: str, layout: int, body: bytes | memoryview) -> memoryview | None:
         """What came of a collective; None if the server passed this position without it.
@@ -147,10 +150,13 @@ class Client:
                     f"The server at {self.address} has not been there for {self.lost_after:.0f} s. The run has ended with it. Resume from its "
                     f"last checkpoint: trainer.fit(..., ckpt_path=...).{self._likely_cause()}"
                     if self._met
-                    else f"No server at {self.address} has let rank {self.rank} in.{self._likely_cause()}"
+                    else f"No server at {self.address} has let rank {self.rank} in."
+                    f"{self._likely_cause()}"
                 )
             if until is not None and now > until:
-                raise ServerLostError(f"No server at {self.address} answered rank {self.rank}.{self._likely_cause()}")
+                raise ServerLostError(
+                    f"No server at {self.address} answered rank {self.rank}.{self._likely_cause()}"
+                )
             if again is not None and now - asked > again and self._away_since is None:
                 self._socket.send_multipart(question)
                 asked = now
@@ -159,8 +165,9 @@ class Client:
         if not self._failed:
             return ""
         return (
-            f" It is reached, but has ended the handshake {self._failed} times. The likely cause is the key: `server.key` in the `keys` "
-            "directory of this host should be that of the server's host."
+            f" It is reached, but has ended the handshake {self._failed} times. The likely cause is "
+            "the key: `server.key` in the `keys` directory of this host should be that of the "
+            "server's host."
         )
 
     def _refused(self, answer: Head, reason: memoryview) -> None:
@@ -180,7 +187,8 @@ class Client:
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise ServerLostError(
                     f"The server at {self.address} does not know the key of rank {self.rank}. Its `keys` directory should hold "
-                    f"rank{self.rank}.key, and this host's the secret half of the same pair. Or it has dropped this rank, and its log says why."
+                    f"rank{self.rank}.key, and this host's the secret half of the same pair. "
+                    "Or it has dropped this rank, and its log says why."
                 )
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failed += 1

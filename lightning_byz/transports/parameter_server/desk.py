@@ -123,8 +123,20 @@ class Desk:
         late: how many messages came after their collective had closed, by rank.
     """
 
-    def __init__(self, ranks: int, session: bytes, entry: int, backlog: int, return_within: float = float("inf")) -> None:
-        self.session, self.entry, self.backlog, self.return_within = session, entry, backlog, return_within
+    def __init__(
+        self,
+        ranks: int,
+        session: bytes,
+        entry: int,
+        backlog: int,
+        return_within: float = float("inf"),
+    ) -> None:
+        self.session, self.entry, self.backlog, self.return_within = (
+            session,
+            entry,
+            backlog,
+            return_within,
+        )
         self.members = {rank: Member() for rank in range(1, ranks)}
         self.position = 0
         self.begun = False
@@ -279,16 +291,24 @@ class Desk:
         missing = set(call.asked).difference(call.bodies, call.silent)
         if any(self._may_come(rank, call, now) for rank in missing):
             return call.heard >= call.least and now >= call.deadline
-        return call.heard >= call.least or now >= call.deadline or not any(self._may_return(rank, now) for rank in missing)
+        return (
+            call.heard >= call.least
+            or now >= call.deadline
+            or not any(self._may_return(rank, now) for rank in missing)
+        )
 
     def _may_come(self, rank: int, call: Call, now: float) -> bool:
         """Whether a rank that has not answered this collective may still do so: it is alive, and does not wait in a later one."""
         member = self.members[rank]
         here = member.route is not None or (now < self._all_lost + RECONNECT and not member.dropped)
-        return member.active and here and (member.waiting is None or member.waiting.key[0] < call.key[0])
+        return (
+            member.active
+            and here
+            and (member.waiting is None or member.waiting.key[0] < call.key[0])
+        )
 
     def _may_return(self, rank: int, now: float) -> bool:
-        """Whether a rank that is not there may come back, to a collective that has too few: it has not left, and is not lost for good."""
+        """Whether a rank that is not there may come back to a collective that has too few."""
         member = self.members[rank]
         if member.left or member.dropped:
             return False
@@ -303,7 +323,9 @@ class Desk:
         self.call = None
         for rank in set(call.asked).difference(call.bodies, call.silent):
             where = self.whereabouts(rank)
-            call.why[rank] = "was late" if where == "connected" else f"was not heard (its process: {where})"
+            call.why[rank] = (
+                "was late" if where == "connected" else f"was not heard (its process: {where})"
+            )
         return call
 
     def publish(self, key: Key, result: bytes) -> None:
@@ -322,7 +344,7 @@ class Desk:
                 self._answer(member.route, Kind.SNAPSHOT, Head(Kind.WANT, token=member.token, rank=rank), checkpoint)
 
     def wanting(self) -> list[int]:
-        """The ranks that wait for a snapshot, and may have one: no worker keeps the server busy with them."""
+        """The ranks that wait for a snapshot, and have not had one just before."""
         return [
             rank
             for rank, member in self.members.items()
@@ -350,8 +372,8 @@ class Desk:
         member.dropped, member.active, member.wants, member.starting = True, False, False, False
         member.route = member.waiting = None
         log.warning(
-            f"ParameterServer: rank {rank} has sent many more messages than it may, or does not read what it is answered. It is dropped, and "
-            "not let in again in this run."
+            f"ParameterServer: rank {rank} has sent many more messages than it may, or does not "
+            "read what it is answered. It is dropped, and not let in again in this run."
         )
 
     def status(self) -> str:
@@ -359,7 +381,9 @@ class Desk:
         groups: dict[str, list[str]] = {}
         for rank in self.members:
             groups.setdefault(self.whereabouts(rank), []).append(str(rank))
-        return "; ".join(f"{what}: ranks {', '.join(ranks)}" for what, ranks in sorted(groups.items()))
+        return "; ".join(
+            f"{what}: ranks {', '.join(ranks)}" for what, ranks in sorted(groups.items())
+        )
 
     def whereabouts(self, rank: int) -> str:
         """Where a worker is, in words."""

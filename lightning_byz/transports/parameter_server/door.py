@@ -1,9 +1,8 @@
-"""The door of a parameter server: a process of its own that holds the connections, apart from the training.
+"""The door of a parameter server: a process of its own that holds the connections.
 
-It has a limit of open files of its own and a limit of memory, and if a connection brings it down, it is
-started again; the workers connect anew, and ask again. It knows the ranks' keys and no more: what
-messages say is for the desk. It runs as a script, without this package, so that it is small and starts
-at once.
+It has limits of open files and of memory of its own. If a connection brings it down, it is started
+again; the workers connect anew, and ask again. It knows the ranks' keys and no more: what messages
+say is for the desk. It runs as a script, without this package: it is small and starts at once.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 KEPT = 4
-"""Messages of a rank that wait to be handed to the desk, and answers that wait for room. An honest worker has one question
-at a time, and asks it again when its connection was made anew."""
+"""Messages of a rank that wait to be handed to the desk, and answers that wait for room. An honest
+worker has one question at a time, and asks it again when its connection was made anew."""
 QUOTA = 1000
 """Messages of a rank beyond these, and answers that it did not read, after which it is dropped."""
 PERSISTENT = 10.0
@@ -50,7 +49,7 @@ class Word(IntEnum):
     PING = 3  # the same; it need not arrive
     LISTENING = 65
     DEAF = 66  # frames: why it cannot listen
-    HEARD = 67  # number: the rank whose key the connection has; frames: route, and up to three that it sent
+    HEARD = 67  # number: the rank that the key is of; frames: route, and up to three that it sent
     LOST = 68  # frames: the route, which leads nowhere any more
     DROPPED = 69  # number: a rank that has sent too much, and is not let in again
     SAYS = 70  # frames: something for the log
@@ -111,7 +110,9 @@ class Link:
         """
         while self._out:
             try:
-                sent = self._socket.sendmsg([piece for piece, _ in zip(self._out, range(64), strict=False)])
+                sent = self._socket.sendmsg(
+                    [piece for piece, _ in zip(self._out, range(64), strict=False)]
+                )
             except BlockingIOError:
                 return
             while sent:
@@ -176,7 +177,9 @@ class Door:
 
     def __init__(self, link: Link, settings: Mapping[str, Any]) -> None:
         self._link, self._parent = link, os.getppid()
-        self._ranks = {z85.decode(key.encode()): int(rank) for rank, key in settings["workers"].items()}
+        self._ranks = {
+            z85.decode(key.encode()): int(rank) for rank, key in settings["workers"].items()
+        }
         self._dropped: dict[int, float] = dict.fromkeys(settings["dropped"], time.monotonic())
         self._inbox = {rank: deque[list[Any]](maxlen=KEPT) for rank in self._ranks.values()}
         self._outbox: dict[bytes, deque[tuple[int, list[Any]]]] = {}
@@ -194,7 +197,10 @@ class Door:
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.CURVE_SERVER, 1),
             (zmq.MAXMSGSIZE, settings["max_message_bytes"]),
-            (zmq.RCVHWM, 0),  # libzmq 4.3.5 may abort where it has to stop reading (its issues 3937, 4767)
+            (
+                zmq.RCVHWM,
+                0,
+            ),  # libzmq 4.3.5 may abort where it has to stop reading (its issues 3937, 4767)
             (zmq.SNDHWM, 16),
             (zmq.BACKLOG, 1024),
             (zmq.HANDSHAKE_IVL, 5000),
@@ -236,15 +242,19 @@ class Door:
             self._send_answers()
             self._context.destroy(linger=500)
 
-    # -- connections --------------------------------------------------------------------------------------------------
+    # -- connections -------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Who asks to be let in: ZeroMQ's authentication protocol (RFC 27)."""
         version, request, _, address, _, mechanism, *credentials = self._gate.recv_multipart()
         rank = self._ranks.get(credentials[0]) if mechanism == b"CURVE" and credentials else None
         in_ = rank is not None and rank not in self._dropped
-        code, text = (b"200", b"OK") if in_ else (b"400", b"unknown key" if rank is None else b"dropped")
-        self._gate.send_multipart([version, request, code, text, str(rank).encode() if in_ else b"", b""])
+        code, text = (
+            (b"200", b"OK") if in_ else (b"400", b"unknown key" if rank is None else b"dropped")
+        )
+        self._gate.send_multipart(
+            [version, request, code, text, str(rank).encode() if in_ else b"", b""]
+        )
         if not in_:
             who = "an unknown key" if rank is None else f"rank {rank}, which was dropped"
             self._say(f"a handshake from {address.decode(errors='replace')} was refused: {who}")
@@ -263,7 +273,9 @@ class Door:
                     oldest = next(iter(self._strangers))
                     del self._strangers[oldest]
                     self._cut(oldest)
-                    self._say("there were too many connections of which nothing was heard; the oldest was cut")
+                    self._say(
+                        "too many connections of which nothing was heard; the oldest was cut"
+                    )
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._strangers.pop(value, None)
             elif kind == zmq.EVENT_ACCEPT_FAILED:
@@ -280,10 +292,10 @@ class Door:
             if error.errno not in (errno.EBADF, errno.ENOTCONN):  # else it has ended by itself
                 raise
 
-    # -- messages -----------------------------------------------------------------------------------------------------
+    # -- messages ----------------------------------------------------------------------------------
 
     def _read(self) -> None:
-        """What has arrived. All of it is read, so that ZeroMQ never has to stop; what is too much is thrown away."""
+        """What has arrived. All is read, so that ZeroMQ never stops; too much is thrown away."""
         for _ in range(_AT_ONCE):
             try:
                 route, *frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -352,7 +364,7 @@ class Door:
             self._link.put(Word.LOST, 0, [route])
         return True
 
-    # -- the log ------------------------------------------------------------------------------------------------------
+    # -- the log -----------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
         self._unsaid[text] += 1
@@ -374,7 +386,10 @@ def main() -> None:
     """Serves what comes through standard input, which is one end of a socket pair."""
     import resource
 
-    for name in ("SIGINT", "SIGTERM"):  # these are for the training, which ends this process by hanging up
+    for name in (
+        "SIGINT",
+        "SIGTERM",
+    ):  # these are for the training, which ends this process by hanging up
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     end = socket.socket(fileno=os.dup(0))
     end.setblocking(True)
@@ -386,7 +401,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     if sys.platform == "linux":  # elsewhere the kernel does not hold to it
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        memory = settings["memory"] if hard == resource.RLIM_INFINITY else min(settings["memory"], hard)
+        memory = (
+            settings["memory"] if hard == resource.RLIM_INFINITY else min(settings["memory"], hard)
+        )
         resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
     try:
         door = Door(link, settings)

@@ -35,7 +35,7 @@ _STATUS_EVERY = 10.0
 _AT_ONCE = 256
 _LONGEST_START = 120.0
 _RESTART_AFTER = (0.0, 0.1, 0.5, 2.0, 5.0)
-"""Seconds before the door is started again, by how often it has ended; the last holds from then on."""
+"""Seconds before the door is started again, by how often it has ended."""
 
 
 def prepare(socket: zmq.Socket[bytes]) -> None:
@@ -62,7 +62,14 @@ class Server:
         RuntimeError: if it cannot listen there.
     """
 
-    def __init__(self, desk: Desk, address: str, keys: Pair, workers: Mapping[int, bytes], max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        address: str,
+        keys: Pair,
+        workers: Mapping[int, bytes],
+        max_message_bytes: int,
+    ) -> None:
         assert keys.secret is not None
         self.desk, self.address = desk, address
         # a frame in and one out for every rank, and what Python, ZeroMQ and the allocators reserve
@@ -180,7 +187,8 @@ class Server:
             self._stop_door()
             self._ends, self._closed_at = self._ends + 1, now
             log.warning(
-                "ParameterServer: the process that holds the connections has ended. It is started again, and the workers connect anew."
+                "ParameterServer: the process that holds the connections has ended. It is started "
+                "again, and the workers connect anew."
             )
             self.desk.all_lost(now)
 
@@ -204,7 +212,10 @@ class Server:
         elif word is Word.SAYS:
             log.warning(f"ParameterServer: {bytes(frames[0]).decode(errors='replace')}.")
         elif word is Word.DEAF:
-            log.warning(f"ParameterServer cannot listen at {self.address} again: {bytes(frames[0]).decode(errors='replace')}.")
+            log.warning(
+                f"ParameterServer cannot listen at {self.address} again: "
+                f"{bytes(frames[0]).decode(errors='replace')}."
+            )
 
     def _look_for_the_missing(self, now: float) -> None:
         """Pings connections that may be dead: sending to a broken one fails. The longer it is silent, the rarer."""
@@ -212,7 +223,9 @@ class Server:
             since = now - max(member.heard, member.pinged)
             if member.route is not None and since > max(_PING_EVERY, 0.1 * (now - member.heard)):
                 member.pinged = now
-                self._link.put(Word.PING, rank, [member.route, Head(Kind.PING, self.desk.session).pack(), b""])
+                self._link.put(
+                    Word.PING, rank, [member.route, Head(Kind.PING, self.desk.session).pack(), b""]
+                )
 
     def _send(self) -> None:
         outbox, self.desk.outbox = self.desk.outbox, []
@@ -231,12 +244,14 @@ class Server:
             log.info(f"ParameterServer: {status}.")
         self._status, self._told_status = status, now
 
-    # -- the door -----------------------------------------------------------------------------------------------------
+    # -- the door ----------------------------------------------------------------------------------
 
     def _start_door(self) -> None:
         own, others = socket.socketpair()
         with others:
-            self._door = subprocess.Popen([sys.executable, os.path.abspath(door.__file__)], stdin=others.fileno())
+            self._door = subprocess.Popen(
+                [sys.executable, os.path.abspath(door.__file__)], stdin=others.fileno()
+            )
         self._link = Link(own)
         self._selector.register(self._link, selectors.EVENT_READ)
         settings = {**self._settings, "dropped": sorted(self._dropped)}
@@ -259,8 +274,8 @@ class Server:
                 break
         self._stop_door()
         raise RuntimeError(
-            f"ParameterServer should be able to listen at {self.address}. Found: {why}. Set MASTER_PORT to a free port on every host, and "
-            "MASTER_ADDR to this host."
+            f"ParameterServer should be able to listen at {self.address}. Found: {why}. Set "
+            "MASTER_PORT to a free port on every host, and MASTER_ADDR to this host."
         )
 
     def _stop_door(self) -> None:

@@ -178,7 +178,10 @@ class ParameterServer(Transport):
                 break
             if missing != told:
                 told = missing
-                log.info(f"ParameterServer at {self._server.address} waits for ranks {missing}, for {self.start_timeout:.0f} s at most.")
+                log.info(
+                    f"ParameterServer at {self._server.address} waits for ranks {missing}, for "
+                    f"{self.start_timeout:.0f} s at most."
+                )
             time.sleep(0.01)
 
         def begin() -> None:
