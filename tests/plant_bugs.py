@@ -893,13 +893,6 @@ BUGS = [
     Bug("truth values that are neither", "parsing.py", "raw != 0 if like.dtype == torch.bool else ", "", "parsing"),
     Bug("room for any batch", "callbacks/duplicate_batch_check.py", "= _MUCH * max(", "= 1e30 * max(", "replicas"),
     Bug(
-        "hooks that change gradients are overlooked",
-        "overlap.py",
-        "if not _is_lightnings(hooked.on_after_backward):",
-        "if False:",
-        "overlap",
-    ),
-    Bug(
         "who has left is waited for",
         "transports/parameter_server/desk.py",
         "if member.left or member.dropped:",
@@ -1132,13 +1125,6 @@ BUGS = [
         "transports/parameter_server/desk.py",
         "waiting.layout == call.layout and least",
         "least",
-        "parameter_server_faults",
-    ),
-    Bug(
-        "the dead are waited for",
-        "transports/parameter_server/desk.py",
-        "return member.active and here and (",
-        "return member.active and (",
         "parameter_server_faults",
     ),
     Bug(
