@@ -352,7 +352,7 @@ class Spy(CoordinateMedian):
         return (n - 3) // 2
 
     def aggregate(self, rows):
-        return torch.tensor([float(self.f), len(rows)])
+        return torch.full_like(rows.values[0], 100 * self.f + len(rows))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ class Spy(CoordinateMedian):
 def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_used):
     x = rows_for(n, D)
     x[:silent] = torch.nan
-    assert Spy(f=f)(x).tolist() == [f_used, n - silent]
+    assert Spy(f=f)(x).tolist() == [100 * f_used + n - silent] * D
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_who_sends_what_no_honest_worker_can_is_a_liar_that_is_gone(n, f, silent
     x = rows_for(n, D)
     x[:silent] = torch.nan
     rows = Rows(x, exposed=torch.arange(n) < exposed)
-    assert Spy(f=f)(rows).tolist() == [f_used, n - silent]
+    assert Spy(f=f)(rows).tolist() == [100 * f_used + n - silent] * D
 
 
 @pytest.mark.parametrize(("n", "f", "silent"), [(9, 2, 3), (9, 3, 4), (9, 3, 6), (10, 3, 9)])
