@@ -246,8 +246,8 @@ class SuspicionTest:
         """What speaks most against a worker."""
         if self._is_gross(worker):
             return (
-                f"its gradient is not finite, or {self.gross:g} times as long as the median "
-                "worker's, or as far from the others' as most are from each other"
+                f"its gradient is not finite, or more than {self.gross:g} times as long as the median "
+                "worker's, or as many times as far from the others' as most are from each other"
             )
         statistic, side, _, size, _, _ = self._decided(worker)
         if self.compare == "others":

@@ -222,7 +222,7 @@ def test_gross_faults_are_found_at_once(tmp_path: Path) -> None:
     assert [report["extra"] for report in reports[1:]] == [[]] * 3  # rank 0 tells
     ((worker, rank, step, reason),) = reports[0]["extra"]
     assert (worker, rank, step) == (1, 1, 1)
-    assert "not finite, or more than 100 times as far" in reason
+    assert "not finite, or more than 100 times as long" in reason
 
 
 @pytest.mark.processes

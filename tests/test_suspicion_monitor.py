@@ -145,16 +145,33 @@ def test_quarantine_leaves_the_messages_out(tmp_path: Path) -> None:
     assert report["extra"]["quarantined"] == {}
 
 
-def test_two_faulty_workers_one_after_the_other(tmp_path: Path) -> None:
+def test_two_faulty_workers_one_after_the_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logger = Keeps()
     callbacks = [
         ByzantineWorkers(WrongScale(), workers=[1]),
         ByzantineWorkers(WrongScale(), workers=[2], start=20),
         SuspicionMonitor(quarantine=True),
     ]
     strategy = ByzantineRobustStrategy(RobustSGD(), workers_per_process=7, num_byzantine=2)
-    (report,) = fit(tmp_path, Plain(), strategy, data=data(), callbacks=callbacks, extra=suspicions, max_steps=40)
+    settings = {"data": data(), "callbacks": callbacks, "extra": suspicions, "max_steps": 40}
+    with caplog.at_level(logging.INFO):
+        (report,) = fit(tmp_path, Plain(), strategy, logger=logger, **settings)
     assert report["extra"]["quarantined"][1] == 1
-    assert 21 <= report["extra"]["quarantined"][2] <= 23
+    last = report["extra"]["quarantined"][2]
+    assert 21 <= last <= 23
+    looks = {step: row["byz/quarantined"] for step, row in logger.rows if "byz/quarantined" in row}
+    assert [looks[step] for step in (0, 1, 2, 20, last, last + 1)] == [0, 0, 1, 1, 1, 2]  # of the round's beginning
+    said = [record.getMessage() for record in caplog.records]
+    (first, second) = (message for message in said if message.startswith("Suspect"))
+    assert "the rule goes on with 6 rows and f=2" in first
+    assert "the rule goes on with 5 rows and f=2" in second
+    (summary,) = (message for message in said if "at the end (suspicion 1 accuses)" in message)
+    lines = summary.splitlines()[1:]
+    assert len(lines) == 7
+    quarantined = {1: "(SUSPECT), in quarantine since step 1", 2: f"(SUSPECT), in quarantine since step {last}"}
+    for worker, line in enumerate(lines):
+        assert "rank 0 on host " in line
+        assert line.endswith(quarantined.get(worker, "")) and ("SUSPECT" in line) == (worker in quarantined)
 
 
 def test_silence_is_suspicious_if_it_goes_on(tmp_path: Path) -> None:

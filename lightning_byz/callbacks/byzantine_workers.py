@@ -11,7 +11,7 @@ import torch
 from lightning_byz import attacks
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
-from lightning_byz.callbacks.rounds import aggregated, worker_weights
+from lightning_byz.callbacks.rounds import aggregated, log_and_clear, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.strategy import is_robust
 from lightning_byz.transports import ByzantineTransport
@@ -219,10 +219,7 @@ class ByzantineWorkersCallback(_Base):
         return values
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._logs:
-            for name, value in self._logs.items():
-                pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-            self._logs = {}
+        log_and_clear(pl_module, self._logs)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self._logs = {}

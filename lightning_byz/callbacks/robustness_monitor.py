@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz import metrics
-from lightning_byz.callbacks.rounds import Aggregated, aggregated, guarantee, worker_weights
+from lightning_byz.callbacks.rounds import Aggregated, aggregated, guarantee, log_and_clear, worker_weights
 from lightning_byz.exchange import Exchange, Outcome
 from lightning_byz.strategy import is_robust
 from lightning_byz.transports import Transport
@@ -116,9 +116,7 @@ class RobustnessMonitorCallback(_Base):
         return values
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for name, value in self._logs.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-        self._logs = {}
+        log_and_clear(pl_module, self._logs)
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has cost so far; the same on every rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
     everyone = torch.zeros(n, dtype=torch.float64)
     everyone[seen.workers] = weights
     return everyone
+
+
+def log_and_clear(module: Any, values: dict[str, float]) -> None:
+    """Logs what a round gave, as values of its step, and forgets it."""
+    for name, value in values.items():
+        module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+    values.clear()
 
 
 class Guarantee(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import DStar
+from lightning_byz.callbacks.rounds import log_and_clear
 from lightning_byz.exchange import Outcome
 from lightning_byz.setup_checks import UnsupportedSetupError
 from lightning_byz.strategy import is_robust
@@ -166,9 +167,7 @@ class StragglersCallback(_Base):
             time.sleep(delay)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        for name, value in self._logs.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-        self._logs = {}
+        log_and_clear(pl_module, self._logs)
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
