@@ -1650,8 +1650,8 @@ BUGS = [
     Bug(
         "the dead are waited for",
         "transports/parameter_server/desk.py",
-        "return member.active and here and (",
-        "return member.active and (",
+        "            and here\n",
+        "",
         "parameter_server_faults",
     ),
     Bug(
