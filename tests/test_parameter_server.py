@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,20 +73,26 @@ class Watch(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.present: list[list[int]] = []
-        trainer.strategy.exchanges[0].observers.append(
-            lambda outcome: self.present.append(outcome.round.present.nonzero().flatten().tolist())
-        )
+        self.why: list[dict[int, str]] = []
+        exchange = trainer.strategy.exchanges[0]
+
+        def watch(outcome: Any) -> None:
+            self.present.append(outcome.round.present.nonzero().flatten().tolist())
+            self.why.append({w: exchange.transport.why_silent(w) for w in outcome.silent})
+
+        exchange.observers.append(watch)
+
+
+def watched(trainer: L.Trainer) -> Watch:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Watch))
 
 
 def present(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, Watch)).present
+    return watched(trainer).present
 
 
-class Loud(L.Callback):
-    """Shows warnings, each as often as it is given."""
-
-    def on_fit_start(self, *_: Any) -> None:
-        warnings.simplefilter("always")
+def present_and_why(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    return watched(trainer).present, watched(trainer).why
 
 
 class Dies(L.Callback):
@@ -201,16 +206,17 @@ def test_workers_killed_at_any_moment(tmp_path: Path) -> None:
 
     def callbacks(folder: Path) -> list[Any]:
         checkpoints = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")
-        return [Loud(), Watch(), Dies(folder, *deaths), checkpoints]
+        return [Watch(), Dies(folder, *deaths), checkpoints]
 
     settings = {"enable_checkpointing": True, "max_epochs": 2, "num_sanity_val_steps": 1}
-    run = job(6, callbacks=callbacks, val=loader, data=lambda: loader(8), extra=present, **settings)
+    run = job(6, callbacks=callbacks, val=loader, data=lambda: loader(8), extra=present_and_why, **settings)
     with Ranks(tmp_path, 6, run) as ranks:
         assert ranks.wait() == {0: 0, **dict.fromkeys(range(1, 6), -signal.SIGKILL)}, ranks.everything()
-        assert "worker 1 was not heard (its process: gone) in step 2" in ranks.output(0)
     (report,) = reports(tmp_path, 0)
-    assert report["steps"] == len(report["extra"]) == 10
-    assert report["extra"][0] == [0, 1, 2, 3, 4, 5] and report["extra"][2] == [0, 2, 3, 4, 5] and report["extra"][-1] == [0]
+    heard, why = report["extra"]
+    assert report["steps"] == len(heard) == 10
+    assert heard[0] == [0, 1, 2, 3, 4, 5] and heard[2] == [0, 2, 3, 4, 5] and heard[-1] == [0]
+    assert why[0] == {} and why[2] == {1: "was not heard (its process: gone)"}
     assert {"epoch=0.ckpt", "epoch=1.ckpt"} <= {path.name for path in tmp_path.iterdir()}
     assert "val_loss" in report["metrics"]
 
