@@ -46,7 +46,7 @@ from lightning_byz.types import Gradients, Round
 
 RANKS, N, D, P = 3, 12, 200, 2
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore:ALIE.. is no attack with 2 of n=12 workers")]
 
 
 class Case(NamedTuple):

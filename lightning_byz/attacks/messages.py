@@ -77,7 +77,7 @@ class ALIE(Attack):
             warnings.warn(
                 f"ALIE() is no attack with {len(byzantine)} of n={n} workers: the paper's formula gives z={z:.3g}, and workers that lie by "
                 "it send the honest mean, or help. Give z, such as ALIE(z=1.5), or more Byzantine workers.",
-                stacklevel=2,
+                stacklevel=1,  # one place, whoever checks: said once
             )
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
