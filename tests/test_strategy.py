@@ -685,10 +685,10 @@ def test_a_worker_in_quarantine_is_not_logged(tmp_path: Path) -> None:
             trainer.strategy.exchanges[0].quarantined.add(2)
 
     class Worker(Plain):
-        calls = 0
+        calls = itertools.count()  # which all workers of a process share
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            worker, self.calls = self.calls % 4, self.calls + 1
+            worker = next(self.calls) % 4
             self.log("value", 10.0 if worker == 2 else 0.25, on_step=True, on_epoch=True)
             return super().training_step(batch, batch_idx)
 

@@ -35,7 +35,7 @@ class DigitsClassifier(pl.LightningModule):
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
         images, labels = batch
-        self.log("accuracy", (self.net(images).argmax(1) == labels).float().mean(), prog_bar=True)
+        self.log("accuracy", (self.net(images).argmax(1) == labels).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)

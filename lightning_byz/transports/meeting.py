@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,6 +17,8 @@ from torch import Tensor
 
 _SIZE = 96
 """Bytes of what a rank says of its place."""
+_PROBE = timedelta(seconds=1)
+"""How long a message that looks for lost ranks waits to be taken."""
 _TAG = 1
 """Of what ranks say of their places; tags of messages are multiples of 4, or up to 2 more."""
 
@@ -73,9 +77,14 @@ class Meeting:
             return
         said = place.encode()[:_SIZE]
         self._said = torch.frombuffer(bytearray(said.ljust(_SIZE)), dtype=torch.uint8)
-        with self.naming_lost_ranks():
-            self._requests = [(r, dist.irecv(self._heard[r], r, self.group, _TAG)) for r in self.others]
-            self._requests += [(r, dist.isend(self._said, r, self.group, _TAG)) for r in self.others]
+        receive = [(r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others]
+        send = [(r, partial(dist.isend, self._said, r, self.group, _TAG)) for r in self.others]
+        self._requests = []
+        for rank, start in receive + send:
+            try:
+                self._requests.append((rank, start()))
+            except RuntimeError as error:
+                raise self._lost([rank], error) from error
 
     def join(self) -> None:
         """Waits until all ranks have said where they are.
@@ -127,12 +136,16 @@ class Meeting:
             raise self._lost(self._unreachable(), error) from error
 
     def _unreachable(self) -> list[int]:
-        """The ranks to which nothing can be sent any more."""
-        if self.group is None:
-            return []
+        """The ranks to which nothing can be sent any more; a message that nobody takes tells nothing."""
         probe = torch.zeros(1, dtype=torch.uint8)
-        sent = (partial(dist.isend, probe, rank, self.group, _TAG + 1) for rank in self.others)
-        return [rank for rank, send in zip(self.others, sent, strict=True) if _failure(send) is not None]
+        gone = []
+        for rank in self.others if self.group is not None else ():
+            began = time.monotonic()
+            if _failure(partial(dist.isend, probe, rank, self.group, _TAG + 1), _PROBE) is not None:
+                if time.monotonic() - began >= _PROBE.total_seconds():
+                    break  # after this gloo closes every connection, so that all other ranks would look gone
+                gone.append(rank)
+        return gone
 
     def _lost(self, ranks: Sequence[int], error: RuntimeError) -> RankLostError:
         who = f"{_ranks(ranks)} did" if ranks else "another rank did"
@@ -142,12 +155,14 @@ class Meeting:
         )
 
 
-def _failure(request: dist.Work | Callable[[], dist.Work | None] | None) -> RuntimeError | None:
+def _failure(
+    request: dist.Work | Callable[[], dist.Work | None] | None, within: timedelta | None = None
+) -> RuntimeError | None:
     """What became of a message: None, or an error. It may still have to be sent."""
     try:
         request = request() if callable(request) else request
         if request is not None:
-            request.wait()
+            request.wait() if within is None else request.wait(within)
     except RuntimeError as error:
         return error
     return None
