@@ -306,6 +306,8 @@ class RobustStrategy(_Base):
         elif not dist.is_initialized():  # for samplers and code of the project's own that ask for a rank
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
             self._group_of_one = True
+            # Lightning takes any process group for several processes, and asks for sync_dist=True.
+            warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
         if dist.is_initialized() and dist.get_world_size() != self._world:
             raise UnsupportedSetupError(
                 f"The run should have as many processes as torch.distributed's process group. Found {self._world} (Trainer(num_nodes="
