@@ -247,3 +247,20 @@ def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
             "`trusted_data` needs automatic optimization: its gradient is that of training_step, which takes a step of its own in "
             "manual optimization. Leave it out, or use automatic optimization."
         )
+
+
+def explain_one_sample(error: ValueError, samples: int, workers_per_process: int) -> None:
+    """Raises the error of a training step in words about workers, if a norm layer was given one sample.
+
+    Args:
+        error: what the step raised.
+        samples: how many samples the worker had.
+        workers_per_process: workers of this process, whose parts of the batch are cut from it.
+    """
+    if samples == 1 and workers_per_process > 1 and "more than 1 value per channel" in str(error):
+        raise ValueError(
+            "Batch normalization needs at least two samples for each worker. Found one, because a "
+            f"batch is cut among {workers_per_process} in-process workers. Use a batch_size of at least "
+            f"{2 * workers_per_process} (and drop_last=True), fewer workers_per_process, or a norm "
+            f"that looks at one sample, such as GroupNorm. torch said: {error}"
+        ) from error

@@ -44,6 +44,7 @@ from lightning_byz.setup_checks import (
     check_arguments_of_ddp,
     check_setup,
     default_transport,
+    explain_one_sample,
     explain_transport,
     resolve_algorithm,
 )
@@ -548,6 +549,9 @@ class RobustStrategy(_Base):
             try:
                 with buffers.of(i), attributes.of(i), self.sync.training_step(), rng.worker_rng(self.root_device, *self._rng_key(worker)):
                     outputs[-1] = super().training_step(part, *rest, **kwargs)
+            except ValueError as error:
+                explain_one_sample(error, logs[-1].samples, self.workers_per_process)
+                raise
             finally:
                 del vars(module)["log"]
             self._name_changes_by_hand(changes)

@@ -431,3 +431,18 @@ def test_arguments_of_ddp_are_taken_and_answered() -> None:
     assert len(said) == 1
     with pytest.raises(TypeError, match="no argument 'num_byzantin'"):
         ByzantineRobustStrategy(num_byzantin=1)
+
+
+@pytest.mark.parametrize(("samples", "words"), [(6, "at least two samples for each worker"), (24, None)])
+def test_batch_normalization_with_one_sample_says_so_in_words_about_workers(
+    tmp_path: Path, samples: int, words: str | None
+) -> None:
+    strategy = ByzantineRobustStrategy(workers_per_process=6)
+    trainer = L.Trainer(**QUIET, max_epochs=1, limit_train_batches=1, strategy=strategy)
+    if words is None:
+        trainer.fit(Plain(norm=True), loader(samples))
+        return
+    with pytest.raises(ValueError, match=words) as failed:
+        trainer.fit(Plain(norm=True), loader(samples))
+    assert "batch_size of at least 12" in str(failed.value)
+    assert "more than 1 value per channel" in str(failed.value)
