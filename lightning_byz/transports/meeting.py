@@ -79,12 +79,13 @@ class Meeting:
         self._said = torch.frombuffer(bytearray(said.ljust(_SIZE)), dtype=torch.uint8)
         receive = [(r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others]
         send = [(r, partial(dist.isend, self._said, r, self.group, _TAG)) for r in self.others]
-        self._requests = []
-        for rank, start in receive + send:
-            try:
-                self._requests.append((rank, start()))
-            except RuntimeError as error:
-                raise self._lost([rank], error) from error
+        self._requests = [(rank, self._started(rank, start)) for rank, start in receive + send]
+
+    def _started(self, rank: int, start: Callable[[], dist.Work | None]) -> dist.Work | None:
+        try:
+            return start()
+        except RuntimeError as error:
+            raise self._lost([rank], error) from error
 
     def join(self) -> None:
         """Waits until all ranks have said where they are.
