@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_byz.setup_checks import DEFAULT_ALGORITHM
+from lightning_byz.strategies.resolve import DEFAULT_ALGORITHM
 
 
 class Setting(NamedTuple):

@@ -25,7 +25,7 @@ import torch
 from _runs import machine, markdown
 
 import lightning_byz as byz
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 Timed = Callable[[torch.Tensor], Any]
 TARGETS = {  # the aims at n = 20, d = 11 million: over the mean, over the fastest peer

@@ -42,7 +42,7 @@ from byzpy.pre_aggregators.clipping import Clipping
 from byzpy.pre_aggregators.nnm import NearestNeighborMixing
 
 import lightning_byz as byz
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 Timed = Callable[[torch.Tensor], Any]
 

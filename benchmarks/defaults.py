@@ -24,8 +24,9 @@ from torch.nn import functional
 from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, TrimmedMean
 from lightning_byz.algorithms import RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
-from lightning_byz.exchange import Contribution, Exchange
-from lightning_byz.transports import ByzantineTransport, InProcess
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 
 RULES = {

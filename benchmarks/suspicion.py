@@ -21,7 +21,7 @@ from torch.func import grad, vmap
 from lightning_byz import Dirichlet, FlippedBit, LabelFlip, Stuck, WrongScale
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.data.digits import load_digits
-from lightning_byz.suspicion import SuspicionTest
+from lightning_byz.diagnostics.suspicion import SuspicionTest
 from lightning_byz.types import keyed_generator
 
 WORKERS, F, STEPS, ONSET, FAULTY, BATCH = 8, 2, 1000, 300, 5, 16

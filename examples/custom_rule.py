@@ -15,7 +15,7 @@ except ImportError:
 from lightning_byz import ALIE, ByzantineRobustStrategy, ByzantineWorkers, DigitsDataModule, RobustSGD
 from lightning_byz.aggregators import WeightedAggregator
 from lightning_byz.demo.quickstart import DigitsClassifier
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.testing import check_aggregator
 
 

@@ -11,9 +11,6 @@ Lightning package as soon as both it and this package are imported.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning_byz.aggregators import (
@@ -104,18 +101,10 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
-from lightning_byz.registration import register_with
+from lightning_byz.faces import INSTALLED, of_home, register_with
 from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
 
 __version__ = "0.1.0"
-
-_installed = [name for name in ("lightning", "pytorch_lightning") if importlib.util.find_spec(name) is not None]
-if not _installed:
-    raise ImportError(
-        "lightning_byz needs Lightning. Found neither `lightning` nor `pytorch_lightning`. Run: pip install lightning"
-    )
-_imported = [name for name in _installed if name in sys.modules]
-_home = (_imported if len(_imported) == 1 else _installed)[0]
 
 if TYPE_CHECKING:
     from lightning_byz.lightning import (
@@ -138,15 +127,12 @@ if TYPE_CHECKING:
 _PARTS = frozenset(globals())
 """What is here without Lightning."""
 
-register_with(_installed)
+register_with(INSTALLED)
 
 
 def __getattr__(name: str) -> Any:
     """The classes that have bases of Lightning's, which is imported with the first of them."""
-    if name not in __all__ or name in _PARTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"lightning_byz.{_home}"), name)
-    return value
+    return of_home(__name__, name, [known for known in __all__ if known not in _PARTS])
 
 
 def __dir__() -> list[str]:

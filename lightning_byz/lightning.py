@@ -25,7 +25,7 @@ from lightning_byz.data import (
     LIBSVMData,
 )
 from lightning_byz.models import ClassifierModel
-from lightning_byz.strategy import (
+from lightning_byz.strategies.strategy import (
     NAMED_STRATEGIES,
     RobustStrategy,
 )
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
-    """Robust aggregation of the workers' gradients in place of DDP's all-reduce; see `lightning_byz.strategy.RobustStrategy`."""
+    """Robust aggregation of the workers' gradients in place of DDP's all-reduce; see `lightning_byz.strategies.strategy.RobustStrategy`."""
 
     strategy_name = "byzantine_robust"
     _launchers = launchers

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import FROZEN_ROWS, JUNK, PRE_AGGREGATORS, ROBUST_RULES, RULES, RuleCase, each, laws, rows_for
 
-from lightning_byz import rows as rows_module
 from lightning_byz.aggregators import (
     NNM,
     AutoGM,
@@ -28,7 +27,8 @@ from lightning_byz.aggregators import (
     TrimmedMean,
     WeightedAggregator,
 )
-from lightning_byz.rows import Rows
+from lightning_byz.numerics import rows as rows_module
+from lightning_byz.numerics.rows import Rows
 
 N, F, D = 11, 3, 13
 

@@ -29,9 +29,10 @@ from lightning_byz.compressors import (
     RandK,
     TopK,
 )
-from lightning_byz.exchange import Contribution, Exchange
-from lightning_byz.rows import Rows
-from lightning_byz.transports import ByzantineTransport, InProcess
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.numerics.rows import Rows
+from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients, Round
 
 N, B, D = 9, 2, 10

@@ -35,9 +35,9 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
-from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Contribution, Exchange
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import lightning_byz.lightning
 import lightning_byz.pytorch_lightning
 from lightning_byz import WorkerSampler
-from lightning_byz.batches import split_batch
+from lightning_byz.data.batches import split_batch
 from lightning_byz.data.digits import TEST_IMAGES
 
 SETTINGS = [(96, 4, 4, {}), (97, 4, 5, {}), (23, 3, 8, {}), (97, 4, 5, {"drop_last": True}), (97, 4, 5, {"shuffle": False})]

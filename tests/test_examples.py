@@ -166,7 +166,7 @@ def test_the_page_on_custom_rules_is_right():
 
     from lightning_byz.aggregators import Aksel, WeightedAggregator
     from lightning_byz.aggregators.base import equal_weights
-    from lightning_byz.order_statistics import median_of_rows
+    from lightning_byz.numerics.order_statistics import median_of_rows
     from lightning_byz.testing import check_aggregator
 
     page = (ROOT / "docs" / "custom-rule.md").read_text()

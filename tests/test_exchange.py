@@ -23,15 +23,16 @@ from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, 
 from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
 from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
 from lightning_byz.attacks.base import Attack, checked_lies
-from lightning_byz.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
-from lightning_byz.exchange import NO_LOSS, Contribution, Exchange
-from lightning_byz.finite import all_finite
-from lightning_byz.memory import Room
-from lightning_byz.rng import restore, snapshot, worker_rng
-from lightning_byz.rows import Rows
-from lightning_byz.step_logs import StepLogs, WorkerLog
-from lightning_byz.transports import ByzantineTransport, InProcess, Message
+from lightning_byz.data.batches import BatchSplitter, batch_size, split_batch
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import NO_LOSS, Contribution, Exchange
+from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import Room
+from lightning_byz.numerics.rows import Rows
+from lightning_byz.strategies.logs import StepLogs, WorkerLog
+from lightning_byz.strategies.random_states import restore, snapshot, worker_rng
+from lightning_byz.transports import InProcess, Message
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
 
@@ -1215,7 +1216,7 @@ def test_most_workers_say_how_a_name_is_logged():
 
 
 def test_a_run_logs_no_more_names_than_it_can(monkeypatch):
-    monkeypatch.setattr("lightning_byz.step_logs._MOST_NAMES", 3)
+    monkeypatch.setattr("lightning_byz.strategies.logs._MOST_NAMES", 3)
     step_logs = StepLogs()
     for step in range(3):
         values, _ = reduced(step_logs, logs({f"a{step}": 1.0, f"b{step}": 1.0}, {"a0": 3.0}))

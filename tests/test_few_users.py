@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import laws
 
 from lightning_byz import RobustSGD, TrimmedMean
-from lightning_byz.few_users import FewUsers
 from lightning_byz.lightning import ByzantineRobustStrategy
+from lightning_byz.strategies.few_users import FewUsers
 
 QUIET = {
     "accelerator": "cpu",

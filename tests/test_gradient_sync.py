@@ -32,7 +32,7 @@ from lightning_byz import (
     Sharded,
     TopK,
 )
-from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Contribution, Exchange
 from lightning_byz.lightning import ByzantineRobustStrategy
 from lightning_byz.types import Gradients
 

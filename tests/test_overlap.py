@@ -28,7 +28,7 @@ from lightning_byz import (
     TrimmedMean,
 )
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, RobustnessMonitor, SuspicionMonitor
-from lightning_byz.overlap import Overlap
+from lightning_byz.strategies.overlap import Overlap
 from lightning_byz.transports import Transport
 
 pytestmark = pytest.mark.processes

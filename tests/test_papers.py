@@ -38,9 +38,9 @@ from lightning_byz.algorithms import (
 )
 from lightning_byz.attacks.base import Attack
 from lightning_byz.compressors import Identity, RandK, TopK
-from lightning_byz.exchange import Exchange
-from lightning_byz.rows import Rows
-from lightning_byz.transports import ByzantineTransport
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round, keyed_generator
 
 ZERO = torch.zeros(D, dtype=torch.float64)

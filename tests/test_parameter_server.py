@@ -24,9 +24,9 @@ from ranks import Ranks
 from zoo import ALGORITHMS, rows_for
 
 from lightning_byz import ByzEF21SGDM, CoordinateMedian, DStar, ParameterServer, RobustSGD, TrimmedMean
-from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Contribution, Exchange
 from lightning_byz.lightning import ByzantineRobustStrategy, Stragglers
-from lightning_byz.setup_checks import UnsupportedSetupError
+from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import laws
 
-from lightning_byz.parsing import (
+from lightning_byz.transports.parsing import (
     DIMENSIONS,
     DTYPES,
     Leaf,

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from zoo import laws
 
 from lightning_byz import DigitsDataModule, data
-from lightning_byz.batches import split_batch
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Partition, Replicated, WorkerSampler, labels_of
+from lightning_byz.data.batches import split_batch
 
 EQUAL = [IID(), ByLabel(), GammaSimilarity(0.0), GammaSimilarity(0.3), GammaSimilarity(1.0)]
 PARTITIONS = [*EQUAL, Dirichlet(0.5), Dirichlet(100.0), Dirichlet(0.5, min_samples=2), Replicated()]

@@ -28,7 +28,7 @@ from lightning_byz.aggregators import (
     TrimmedMean,
 )
 from lightning_byz.attacks import ALIE, IPM, SignFlip
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 byzfl = pytest.importorskip("byzfl")
 

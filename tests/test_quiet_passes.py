@@ -35,7 +35,7 @@ from lightning_byz import (
 )
 from lightning_byz.data import WorkerSampler
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
-from lightning_byz.quiet_passes import TrustedData
+from lightning_byz.strategies.extra_gradients import TrustedData
 from lightning_byz.types import keyed_generator
 
 N = 4

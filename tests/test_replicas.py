@@ -14,7 +14,7 @@ from models import Manual, Plain, loader
 from lightning_byz.callbacks.duplicate_batch_check import outliers, shared_batch
 from lightning_byz.callbacks.replica_check import checksum, minority
 from lightning_byz.lightning import ByzantineRobustStrategy, DuplicateBatchCheck, ReplicaCheck
-from lightning_byz.parsing import Refusals
+from lightning_byz.transports.parsing import Refusals
 
 DIVERGED = "Different from the others: rank 2 on host"
 

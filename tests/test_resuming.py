@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo import ALGORITHMS, each, laws, robust
 
 from lightning_byz import ByzEF21SGDM, InProcess, RobustSGD, TopK, WrongScale, resuming
-from lightning_byz.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Contribution, Exchange
 from lightning_byz.lightning import (
     ByzantineRobustStrategy,
     ByzantineWorkers,

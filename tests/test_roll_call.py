@@ -19,7 +19,7 @@ from models import Plain, loader
 from ranks import Ranks
 
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.roll_call import RollCall, roll_call
+from lightning_byz.strategies.store_barrier import RollCall, roll_call
 
 pytestmark = pytest.mark.processes
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import JUNK, laws, rows_for
 
-from lightning_byz import rows as rows_module
-from lightning_byz.memory import empty_rows
-from lightning_byz.order_statistics import median_of_rows, pruned_network, sorted_rows
-from lightning_byz.rows import Rows
+from lightning_byz.numerics import rows as rows_module
+from lightning_byz.numerics.memory import empty_rows
+from lightning_byz.numerics.order_statistics import median_of_rows, pruned_network, sorted_rows
+from lightning_byz.numerics.rows import Rows
 
 
 def true_squared_distances(x):

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zoo import laws, rows_for
 
-from lightning_byz import rows as rows_module
 from lightning_byz.aggregators import (
     CAF,
     MDA,
@@ -38,7 +37,8 @@ from lightning_byz.aggregators import (
 )
 from lightning_byz.aggregators.sign_guard import largest_cluster
 from lightning_byz.attacks import IPM
-from lightning_byz.rows import Rows
+from lightning_byz.numerics import rows as rows_module
+from lightning_byz.numerics.rows import Rows
 
 
 def honest_and(bad, n=11, d=13, **kwargs):

@@ -38,9 +38,10 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
-from lightning_byz.exchange import Contribution, Exchange
-from lightning_byz.setup_checks import default_transport
-from lightning_byz.transports import AllGather, ByzantineTransport, InProcess, Message, Transport
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.strategies.resolve import default_transport
+from lightning_byz.transports import AllGather, InProcess, Message, Transport
 from lightning_byz.transports.sharded import shard_bounds
 from lightning_byz.types import Gradients, Round
 

@@ -45,7 +45,7 @@ from lightning_byz import (
     TrimmedMean,
 )
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
-from lightning_byz.setup_checks import resolve_algorithm
+from lightning_byz.strategies.resolve import resolve_algorithm
 
 
 def in_process(n: int = 4, **kwargs: Any) -> ByzantineRobustStrategy:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zoo import laws
 
-from lightning_byz.sketch import Sketch
-from lightning_byz.suspicion import SuspicionTest
+from lightning_byz.diagnostics.sketch import Sketch
+from lightning_byz.diagnostics.suspicion import SuspicionTest
 
 
 def draw(n: int, d: int, generator: torch.Generator, noise: float = 1.0) -> Tensor:

@@ -20,10 +20,10 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_byz import SignSGDMajorityVote
-from lightning_byz.buffers import WorkerBuffers
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.outputs import joined
-from lightning_byz.worker_attributes import ChangesByHand, WorkerAttributes
+from lightning_byz.strategies.buffers import WorkerBuffers
+from lightning_byz.strategies.outputs import joined
+from lightning_byz.strategies.worker_attributes import ChangesByHand, WorkerAttributes
 
 N = 4
 processes = pytest.mark.processes

@@ -25,8 +25,9 @@ from defaults import initial, mlp
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack
 from lightning_byz.data import Partition, WorkerSampler
-from lightning_byz.exchange import Contribution, Exchange, Outcome
-from lightning_byz.transports import ByzantineTransport, InProcess, Transport
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Contribution, Exchange, Outcome
+from lightning_byz.transports import InProcess, Transport
 from lightning_byz.types import Gradients, Round
 
 Labelled = tuple[Tensor, Tensor]

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_byz.rows import AnyRows, Rows
+from lightning_byz.numerics.rows import AnyRows, Rows
 
 RuleT = TypeVar("RuleT", bound="Rule")
 AggregatorT = TypeVar("AggregatorT", bound="Aggregator")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from lightning_byz.aggregators.base import PreAggregator
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

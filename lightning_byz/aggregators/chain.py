@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule
 from lightning_byz.aggregators.coordinate_wise import Mean
 from lightning_byz.aggregators.nearest_neighbor_mixing import NNM
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators.base import PreAggregator
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 def _clipped(rows: Rows, norms: Tensor, limit: Tensor) -> Rows:

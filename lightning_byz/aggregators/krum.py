@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_byz.aggregators.base import Aggregator, TooFewRowsError, WeightedAggregator, equal_weights
 from lightning_byz.aggregators.coordinate_wise import mean_of_nearest
-from lightning_byz.order_statistics import middle_of, sorted_rows
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.order_statistics import middle_of, sorted_rows
+from lightning_byz.numerics.rows import Rows
 
 
 class KrumDefinition(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators.base import Aggregator
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 def around_medoid(rows: Rows, f: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_byz.aggregators.base import PreAggregator
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

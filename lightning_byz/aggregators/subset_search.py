@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
 from lightning_byz.aggregators.medoid import around_medoid
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators.base import TooFewRowsError, WeightedAggregator, equal_weights
-from lightning_byz.order_statistics import median_of_rows
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.order_statistics import median_of_rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

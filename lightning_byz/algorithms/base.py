@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, Mean
 from lightning_byz.compressors import Compressor, Identity
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
 AlgorithmT = TypeVar("AlgorithmT", bound="Algorithm")

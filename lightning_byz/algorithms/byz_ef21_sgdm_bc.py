@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_byz.algorithms.byz_ef21_sgdm import ByzEF21SGDM
 from lightning_byz.compressors import TopK
-from lightning_byz.memory import places_of
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.memory import places_of
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round
 
 

@@ -13,7 +13,7 @@ from lightning_byz.aggregators import NNM, Aggregator, Chain, Mean, TooFewRowsEr
 from lightning_byz.algorithms.base import Algorithm, NoState, among, draw
 from lightning_byz.algorithms.robust_sgd import RobustSGD
 from lightning_byz.compressors import Compressor, Identity
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
 Unit = Literal["drift", "estimate"]

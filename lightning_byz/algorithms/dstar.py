@@ -14,7 +14,7 @@ from lightning_byz.aggregators import Aggregator, CoordinateMedian, GeometricMed
 from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
 from lightning_byz.algorithms.base import Algorithm, NoState, among
 from lightning_byz.compressors import Compressor, Identity
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round, keyed_generator
 
 

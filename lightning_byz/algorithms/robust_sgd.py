@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_byz.aggregators import NNM, Aggregator, Chain, TrimmedMean
 from lightning_byz.algorithms.base import Algorithm
 from lightning_byz.compressors import Compressor, Identity
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
 

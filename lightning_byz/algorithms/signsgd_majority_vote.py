@@ -13,7 +13,7 @@ from lightning_byz.aggregators import Aggregator, MajorityVote
 from lightning_byz.algorithms.base import Algorithm, NoState
 from lightning_byz.compressors import Compressor, Identity, Sign, TernGrad
 from lightning_byz.compressors.bits import at_least
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Payload, Round
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.attacks.base import DataAttack
-from lightning_byz.batches import entry, with_entry
+from lightning_byz.data.batches import entry, with_entry
 
 
 class LabelAttack(DataAttack):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.attacks.base import Attack, Scene, everyone, spread
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
 """Callbacks: some install a fault, others observe; none steers the training.
 
-The classes to use are those of the Lightning package at hand: ``lightning_byz.lightning.ByzantineWorkers`` or
-``lightning_byz.pytorch_lightning.ByzantineWorkers``; ``lightning_byz.ByzantineWorkers`` is one of them.
+``from lightning_byz.callbacks import ByzantineWorkers`` gives the class for the Lightning package at
+hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning` hold
+the classes for one each. What is here without Lightning, such as `ByzantineWorkersCallback`, is all
+of a callback but its base class.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lightning_byz.callbacks.byzantine_workers import ByzantineWorkersCallback
 from lightning_byz.callbacks.duplicate_batch_check import DuplicateBatchCheckCallback
@@ -11,13 +15,52 @@ from lightning_byz.callbacks.robustness_monitor import RobustnessMonitorCallback
 from lightning_byz.callbacks.shadow_mode import ShadowModeCallback
 from lightning_byz.callbacks.stragglers import StragglersCallback
 from lightning_byz.callbacks.suspicion_monitor import SuspicionMonitorCallback
+from lightning_byz.faces import of_home
+
+if TYPE_CHECKING:
+    from lightning_byz.lightning import (
+        ByzantineWorkers,
+        DuplicateBatchCheck,
+        ReplicaCheck,
+        RobustnessMonitor,
+        ShadowMode,
+        Stragglers,
+        SuspicionMonitor,
+    )
+
+_OF_LIGHTNING = (
+    "ByzantineWorkers",
+    "DuplicateBatchCheck",
+    "ReplicaCheck",
+    "RobustnessMonitor",
+    "ShadowMode",
+    "Stragglers",
+    "SuspicionMonitor",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """The callbacks, of the Lightning package that the program uses."""
+    return of_home(__name__, name, _OF_LIGHTNING)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
+    "ByzantineWorkers",
     "ByzantineWorkersCallback",
+    "DuplicateBatchCheck",
     "DuplicateBatchCheckCallback",
+    "ReplicaCheck",
     "ReplicaCheckCallback",
+    "RobustnessMonitor",
     "RobustnessMonitorCallback",
+    "ShadowMode",
     "ShadowModeCallback",
+    "Stragglers",
     "StragglersCallback",
+    "SuspicionMonitor",
     "SuspicionMonitorCallback",
 ]

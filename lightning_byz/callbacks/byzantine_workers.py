@@ -11,16 +11,16 @@ import torch
 from lightning_byz import attacks
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
-from lightning_byz.callbacks.rounds import aggregated, log_and_clear, worker_weights
-from lightning_byz.exchange import Exchange, Outcome
-from lightning_byz.strategy import is_robust
-from lightning_byz.transports import ByzantineTransport
+from lightning_byz.diagnostics.rounds import aggregated, log_and_clear, worker_weights
+from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.types import keyed_generator, keyed_seed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
 
-    from lightning_byz.strategy import RobustStrategy
+    from lightning_byz.strategies.strategy import RobustStrategy
 else:
     _Base = object
 

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_byz.buffers import WorkerBuffers
-from lightning_byz.callbacks.accusations import gathered
-from lightning_byz.callbacks.replicas import ReplicasCallback, named
-from lightning_byz.gradients import FlatParameters
-from lightning_byz.parsing import DIMENSIONS, Refusals, leaf_header, read_leaves
-from lightning_byz.quiet_passes import QuietPasses, random_states_kept
-from lightning_byz.sketch import Sketch
-from lightning_byz.whereabouts import Whereabouts
-from lightning_byz.worker_attributes import WorkerAttributes
+from lightning_byz.diagnostics.alerts import gathered
+from lightning_byz.diagnostics.replicas import ReplicasCallback, named
+from lightning_byz.diagnostics.sketch import Sketch
+from lightning_byz.diagnostics.worker_placement import Whereabouts
+from lightning_byz.strategies.buffers import WorkerBuffers
+from lightning_byz.strategies.extra_gradients import QuietPasses, random_states_kept
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.worker_attributes import WorkerAttributes
+from lightning_byz.transports.parsing import DIMENSIONS, Refusals, leaf_header, read_leaves
 
 _LEAVES = 32
 """How many tensors a batch may hold."""
@@ -41,7 +41,7 @@ class DuplicateBatchCheckCallback(ReplicasCallback):
     Args:
         every_n_steps: batches between two checks.
         tolerance: how far from the ranks' median gradient a rank's may lie, in parts of its length. Kernels that add up in any order differ by rounding; a device that is the
-            same everywhere and deterministic allows 0. Compared are sketches (see `lightning_byz.sketch`), which keep such distances.
+            same everywhere and deterministic allows 0. Compared are sketches (see `lightning_byz.diagnostics.sketch`), which keep such distances.
         action: "raise" a `ReplicasDifferError` on all ranks, or "warn", once for every set of ranks.
         on_difference: called on rank 0 with the places of the ranks that differ.
 

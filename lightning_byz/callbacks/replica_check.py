@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.callbacks.accusations import gathered
-from lightning_byz.callbacks.replicas import ReplicasCallback, named
+from lightning_byz.diagnostics.alerts import gathered
+from lightning_byz.diagnostics.replicas import ReplicasCallback, named
+from lightning_byz.diagnostics.worker_placement import Whereabouts
 from lightning_byz.types import keyed_seed
-from lightning_byz.whereabouts import Whereabouts
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1 << 20

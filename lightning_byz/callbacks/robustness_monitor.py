@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_byz import metrics
-from lightning_byz.callbacks.rounds import Aggregated, aggregated, guarantee, log_and_clear, worker_weights
-from lightning_byz.exchange import Exchange, Outcome
-from lightning_byz.strategy import is_robust
+from lightning_byz.diagnostics.rounds import Aggregated, aggregated, guarantee, log_and_clear, worker_weights
+from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.transports import Transport
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
 
-    from lightning_byz.strategy import RobustStrategy
+    from lightning_byz.strategies.strategy import RobustStrategy
 else:
     _Base = object
 
@@ -34,7 +34,7 @@ class RobustnessMonitorCallback(_Base):
     The guarantee meter, where a kappa of the rule is proven (`Aggregator.kappa`): ``byz/spread`` is the honest rows' mean squared distance
     to their mean, ``byz/guarantee_ratio`` is ``sqrt(kappa * spread) / ||honest mean||``, and ``byz/guarantee`` is 1 while that is below 1:
     then no values that f rows could hold would have turned the aggregate against the honest workers' direction. Where nobody knows who is
-    honest, they are estimated (see `lightning_byz.callbacks.rounds.guarantee`).
+    honest, they are estimated (see `lightning_byz.diagnostics.rounds.guarantee`).
 
     With known truth (a run with `ByzantineWorkers`, or ``byzantine=``), about the honest rows' mean: ``byz/aggregation_error``,
     ``byz/relative_error``, ``byz/cosine``; ``byz/kappa``, what the round needed of kappa; and where the rule has weights

@@ -3,7 +3,7 @@
 DDP reduces gradients inside the backward pass, so a rank's own gradient is gone when any callback runs. While it exists, PyTorch's
 `Tensor.register_post_accumulate_grad_hook` sees it: it runs when a parameter's gradient is complete, before DDP's own hook behind it puts the
 gradient into a bucket. The hooks are there only in the steps that are looked at. Each adds the sketch of one gradient to a short vector (see
-`lightning_byz.sketch`); after the backward pass these vectors, 256 KiB a rank at most, are gathered. A communication hook would do too, but DDP takes only one,
+`lightning_byz.diagnostics.sketch`); after the backward pass these vectors, 256 KiB a rank at most, are gathered. A communication hook would do too, but DDP takes only one,
 for the whole run, and it might be the user's.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_byz.aggregators import Aggregator, MultiKrum, TooFewRowsError, WeightedAggregator
-from lightning_byz.callbacks.accusations import (
+from lightning_byz.diagnostics.alerts import (
     Suspect,
     accuse,
     gathered,
@@ -27,11 +27,11 @@ from lightning_byz.callbacks.accusations import (
     scores,
     starts_afresh,
 )
+from lightning_byz.diagnostics.sketch import Sketch
+from lightning_byz.diagnostics.suspicion import Compare, SuspicionTest
+from lightning_byz.diagnostics.worker_placement import Whereabouts, whereabouts
 from lightning_byz.metrics import dropped
-from lightning_byz.rows import Rows
-from lightning_byz.sketch import Sketch
-from lightning_byz.suspicion import Compare, SuspicionTest
-from lightning_byz.whereabouts import Whereabouts, whereabouts
+from lightning_byz.numerics.rows import Rows
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
@@ -44,7 +44,7 @@ class ShadowModeCallback(_Base):
 
     In two consecutive steps of every ``every_n_steps`` it compares the ranks' gradients as they are before DDP averages them (of the last micro-batch's
     backward pass, so with accumulated gradients all of them). It logs, at these steps and to all loggers, ``byz/dropped/worker_<i>`` (1 if the rule would
-    have dropped the rank), and ``byz/suspicion/worker_<i>`` (0: no evidence; from 1 on the rank is accused, see `lightning_byz.suspicion`). The first time that a rank is
+    have dropped the rank), and ``byz/suspicion/worker_<i>`` (0: no evidence; from 1 on the rank is accused, see `lightning_byz.diagnostics.suspicion`). The first time that a rank is
     accused, one warning names its rank, host and device. With ``LIGHTNING_BYZ_SHADOW=1`` in the environment every Trainer has this callback.
 
     Compared are the parameters that need a gradient when a looked-at batch begins and that the last micro-batch uses. In manual optimization, a step with several backward passes compares each of them.

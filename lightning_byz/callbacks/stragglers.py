@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import DStar
-from lightning_byz.callbacks.rounds import log_and_clear
-from lightning_byz.exchange import Outcome
-from lightning_byz.setup_checks import UnsupportedSetupError
-from lightning_byz.strategy import is_robust
+from lightning_byz.diagnostics.rounds import log_and_clear
+from lightning_byz.engine.exchange import Outcome
+from lightning_byz.strategies.strategy import is_robust
+from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.types import keyed_generator
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
 
-    from lightning_byz.strategy import RobustStrategy
+    from lightning_byz.strategies.strategy import RobustStrategy
 else:
     _Base = object
 

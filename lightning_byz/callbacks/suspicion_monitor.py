@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_byz import resuming
 from lightning_byz.algorithms import Algorithm, RobustSGD
-from lightning_byz.callbacks.accusations import (
+from lightning_byz.compressors import Field
+from lightning_byz.diagnostics.alerts import (
     Suspect,
     accuse,
     log_to_all,
     run_logger,
     starts_afresh,
 )
-from lightning_byz.compressors import Field
-from lightning_byz.exchange import Exchange, Outcome
-from lightning_byz.sketch import Sketch
-from lightning_byz.strategy import is_robust
-from lightning_byz.suspicion import Compare, SuspicionTest
-from lightning_byz.whereabouts import Whereabouts, whereabouts
+from lightning_byz.diagnostics.sketch import Sketch
+from lightning_byz.diagnostics.suspicion import Compare, SuspicionTest
+from lightning_byz.diagnostics.worker_placement import Whereabouts, whereabouts
+from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.strategies import resuming
+from lightning_byz.strategies.strategy import is_robust
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base
 
-    from lightning_byz.strategy import RobustStrategy
+    from lightning_byz.strategies.strategy import RobustStrategy
 else:
     _Base = object
 
@@ -37,7 +37,7 @@ else:
 class SuspicionMonitorCallback(_Base):
     """Scores every worker of a ``byzantine_robust`` run by the rows that the rule sees, and accuses one when chance explains them no longer.
 
-    The statistics, the test, and what its false-alarm rate assumes are described in `lightning_byz.suspicion`. In two consecutive rounds of every
+    The statistics, the test, and what its false-alarm rate assumes are described in `lightning_byz.diagnostics.suspicion`. In two consecutive rounds of every
     ``every_n_steps`` it looks at (sketches of) the rows, and logs to all loggers
     ``byz/suspicion/worker_<i>`` (0 is no evidence, from 1 on a worker is accused) and
     ``byz/quarantined``, how many workers are in quarantine. The first time, rank 0 warns, naming

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lightning_byz
-from lightning_byz.callbacks.accusations import is_wandb
 from lightning_byz.cli.runs import ByzantineCLI
-from lightning_byz.exchange import Outcome
-from lightning_byz.strategy import TooFewGradientsError, is_robust
+from lightning_byz.diagnostics.alerts import is_wandb
+from lightning_byz.engine.exchange import Outcome
+from lightning_byz.strategies.strategy import TooFewGradientsError, is_robust
 
-if TYPE_CHECKING or lightning_byz._home == "lightning":
+if TYPE_CHECKING or lightning_byz.faces.HOME == "lightning":
     from lightning.pytorch import Callback
 else:
     from pytorch_lightning import Callback

@@ -17,7 +17,7 @@ from lightning_byz.extras import require
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 else:
-    _home = importlib.import_module("lightning.pytorch.cli" if lightning_byz._home == "lightning" else "pytorch_lightning.cli")
+    _home = importlib.import_module("lightning.pytorch.cli" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning.cli")
     LightningCLI, SaveConfigCallback = _home.LightningCLI, _home.SaveConfigCallback
 
 

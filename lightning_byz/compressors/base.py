@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.finite import all_finite
+from lightning_byz.numerics.finite import all_finite
 from lightning_byz.types import Payload
 
 

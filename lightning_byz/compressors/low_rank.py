@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors.base import Compressor, Field
-from lightning_byz.finite import all_finite
+from lightning_byz.numerics.finite import all_finite
 from lightning_byz.types import Payload
 
 

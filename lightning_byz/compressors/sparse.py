@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_byz.compressors.base import Compressor, Field, WireFormat
 from lightning_byz.compressors.bits import NUMPY_DTYPES
-from lightning_byz.finite import all_finite
+from lightning_byz.numerics.finite import all_finite
 from lightning_byz.types import Payload
 
 _SAMPLE = 32_768

@@ -2,7 +2,6 @@
 
 from lightning_byz.transports.all_gather import AllGather
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Uplink, Verdict
-from lightning_byz.transports.byzantine import ByzantineTransport
 from lightning_byz.transports.in_process import InProcess
 from lightning_byz.transports.meeting import OutOfStepError, RankLostError
 from lightning_byz.transports.parameter_server import LeftBehindError, ParameterServer, RunIsOverError, ServerLostError, make_keys
@@ -11,7 +10,6 @@ from lightning_byz.transports.sharded import Sharded
 __all__ = [
     "AllGather",
     "Awaited",
-    "ByzantineTransport",
     "Downlink",
     "InProcess",
     "LeftBehindError",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
-from lightning_byz.memory import empty_rows
+from lightning_byz.numerics.memory import empty_rows
 from lightning_byz.transports.base import Downlink, Message, Received, Uplink
 from lightning_byz.transports.collective import Collective
 from lightning_byz.transports.meeting import Request

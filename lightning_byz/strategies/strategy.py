@@ -1,6 +1,6 @@
 """ByzantineRobustStrategy: Lightning's training loop on one side, a round of a robust algorithm on the other. Glue only.
 
-The seam is the end of `Strategy.backward`, where DDP's gradients are reduced (`lightning_byz.gradient_sync`). There the local workers'
+The seam is the end of `Strategy.backward`, where DDP's gradients are reduced (`lightning_byz.strategies.gradient_sync`). There the local workers'
 gradients go through `Exchange`, and the estimate that comes back is written to ``p.grad``. Hooks, clipping, the optimizer and its
 schedule are the user's, untouched.
 """
@@ -24,37 +24,38 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from lightning_byz import resuming, rng
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, ByzVRMarinaPP, DStar, SignSGDMajorityVote
-from lightning_byz.batches import BatchSplitter, batch_size
-from lightning_byz.buffers import WorkerBuffers, shared_tensors
 from lightning_byz.compressors import Field
-from lightning_byz.exchange import NO_LOSS, Contribution, Exchange, Outcome, comes
-from lightning_byz.few_users import FewUsers, described
-from lightning_byz.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
-from lightning_byz.gradients import FlatParameters
-from lightning_byz.outputs import joined
-from lightning_byz.overlap import obstacle
-from lightning_byz.quiet_passes import MeanGradient, Pass, QuietPasses, TrustedData, parameters_at, random_states_kept, whole_data
-from lightning_byz.reductions import is_finite, over_finite, reduction
-from lightning_byz.roll_call import RollCall, roll_call
-from lightning_byz.served import ServedRun, surviving_launcher
-from lightning_byz.setup_checks import (
-    UnsupportedSetupError,
-    check_arguments_of_ddp,
-    check_setup,
-    default_transport,
-    explain_one_sample,
-    explain_transport,
-    resolve_algorithm,
+from lightning_byz.data.batches import BatchSplitter, batch_size
+from lightning_byz.engine.exchange import NO_LOSS, Contribution, Exchange, Outcome, comes
+from lightning_byz.strategies import random_states, resuming
+from lightning_byz.strategies.buffers import WorkerBuffers, shared_tensors
+from lightning_byz.strategies.extra_gradients import (
+    MeanGradient,
+    Pass,
+    QuietPasses,
+    TrustedData,
+    parameters_at,
+    random_states_kept,
+    whole_data,
 )
-from lightning_byz.setup_checks import warn as _warn
-from lightning_byz.step_logs import Call, StepLogs, WorkerLog
+from lightning_byz.strategies.few_users import FewUsers, described
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.gradient_sync import GradientGroup, GradientSync, gradient_groups, may_repeat, parameters_of
+from lightning_byz.strategies.logs import Call, StepLogs, WorkerLog
+from lightning_byz.strategies.outputs import joined
+from lightning_byz.strategies.overlap import obstacle
+from lightning_byz.strategies.reductions import is_finite, over_finite, reduction
+from lightning_byz.strategies.resolve import default_transport, explain_transport, resolve_algorithm
+from lightning_byz.strategies.server_processes import ServedRun, surviving_launcher
+from lightning_byz.strategies.store_barrier import RollCall, roll_call
+from lightning_byz.strategies.validate import UnsupportedSetupError, check_arguments_of_ddp, check_setup, explain_one_sample
+from lightning_byz.strategies.validate import warn as _warn
+from lightning_byz.strategies.worker_attributes import ChangesByHand, WorkerAttributes
 from lightning_byz.transports import ParameterServer, Sharded, Transport
 from lightning_byz.transports.meeting import meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round
-from lightning_byz.worker_attributes import ChangesByHand, WorkerAttributes
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy as _Base
@@ -318,7 +319,7 @@ class RobustStrategy(_Base):
             )
 
     def _connect_processes(self) -> None:
-        rng.reset()
+        random_states.reset()
         self.set_world_ranks()
         environment = self.cluster_environment
         assert environment is not None
@@ -547,7 +548,7 @@ class RobustStrategy(_Base):
                 continue
             vars(module)["log"] = logs[-1].record
             try:
-                with buffers.of(i), attributes.of(i), self.sync.training_step(), rng.worker_rng(self.root_device, *self._rng_key(worker)):
+                with buffers.of(i), attributes.of(i), self.sync.training_step(), random_states.worker_rng(self.root_device, *self._rng_key(worker)):
                     outputs[-1] = super().training_step(part, *rest, **kwargs)
             except ValueError as error:
                 explain_one_sample(error, logs[-1].samples, self.workers_per_process)
@@ -1059,13 +1060,13 @@ class RobustStrategy(_Base):
 
     def _collected(self, local: list[dict[int, dict[str, Tensor]]]) -> tuple[list[dict[int, Any]], dict[int, Any]]:
         """All workers' states, by optimizer, and all ranks' random states, at rank 0; elsewhere, and alone, this rank's."""
-        random_states = rng.snapshot(self.root_device)
+        kept = random_states.snapshot(self.root_device)
         if self._alone() or self._saved_alone:
-            return local, {self.global_rank: random_states}
+            return local, {self.global_rank: kept}
         if self._served is not None:
-            return self._served.collect_states(local, random_states)
+            return self._served.collect_states(local, kept)
         keys = [(i, w, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
-        tensors = [*random_states, *(local[i][w][name] for i, w, name in keys)]
+        tensors = [*kept, *(local[i][w][name] for i, w, name in keys)]
         layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
         device = torch.device("cpu") if dist.get_backend() == "gloo" else self.root_device
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8, device=device)
@@ -1074,13 +1075,13 @@ class RobustStrategy(_Base):
         received = [torch.empty_like(sent) for _ in range(self._world)] if zero else None
         dist.gather(sent, received, dst=0)
         if received is None:
-            return local, {self.global_rank: random_states}
+            return local, {self.global_rank: kept}
         everybody: list[dict[int, Any]] = [{} for _ in local]
         states: dict[int, Any] = {}
         for rank, buffer in enumerate(received):
             unpacked = [tensor.cpu().clone() for tensor in unpack(buffer, layout)]
-            states[rank] = tuple(unpacked[: len(random_states)])
-            for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
+            states[rank] = tuple(unpacked[: len(kept)])
+            for (i, w, name), tensor in zip(keys, unpacked[len(kept) :], strict=True):
                 everybody[i].setdefault(w + rank * self.workers_per_process, {})[name] = tensor
         return everybody, states
 
@@ -1139,7 +1140,7 @@ class RobustStrategy(_Base):
         self.silences = dict(saved["silences"])
         self._step_logs.load(saved.get("logged", {}))
         if self.global_rank in saved["rng"]:
-            rng.restore(self.root_device, saved["rng"][self.global_rank])
+            random_states.restore(self.root_device, saved["rng"][self.global_rank])
 
 
 class _Weighed(NamedTuple):

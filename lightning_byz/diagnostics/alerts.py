@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_byz.suspicion import SuspicionTest
-from lightning_byz.whereabouts import Whereabouts
+from lightning_byz.diagnostics.suspicion import SuspicionTest
+from lightning_byz.diagnostics.worker_placement import Whereabouts
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_byz import rng
-from lightning_byz.batches import BatchSplitter
-from lightning_byz.buffers import WorkerBuffers
-from lightning_byz.gradients import FlatParameters
-from lightning_byz.step_logs import WorkerLog
+from lightning_byz.data.batches import BatchSplitter
+from lightning_byz.strategies import random_states
+from lightning_byz.strategies.buffers import WorkerBuffers
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.logs import WorkerLog
+from lightning_byz.strategies.worker_attributes import WorkerAttributes
 from lightning_byz.types import keyed_generator, keyed_seed
-from lightning_byz.worker_attributes import WorkerAttributes
 
 
 class Pass(NamedTuple):
@@ -78,7 +78,7 @@ class QuietPasses:
         outer = vars(self.module).get("log")
         vars(self.module)["log"] = WorkerLog().record
         try:
-            with self.buffers.scratch(worker), self.attributes.scratch(worker), _metrics_kept(self.module), rng.worker_rng(self.device, *key):
+            with self.buffers.scratch(worker), self.attributes.scratch(worker), _metrics_kept(self.module), random_states.worker_rng(self.device, *key):
                 output = self.training_step(*args, **kwargs)
                 loss = output.get("loss") if isinstance(output, dict) else output
                 if not isinstance(loss, Tensor):
@@ -134,11 +134,11 @@ class MeanGradient:
 @contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
     """All global random states (torch, CUDA, numpy, Python) are afterwards what they were before."""
-    before = rng.snapshot(device)
+    before = random_states.snapshot(device)
     try:
         yield
     finally:
-        rng.restore(device, before)
+        random_states.restore(device, before)
 
 
 @contextmanager

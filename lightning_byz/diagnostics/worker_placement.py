@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.parsing import text
+from lightning_byz.transports.parsing import text
 
 _LENGTH = 256
 """Bytes that a rank says about itself."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_byz.callbacks.accusations import gathered, run_logger
-from lightning_byz.strategy import is_robust
-from lightning_byz.whereabouts import Whereabouts, whereabouts
+from lightning_byz.diagnostics.alerts import gathered, run_logger
+from lightning_byz.diagnostics.worker_placement import Whereabouts, whereabouts
+from lightning_byz.strategies.strategy import is_robust
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Base

@@ -16,7 +16,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack, Scene
 from lightning_byz.attacks.base import checked_lies
 from lightning_byz.compressors import Compressor, Field
-from lightning_byz.rows import AnyRows, Rows
+from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round, keyed_generator
 

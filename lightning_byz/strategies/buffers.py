@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_byz.aggregators import CoordinateMedian, TooFewRowsError
 from lightning_byz.compressors import Field
-from lightning_byz.finite import all_finite
+from lightning_byz.numerics.finite import all_finite
 from lightning_byz.transports import Transport
 
 log = logging.getLogger("lightning_byz")

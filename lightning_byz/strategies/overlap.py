@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_byz.exchange import Exchange
-from lightning_byz.gradients import FlatParameters
-from lightning_byz.upload import Upload
+from lightning_byz.engine.bucketed_messages import Upload
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.strategies.flat_parameters import FlatParameters
 
 
 class Overlap:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.finite import all_finite
-from lightning_byz.memory import Room
-from lightning_byz.state_layout import check_kept, check_state, piece_of
+from lightning_byz.engine.state_layout import check_kept, check_state, piece_of
+from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import Room
 from lightning_byz.transports import Uplink
 from lightning_byz.types import Gradients, Payload, Round
 

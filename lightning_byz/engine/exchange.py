@@ -15,13 +15,13 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
-from lightning_byz.finite import all_finite
-from lightning_byz.memory import Room, empty_rows, places_of
-from lightning_byz.rows import AnyRows, Rows
-from lightning_byz.state_layout import check_kept, check_state, columns_of, piece_of
+from lightning_byz.engine.bucketed_messages import Upload
+from lightning_byz.engine.state_layout import check_kept, check_state, columns_of, piece_of
+from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import Room, empty_rows, places_of
+from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports import Awaited, Message, Received, Transport, Verdict
 from lightning_byz.types import Gradients, Payload, Round
-from lightning_byz.upload import Upload
 
 
 class Contribution(NamedTuple):

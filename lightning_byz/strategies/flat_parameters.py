@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lightning_byz.memory import empty_rows
+from lightning_byz.numerics.memory import empty_rows
 
 
 class FlatParameters:

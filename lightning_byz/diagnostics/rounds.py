@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.exchange import Outcome
+from lightning_byz.engine.exchange import Outcome
 from lightning_byz.metrics import worst_relative_error
-from lightning_byz.rows import Rows
+from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round
 
 

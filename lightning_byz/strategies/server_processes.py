@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_byz.buffers import shared_tensors
 from lightning_byz.compressors import Field
-from lightning_byz.parsing import Refusals, described, read_tensor
-from lightning_byz.setup_checks import UnsupportedSetupError
+from lightning_byz.strategies.buffers import shared_tensors
+from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError
 from lightning_byz.transports.parameter_server.protocol import fingerprint
+from lightning_byz.transports.parsing import Refusals, described, read_tensor
 from lightning_byz.transports.wire import pack, packed_size, unpack
 
 log = logging.getLogger("lightning_byz")

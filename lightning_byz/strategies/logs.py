@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Field
-from lightning_byz.parsing import FLAGS, Refusals, StepRow, logged_names, step_row
-from lightning_byz.reductions import REDUCTIONS, Reduction, is_finite, over_finite, reduction
+from lightning_byz.strategies.reductions import REDUCTIONS, Reduction, is_finite, over_finite, reduction
 from lightning_byz.transports import Transport
+from lightning_byz.transports.parsing import FLAGS, Refusals, StepRow, logged_names, step_row
 
 
 class Call(NamedTuple):

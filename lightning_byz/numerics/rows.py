@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_byz.finite import all_finite
-from lightning_byz.memory import places_of
-from lightning_byz.order_statistics import median_of_rows, pruned_network
+from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import places_of
+from lightning_byz.numerics.order_statistics import median_of_rows, pruned_network
 
 _BLOCK = 65_536
 """Columns that a core works on at a time: three float32 rows of them, as many as an operation touches, are 0.8 MB, about a second-level cache. Torch

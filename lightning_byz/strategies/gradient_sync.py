@@ -25,9 +25,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lightning_byz.exchange import Exchange
-from lightning_byz.gradients import FlatParameters
-from lightning_byz.overlap import Overlap
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.overlap import Overlap
 
 log = logging.getLogger("lightning_byz")
 
