@@ -25,7 +25,8 @@ from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, T
 from lightning_byz.algorithms import RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 

@@ -25,10 +25,8 @@ from lightning_byz.data import (
     LIBSVMData,
 )
 from lightning_byz.models import ClassifierModel
-from lightning_byz.strategies.strategy import (
-    NAMED_STRATEGIES,
-    RobustStrategy,
-)
+from lightning_byz.strategies.names import NAMED_STRATEGIES
+from lightning_byz.strategies.strategy import RobustStrategy
 
 __all__ = [
     "ByzantineRobustStrategy",

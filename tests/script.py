@@ -44,9 +44,9 @@ class Model(pl.LightningModule):
         if self.trainer.global_step == 3 and self.trainer.global_rank == arguments.fail_rank:
             raise RuntimeError("planted")
         if self.trainer.global_step == 2 and self.trainer.global_rank == arguments.saves_alone:
-            self.trainer.strategy.roll_call_patience = 2.0
+            self.trainer.strategy.save_patience = 2.0
             self.trainer.save_checkpoint(arguments.folder / "alone.ckpt")
-            self.trainer.strategy.roll_call_patience = 60.0
+            self.trainer.strategy.save_patience = 60.0
 
     def on_train_end(self):
         torch.save(

@@ -30,7 +30,9 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
+from lightning_byz.engine.simulation import Simulation
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients, Round
@@ -549,7 +551,8 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3, lr=(0.15, 1.0)):
         exchange.transport = ByzantineTransport(
             transport, attack, liars, lambda step: True, algorithm=algorithm, state=lambda: exchange.server, x=lambda: x
         )
-        exchange.liars = lambda step: liars
+        exchange.simulation = Simulation()
+        exchange.simulation.liars.append(lambda step: liars)
     x = before = torch.zeros(D, dtype=torch.float64)
     for step in range(rounds):
         of_batch = noise * gradients(step, mean=0.0, scale=1.0)

@@ -35,7 +35,8 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.transports import InProcess

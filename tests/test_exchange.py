@@ -26,9 +26,10 @@ from lightning_byz.attacks.base import Attack, checked_lies
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.data.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import NO_LOSS, Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import NO_LOSS, Contribution
 from lightning_byz.numerics.finite import all_finite
-from lightning_byz.numerics.memory import Room
+from lightning_byz.numerics.memory import TensorPool
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.strategies.logs import StepLogs, WorkerLog
 from lightning_byz.strategies.random_states import restore, snapshot, worker_rng
@@ -1421,7 +1422,7 @@ def test_states_that_nobody_needs_any_more_may_be_overwritten(case, monkeypatch)
             found.append(None if outcome.estimate is None else outcome.estimate.clone())
         return found, exchange.worker_states(), exchange.server_state()["server"]
 
-    take_back = Room.take_back
+    take_back = TensorPool.take_back
 
     def spoil(self, old, new):
         old, before = list(old), len(self._spare)
@@ -1429,9 +1430,9 @@ def test_states_that_nobody_needs_any_more_may_be_overwritten(case, monkeypatch)
         for tensor in self._spare[before:]:
             tensor.fill_(torch.nan)
 
-    monkeypatch.setattr(Room, "take_back", spoil)
+    monkeypatch.setattr(TensorPool, "take_back", spoil)
     spoilt = run()
-    monkeypatch.setattr(Room, "take_back", lambda self, old, new: None)
+    monkeypatch.setattr(TensorPool, "take_back", lambda self, old, new: None)
     fresh = run()
     for a, b in zip(spoilt[0], fresh[0], strict=True):
         assert (a is None) == (b is None)
@@ -1442,7 +1443,7 @@ def test_states_that_nobody_needs_any_more_may_be_overwritten(case, monkeypatch)
 
 
 def test_memory_is_lent_once_and_only_what_was_lent_comes_back():
-    room, like = Room(), torch.zeros(5)
+    room, like = TensorPool(), torch.zeros(5)
     a, b = room(like), room(like)
     room.take_back([a, like, b], [b])
     assert room(like) is a

@@ -32,7 +32,8 @@ from lightning_byz import (
     Sharded,
     TopK,
 )
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import ByzantineRobustStrategy
 from lightning_byz.types import Gradients
 
@@ -661,7 +662,7 @@ def test_a_rank_without_a_batch_is_silent(tmp_path: Path) -> None:
             data = loader(8)
             return torch.utils.data.DataLoader(data.dataset, batch_size=8, collate_fn=collate)
 
-    silences = lambda trainer, _: trainer.strategy.silences  # noqa: E731
+    silences = lambda trainer, _: trainer.strategy.report.silences  # noqa: E731
     reports = fit(tmp_path, Plain(), averaging(start_method="fork"), devices=RANKS, data=Sometimes(), extra=silences)
     for report in reports:
         assert_equal(reports[0], report)

@@ -40,6 +40,7 @@ from lightning_byz.attacks.base import Attack
 from lightning_byz.compressors import Identity, RandK, TopK
 from lightning_byz.engine.adversary import ByzantineTransport
 from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.simulation import Simulation
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round, keyed_generator
 
@@ -422,7 +423,8 @@ def test_late_messages_never_enter():
 def cosines_with_all_liars_among_the_first(attack, reading):
     """f = 4 of the k = 9 that arrive first of n = 13, in noise as large as the gradient."""
     exchange, seen = attacked(DStar(DeviationFilter(f=4, reading=reading), k=9), attack, [0, 3, 6, 9], 0, n=13)
-    exchange.liars = lambda step: (0, 3, 6, 9)
+    exchange.simulation = Simulation()
+    exchange.simulation.liars.append(lambda step: (0, 3, 6, 9))
     d = 200
     seen.append(torch.zeros(d).double())
     for step in range(6):

@@ -24,8 +24,10 @@ from ranks import Ranks
 from zoo import ALGORITHMS, rows_for
 
 from lightning_byz import ByzEF21SGDM, CoordinateMedian, DStar, ParameterServer, RobustSGD, TrimmedMean
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import ByzantineRobustStrategy, Stragglers
+from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
@@ -469,10 +471,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedSetupError, match="popen"):
         L.Trainer(**{**QUIET, "devices": 3, "strategy": ByzantineRobustStrategy(transport=ParameterServer(), start_method="fork")})
     strategy = ByzantineRobustStrategy(transport=ParameterServer())
-    assert strategy._served is not None
+    assert isinstance(strategy.processes, ServerProcesses)
     with pytest.raises(UnsupportedSetupError, match="src=1"):
-        strategy._served.broadcast("x", 1)
+        strategy.processes.broadcast("x", 1)
     with pytest.raises(UnsupportedSetupError, match="sync_grads"):
         ByzantineRobustStrategy(workers_per_process=3).all_gather(torch.zeros(1), sync_grads=True)
     with pytest.raises(UnsupportedSetupError, match="broadcasts tensors, numbers, strings"):
-        strategy._served.broadcast(Plain(), 0)
+        strategy.processes.broadcast(Plain(), 0)

@@ -352,7 +352,7 @@ def test_workers_that_are_not_sampled_do_no_work_and_are_not_called_silent(name:
     def seen(trainer: L.Trainer, module: Any) -> Any:
         local = list(trainer.strategy.exchanges[0].transport.workers)
         cohorts = [outcome.round.cohort.tolist() for outcome in OUTCOMES]
-        return module.calls, local, cohorts, trainer.strategy.silences, [outcome.silent for outcome in OUTCOMES]
+        return module.calls, local, cohorts, trainer.strategy.report.silences, [outcome.silent for outcome in OUTCOMES]
 
     algorithm = COHORTS[name]
     with warnings.catch_warnings():

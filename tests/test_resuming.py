@@ -18,7 +18,8 @@ from torch import Tensor
 from zoo import ALGORITHMS, each, laws, robust
 
 from lightning_byz import ByzEF21SGDM, InProcess, RobustSGD, TopK, WrongScale, resuming
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import (
     ByzantineRobustStrategy,
     ByzantineWorkers,
@@ -209,7 +210,7 @@ def states(trainer: L.Trainer, module: L.LightningModule) -> Any:
     return {
         "workers": exchange.worker_states(),
         "server": exchange.server,
-        "silences": trainer.strategy.silences,
+        "silences": trainer.strategy.report.silences,
     }
 
 

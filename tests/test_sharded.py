@@ -39,7 +39,8 @@ from lightning_byz import (
     TrimmedMean,
 )
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import Contribution, Exchange
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
 from lightning_byz.strategies.resolve import default_transport
 from lightning_byz.transports import AllGather, InProcess, Message, Transport
 from lightning_byz.transports.sharded import shard_bounds

@@ -94,7 +94,7 @@ class Faulty(Plain):
 @pytest.mark.parametrize("fault", ["none", "nan", "inf weights", "silent log"])
 def test_a_failing_worker_is_absent_and_hurts_nobody(fault: str, devices: int, tmp_path: Path) -> None:
     stop = EarlyStopping("loss_epoch", patience=50, check_finite=True, check_on_train_epoch_end=True)
-    silences = lambda trainer, module: trainer.strategy.silences  # noqa: E731
+    silences = lambda trainer, module: trainer.strategy.report.silences  # noqa: E731
     reports = fit(
         tmp_path, Faulty(fault), strategy_for(devices), devices=devices, data=loader(24 if devices == 1 else 6),
         max_epochs=3, callbacks=[stop], extra=silences,
@@ -410,7 +410,7 @@ def test_byzantine_workers_needs_the_strategy(tmp_path: Path) -> None:
 def test_a_later_short_batch_leaves_some_workers_absent(tmp_path: Path) -> None:
     """The last batch has two samples for four workers: two of them are absent, and too few are left to be sure of."""
     data = loader(24, blobs(24 * 3 + 3))
-    (report,) = fit(tmp_path, Plain(), in_process(4), data=data, extra=lambda trainer, _: trainer.strategy.silences)
+    (report,) = fit(tmp_path, Plain(), in_process(4), data=data, extra=lambda trainer, _: trainer.strategy.report.silences)
     assert report["steps"] == 4
     assert report["extra"] == {3: 1}
 
@@ -599,7 +599,7 @@ def test_a_second_fit_does_not_attack_twice(tmp_path: Path) -> None:
     trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=strategy, callbacks=[ByzantineWorkers(LabelFlip(3), count=1)])
     for _ in range(2):
         trainer.fit(Plain(), loader())
-        assert len(strategy.data_attacks) == len(strategy.liars) == 1
+        assert len(strategy.simulation.data_attacks) == len(strategy.simulation.liars) == 1
 
 
 def test_nan_under_a_loss_scaler_stops_the_run_too(tmp_path: Path) -> None:

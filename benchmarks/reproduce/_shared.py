@@ -26,7 +26,9 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack
 from lightning_byz.data import Partition, WorkerSampler
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import Contribution, Exchange, Outcome
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution, Outcome
+from lightning_byz.engine.simulation import Simulation as Faults
 from lightning_byz.transports import InProcess, Transport
 from lightning_byz.types import Gradients, Round
 
@@ -63,7 +65,8 @@ class Simulation:
         if isinstance(attack, Attack):
             transport = ByzantineTransport(transport, attack, byzantine, lambda step: True, algorithm=algorithm, x=lambda: self.w)
         self.exchange = Exchange(algorithm, transport, seed)
-        self.exchange.liars = lambda step: byzantine
+        self.exchange.simulation = Faults()
+        self.exchange.simulation.liars.append(lambda step: byzantine)
         self.w, self.lr, self.n = w, lr, n
         self.before = w  # the parameters of the round before
         self.used = torch.ones(1, dtype=torch.uint8, device=w.device)

@@ -13,7 +13,8 @@ from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
 from lightning_byz.diagnostics.rounds import aggregated, log_and_clear, worker_weights
 from lightning_byz.engine.adversary import ByzantineTransport
-from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.types import keyed_generator, keyed_seed
 
@@ -142,8 +143,9 @@ class ByzantineWorkersCallback(_Base):
         def liars(step: int) -> list[int]:
             return indices if self.active(step) else []
 
-        self._coin_key = (strategy.exchanges[0].seed, len(strategy.liars))
-        strategy.liars.append(liars)
+        simulation = strategy.simulate()
+        self._coin_key = (strategy.exchanges[0].seed, len(simulation.liars))
+        simulation.liars.append(liars)
         attack = self.attack
         if isinstance(attack, DataAttack):
 
@@ -152,7 +154,7 @@ class ByzantineWorkersCallback(_Base):
                     return batch
                 return attack(batch, keyed_generator("data attack", strategy.exchanges[0].seed, step, worker))
 
-            strategy.data_attacks.append(poisoned)
+            simulation.data_attacks.append(poisoned)
         else:
             self._transports = [self._lying(strategy, i, attack, indices) for i in range(len(strategy.exchanges))]
             self._restore()
@@ -160,7 +162,7 @@ class ByzantineWorkersCallback(_Base):
 
             def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
                 if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, exchange, sorted(strategy.liars_at(outcome.round.step)))
+                    self._logs = self._measured(outcome, exchange, sorted(strategy.simulation.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
 
@@ -172,7 +174,7 @@ class ByzantineWorkersCallback(_Base):
             attack,
             indices,
             self.active,
-            liars=strategy.liars_at,
+            liars=strategy.simulation.liars_at,
             algorithm=exchange.algorithm,
             state=lambda: exchange.server,
             x=lambda: strategy.groups[index].parameters_now(),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_byz import metrics
 from lightning_byz.diagnostics.rounds import Aggregated, aggregated, guarantee, log_and_clear, worker_weights
-from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.transports import Transport
 
@@ -82,9 +83,9 @@ class RobustnessMonitorCallback(_Base):
 
     def _liars(self, strategy: RobustStrategy, step: int) -> set[int] | None:
         """The workers that lie in a step; None: nobody knows."""
-        if self.byzantine is None and not strategy.liars:
+        if self.byzantine is None and not strategy.simulation.has_liars:
             return None
-        return strategy.liars_at(step).union(self.byzantine or ())
+        return strategy.simulation.liars_at(step).union(self.byzantine or ())
 
     def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: set[int] | None) -> dict[str, float]:
         values = {f"byz/{name}": float(getattr(outcome, name)) for name in _TOTALS}

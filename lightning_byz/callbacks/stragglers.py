@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_byz.algorithms import DStar
 from lightning_byz.diagnostics.rounds import log_and_clear
-from lightning_byz.engine.exchange import Outcome
+from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.types import keyed_generator
@@ -126,7 +126,7 @@ class StragglersCallback(_Base):
         if len(dead) == strategy.n:
             raise ValueError(f"At least one worker should stay alive. Found all n={strategy.n} among the dead.")
         if exchange.transport.world_size == 1:
-            strategy.delays.append(lambda step: self.delays(strategy.n, step))
+            strategy.simulate().delays.append(lambda step: self.delays(strategy.n, step))
             for each in strategy.exchanges:
                 each.observers.append(self._observe)
             return

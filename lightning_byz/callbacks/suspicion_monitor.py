@@ -22,7 +22,8 @@ from lightning_byz.diagnostics.alerts import (
 from lightning_byz.diagnostics.sketch import Sketch
 from lightning_byz.diagnostics.suspicion import Compare, SuspicionTest
 from lightning_byz.diagnostics.worker_placement import Whereabouts, whereabouts
-from lightning_byz.engine.exchange import Exchange, Outcome
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies import resuming
 from lightning_byz.strategies.strategy import is_robust
 

@@ -21,8 +21,9 @@ import torch
 import lightning_byz
 from lightning_byz.cli.runs import ByzantineCLI
 from lightning_byz.diagnostics.alerts import is_wandb
-from lightning_byz.engine.exchange import Outcome
-from lightning_byz.strategies.strategy import TooFewGradientsError, is_robust
+from lightning_byz.engine.outcome import Outcome
+from lightning_byz.strategies.round_report import TooFewGradientsError
+from lightning_byz.strategies.strategy import is_robust
 
 if TYPE_CHECKING or lightning_byz.faces.HOME == "lightning":
     from lightning.pytorch import Callback

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.algorithms import Algorithm
-from lightning_byz.engine.exchange import Outcome
+from lightning_byz.engine.outcome import Outcome
 from lightning_byz.metrics import worst_relative_error
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,3 +68,38 @@ def piece_of(state: Any, first: int, last: int, dim: int, columns: Sequence[bool
     """
     cut = [t.ndim > 0 and t.shape[-1] == dim for t in state] if columns is None else columns
     return type(state)(*(t[..., first:last] if here else t for t, here in zip(state, cut, strict=True)))
+
+
+def copied(state: Any) -> Any:
+    """A state with tensors of its own; None stays None."""
+    return None if state is None else type(state)(*(tensor.clone() for tensor in state))
+
+
+def restored(fresh: Any, saved: Mapping[str, Tensor], owner: str) -> Any:
+    """A state with the numbers of a checkpoint.
+
+    Args:
+        fresh: a state of the same kind.
+        saved: its tensors by name.
+        owner: whose it is, for the error.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    check_shapes({name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner)
+    tensors = (saved[name].to(now, copy=True) for name, now in fresh._asdict().items())
+    return type(fresh)(*tensors)  # with memory of its own, for it may be written into
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor], owner: str
+) -> None:
+    """Raises ValueError unless a checkpoint's state has these tensors."""
+    found = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != found:
+        raise ValueError(
+            f"The checkpoint's state of the {owner} should have the tensors {dict(shapes)}. Found "
+            f"{found}. It belongs to another algorithm, or to other settings of it. Use the settings "
+            "that the checkpoint was written with, or start a new run from its weights: "
+            "Model.load_from_checkpoint(path)."
+        )

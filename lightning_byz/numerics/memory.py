@@ -21,7 +21,7 @@ def places_of(mask: Tensor) -> Tensor:
     return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().flatten()
 
 
-class Room:
+class TensorPool:
     """Memory for the workers' next states (`Round.room`): that of states which nobody needs any more, because fresh memory is slow.
 
     What it has lent comes back once the state that holds it has had its day; tensors from elsewhere are never written into.

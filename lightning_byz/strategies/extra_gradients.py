@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice, zip_longest
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from lightning_byz.strategies import random_states
 from lightning_byz.strategies.buffers import WorkerBuffers
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.logs import WorkerLog
+from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.strategies.worker_attributes import WorkerAttributes
-from lightning_byz.types import keyed_generator, keyed_seed
+from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
+
+StepKey: TypeAlias = Callable[[int], "tuple[int, int, int]"]
+"""From a worker to the key of its random stream in this step."""
 
 
 class Pass(NamedTuple):
@@ -36,6 +40,149 @@ class Pass(NamedTuple):
 
     flat: Tensor
     used: Tensor
+
+
+class ExtraGradients:
+    """The gradients that a round needs besides the minibatch's, of this process's workers.
+
+    Args:
+        strategy: the RobustStrategy, set up.
+        splitter: gives the splitter of the present loader's batches.
+        passes: makes forward and backward passes that leave nothing behind.
+
+    Attributes:
+        trusted: the gradient on trusted data ``[d]``, at rank 0; elsewhere something of its shape.
+            None: there is none in this round.
+    """
+
+    def __init__(
+        self, strategy: Any, splitter: Callable[[], BatchSplitter], passes: QuietPasses
+    ) -> None:
+        self.strategy, self._splitter, self._passes = strategy, splitter, passes
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to before a round's first forward pass."""
+        self._previous: list[Pass | None] | None = None
+        self._full: list[Pass | None] | None = None
+        self.trusted: Tensor | None = None
+
+    def compute(
+        self, round: Round, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any, key: StepKey
+    ) -> None:
+        """Computes what this round needs. It comes first, while no worker's graph is alive.
+
+        Args:
+            round: the coming round.
+            parts: by local worker, its part of the batch; None: it takes no part.
+            rest: the training step's arguments after the batch.
+            kwargs: and its keywords.
+            key: by worker, the key of its random stream in this step.
+
+        Raises:
+            UnsupportedSetupError: if a second minibatch comes before the step.
+        """
+        strategy = self.strategy
+        exchange, layout = strategy.exchanges[0], strategy.groups[0].layout
+        algorithm = exchange.algorithm
+        if layout is None:
+            return
+        if self._full is not None or self._previous is not None:
+            raise UnsupportedSetupError(
+                f"{type(algorithm).__name__} needs one minibatch per optimizer step. Found a second one "
+                "before the step: gradient accumulation has been switched on. Leave "
+                "GradientAccumulationScheduler out."
+            )
+        if strategy.trusted_data is not None and self.trusted is None:
+            self.trusted = self._on_trusted_data(layout, round, rest, kwargs)
+        if algorithm.full_gradient(round):
+            self._full = self._over_all_data(layout, round, parts, rest, kwargs, key)
+        elif algorithm.needs_previous and round.drift is not None:
+            assert exchange.previous is not None
+            before = parameters_at(layout, exchange.previous)
+            with random_states_kept(strategy.root_device), before:
+                self._previous = [
+                    None
+                    if part is None
+                    else self._passes.gradient(layout, i, key(worker), (part, *rest), kwargs)
+                    for i, (worker, part) in enumerate(
+                        zip(exchange.transport.workers, parts, strict=True)
+                    )
+                ]
+
+    def given(self, i: int, flat: Tensor | None, used: Tensor) -> tuple[Gradients | None, Tensor]:
+        """What the i-th local worker's half of the algorithm is given.
+
+        Args:
+            i: the local worker.
+            flat: its minibatch's gradient ``[d]``; None: it has none.
+            used: ``[P]`` bool, the parameters that have one.
+
+        Returns:
+            the gradients, None if it has none to give, and the parameters that its losses used.
+        """
+        if flat is None or (self._full is None and self._previous is None):
+            return None if flat is None else Gradients(flat), used
+        extra = (self._previous if self._full is None else self._full)[i]  # type: ignore[index]
+        if extra is None:
+            return None, used
+        if self._full is None:
+            return Gradients(flat, extra.flat), used | extra.used
+        return Gradients(extra.flat), used | extra.used
+
+    def _over_all_data(
+        self,
+        layout: FlatParameters,
+        round: Round,
+        parts: Sequence[Any],
+        rest: Sequence[Any],
+        kwargs: Any,
+        key: StepKey,
+    ) -> list[Pass | None]:
+        """Every local worker's gradient over its data; None for those that do not take part."""
+        strategy = self.strategy
+        exchange, trainer = strategy.exchanges[0], strategy.lightning_module.trainer
+        workers = list(exchange.transport.workers)
+        limit = exchange.algorithm.full_batches
+        whole = not isinstance(trainer.limit_train_batches, int) and trainer.limit_train_batches == 1.0
+        if limit is None and not whole:
+            limit = int(trainer.num_training_batches)
+        totals = [MeanGradient() for _ in workers]
+        if all(part is None for part in parts):
+            return [None for _ in workers]
+        stream, splitter = (round.seed, round.step), self._splitter()
+        loader = trainer.train_dataloader
+        with whole_data(loader, workers, stream, strategy.root_device, splitter.by_hand) as batches:
+            for b, batch_of in enumerate(islice(batches, limit)):
+                for i, (worker, batch) in enumerate(zip(workers, batch_of, strict=True)):
+                    if batch is None or parts[i] is None:
+                        continue
+                    batch = strategy.simulation.poisoned(worker, round.step, self._to_device(batch))
+                    args = (batch, *rest)
+                    done = self._passes.gradient(layout, i, (*key(worker), 1 + b), args, kwargs)
+                    totals[i].add(done, splitter.size(batch))
+        return [total.result() for total in totals]
+
+    def _on_trusted_data(
+        self, layout: FlatParameters, round: Round, rest: Sequence[Any], kwargs: Any
+    ) -> Tensor:
+        """Nan if the batch gives no loss."""
+        strategy = self.strategy
+        if not strategy.is_global_zero:
+            return layout.like().zero_()
+        key = (round.seed, round.step, strategy.n)  # no worker has this number
+        with random_states_kept(strategy.root_device):
+            batch = self._to_device(strategy.trusted_data.batch(round.seed, round.step))
+            done = self._passes.gradient(layout, 0, key, (batch, *rest), kwargs)
+        return layout.like().fill_(torch.nan) if done is None else done.flat
+
+    def _to_device(self, batch: Any) -> Any:
+        """A batch as the training loop hands it to training_step."""
+        strategy = self.strategy
+        module = strategy.lightning_module
+        batch = strategy.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 class QuietPasses:

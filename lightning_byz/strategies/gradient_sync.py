@@ -88,9 +88,13 @@ class GradientGroup:
                 )
             self.exchange.dim = None
         self.layout, self.overlap = FlatParameters(parameters), None
-        self.rows, self.used = [None] * len(self.rows), [None] * len(self.rows)
+        self.clear_rows()
         self.exchange.algorithm = self._algorithm.for_sizes(self.layout.sizes)
         return self.layout
+
+    def clear_rows(self) -> None:
+        """Forgets the gradients of a process of several workers."""
+        self.rows, self.used = [None] * len(self.rows), [None] * len(self.rows)
 
     def _present(self) -> FlatParameters:
         return self.layout or FlatParameters([p for p in self.parameters() if p.requires_grad])
@@ -213,13 +217,19 @@ class GradientSync:
         exchange: from a group's local gradients to the aggregate in ``p.grad``.
         manual: whether the module optimizes by hand.
         overlap: whether messages may leave during backward.
+        precision: the precision plugin, whose ``clip_gradients`` is to act on aggregates.
 
     Attributes:
         blocked: whether gradients add up locally.
     """
 
     def __init__(
-        self, groups: Sequence[GradientGroup], exchange: Callable[[GradientGroup], None], manual: bool, overlap: bool
+        self,
+        groups: Sequence[GradientGroup],
+        exchange: Callable[[GradientGroup], None],
+        manual: bool,
+        overlap: bool,
+        precision: Any,
     ) -> None:
         self.groups, self._exchange, self.manual, self._may_overlap = list(groups), exchange, manual, overlap
         self.blocked = False
@@ -235,12 +245,21 @@ class GradientSync:
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ]
+        self._precision, self._clip = precision, precision.clip_gradients
+        vars(precision)["clip_gradients"] = self._clip_gradients
 
     def remove(self) -> None:
         """Takes all hooks off."""
         for hook in (*self._hooks, *(hook for _, hook in self._nodes.values())):
             hook.remove()
         self._hooks, self._nodes = [], {}
+        vars(self._precision).pop("clip_gradients", None)
+        fresh_starts = sum(group.fresh_starts for group in self.groups)
+        if fresh_starts > 1:
+            log.warning(
+                f"The algorithm's state has started afresh {fresh_starts} times: so often the trained "
+                "parameters changed."
+            )
 
     def forget(self) -> None:
         """Back to before the first backward pass."""
@@ -377,6 +396,11 @@ class GradientSync:
         finally:
             self._in_backward, self._overlapped = False, None
 
+    def _clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Stands in for the precision plugin's: here a group that waits for its step is exchanged."""
+        self.settle(optimizer)
+        self._clip(optimizer, *args, **kwargs)
+
     # -- an optimizer's step --------------------------------------------------------------------------------------------
 
     def of(self, optimizer: Optimizer) -> list[GradientGroup]:
@@ -483,7 +507,7 @@ def gradient_groups(
     Args:
         module: the LightningModule.
         optimizers: the run's.
-        exchange: makes the exchange of the i-th group, of this name.
+        exchange: ``(index, name) -> Exchange``, makes that of a group.
         alone: there is nobody to exchange with.
     """
     groups = []

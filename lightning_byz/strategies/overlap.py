@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_byz.engine.bucketed_messages import Upload
 from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.worker_side import BucketedMessages
 from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.transports import Transport
+
+log = logging.getLogger("lightning_byz")
 
 
 class Overlap:
@@ -34,7 +38,7 @@ class Overlap:
         self.broken = False
         """Whether a parameter's gradient has changed after it was sent, once: this model's backward passes cannot be overlapped."""
         self._starts = list(accumulate(layout.sizes, initial=0))
-        self._upload: Upload | None = None
+        self._upload: BucketedMessages | None = None
         self.began = False
         """Whether gradients have been read of which `gradient` has not been asked for."""
         self._late = False
@@ -112,6 +116,22 @@ class Overlap:
             if i not in self._written:
                 self._write(i, parameter)
         return self.layout.rows(1)[0]
+
+
+def may_overlap(strategy: Any, transport: Transport) -> bool:
+    """Whether gradients are read during backward, and sent where the algorithm lets them; logs why not."""
+    if not transport.overlaps or strategy.workers_per_process > 1:
+        return False
+    algorithm = strategy.resolved
+    reason = obstacle(strategy.lightning_module, strategy.precision_plugin)
+    whole = f"{type(algorithm).__name__} looks at the whole vector"
+    why = (None if algorithm.coordinate_wise else whole) if reason is None else reason
+    log.info(
+        "byzantine_robust: gradients are exchanged while backward runs."
+        if why is None
+        else f"byzantine_robust: gradients are exchanged after backward, not during it: {why}."
+    )
+    return reason is None
 
 
 def obstacle(module: Any, precision: Any) -> str | None:

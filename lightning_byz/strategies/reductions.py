@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_byz.strategies.validate import warn
+
 
 class Reduction(NamedTuple):
     """A reduction over the first dimension.
@@ -75,3 +77,49 @@ def over_finite(values: Tensor, how: Reduction) -> Tensor:
     if how.name == "mean":
         return kept.sum(0) / count
     return torch.where(count > 0, how.of(kept), values[0])
+
+
+class MetricReducer:
+    """Reduces tensors over ranks, and remembers what Lightning's two calls for a mean have in common.
+
+    Lightning reduces a metric's mean in two calls: the sum of the values, then that of their weights, an
+    integer. So the mean of an integer right after one of floating-point numbers is over the ranks whose
+    number was finite, and exact.
+    """
+
+    def __init__(self) -> None:
+        self._weighed: tuple[Tensor, torch.dtype] | None = None  # which values were finite; their dtype
+
+    def reduce(
+        self, tensor: Tensor, reduce_op: Any, gather: Callable[[Tensor], list[Tensor]]
+    ) -> Tensor:
+        """The reduction over all ranks, leaving out values that are nan or inf if there are others.
+
+        Args:
+            tensor: this rank's.
+            reduce_op: see `reduction`.
+            gather: from this rank's tensor to those of all ranks.
+
+        Raises:
+            ValueError: for a reduction that is not known.
+        """
+        how = reduction(reduce_op)
+        if how is None:
+            raise ValueError(
+                f"`reduce_op` should be one of mean, sum, max, min, product. Found {reduce_op!r}."
+            )
+        values = torch.stack(gather(tensor))
+        finite, weighed, self._weighed = is_finite(values), self._weighed, None
+        if not bool(finite.all()):
+            warn(
+                f"byzantine_robust: {int((~finite).sum())} of {len(values)} values of a reduction were "
+                "not finite and left out."
+            )
+        if how.name != "mean":
+            return over_finite(values, how)
+        if values.is_floating_point():
+            self._weighed = (finite, values.dtype)
+        elif weighed is not None and weighed[0].shape == values.shape:
+            total = torch.where(weighed[0], values, 0).sum(0).double()
+            return (total / weighed[0].sum(0)).to(weighed[1])
+        return over_finite(values, how)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
+from torch import Tensor
 
 from lightning_byz.aggregators import CAF, SMEA, Chain, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.gradient_sync import parameters_of
 from lightning_byz.strategies.validate import warn
 from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 
@@ -113,3 +119,48 @@ def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
             f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. With few ranks AllGather moves fewer bytes; so do "
             "ByzEF21SGDM here, with a rule that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean, and ByzEF21SGDMBC, with any rule."
         )
+
+
+def resolve_transport(strategy: Any) -> Transport:
+    """The transport of a run, which knows then who takes part; logs which one it is.
+
+    Args:
+        strategy: the RobustStrategy, with its optimizers.
+    """
+    layouts = [
+        FlatParameters([p for p in parameters_of(optimizer) if p.requires_grad])
+        for optimizer in strategy.optimizers
+    ]
+    largest = max((layout.dim * layout.dtype.itemsize for layout in layouts), default=0)
+    algorithm, size = strategy.resolved, strategy.processes.size
+    transport: Transport = strategy.transport or default_transport(algorithm, size, largest)
+    workers, device = strategy.workers_per_process, strategy.root_device
+    transport.connect(strategy.global_rank, size, workers, device)
+    explain_transport(algorithm, transport)
+    return transport
+
+
+def resolve_shares(
+    weights: Sequence[float] | None, algorithm: Algorithm, n: int, device: torch.device
+) -> Tensor | None:
+    """Every worker's share of the data, ``[n]`` float64 of sum 1; None: all alike.
+
+    Args:
+        weights: ``worker_weights`` of the strategy.
+        algorithm: the resolved algorithm.
+        n: number of workers.
+        device: where they are used.
+
+    Raises:
+        ValueError: if there are not n, or the rule cannot weigh rows.
+    """
+    if weights is None:
+        return None
+    if len(weights) != n:
+        raise ValueError(
+            f"`worker_weights` should hold a number for each of the n={n} workers (processes x "
+            f"workers_per_process). Found {len(weights)}."
+        )
+    shares = torch.tensor(weights, dtype=torch.float64, device=device)
+    algorithm.aggregator.check_shares(shares)
+    return shares / shares.sum()

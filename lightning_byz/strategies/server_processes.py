@@ -1,4 +1,6 @@
-"""A run on a parameter server: what Lightning's collectives, checkpoints and launcher become when workers may die and come back."""
+"""Processes on a parameter server: what collectives, checkpoints and the launcher become when workers
+may die and come back.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_byz.compressors import Field
+from lightning_byz.strategies import random_states
 from lightning_byz.strategies.buffers import shared_tensors
+from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, run_state
+from lightning_byz.strategies.processes import Processes
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError
 from lightning_byz.transports.parameter_server.protocol import fingerprint
@@ -29,20 +34,21 @@ log = logging.getLogger("lightning_byz")
 _POSITION = "lightning_byz_position"
 
 
-class ServedRun:
-    """The part of the strategy that differs when a `ParameterServer` connects the processes, and torch.distributed does not.
+class ServerProcesses(Processes):
+    """Processes that meet at a `ParameterServer`, which they find, and outlive each other, by themselves.
 
     Args:
-        strategy: the RobustStrategy.
-        transport: its transport.
+        strategy: the RobustStrategy, whose transport is a `ParameterServer`.
 
     Attributes:
         validated: samples that this process has validated since the last time it was told.
-        snapshot_path: where a snapshot of the server lies that this process is to start from; None if there is none.
+        snapshot_path: where a snapshot of the server lies that this process is to start from; None
+            if there is none.
     """
 
-    def __init__(self, strategy: Any, transport: ParameterServer) -> None:
-        self.strategy, self.transport = strategy, transport
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy)
+        self.transport: ParameterServer = strategy.transport
         self.validated = 0
         self.snapshot_path: str | None = None
         self._for_ranks: list[int] = []
@@ -51,14 +57,25 @@ class ServedRun:
 
     # -- the beginning and the end --------------------------------------------------------------------------------------
 
+    def launcher(self) -> Any:
+        strategy = self.strategy
+        if self.size == 1:
+            return None
+        if strategy._start_method != "popen":
+            raise UnsupportedSetupError(
+                "On a parameter server processes start with popen, so that each may die alone. Found "
+                f"start_method={strategy._start_method!r}. Leave it out."
+            )
+        return surviving_launcher(strategy._launchers._SubprocessScriptLauncher, self)
+
     def open(self) -> None:
         """Connects to the others. If the run has begun without this process, it gets a snapshot."""
-        self.strategy.set_world_ranks()
+        self.name_ranks()
         environment, module = self.strategy.cluster_environment, self.strategy.lightning_module
         tensors = [] if module is None else shared_tensors(module)
         nbytes = sum(0 if nn.parameter.is_lazy(tensor) else tensor.nbytes for tensor in tensors)
         host, port, rank = environment.main_address, environment.main_port, environment.global_rank()
-        self._keep(self.transport.open(rank, self.strategy._world, host, port, nbytes))
+        self._keep(self.transport.open(rank, self.size, host, port, nbytes))
 
     def rejoin(self) -> None:
         """Gets a snapshot in place of what this process has missed."""
@@ -71,30 +88,35 @@ class ServedRun:
             with os.fdopen(handle, "wb") as file:
                 file.write(snapshot)
 
-    def snapshot(self) -> dict[str, Any]:
+    def snapshot(self, path: Any) -> dict[str, Any] | None:
         """The snapshot to start from; it tells at which batch it was made."""
-        assert self.snapshot_path is not None
-        path, self.snapshot_path = self.snapshot_path, None
+        if self.snapshot_path is None or path != self.snapshot_path:
+            return None
+        self.snapshot_path = None
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         os.unlink(path)
         self.transport.position = checkpoint.pop(_POSITION) - 1
         return checkpoint
 
-    def assemble(self) -> None:
+    def connect(self) -> None:
         """At the start rank 0 waits for all others, for a while."""
+        if self.size == 1:
+            return
+        random_states.reset()
+        self.name_ranks()
         missing = self.transport.wait_for_all()
         if missing:
             log.warning(f"Ranks {missing} have not come in {self.transport.start_timeout:.0f} s. The run begins without them.")
 
-    def leave(self, interrupted: bool) -> None:
-        """This entry point of the program has ended for this process."""
+    def leave(self) -> None:
         for metric, available, sync in reversed(self._metrics):
             metric.distributed_available_fn, metric.dist_sync_fn = available, sync
         self._metrics = []
-        self.transport.shut("The server has stopped with an error." if interrupted else "over")
+        self.transport.shut("The server has stopped with an error." if self.interrupted else "over")
 
+    @torch.no_grad()
     def share_model(self, module: nn.Module) -> None:
-        """Rank 0's parameters and buffers for everybody; a process that comes back has them from its snapshot."""
+        """A process that comes back has them from its snapshot."""
         if self.transport.catching_up:
             return
         tensors = shared_tensors(module)
@@ -114,43 +136,56 @@ class ServedRun:
     # -- where the run is -----------------------------------------------------------------------------------------------
 
     @property
-    def is_alone(self) -> bool:
+    def _apart(self) -> bool:
         """Whether this process takes part in no collective now."""
         return not self.transport.is_open or self.transport.catching_up
 
     @property
-    def is_behind(self) -> bool:
-        """Whether this batch's round is known to be closed."""
+    def alone(self) -> bool:
+        return self._apart or self.interrupted
+
+    @property
+    def is_behind(self) -> bool:  # type: ignore[override]
         return self.transport.behind
 
     def begin_batch(self, batch_idx: int) -> None:
-        """A batch begins. Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
+        """Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
         self.transport.at(self.transport.position + 1)
         trainer = self.strategy.lightning_module.trainer
         self._for_ranks = self.transport.wanting() if batch_idx % trainer.accumulate_grad_batches == 0 else []
         if self._for_ranks:
             trainer.save_checkpoint(f"snapshot for ranks {self._for_ranks}")
 
-    def takes_snapshot(self, checkpoint: dict[str, Any]) -> bool:
-        """Sends this checkpoint to those that want a snapshot; False if it is not meant for them, but for a file."""
+    def begin_checkpoint(self, checkpoint: dict[str, Any], filepath: Any) -> bool:
+        """Not where it is meant for those that want a snapshot: it is sent to them."""
+        self.saved_alone = False
         if not self._for_ranks:
-            return False
+            return True
         strategy, ranks, share = self.strategy, self._for_ranks, self.transport.workers_per_process
         workers = [worker for rank in ranks for worker in range(rank * share, (rank + 1) * share)]
         states = [group.exchange.rejoined(workers, group.example()) for group in strategy.groups]
         server = [{**exchange.server_state(), "server": None} for exchange in strategy.exchanges]
-        kept = {name: value for name, value in checkpoint.items() if "hyper_parameters" not in name and "hparams" not in name}
+        kept = {
+            name: value
+            for name, value in checkpoint.items()
+            if "hyper_parameters" not in name and "hparams" not in name
+        }
         buffer = io.BytesIO()
-        torch.save({**kept, "lightning_byz": strategy.run_state(server, states, {}), _POSITION: self.transport.position}, buffer)
+        made = {CHECKPOINT_KEY: run_state(strategy, server, states, {})}
+        torch.save({**kept, **made, _POSITION: self.transport.position}, buffer)
         self.transport.send_snapshot(ranks, buffer.getvalue())
-        log.warning(f"ParameterServer: ranks {ranks} join at step {strategy.exchanges[0].step}, from a snapshot.")
-        self._for_ranks, strategy._saved_alone = [], True
-        return True
+        step = strategy.exchanges[0].step
+        log.warning(f"ParameterServer: ranks {ranks} join at step {step}, from a snapshot.")
+        self._for_ranks, self.saved_alone = [], True
+        return False
 
     # -- collectives ----------------------------------------------------------------------------------------------------
 
     def barrier(self, name: str | None) -> None:
         """Waits for all that are alive."""
+        if name == "Trainer.save_checkpoint" and self.saved_alone:
+            self.saved_alone = False
+            return
         self.transport.from_everybody(f"barrier {name}", b"\1", 1)
 
     def broadcast(self, obj: Any, src: int) -> Any:
@@ -172,12 +207,16 @@ class ServedRun:
         received = self.transport.from_server("broadcast", b"")
         return torch.load(io.BytesIO(received), weights_only=True) if received else obj
 
-    def gather(self, tensor: Tensor, same_shape: bool = True) -> list[Tensor]:
+    def gather(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
+        return self._gathered(tensor, same_shape=True)
+
+    def _gathered(self, tensor: Tensor, same_shape: bool) -> list[Tensor]:
         """The tensors of all ranks that are heard, this one's among them or not.
 
         Args:
             tensor: this rank's.
-            same_shape: whether the others' have to have its shape; else its sizes but for the first dimension's.
+            same_shape: whether the others' have to have its shape; else its sizes but for the first
+                dimension's.
         """
         body = described(tensor)
         most = self.transport.largest_message if not same_shape else len(body)
@@ -200,20 +239,23 @@ class ServedRun:
         votes = sum(vote == strong for vote in heard.values()) * self.transport.workers_per_process
         return everybody != (heard.get(0) == strong or votes > f)
 
-    def adopt_metrics(self, module: nn.Module) -> None:
+    def begin_training(self, module: nn.Module) -> None:
         """Metrics of torchmetrics sync through the server, where they would find no process group and report this rank's part alone."""
         metrics: list[Any] = list(module.modules())
         for metric in metrics:
             if hasattr(metric, "distributed_available_fn") and hasattr(metric, "dist_sync_fn"):
                 self._metrics.append((metric, metric.distributed_available_fn, metric.dist_sync_fn))
-                metric.distributed_available_fn = lambda: not self.is_alone
-                metric.dist_sync_fn = lambda tensor, group=None: self.gather(tensor, same_shape=False)
+                metric.distributed_available_fn = lambda: not self._apart
+                metric.dist_sync_fn = lambda tensor, group=None: self._gathered(tensor, same_shape=False)
 
-    def say_how_many_were_validated(self) -> None:
-        """Validation has ended: says how many samples it covered, which are fewer when workers are dead."""
+    def note_validated(self, samples: int) -> None:
+        self.validated += samples
+
+    def end_validation(self) -> None:
+        """Says how many samples it covered, which are fewer when workers are dead."""
         trainer = self.strategy.lightning_module.trainer
         mine, self.validated = self.validated, 0
-        if trainer.sanity_checking or self.is_alone:
+        if trainer.sanity_checking or self._apart:
             return
         total = int(torch.stack(self.gather(torch.tensor(mine, dtype=torch.int64))).sum())
         if self.transport.rank == 0:
@@ -221,30 +263,21 @@ class ServedRun:
             for logger in trainer.loggers:
                 logger.log_metrics({"validated_samples": float(total)}, step=trainer.global_step)
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------
 
-    def collect_states(
-        self, local: list[dict[int, dict[str, Tensor]]], random_states: tuple[Tensor, ...]
-    ) -> tuple[list[dict[int, Any]], dict[int, Any]]:
-        """At rank 0 the workers' states, by optimizer, and random states of all ranks that are heard; elsewhere this rank's."""
-        rank, share = self.transport.rank, self.transport.workers_per_process
-        keys = [(i, w - rank * share, name) for i, states in enumerate(local) for w in sorted(states) for name in states[w]]
-        tensors = [*random_states, *(local[i][w + rank * share][name] for i, w, name in keys)]
-        layout = [Field(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    def _to_rank_0(self, tensors: list[Tensor], layout: list[Field]) -> dict[int, Tensor] | None:
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8)
         pack([tensor.cpu() for tensor in tensors], layout, sent)
-        bodies = self.transport.from_everybody("save", sent.numpy().tobytes(), len(sent), layout=fingerprint(layout), tell=False)
-        everybody: list[dict[int, Any]] = [{} for _ in local]
-        states: dict[int, Any] = {}
-        for other, body in bodies.items():
-            unpacked = [tensor.clone() for tensor in unpack(torch.frombuffer(bytearray(body), dtype=torch.uint8), layout)]
-            states[other] = tuple(unpacked[: len(random_states)])
-            for (i, w, name), tensor in zip(keys, unpacked[len(random_states) :], strict=True):
-                everybody[i].setdefault(w + other * share, {})[name] = tensor
-        return everybody, states
+        bodies = self.transport.from_everybody(
+            "save", sent.numpy().tobytes(), len(sent), layout=fingerprint(layout), tell=False
+        )
+        return {
+            rank: torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            for rank, body in bodies.items()
+        }
 
 
-def surviving_launcher(base: Any, served: ServedRun) -> Any:
+def surviving_launcher(base: Any, served: ServerProcesses) -> Any:
     """A launcher of scripts like Lightning's, which does not kill everybody when one process dies.
 
     Args:

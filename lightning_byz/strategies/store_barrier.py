@@ -1,4 +1,4 @@
-"""RollCall: whether all ranks come to a place, asked without a collective to hang in."""
+"""StoreBarrier: whether all ranks come to a place, asked without a collective to hang in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEFT = 2**62
 """The number of a rank that has left: larger than any other's."""
 
 
-class RollCall:
+class StoreBarrier:
     """Ranks that come to the same place sign in at a key-value store, and learn whether all do.
 
     Ranks count what they all do (collectives, steps, ends of trainings) and publish their number. A
@@ -100,27 +100,27 @@ class RollCall:
         self._store.set(f"number/{self.rank}", str(number))
 
 
-_made: tuple[object, RollCall] | None = None
+_made: tuple[object, StoreBarrier] | None = None
 
 
-def roll_call(address: str, timeout: timedelta) -> RollCall:
+def store_barrier(address: str, timeout: timedelta) -> StoreBarrier:
     """The roll call of the process group, whoever initialised that. All ranks ask for it together.
 
     Args:
         address: host name of rank 0.
-        timeout: see `RollCall`.
+        timeout: see `StoreBarrier`.
     """
     global _made
     group = dist.group.WORLD
     if _made is None or _made[0] is not group:
-        made = RollCall(address, dist.get_rank(), dist.get_world_size(), timeout)
+        made = StoreBarrier(address, dist.get_rank(), dist.get_world_size(), timeout)
         _made = group, made
         if made.rank != 0:
             atexit.register(_leave, made)
     return _made[1]
 
 
-def _leave(made: RollCall) -> None:
+def _leave(made: StoreBarrier) -> None:
     """At the end of the process: rank 0 may have ended before, and its store with it."""
     try:
         made.leave()

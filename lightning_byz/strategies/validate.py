@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from lightning_byz.algorithms import Algorithm
+from lightning_byz.transports import Transport
 
 
 class UnsupportedSetupError(ValueError):
@@ -40,6 +41,47 @@ _OF_DDP = {
     "model_averaging_period": "parameters are the same on all ranks after every step",
 }
 """Arguments of Lightning's DDPStrategy and of DistributedDataParallel, and why they are not needed here."""
+
+
+def check_arguments(
+    algorithm: Any,
+    transport: Any,
+    workers_per_process: Any,
+    num_byzantine: Any,
+    max_skipped_steps: Any,
+    worker_weights: Sequence[float] | None,
+    of_ddp: Mapping[str, Any],
+) -> None:
+    """Refuses arguments of the strategy that are of no use whatever the Trainer is.
+
+    Raises:
+        TypeError: for parts that are none, and names that are no argument.
+        ValueError: for numbers out of range.
+    """
+    check_arguments_of_ddp(of_ddp)
+    if algorithm is not None and not isinstance(algorithm, Algorithm):
+        raise TypeError(
+            "`algorithm` should be an Algorithm, such as RobustSGD(aggregator=TrimmedMean()). Found "
+            f"{algorithm!r}."
+        )
+    if transport is not None and not isinstance(transport, Transport):
+        raise TypeError(f"`transport` should be a Transport, such as AllGather(). Found {transport!r}.")
+    for name, value, least in (
+        ("workers_per_process", workers_per_process, 1),
+        ("num_byzantine", num_byzantine, 0),
+        ("max_skipped_steps", max_skipped_steps, 0),
+    ):
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if value is not None and not fits:
+            raise ValueError(
+                f"`{name}` should be an integer of at least {least}. Found {name}={value!r}."
+            )
+    weights = () if worker_weights is None else worker_weights
+    if not all(0 < float(weight) < float("inf") for weight in weights):
+        raise ValueError(
+            "`worker_weights` should be positive numbers, one for each worker. Found "
+            f"{list(weights)}."
+        )
 
 
 def check_arguments_of_ddp(arguments: Mapping[str, Any]) -> None:
@@ -140,6 +182,30 @@ def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
         raise UnsupportedSetupError(
             "`trusted_data` needs automatic optimization: its gradient is that of training_step, which takes a step of its own in "
             "manual optimization. Leave it out, or use automatic optimization."
+        )
+
+
+def check_all_gather(strategy: Any, sync_grads: bool) -> None:
+    """Refuses what would let workers into each other's gradients, or gather parts that are not there.
+
+    Args:
+        strategy: the RobustStrategy.
+        sync_grads: whether gradients are to flow through.
+
+    Raises:
+        UnsupportedSetupError: says what to do instead.
+    """
+    if sync_grads and strategy.n > 1:
+        raise UnsupportedSetupError(
+            "all_gather(sync_grads=True) would let each worker into the others' gradients, past the "
+            "rule. Use sync_grads=False: the other workers' parts are then constants."
+        )
+    workers = strategy.workers_per_process
+    if workers > 1 and strategy.sync is not None and strategy.sync.in_training_step:
+        raise UnsupportedSetupError(
+            "self.all_gather in training_step would gather the parts of all workers, of which in-process "
+            f"workers (workers_per_process={workers}) compute one after the other. Use one worker per "
+            "process: Trainer(devices=n)."
         )
 
 

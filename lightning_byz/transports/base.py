@@ -120,6 +120,10 @@ class Transport(ABC):
     rank: int = 0
     world_size: int = 1
     workers_per_process: int = 1
+    overlaps: bool = False
+    """Whether messages may leave while backward runs."""
+    connects_processes: bool = False
+    """Whether it finds, connects and outlives the run's processes itself, in place of torch.distributed."""
     in_shards: bool = False
     """Whether every rank aggregates its share of the coordinates only."""
     measured: bool = False

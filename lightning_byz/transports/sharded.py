@@ -54,6 +54,10 @@ class Sharded(Collective):
 
     in_shards = True
 
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return self.overlap
+
     def __init__(self, overlap: bool = True, bucket_size: int = 2**22) -> None:
         if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
             raise ValueError(f"`bucket_size` should be a number of bytes, an integer of at least 1. Found {bucket_size!r}.")

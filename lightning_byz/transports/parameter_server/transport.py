@@ -52,6 +52,7 @@ class ParameterServer(Transport):
     """
 
     measured = True
+    connects_processes = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from models import Plain, loader
 from ranks import Ranks
 
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.strategies.store_barrier import RollCall, roll_call
+from lightning_byz.strategies.store_barrier import StoreBarrier, store_barrier
 
 pytestmark = pytest.mark.processes
 
@@ -40,13 +40,13 @@ def until(here: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def answers(folder: Path, play: Callable[[RollCall], Any]) -> list[Any]:
+def answers(folder: Path, play: Callable[[StoreBarrier], Any]) -> list[Any]:
     """What every rank gets out of a play with a roll call of three."""
 
     def job(folder: Path) -> None:
         rank = int(os.environ["LOCAL_RANK"])
         joined(folder, rank)
-        got = play(roll_call("127.0.0.1", timedelta(seconds=LONG)))
+        got = play(store_barrier("127.0.0.1", timedelta(seconds=LONG)))
         dist.barrier()
         (folder / f"got{rank}.json").write_text(json.dumps(got))
 
@@ -55,14 +55,14 @@ def answers(folder: Path, play: Callable[[RollCall], Any]) -> list[Any]:
     return [json.loads((folder / f"got{rank}.json").read_text()) for rank in range(SIZE)]
 
 
-def signed_in(call: RollCall, place: str, *ranks: int) -> Callable[[], bool]:
+def signed_in(call: StoreBarrier, place: str, *ranks: int) -> Callable[[], bool]:
     return lambda: call._store.check([f"{place}/{rank}" for rank in ranks])
 
 
 def test_who_comes_late_is_waited_for(tmp_path: Path) -> None:
     """Without patience: rank 0 comes last to the first place, and rank 1 to the second."""
 
-    def play(call: RollCall) -> Any:
+    def play(call: StoreBarrier) -> Any:
         if call.rank == 0:
             until(signed_in(call, "0#1", 1, 2))
         first = call.absent(0.0)
@@ -81,7 +81,7 @@ def test_who_comes_late_is_waited_for(tmp_path: Path) -> None:
 def test_who_has_passed_is_not_waited_for(savers: tuple[int, ...], tmp_path: Path) -> None:
     """All that are there learn the same, at once; the next place finds everybody again."""
 
-    def play(call: RollCall) -> Any:
+    def play(call: StoreBarrier) -> Any:
         call.move_on()
         absent = call.absent(LONG) if call.rank in savers else []
         call.move_on()
@@ -96,7 +96,7 @@ def test_who_has_passed_is_not_waited_for(savers: tuple[int, ...], tmp_path: Pat
 
 
 def test_who_has_left_is_not_waited_for(tmp_path: Path) -> None:
-    def play(call: RollCall) -> Any:
+    def play(call: StoreBarrier) -> Any:
         if call.rank == 0:
             return sorted(call.absent(LONG))
         return call.leave()
@@ -107,7 +107,7 @@ def test_who_has_left_is_not_waited_for(tmp_path: Path) -> None:
 def test_in_doubt_rank_0_waits_for_a_while_and_its_decision_holds(tmp_path: Path) -> None:
     """The others are in a collective that nobody counts; they come to this place afterwards."""
 
-    def play(call: RollCall) -> Any:
+    def play(call: StoreBarrier) -> Any:
         if call.rank:
             until(lambda: call._store.check(["0#1/absent"]))
         return call.absent(0.1)
@@ -116,14 +116,14 @@ def test_in_doubt_rank_0_waits_for_a_while_and_its_decision_holds(tmp_path: Path
 
 
 def test_there_is_one_for_each_process_group(tmp_path: Path) -> None:
-    def play(call: RollCall) -> Any:
-        same = roll_call("127.0.0.1", timedelta(seconds=LONG)) is call
+    def play(call: StoreBarrier) -> Any:
+        same = store_barrier("127.0.0.1", timedelta(seconds=LONG)) is call
         dist.barrier()
         dist.destroy_process_group()
         dist.init_process_group(
             "gloo", init_method=f"file://{tmp_path}/again", rank=call.rank, world_size=SIZE
         )
-        again = roll_call("127.0.0.1", timedelta(seconds=LONG))
+        again = store_barrier("127.0.0.1", timedelta(seconds=LONG))
         return same, again is call, again.absent(0.0) if call.rank else again.absent(LONG)
 
     assert answers(tmp_path, play) == [[True, False, []]] * SIZE
@@ -153,7 +153,7 @@ def test_in_a_second_trainer_and_into_folders_that_differ(own_group: bool, tmp_p
             joined(folder, rank)
         for i in range(1 if own_group else 2):
             strategy = ByzantineRobustStrategy()
-            strategy.roll_call_patience = LONG
+            strategy.save_patience = LONG
             trainer = L.Trainer(**{**QUIET, "devices": SIZE, "max_epochs": 1}, strategy=strategy)
             trainer.fit(Guarded(str(folder / "alone.ckpt") if own_group or i else None), loader())
         trainer.save_checkpoint(folder / f"of_rank_{rank}_{os.getpid()}" / "all.ckpt")

@@ -1,0 +1,71 @@
+"""What simulated faults say of a step. An honest run holds `HONEST`, which says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Honest:
+    """A run without simulated faults."""
+
+    @property
+    def has_liars(self) -> bool:
+        """Whether some fault names workers that lie."""
+        return False
+
+    def liars_at(self, step: int) -> set[int]:
+        """The workers that are known to lie in a step."""
+        return set()
+
+    def arrivals_at(self, step: int) -> Tensor | None:
+        """``[n]`` float64, the seconds after which the workers' messages arrive in a step.
+
+        inf: never, so that the worker is silent. None: nobody is late.
+        """
+        return None
+
+    def poisoned(self, worker: int, step: int, batch: Any) -> Any:
+        """A worker's batch, as faults of its data leave it."""
+        return batch
+
+
+HONEST = Honest()
+
+
+class Simulation(Honest):
+    """The faults that callbacks install.
+
+    Attributes:
+        liars: step -> the workers that lie in it.
+        delays: step -> ``[n]`` the seconds by which each worker is late in it, inf for ever.
+        data_attacks: (worker, step, batch) -> batch.
+    """
+
+    def __init__(self) -> None:
+        self.liars: list[Callable[[int], Sequence[int]]] = []
+        self.delays: list[Callable[[int], Tensor]] = []
+        self.data_attacks: list[Callable[[int, int, Any], Any]] = []
+
+    @property
+    def has_liars(self) -> bool:
+        return bool(self.liars)
+
+    def liars_at(self, step: int) -> set[int]:
+        return {worker for liars in self.liars for worker in liars(step)}
+
+    def arrivals_at(self, step: int) -> Tensor | None:
+        """Those of all delays together; liars are the first."""
+        if not self.delays:
+            return None
+        arrivals = torch.stack([delay(step) for delay in self.delays]).sum(0)
+        liars = torch.tensor(sorted(self.liars_at(step)), dtype=torch.int64)
+        return arrivals.index_fill_(0, liars, 0.0)
+
+    def poisoned(self, worker: int, step: int, batch: Any) -> Any:
+        for attack in self.data_attacks:
+            batch = attack(worker, step, batch)
+        return batch

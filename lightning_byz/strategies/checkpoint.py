@@ -1,0 +1,122 @@
+"""What the strategy adds to a checkpoint, and how it comes back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_byz.strategies import random_states, resuming
+from lightning_byz.strategies.validate import warn
+
+log = logging.getLogger("lightning_byz")
+
+CHECKPOINT_KEY = "lightning_byz"
+
+
+def run_state(
+    strategy: Any,
+    server: list[dict[str, Any]],
+    workers: list[dict[int, dict[str, Tensor]]],
+    states: dict[int, Any],
+) -> dict[str, Any]:
+    """What is added to a checkpoint.
+
+    Args:
+        strategy: the RobustStrategy.
+        server: by optimizer, from `Exchange.server_state`.
+        workers: by optimizer and worker, from `Exchange.worker_states`.
+        states: by rank, the random states.
+    """
+    return {
+        "version": 1,
+        "n": strategy.n,
+        "workers_per_process": strategy.workers_per_process,
+        "algorithm": repr(strategy.resolved),
+        "server": server,
+        "workers": workers,
+        "rng": states,
+        **strategy.local_workers.state(),
+        **strategy.report.state(),
+    }
+
+
+def collect(strategy: Any) -> dict[str, Any]:
+    """All workers' states and ranks' random states, at rank 0. All ranks call it, unless one saves alone."""
+    processes = strategy.processes
+    local = [exchange.worker_states() for exchange in strategy.exchanges]
+    workers, states = processes.collected(local, random_states.snapshot(strategy.root_device))
+    alone = processes.alone or processes.saved_alone
+    server = [exchange.server_state(alone) for exchange in strategy.exchanges]
+    return run_state(strategy, server, workers, states)
+
+
+def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
+    """Goes on from what `run_state` gave; None: from the weights alone.
+
+    Raises:
+        ValueError: if it is of another algorithm, or of other optimizers.
+    """
+    if saved is None:
+        if strategy.n > 1:
+            log.info(
+                "The checkpoint holds no state of byzantine_robust: the algorithm starts afresh from its weights."
+            )
+        return
+    if len(saved["server"]) not in (len(strategy.optimizers), len(strategy.exchanges)):
+        raise ValueError(
+            f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found "
+            f"{len(strategy.optimizers)}. Resume with the same optimizers, or start a new run from its "
+            "weights: Model.load_from_checkpoint(path)."
+        )
+    follow = strategy.followed(saved["n"])
+    groups = strategy.groups[: len(saved["server"])]
+    saved = _adapted(strategy, saved, groups, follow)
+    strategy.forget()
+    for group, server, workers in zip(groups, saved["server"], saved["workers"], strict=True):
+        group.exchange.load(server, workers, group.example())
+    _say_what_is_missing(saved, follow)
+    strategy.local_workers.load(saved)
+    strategy.report.load(saved)
+    if strategy.global_rank in saved["rng"]:
+        random_states.restore(strategy.root_device, saved["rng"][strategy.global_rank])
+
+
+def _adapted(
+    strategy: Any, saved: Mapping[str, Any], groups: list[Any], follow: resuming.Followed
+) -> Mapping[str, Any]:
+    """The state for the workers of this run, which may be others."""
+    before, n = saved["n"], strategy.n
+    if resuming.is_same(follow, before):
+        return saved
+    warn(f"byzantine_robust: {resuming.described(follow, before)}")
+    if strategy.algorithm is None and min(before, n) <= 2 < max(before, n):
+        warn(
+            f"byzantine_robust: the default algorithm is another one for n={n} workers, and starts "
+            "afresh."
+        )
+        saved = resuming.without_states(saved)
+    likes = [group.example() for group in groups]
+    algorithms = [group.exchange.algorithm for group in groups]
+    return resuming.adapted(saved, follow, strategy.workers_per_process, algorithms, likes)
+
+
+def _say_what_is_missing(saved: Mapping[str, Any], follow: resuming.Followed) -> None:
+    """One rank that saved alone had its own part of the state only."""
+    server = saved["server"][0]
+    kept = {worker for worker, old in enumerate(follow) if old is not None}
+    missing = kept - set(saved["workers"][0])
+    if server["dim"] is None:
+        return
+    if server["server"] is None:
+        warn(
+            "The checkpoint was written by one rank alone, which held its shard of the state only. The "
+            "algorithm starts afresh."
+        )
+    elif missing:
+        warn(
+            f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with a fresh "
+            "state."
+        )

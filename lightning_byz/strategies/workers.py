@@ -1,0 +1,392 @@
+"""This process's workers: their forward and backward passes, and what they contribute to a round.
+
+`OneWorker` is the usual process. `WorkersInTurn` computes several, one after the other.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_byz.data.batches import BatchSplitter
+from lightning_byz.engine.outcome import Contribution, comes
+from lightning_byz.strategies import random_states
+from lightning_byz.strategies.buffers import WorkerBuffers
+from lightning_byz.strategies.extra_gradients import ExtraGradients, QuietPasses
+from lightning_byz.strategies.flat_parameters import FlatParameters
+from lightning_byz.strategies.gradient_sync import GradientGroup
+from lightning_byz.strategies.logs import Call, StepLogs, WorkerLog
+from lightning_byz.strategies.outputs import joined
+from lightning_byz.strategies.validate import explain_one_sample, warn
+from lightning_byz.strategies.worker_attributes import ChangesByHand, WorkerAttributes
+from lightning_byz.types import Gradients
+
+
+class NoBatch:
+    """Stands for the batch of a rank whose data loader gave None, as a ``collate_fn`` may."""
+
+
+def parameters_of_round(group: GradientGroup) -> Tensor:
+    """The parameters ``[d]``, where the algorithm looks at their values; else something of their shape."""
+    if group.layout is not None and group.exchange.algorithm.needs_drift:
+        return group.layout.read_parameters()
+    return group.example()
+
+
+class LocalWorkers(ABC):
+    """The workers of this process.
+
+    Args:
+        strategy: the RobustStrategy, whose exchanges are set up.
+        training_step: the module's training step in the precision plugin's context.
+
+    Attributes:
+        buffers: the module's buffers, and each worker's own.
+        logs: what training steps log.
+        extra: gradients besides the minibatch's.
+    """
+
+    def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
+        module, count = strategy.lightning_module, strategy.workers_per_process
+        self.strategy, self.count, self._training_step = strategy, count, training_step
+        self.buffers = WorkerBuffers(module, count, strategy.aggregated_buffers)
+        self.attributes = WorkerAttributes(module, count)
+        self.logs = StepLogs()
+        self.micro_step = 0
+        self._losses: list[Tensor | None] = [None] * count
+        self._splitter: BatchSplitter | None = None
+        self._logged: set[str] = set()
+        precision, device = strategy.precision_plugin, strategy.root_device
+        passes = QuietPasses(
+            module, self.buffers, self.attributes, precision, device, training_step
+        )
+        self.extra = ExtraGradients(strategy, lambda: self.batches, passes)
+
+    @property
+    def batches(self) -> BatchSplitter:
+        """How batches of the present loader are cut among this process's workers."""
+        module = self.strategy.lightning_module
+        if self._splitter is None or self._splitter.loader is not module.trainer.train_dataloader:
+            by_hand = getattr(module, "split_batch", None)
+            self._splitter = BatchSplitter(module.trainer.train_dataloader, self.count, by_hand)
+        return self._splitter
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the first worker's last training step gave a loss."""
+        return self._losses[0] is not None
+
+    def _key(self, worker: int) -> tuple[int, int, int]:
+        """Of a worker's random stream in this training step."""
+        return (self.strategy.exchanges[0].seed, self.micro_step, worker)
+
+    # -- forward ------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, rest: Sequence[Any], kwargs: Any) -> Any:
+        """Every worker's training step, on its part of the batch; what they log is logged once.
+
+        Args:
+            batch: this process's batch.
+            rest: further arguments of the training step.
+            kwargs: its keywords.
+
+        Returns:
+            what Lightning goes on with.
+        """
+        strategy = self.strategy
+        exchange, module = strategy.exchanges[0], strategy.lightning_module
+        step, workers, simulation = exchange.step, exchange.transport.workers, strategy.simulation
+        self.buffers.refresh()
+        none = isinstance(batch, NoBatch)
+        parts = [None] * self.count if none else self._parts(batch)
+        cohort, round = torch.ones(strategy.n, dtype=torch.bool), None
+        if module.automatic_optimization:
+            round = exchange.next_round(parameters_of_round(strategy.groups[0]))
+            assert round.cohort is not None
+            cohort = round.cohort & torch.tensor([comes(round, w) for w in range(strategy.n)])
+            if strategy.processes.is_behind:  # its round is closed, and the result is applied
+                parts = [None] * self.count
+        parts = [
+            None if part is None or not cohort[w] else simulation.poisoned(w, step, part)
+            for w, part in zip(workers, parts, strict=True)
+        ]
+        if round is not None:
+            self.extra.compute(round, parts, rest, kwargs, self._key)
+        outputs, logs = self._forward(parts, rest, kwargs)
+        self._log(logs, cohort, step)
+        self.micro_step += 1
+        if not module.automatic_optimization:
+            return outputs[0] if outputs[0] is not None else {}
+        return self._output(outputs)
+
+    def _forward(
+        self, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any
+    ) -> tuple[list[Any], list[WorkerLog]]:
+        """The workers' outputs, None for those without a part, and what they log."""
+        strategy = self.strategy
+        module, workers = strategy.lightning_module, strategy.exchanges[0].transport.workers
+        changes = ChangesByHand(module) if self.micro_step == 0 and self.count > 1 else None
+        logs = [WorkerLog(samples=self.batches.size(part)) for part in parts]
+        outputs: list[Any] = [None] * self.count
+        for i, (worker, part, log) in enumerate(zip(workers, parts, logs, strict=True)):
+            if part is None:
+                continue
+            stream = random_states.worker_rng(strategy.root_device, *self._key(worker))
+            vars(module)["log"] = log.record
+            try:
+                with self.buffers.of(i), self.attributes.of(i), strategy.sync.training_step(), stream:
+                    outputs[i] = self._training_step(part, *rest, **kwargs)
+            except ValueError as error:
+                explain_one_sample(error, log.samples, self.count)
+                raise
+            finally:
+                del vars(module)["log"]
+            self._name_changes_by_hand(changes)
+            changes = None
+        self.attributes.show()
+        losses = [out.get("loss") if isinstance(out, Mapping) else out for out in outputs]
+        if module.automatic_optimization:
+            for log, loss in zip(logs, losses, strict=True):
+                log.loss = loss.detach().mean() if isinstance(loss, Tensor) else None
+        self._losses = [loss if isinstance(loss, Tensor) else None for loss in losses]
+        return outputs, logs
+
+    def _log(self, logs: Sequence[WorkerLog], cohort: Tensor, step: int) -> None:
+        """One value for each name that some worker logged, the same on every rank.
+
+        Args:
+            logs: of the local workers.
+            cohort: ``[n]`` bool, the workers that took part.
+            step: the round's.
+        """
+        strategy = self.strategy
+        exchange, trainer = strategy.exchanges[0], strategy.lightning_module.trainer
+        liars = strategy.simulation.liars_at(step)
+        honest = [worker not in liars and bool(cohort[worker]) for worker in range(strategy.n)]
+        honest = honest if any(honest) else cohort.tolist()  # a cohort of liars has nobody else
+        last = trainer.is_last_batch and trainer.max_epochs != -1
+        ends = ", the last one of its epoch" if last else ""
+        follows = strategy.lightning_module.automatic_optimization and not strategy.sync.blocked
+        next_ = f", then {exchange.place}" if follows else ""
+        exchange.transport.meet(f"training step {self.micro_step}{ends}{next_}")
+        if follows:  # so that ranks need not meet again
+            exchange.announce()
+        silenced = set().union(*(each.quarantined for each in strategy.exchanges))
+        calls = self.logs.reduce(logs, exchange.transport, honest, strategy.root_device, silenced)
+        for call in calls:
+            self._log_once(call)
+
+    def _log_once(self, call: Call) -> None:
+        """Logs a value that is the same on every rank already."""
+        if call.name not in self._logged:
+            self._logged.add(call.name)
+            name = re.escape(call.name)
+            warnings.filterwarnings(
+                "ignore", rf"It is recommended to use `self\.log\('{name}'.*sync_dist=True"
+            )
+        self.strategy.lightning_module.log(call.name, call.value, **call.kwargs)
+
+    def _name_changes_by_hand(self, changes: ChangesByHand | None) -> None:
+        """One warning about what the first training step has changed that all workers here share."""
+        names = [] if changes is None else changes.names()
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warn(
+                f"byzantine_robust: training_step changes {', '.join(names[:3])}{more} by hand. "
+                f"In-process workers (workers_per_process={self.count}) share it, so that this happens "
+                "once for each of them in every step. Do it in on_train_batch_end, or use one worker per "
+                "process."
+            )
+
+    @abstractmethod
+    def _parts(self, batch: Any) -> list[Any]:
+        """By worker, its part of the batch; None: it has none."""
+
+    @abstractmethod
+    def _output(self, outputs: list[Any]) -> Any:
+        """What Lightning goes on with, given the workers' outputs."""
+
+    # -- backward -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def backward(
+        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Every worker's backward pass.
+
+        Args:
+            scaled: the loss, as Lightning and the precision plugin have scaled it.
+            groups: the groups that the pass is about.
+            optimizer: the optimizer, for the precision plugin.
+            *args: further arguments, for the precision plugin.
+            **kwargs: its keywords.
+        """
+
+    def agreed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """In automatic optimization, an optimizer's closure that returns the workers' median loss."""
+        module = self.strategy.lightning_module
+
+        def evaluate() -> Any:
+            loss, median = closure(), self.logs.loss
+            if loss is None or median is None or not module.automatic_optimization:
+                return loss
+            return median.to(loss)
+
+        return evaluate
+
+    def contributions(self, group: GradientGroup, unscale: float) -> list[Contribution]:
+        """What each worker has to say in the coming round.
+
+        Args:
+            group: whose gradients are exchanged.
+            unscale: what gradients are to be multiplied by.
+        """
+        assert group.layout is not None
+        contributions = []
+        for i in range(self.count):
+            flat, used = self._gradient(i, group, group.layout, unscale)
+            grads = None if flat is None else Gradients(flat)
+            if group is self.strategy.groups[0]:
+                grads, used = self.extra.given(i, flat, used)
+            touched = torch.cat([used, self.buffers.changed(i)]).to(self.strategy.root_device)
+            contributions.append(Contribution(grads, touched))
+        return contributions
+
+    @abstractmethod
+    def _gradient(
+        self, i: int, group: GradientGroup, layout: FlatParameters, unscale: float
+    ) -> tuple[Tensor | None, Tensor]:
+        """A worker's gradient, None if it has none, and ``[P]`` bool, the parameters that have one."""
+
+    # -- checkpoint ---------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        return {"micro_step": self.micro_step, "logged": self.logs.state()}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `state` gave."""
+        self.micro_step = saved["micro_step"]
+        self.logs.load(saved.get("logged", {}))
+
+
+class OneWorker(LocalWorkers):
+    """The only worker of its process: gradients are read from ``p.grad``."""
+
+    def _parts(self, batch: Any) -> list[Any]:
+        return [batch]
+
+    def _output(self, outputs: list[Any]) -> Any:
+        return outputs[0] if outputs[0] is not None else _stand_in(self.logs, self.strategy.root_device)
+
+    def backward(
+        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        strategy = self.strategy
+        strategy.precision_plugin.backward(scaled, strategy.lightning_module, optimizer, *args, **kwargs)
+
+    def _gradient(
+        self, i: int, group: GradientGroup, layout: FlatParameters, unscale: float
+    ) -> tuple[Tensor | None, Tensor]:
+        if group.overlap is not None and group.overlap.began:
+            used = group.overlap.used()
+            return group.overlap.gradient(), used
+        used = layout.used()
+        if not bool(used.any()):
+            return None, used
+        return layout.read_gradients(unscale, out=layout.rows(1)[0]), used
+
+
+class WorkersInTurn(LocalWorkers):
+    """Several workers of one process: each forward pass, then each backward pass, one after the other."""
+
+    def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
+        super().__init__(strategy, training_step)
+        self._scale_probe: Tensor | None = None
+
+    def _parts(self, batch: Any) -> list[Any]:
+        parts = self.batches.split(batch)
+        if self.micro_step == 0 and parts[-1] is None:
+            raise ValueError(
+                f"The first batch should have at least one sample for each of the {self.count} "
+                f"in-process workers. Found {self.batches.size(batch)}. Use a larger batch_size, or a "
+                "smaller workers_per_process."
+            )
+        return parts
+
+    def _output(self, outputs: list[Any]) -> Any:
+        """One output that stands for all of them."""
+        loss = self._scale_probe = _stand_in(self.logs, self.strategy.root_device)
+        extras = [
+            {key: value for key, value in output.items() if key != "loss"}
+            for output in outputs
+            if isinstance(output, Mapping)
+        ]
+        return {**joined(extras), "loss": loss} if extras else loss
+
+    def backward(
+        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Gradients are added up in the groups' rows."""
+        strategy = self.strategy
+        assert self._scale_probe is not None
+        # By what Lightning and the precision plugin scaled the loss, they have scaled each worker's.
+        (factor,) = torch.autograd.grad(scaled, self._scale_probe)
+        layouts = [group.layout for group in groups if group.layout is not None]
+        for group, layout in zip(groups, layouts, strict=True):
+            if any(row is not None for row in group.rows) and layout.is_cleared():
+                group.clear_rows()  # somebody has zeroed the gradients
+        for i, loss in enumerate(self._losses):
+            if loss is None:
+                continue
+            for layout in layouts:
+                layout.clear_gradients()
+            with self.buffers.of(i):
+                plugin, module = strategy.precision_plugin, strategy.lightning_module
+                plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
+            for group, layout in zip(groups, layouts, strict=True):
+                self._add_up(i, group, layout)
+        self._losses = [None] * self.count
+        for group in groups if strategy.sync.blocked else ():
+            self._show_mean(group)
+
+    def _add_up(self, i: int, group: GradientGroup, layout: FlatParameters) -> None:
+        used, before, used_before = layout.used(), group.rows[i], group.used[i]
+        if not bool(used.any()) and before is None:
+            return
+        if before is None:
+            group.rows[i] = layout.read_gradients(out=layout.rows(self.count)[i])
+        else:
+            before.add_(layout.read_gradients())
+        group.used[i] = used if used_before is None else used_before | used
+
+    @staticmethod
+    def _show_mean(group: GradientGroup) -> None:
+        """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
+        here = [i for i, row in enumerate(group.rows) if row is not None]
+        used = [used for used in group.used if used is not None]
+        assert group.layout is not None
+        if here:
+            rows = group.layout.rows(len(group.rows))
+            mean = (rows if len(here) == len(rows) else rows[here]).mean(0)
+            group.layout.write_gradients(mean, torch.stack(used).any(0).tolist(), views=True)
+        group.local = {id(p) for p in group.layout.parameters if p.grad is not None}
+
+    def _gradient(
+        self, i: int, group: GradientGroup, layout: FlatParameters, unscale: float
+    ) -> tuple[Tensor | None, Tensor]:
+        row, used = group.rows[i], group.used[i]
+        flat = None if row is None else row * unscale if unscale != 1 else row
+        return flat, torch.zeros(len(layout.parameters), dtype=torch.bool) if used is None else used
+
+
+def _stand_in(logs: StepLogs, device: torch.device) -> Tensor:
+    """A loss with a gradient of 1 that has the value of the workers' median loss."""
+    probe = torch.zeros((), device=device, requires_grad=True)
+    return probe + (0.0 if logs.loss is None else logs.loss.float())
