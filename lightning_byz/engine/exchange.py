@@ -83,12 +83,18 @@ class Exchange:
         self._server_side = ServerSide(self.algorithm, self.transport, like, self.shares)
 
     def _sides(self, like: Tensor) -> tuple[WorkerSide, ServerSide]:
-        """Both halves, begun anew if vectors have another length. Callbacks may have changed the transport."""
+        """Both halves, begun anew if vectors have another length.
+
+        The algorithm may have learned the parameters' sizes, and a simulation may stand before the
+        transport.
+        """
         if self.dim != len(like):
             self._start(like)
-        assert self._worker_side is not None and self._server_side is not None
-        self._server_side.transport = self.transport
-        return self._worker_side, self._server_side
+        workers, server = self._worker_side, self._server_side
+        assert workers is not None and server is not None
+        workers.algorithm = server.algorithm = self.algorithm
+        server.transport = self.transport
+        return workers, server
 
     @torch.no_grad()
     def next_round(self, x: Tensor) -> Round:
