@@ -41,8 +41,11 @@ class Walk:
         self._stacks: dict[int, list[str]] = {}
 
     def _see(self, frame: Any, event: str, _: Any) -> None:
-        if event not in ("call", "return") or not frame.f_code.co_filename.startswith(self._root):
+        code = frame.f_code
+        if event not in ("call", "return") or not code.co_filename.startswith(self._root):
             return
+        if code.co_name in ("<listcomp>", "<genexpr>", "<dictcomp>", "<setcomp>"):
+            return  # a loop, and no place to go to
         file = frame.f_code.co_filename[len(self._root) :]
         stack = self._stacks.setdefault(threading.get_ident(), [])
         if event == "call":
@@ -89,8 +92,7 @@ def run(way: str, folder: Path) -> None:
     import lightning_byz as byz
 
     warnings.filterwarnings("ignore")
-    for name in ("lightning_byz", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     walk = Walk(Path(byz.__file__).parent)
 
     class Model(L.LightningModule):

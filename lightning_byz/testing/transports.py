@@ -1,0 +1,166 @@
+"""What every transport should hold."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
+
+from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Mean, TrimmedMean
+from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
+from lightning_byz.compressors import TopK
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.outcome import Contribution
+from lightning_byz.testing.laws import Case, Law, raise_broken, random_rows, verdicts
+from lightning_byz.transports import InProcess, Transport
+from lightning_byz.types import Gradients
+
+_ROUNDS, _DIM = 4, 300
+
+_ALGORITHMS: dict[str, Algorithm] = {
+    "a mean": RobustSGD(aggregator=Mean()),
+    "a median with momenta": RobustSGD(
+        aggregator=CoordinateMedian(f=1), worker_momentum=0.9, server_momentum=0.5
+    ),
+    "a rule of distances": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean(f=1))),
+    "sparse messages": ByzEF21SGDM(aggregator=CoordinateMedian(f=1), compressor=TopK(ratio=0.1)),
+    "votes": SignSGDMajorityVote().with_f(1),
+}
+
+
+def transport_laws(
+    make: Callable[[], Transport], processes: int = 3, start_method: str = "fork"
+) -> list[Law]:
+    """All laws, and whether a transport holds them, in processes that are started for it.
+
+    They have a process group of torch.distributed (gloo), which the transport need not use.
+
+    Args:
+        make: makes the transport, in every process; the same on all.
+        processes: how many.
+        start_method: how they start; with "spawn", ``make`` has to be a function of a module.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start_processes(  # type: ignore[no-untyped-call]
+            _run, (processes, folder, make), processes, start_method=start_method
+        )
+        found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+    return verdicts(_cases(found, processes))
+
+
+def check_transport(
+    make: Callable[[], Transport], processes: int = 3, start_method: str = "fork"
+) -> None:
+    """Raises an AssertionError that names every law that a transport breaks.
+
+    The arguments are those of `transport_laws`.
+    """
+    raise_broken(make, transport_laws(make, processes, start_method))
+
+
+def _contribution(worker: int, k: int, nan: bool) -> Contribution:
+    (g,) = random_rows(1, _DIM, 100 * worker + k, dtype=torch.float32)
+    if nan and worker == 1 and k == 1:
+        g = g * torch.nan
+    return Contribution(Gradients(g), torch.tensor([worker > 0, True]))
+
+
+def _trained(algorithm: Algorithm, transport: Transport, nan: bool = False) -> dict[str, Any]:
+    """The estimates of some rounds, who was present, which parameters were used, and the states."""
+    exchange = Exchange(algorithm, transport, seed=5)
+    x, estimates, present, used = torch.zeros(_DIM), [], [], []
+    for k in range(_ROUNDS):
+        outcome = exchange.run([_contribution(w, k, nan) for w in transport.workers], x)
+        assert outcome.estimate is not None and outcome.round.present is not None
+        estimates.append(outcome.estimate.clone())
+        present.append(outcome.round.present.clone())
+        used.append(outcome.used.clone().cpu())
+    server = exchange.server_state()["server"]
+    return {
+        "estimates": torch.stack(estimates),
+        "present": torch.stack(present),
+        "used": torch.stack(used),
+        "workers": exchange.worker_states(),
+        "server": server if transport.rank == 0 else None,
+    }
+
+
+def _run(rank: int, processes: int, folder: Path, make: Callable[[], Transport]) -> None:
+    """One process: everything that is looked at, into a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(folder / "store"), processes
+    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    transport = make()
+    transport.connect(rank, processes, 1, torch.device("cpu"))
+    found: dict[str, Any] = {"n": transport.n, "workers": list(transport.workers)}
+    found["agreed"] = transport.agree(torch.tensor([10.0 + rank, rank]))
+    spans = transport.spans(_DIM)
+    found["spans"] = [list(span) for span in spans]
+    for name, algorithm in _ALGORITHMS.items():
+        for nan in (False, True):
+            again = make()  # every run has its own
+            again.connect(rank, processes, 1, torch.device("cpu"))
+            found[f"{name}, nan {nan}"] = _trained(algorithm, again, nan)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _expected(algorithm: Algorithm, processes: int, nan: bool) -> dict[str, Any]:
+    transport = InProcess()
+    transport.connect(0, 1, processes, torch.device("cpu"))
+    return _trained(algorithm, transport, nan)
+
+
+def _cases(found: list[dict[str, Any]], processes: int) -> Iterator[Case]:
+    yield "every process has the worker of its rank", partial(_numbers_workers, found, processes)
+    yield "`agree` gives rank 0's tensor everywhere", partial(_agrees, found)
+    yield "the ranks' columns make up the vector, or are all of it", partial(_covers, found)
+    for name, algorithm in _ALGORITHMS.items():
+        for nan in (False, True):
+            key, with_nan = f"{name}, nan {nan}", ", one worker has a nan" if nan else ""
+            expected = _expected(algorithm, processes, nan)
+            yield f"{name}: the bits of one process{with_nan}", partial(_same, found, key, expected)
+
+
+def _numbers_workers(found: list[dict[str, Any]], processes: int) -> None:
+    assert [result["n"] for result in found] == [processes] * processes
+    assert [result["workers"] for result in found] == [[rank] for rank in range(processes)]
+
+
+def _agrees(found: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found):
+        assert torch.equal(result["agreed"], torch.tensor([10.0, 0.0])), f"rank {rank} has another"
+
+
+def _covers(found: list[dict[str, Any]]) -> None:
+    whole = [[0, _DIM]]
+    if all(result["spans"] == whole for result in found):
+        return
+    columns = sorted(c for result in found for a, z in result["spans"] for c in range(a, z))
+    assert columns == list(range(_DIM)), "some columns belong to nobody, or to several ranks"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+
+
+def _same(found: list[dict[str, Any]], key: str, expected: dict[str, Any]) -> None:
+    for rank, result in enumerate(found):
+        for name in ("estimates", "present", "used"):
+            assert _equal(result[key][name], expected[name]), f"{name} of rank {rank} differ"
+        mine = {rank: expected["workers"][rank]}
+        assert _equal(result[key]["workers"], mine), f"the state of worker {rank} differs"
+    assert _equal(found[0][key]["server"], expected["server"]), "the server's state differs"
