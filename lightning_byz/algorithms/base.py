@@ -96,9 +96,9 @@ class Algorithm(ABC):
         """Whether the server's half gives its rule the messages as they are, once, so that the rule's result may be known beforehand."""
         return False
 
-    @abstractmethod
     def with_f(self: AlgorithmT, f: int) -> AlgorithmT:
         """The same algorithm with a rule that tolerates f Byzantine workers."""
+        return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))  # type: ignore[type-var]
 
     def for_sizes(self: AlgorithmT, sizes: Sequence[int]) -> AlgorithmT:
         """The same algorithm with compressors that know the parameters' numbers of elements (see `Compressor.for_sizes`)."""

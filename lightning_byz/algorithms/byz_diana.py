@@ -70,9 +70,6 @@ class ByzDIANA(Algorithm):
                 f"ByzDIANA needs an unbiased compressor. Found {self.compressor!r}. Use RandK(ratio=0.1) or QSGD(), or ByzEF21SGDM for a contractive one."
             )
 
-    def with_f(self, f: int) -> ByzDIANA:
-        return replace(self, aggregator=self.aggregator.with_f(f))
-
     def codec(self, round: Round) -> Compressor:
         return self.compressor
 

@@ -77,9 +77,6 @@ class ByzEF21SGDM(Algorithm):
                 f"{self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
 
-    def with_f(self, f: int) -> ByzEF21SGDM:
-        return replace(self, aggregator=self.aggregator.with_f(f))
-
     def codec(self, round: Round) -> Compressor:
         return self.compressor
 

@@ -219,9 +219,6 @@ class ByzVRMarinaPP(_Clipped):
                 "ByzEF21SGDM for biased ones."
             )
 
-    def with_f(self, f: int) -> ByzVRMarinaPP:
-        return replace(self, aggregator=self.aggregator.with_f(f))
-
     def full_size(self, n: int) -> int:
         return self.full_cohort_size or n
 
@@ -291,9 +288,6 @@ class ClippedDifferences(_Clipped):
 
     def for_sizes(self, sizes: Sequence[int]) -> ClippedDifferences:
         return replace(self, inner=self.inner.for_sizes(sizes))
-
-    def with_f(self, f: int) -> ClippedDifferences:
-        return replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.inner.codec(round)

@@ -148,9 +148,6 @@ class DStar(Algorithm):
     def needs_trusted(self) -> bool:  # type: ignore[override]
         return isinstance(self.aggregator, DeviationFilter) and self.aggregator.reading == "trusted"
 
-    def with_f(self, f: int) -> DStar:
-        return replace(self, aggregator=self.aggregator.with_f(f))
-
     def count(self, n: int) -> int:
         """How many messages it waits for, of n workers."""
         return n - (self.aggregator.f or 0) if self.k is None else self.k

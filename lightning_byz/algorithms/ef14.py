@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -65,9 +65,6 @@ class EF14(Algorithm):
             raise ValueError(
                 f"EF14 needs a contractive compressor. Found {self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
-
-    def with_f(self, f: int) -> EF14:
-        return replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.compressor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -105,9 +104,6 @@ class RobustSGD(Algorithm):
     @property
     def coordinate_wise(self) -> bool:
         return self.compressor.coordinate_wise
-
-    def with_f(self, f: int) -> RobustSGD:
-        return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))
 
     def codec(self, round: Round) -> Compressor:
         return self.compressor

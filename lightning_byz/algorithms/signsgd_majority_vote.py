@@ -77,9 +77,6 @@ class SignSGDMajorityVote(Algorithm):
     def coordinate_wise(self) -> bool:
         return self.zero not in ("random", "abstain")  # whose coins, and the scale of whose payloads, are the whole vector's
 
-    def with_f(self, f: int) -> SignSGDMajorityVote:
-        return replace(self, aggregator=self.aggregator.with_f(f))
-
     def averaging(self) -> SignSGDMajorityVote:
         return self.with_f(0)
 

@@ -109,7 +109,7 @@ def default_transport(algorithm: Algorithm, processes: int, nbytes: int) -> Tran
 def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
     """Logs how messages travel, and what comes down on shards in answer to messages that name few coordinates each."""
     log.info(f"byzantine_robust: messages travel by {type(transport).__name__}.")
-    if not isinstance(transport, Sharded) or not getattr(getattr(algorithm, "compressor", None), "sparse", False):
+    if not transport.in_shards or not getattr(getattr(algorithm, "compressor", None), "sparse", False):
         return
     name, rule = type(algorithm).__name__, algorithm.aggregator
     if algorithm.changes_few:
