@@ -1134,7 +1134,7 @@ BUGS = [
         "",
         "gradient_sync",
     ),
-    Bug("ranks may be anywhere", "transports/meeting.py", "if all(torch.equal(said, self._said) for said in heard.values()):", "if True:", "gradient_sync"),
+    Bug("ranks may be anywhere", "transports/meeting.py", "if all(torch.equal(said, mine) for said in heard.values()):", "if True:", "gradient_sync"),
     Bug(
         "a batch that is None hangs the others",
         "strategies/strategy.py",

@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RANKS = 3
 WORLDS = ("in_process", "ranks", "server")
+AT_SERVER = ("default", "momenta", "ef21_sgdm", "dstar", "signsgd")
+"""Algorithms that are tried at a parameter server, each in processes of its own, without a resume."""
 
 
 # -- one world of runs, in a process that has one commit's package ----------------------------------
@@ -70,6 +72,7 @@ def cells(world: str, folder: Path) -> dict[str, Any]:
         for transport_name, transport in transports.items()
         for attack_name, attack in attacks.items()
         if attack_name == "SignFlip" or world == "in_process"
+        if world != "server" or algorithm_name in AT_SERVER
     }
 
 
@@ -131,10 +134,11 @@ def train(world: str, folder: Path, algorithm: Any, transport: Any, attack: Any)
         return trainer, model
 
     path = folder / "saved.ckpt"
-    trainer, _ = fit(1, None)
+    trainer, model = fit(1, None)
     trainer.save_checkpoint(path)
-    trainer, model = fit(2, path)
-    trainer.save_checkpoint(path)
+    if world != "server":
+        trainer, model = fit(2, path)
+        trainer.save_checkpoint(path)
     hashes = {name: digest(tensor) for name, tensor in model.state_dict().items()}
     if trainer.global_rank == 0:
         state = torch.load(path, weights_only=True)["lightning_byz"]
@@ -163,8 +167,14 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text + raw.numpy().tobytes()).hexdigest()[:16]
 
 
-def run(world: str, folder: Path) -> None:
-    """Runs all cells of a world in this process, which is one of its ranks, and writes their hashes."""
+def run(world: str, folder: Path, only: str | None) -> None:
+    """Runs the cells of a world in this process, which is one of its ranks, and writes their hashes.
+
+    Args:
+        world: one of `WORLDS`.
+        folder: where to.
+        only: the algorithm to try; None: all.
+    """
     import logging
     import warnings
 
@@ -176,6 +186,8 @@ def run(world: str, folder: Path) -> None:
     rank = int(os.environ.get("LOCAL_RANK", 0))
     results = {}
     for name, parts in cells(world, folder).items():
+        if only is not None and not name.startswith(f"{only} /"):
+            continue
         try:
             results[name] = train(world, folder, *parts)
         except (ValueError, TypeError) as error:  # a combination that is refused, in both commits
@@ -194,8 +206,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def results_of(tree: Path, world: str) -> dict[str, dict[str, str]]:
-    """By cell and rank, the hashes that the package in a checkout gives."""
+def results_of(tree: Path, world: str, only: str | None = None) -> dict[str, dict[str, str]]:
+    """By cell and rank, the hashes that the package in a checkout gives. ``only``: see `run`."""
+    if world == "server" and only is None:
+        parts = (results_of(tree, world, name) for name in AT_SERVER)
+        return {cell: hashes for part in parts for cell, hashes in part.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment = {
@@ -206,6 +221,7 @@ def results_of(tree: Path, world: str) -> dict[str, dict[str, str]]:
             "MASTER_PORT": str(free_port()),
         }
         command = [sys.executable, str(Path(__file__).resolve()), "--world", world, "--to", name]
+        command += [] if only is None else ["--only", only]
         if world == "server":
             made = f"import lightning_byz as b; b.make_keys({str(folder / 'keys')!r}, {RANKS})"
             subprocess.run([sys.executable, "-c", made], env=environment, cwd=tree, check=True)
@@ -231,9 +247,10 @@ def main() -> int:
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
     parser.add_argument("--world", choices=WORLDS, help=argparse.SUPPRESS)
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.world is not None:
-        run(arguments.world, arguments.to)
+        run(arguments.world, arguments.to, arguments.only)
         return 0
     if arguments.base is None:
         parser.error("a commit to compare with is needed")

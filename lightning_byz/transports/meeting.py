@@ -17,6 +17,8 @@ from torch import Tensor
 
 _SIZE = 96
 """Bytes of what a rank says of its place."""
+_ATTACHED = 1024 - _SIZE
+"""Bytes that may travel with it."""
 _PROBE = timedelta(seconds=1)
 """How long a message that looks for lost ranks waits to be taken."""
 _TAG = 1
@@ -43,6 +45,9 @@ class Meeting:
     that follow carry a tag that is made of the text. So a rank that has left out an exchange, or
     has run out of data, is named in an error on all ranks, instead of a hang or a crash.
 
+    The text leaves with whatever comes first after it, and takes small messages along: all texts
+    have one size, so that ranks at different places understand each other.
+
     Args:
         group: the process group of the texts; None: no texts are sent.
     """
@@ -51,8 +56,9 @@ class Meeting:
         self.group = group
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.place = "the start"
-        self._said = torch.zeros(_SIZE, dtype=torch.uint8)
-        self._heard = torch.zeros(self.size, _SIZE, dtype=torch.uint8)
+        self._said = torch.zeros(_SIZE + _ATTACHED, dtype=torch.uint8)
+        self._heard = torch.zeros(self.size, _SIZE + _ATTACHED, dtype=torch.uint8)
+        self._unsaid = False
         self._requests: list[tuple[int, dist.Work | None]] = []
 
     @property
@@ -66,20 +72,47 @@ class Meeting:
         return 4 + 4 * (zlib.crc32(self.place.encode()) % 2**28)
 
     def begin(self, place: str) -> None:
-        """Says where this rank is.
+        """From here on this rank is at another place, which it says with what follows.
 
         Args:
             place: the same text on all ranks that are at the same place.
         """
         self.join()
-        self.place = place
-        if self.group is None:
+        self.place, self._unsaid = place, self.group is not None
+
+    def say(self, attached: Tensor | None = None) -> None:
+        """Says where this rank is, unless it has.
+
+        Args:
+            attached: up to `_ATTACHED` bytes that travel along.
+        """
+        if not self._unsaid:
             return
-        said = place.encode()[:_SIZE]
-        self._said = torch.frombuffer(bytearray(said.ljust(_SIZE)), dtype=torch.uint8)
+        self._unsaid = False
+        said = self.place.encode()[:_SIZE].ljust(_SIZE)
+        self._said[:_SIZE] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        if attached is not None:
+            self._said[_SIZE : _SIZE + len(attached)] = attached
         receive = [(r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others]
         send = [(r, partial(dist.isend, self._said, r, self.group, _TAG)) for r in self.others]
         self._requests = [(rank, self._started(rank, start)) for rank, start in receive + send]
+
+    def along(self, message: Tensor) -> Tensor | None:
+        """Every rank's message, if it is small and this rank has still to say where it is.
+
+        Args:
+            message: uint8, of one size on all ranks that are at this place.
+
+        Returns:
+            the messages ``[ranks, size]``, until the next place; None: they travel on their own.
+        """
+        if not self._unsaid or len(message) > _ATTACHED:
+            return None
+        message = message.cpu()
+        self.say(message)
+        self.join()
+        self._heard[self.rank, _SIZE : _SIZE + len(message)] = message
+        return self._heard[:, _SIZE : _SIZE + len(message)]
 
     def _started(self, rank: int, start: Callable[[], dist.Work | None]) -> dist.Work | None:
         try:
@@ -94,18 +127,20 @@ class Meeting:
             OutOfStepError: if they are not all at one place.
             RankLostError: if one has ended.
         """
+        self.say()
         requests, self._requests = self._requests, []
         if not requests:
             return
         failed = [(rank, error) for rank, request in requests if (error := _failure(request)) is not None]
         lost = dict(failed)
-        heard = {rank: self._heard[rank] for rank in self.others if rank not in lost}
-        if all(torch.equal(said, self._said) for said in heard.values()):
+        heard = {rank: self._heard[rank, :_SIZE] for rank in self.others if rank not in lost}
+        mine = self._said[:_SIZE]
+        if all(torch.equal(said, mine) for said in heard.values()):
             if lost:
                 raise self._lost(sorted(lost), next(iter(lost.values())))
             return
         places: dict[str, list[int]] = {}
-        for rank, said in sorted({**heard, self.rank: self._said}.items()):
+        for rank, said in sorted({**heard, self.rank: mine}.items()):
             places.setdefault(_text(said), []).append(rank)
         found = "; ".join(f"{_ranks(ranks)} at {text!r}" for text, ranks in places.items())
         gone = f"; {_ranks(sorted(lost))} did not answer" if lost else ""
