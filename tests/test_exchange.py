@@ -31,8 +31,8 @@ from lightning_byz.engine.outcome import NO_LOSS, Contribution
 from lightning_byz.numerics.finite import all_finite
 from lightning_byz.numerics.memory import TensorPool
 from lightning_byz.numerics.rows import Rows
-from lightning_byz.strategies.logs import StepLogs, WorkerLog
 from lightning_byz.strategies.random_states import restore, snapshot, worker_rng
+from lightning_byz.strategies.step_logs import StepLogs, WorkerLog
 from lightning_byz.transports import InProcess, Message
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
@@ -1217,7 +1217,7 @@ def test_most_workers_say_how_a_name_is_logged():
 
 
 def test_a_run_logs_no_more_names_than_it_can(monkeypatch):
-    monkeypatch.setattr("lightning_byz.strategies.logs._MOST_NAMES", 3)
+    monkeypatch.setattr("lightning_byz.strategies.step_logs._MOST_NAMES", 3)
     step_logs = StepLogs()
     for step in range(3):
         values, _ = reduced(step_logs, logs({f"a{step}": 1.0, f"b{step}": 1.0}, {"a0": 3.0}))

@@ -21,7 +21,7 @@ from zoo import laws
 
 from lightning_byz import RobustSGD, TrimmedMean
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.strategies.few_users import FewUsers
+from lightning_byz.strategies.unmoved_parameters import FewUsers
 
 QUIET = {
     "accelerator": "cpu",

@@ -17,7 +17,7 @@ from models import Plain, blobs, loader
 from torch import Tensor
 from zoo import ALGORITHMS, each, laws, robust
 
-from lightning_byz import ByzEF21SGDM, InProcess, RobustSGD, TopK, WrongScale, resuming
+from lightning_byz import ByzEF21SGDM, InProcess, RobustSGD, TopK, WrongScale
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import (
@@ -26,6 +26,7 @@ from lightning_byz.lightning import (
     ShadowMode,
     SuspicionMonitor,
 )
+from lightning_byz.strategies import resuming_with_others as resuming
 from lightning_byz.types import Gradients
 
 D = 12

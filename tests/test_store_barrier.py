@@ -19,7 +19,7 @@ from models import Plain, loader
 from ranks import Ranks
 
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.strategies.store_barrier import StoreBarrier, store_barrier
+from lightning_byz.strategies.checkpoint_barrier import StoreBarrier, store_barrier
 
 pytestmark = pytest.mark.processes
 

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_byz import SignSGDMajorityVote
 from lightning_byz.lightning import ByzantineRobustStrategy
-from lightning_byz.strategies.buffers import WorkerBuffers
-from lightning_byz.strategies.outputs import joined
-from lightning_byz.strategies.worker_attributes import ChangesByHand, WorkerAttributes
+from lightning_byz.strategies.module_attributes import ChangesByHand, WorkerAttributes
+from lightning_byz.strategies.module_buffers import WorkerBuffers
+from lightning_byz.strategies.step_outputs import joined
 
 N = 4
 processes = pytest.mark.processes

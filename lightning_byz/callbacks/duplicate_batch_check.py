@@ -15,10 +15,10 @@ from lightning_byz.diagnostics.alerts import gathered
 from lightning_byz.diagnostics.replicas import ReplicasCallback, named
 from lightning_byz.diagnostics.sketch import Sketch
 from lightning_byz.diagnostics.worker_placement import Whereabouts
-from lightning_byz.strategies.buffers import WorkerBuffers
 from lightning_byz.strategies.extra_gradients import QuietPasses, random_states_kept
 from lightning_byz.strategies.flat_parameters import FlatParameters
-from lightning_byz.strategies.worker_attributes import WorkerAttributes
+from lightning_byz.strategies.module_attributes import WorkerAttributes
+from lightning_byz.strategies.module_buffers import WorkerBuffers
 from lightning_byz.transports.parsing import DIMENSIONS, Refusals, leaf_header, read_leaves
 
 _LEAVES = 32

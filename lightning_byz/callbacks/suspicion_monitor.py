@@ -24,7 +24,7 @@ from lightning_byz.diagnostics.suspicion import Compare, SuspicionTest
 from lightning_byz.diagnostics.worker_placement import Whereabouts, whereabouts
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
-from lightning_byz.strategies import resuming
+from lightning_byz.strategies import resuming_with_others
 from lightning_byz.strategies.strategy import is_robust
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class SuspicionMonitorCallback(_Base):
         """
         states, before = saved["tests"], len(saved["tests"][0]["pairs"])
         follow = trainer.strategy.followed(before)
-        if resuming.is_same(follow, before) and all(map(SuspicionTest.fits, self.tests, states)):
+        if resuming_with_others.is_same(follow, before) and all(map(SuspicionTest.fits, self.tests, states)):
             for test, state in zip(self.tests, states, strict=True):
                 test.load_state_dict(state)
             self._told = set(saved["told"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_byz.strategies import random_states, resuming
+from lightning_byz.strategies import random_states, resuming_with_others
 from lightning_byz.strategies.validate import warn
 
 log = logging.getLogger("lightning_byz")
@@ -85,25 +85,25 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
 
 
 def _adapted(
-    strategy: Any, saved: Mapping[str, Any], groups: list[Any], follow: resuming.Followed
+    strategy: Any, saved: Mapping[str, Any], groups: list[Any], follow: resuming_with_others.Followed
 ) -> Mapping[str, Any]:
     """The state for the workers of this run, which may be others."""
     before, n = saved["n"], strategy.n
-    if resuming.is_same(follow, before):
+    if resuming_with_others.is_same(follow, before):
         return saved
-    warn(f"byzantine_robust: {resuming.described(follow, before)}")
+    warn(f"byzantine_robust: {resuming_with_others.described(follow, before)}")
     if strategy.algorithm is None and min(before, n) <= 2 < max(before, n):
         warn(
             f"byzantine_robust: the default algorithm is another one for n={n} workers, and starts "
             "afresh."
         )
-        saved = resuming.without_states(saved)
+        saved = resuming_with_others.without_states(saved)
     likes = [group.example() for group in groups]
     algorithms = [group.exchange.algorithm for group in groups]
-    return resuming.adapted(saved, follow, strategy.workers_per_process, algorithms, likes)
+    return resuming_with_others.adapted(saved, follow, strategy.workers_per_process, algorithms, likes)
 
 
-def _say_what_is_missing(saved: Mapping[str, Any], follow: resuming.Followed) -> None:
+def _say_what_is_missing(saved: Mapping[str, Any], follow: resuming_with_others.Followed) -> None:
     """One rank that saved alone had its own part of the state only."""
     server = saved["server"][0]
     kept = {worker for worker, old in enumerate(follow) if old is not None}

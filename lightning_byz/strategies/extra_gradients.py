@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_byz.data.batches import BatchSplitter
 from lightning_byz.strategies import random_states
-from lightning_byz.strategies.buffers import WorkerBuffers
 from lightning_byz.strategies.flat_parameters import FlatParameters
-from lightning_byz.strategies.logs import WorkerLog
+from lightning_byz.strategies.module_attributes import WorkerAttributes
+from lightning_byz.strategies.module_buffers import WorkerBuffers
+from lightning_byz.strategies.step_logs import WorkerLog
 from lightning_byz.strategies.validate import UnsupportedSetupError
-from lightning_byz.strategies.worker_attributes import WorkerAttributes
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
 
 StepKey: TypeAlias = Callable[[int], "tuple[int, int, int]"]

@@ -23,8 +23,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lightning_byz.compressors import Field
 from lightning_byz.strategies import random_states
-from lightning_byz.strategies.buffers import shared_tensors
-from lightning_byz.strategies.store_barrier import StoreBarrier, store_barrier
+from lightning_byz.strategies.checkpoint_barrier import StoreBarrier, store_barrier
+from lightning_byz.strategies.module_buffers import shared_tensors
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports.meeting import meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack

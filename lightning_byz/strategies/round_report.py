@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_byz.engine.outcome import NO_LOSS, Outcome, comes
-from lightning_byz.strategies.few_users import FewUsers, described
+from lightning_byz.strategies.unmoved_parameters import FewUsers, described
 from lightning_byz.strategies.validate import warn
 from lightning_byz.transports import Transport
 

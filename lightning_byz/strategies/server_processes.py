@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lightning_byz.compressors import Field
 from lightning_byz.strategies import random_states
-from lightning_byz.strategies.buffers import shared_tensors
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, run_state
+from lightning_byz.strategies.module_buffers import shared_tensors
 from lightning_byz.strategies.processes import Processes
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import LeftBehindError, ParameterServer, RunIsOverError

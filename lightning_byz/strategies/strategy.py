@@ -23,7 +23,7 @@ from lightning_byz.algorithms import Algorithm
 from lightning_byz.data.batches import batch_size
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.simulation import HONEST, Honest, Simulation
-from lightning_byz.strategies import resuming
+from lightning_byz.strategies import resuming_with_others
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, collect, restore
 from lightning_byz.strategies.extra_gradients import TrustedData
 from lightning_byz.strategies.gradient_exchange import exchange_gradients
@@ -121,7 +121,7 @@ class RobustStrategy(ProcessHooks):
         check_arguments(
             algorithm, transport, workers_per_process, num_byzantine, max_skipped_steps, worker_weights, of_ddp
         )
-        resuming.check_argument(resume_workers)
+        resuming_with_others.check_argument(resume_workers)
         self.algorithm, self.transport = algorithm, transport
         self.workers_per_process, self.num_byzantine = workers_per_process, num_byzantine
         self.seed, self.worker_weights = seed, worker_weights
@@ -305,12 +305,12 @@ class RobustStrategy(ProcessHooks):
         if self.exchanges:
             restore(self, checkpoint.get(CHECKPOINT_KEY))
 
-    def followed(self, before: int) -> resuming.Followed:
+    def followed(self, before: int) -> resuming_with_others.Followed:
         """For each worker of this run, the one of a run with ``before`` workers that it follows.
 
         It goes on with that one's state. None: it is new.
         """
-        return resuming.followed(self.resume_workers, before, self.n)
+        return resuming_with_others.followed(self.resume_workers, before, self.n)
 
 
 def is_robust(strategy: Any) -> bool:

@@ -17,14 +17,14 @@ from torch import Tensor
 from lightning_byz.data.batches import BatchSplitter
 from lightning_byz.engine.outcome import Contribution, comes
 from lightning_byz.strategies import random_states
-from lightning_byz.strategies.buffers import WorkerBuffers
 from lightning_byz.strategies.extra_gradients import ExtraGradients, QuietPasses
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import GradientGroup
-from lightning_byz.strategies.logs import Call, StepLogs, WorkerLog
-from lightning_byz.strategies.outputs import joined
+from lightning_byz.strategies.module_attributes import ChangesByHand, WorkerAttributes
+from lightning_byz.strategies.module_buffers import WorkerBuffers
+from lightning_byz.strategies.step_logs import Call, StepLogs, WorkerLog
+from lightning_byz.strategies.step_outputs import joined
 from lightning_byz.strategies.validate import explain_one_sample, warn
-from lightning_byz.strategies.worker_attributes import ChangesByHand, WorkerAttributes
 from lightning_byz.types import Gradients
 
 

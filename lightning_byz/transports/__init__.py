@@ -1,4 +1,10 @@
-"""Transports: how the messages of a round get from the workers to the rule."""
+"""Transports: how the messages of a round get from the workers to the rule.
+
+`base` is the interface. `in_process` sends nothing. `all_gather` and `sharded` are collectives of
+torch.distributed, with what they share in `collective`; `meeting` tells ranks that are out of step, or
+dead, by name. `parameter_server` survives its workers. `wire` packs tensors, `parsing` reads what other
+processes say with suspicion: logged values, names, shapes, texts.
+"""
 
 from lightning_byz.transports.all_gather import AllGather
 from lightning_byz.transports.base import Awaited, Downlink, Message, Received, Transport, Uplink, Verdict

@@ -75,7 +75,7 @@ def count(value: float) -> int:
 
 
 class StepRow(NamedTuple):
-    """What a worker's training step logged, see `lightning_byz.strategies.logs`.
+    """What a worker's training step logged, see `lightning_byz.strategies.step_logs`.
 
     Attributes:
         known: whether all names that it has logged are known to all.
