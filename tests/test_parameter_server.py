@@ -223,15 +223,24 @@ def test_workers_killed_at_any_moment(tmp_path: Path) -> None:
     assert "val_loss" in report["metrics"]
 
 
+def appears(file: Path) -> None:
+    """Waits for a file."""
+    deadline = time.monotonic() + 300
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.01)
+
+
 class ComesBack(L.Callback):
     """At the server: waits in a batch until this rank, which has died, asks to join again, and in the next one until it is there."""
 
-    def __init__(self, step: int, rank: int) -> None:
-        self.step, self.rank = step, rank
+    def __init__(self, folder: Path, step: int, rank: int) -> None:
+        self.folder, self.step, self.rank = folder, step, rank
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_rank != 0 or trainer.global_step not in (self.step, self.step + 1):
             return
+        (self.folder / "waits").touch()
         member = trainer.strategy.transport._server.desk.members[self.rank]
         deadline = time.monotonic() + 300
         while not (member.wants if trainer.global_step == self.step else member.active):
@@ -247,13 +256,14 @@ def test_a_worker_that_is_started_again_contributes(algorithm: Any, tmp_path: Pa
         return ByzantineRobustStrategy(algorithm, transport, num_byzantine=1)
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Dies(folder, (2, "forward", 3)), ComesBack(6, 2), ModelCheckpoint(folder, filename="{epoch}")]
+        return [Watch(), Dies(folder, (2, "forward", 3)), ComesBack(folder, 6, 2), ModelCheckpoint(folder, filename="{epoch}")]
 
     settings = {"enable_checkpointing": True, "max_epochs": 2}
     with Ranks(
         tmp_path, 4, job(4, make, callbacks=callbacks, val=loader, data=lambda: loader(6), extra=present, **settings)
     ) as ranks:
         assert ranks.wait([2]) == {2: -signal.SIGKILL}, ranks.everything()
+        appears(tmp_path / "waits")  # not before: it would join an earlier step
         ranks.start(2)
         assert ranks.wait() == dict.fromkeys(range(4), 0), ranks.everything()
     made = reports(tmp_path, 0, 1, 2, 3)
@@ -308,7 +318,7 @@ def test_who_is_left_behind_goes_on_from_a_snapshot(tmp_path: Path) -> None:
                 awake.touch()
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Sleeps(), ComesBack(12, 2)]
+        return [Watch(), Sleeps(), ComesBack(folder, 12, 2)]
 
     server = {"first_k": 2, "backlog": 4}
     with Ranks(tmp_path, 3, job(3, callbacks=callbacks, server=server, data=lambda: loader(4), extra=present)) as ranks:
@@ -337,6 +347,10 @@ def test_a_late_worker_skips_to_the_current_step(tmp_path: Path) -> None:
     class Sleeps(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
             step, rank = trainer.global_step, trainer.global_rank
+            (tmp_path / f"rank {rank} begins {step}").touch()
+            if rank == 0:  # rank 1 is never late, and rank 2 not before step 3, however busy the machine is
+                appears(tmp_path / f"rank 1 begins {step}")
+                appears(tmp_path / f"rank 2 begins {min(step, 3)}")
             if rank == 2 and step == 3:
                 while not (tmp_path / "awake").exists():
                     time.sleep(0.01)

@@ -142,6 +142,7 @@ class RobustStrategy(ProcessHooks):
         self.groups: list[GradientGroup] = []
         self.exchanges: list[Exchange] = []
         self._reducer = MetricReducer()
+
     # -- the beginning and the end ------------------------------------------------------------------
 
     def teardown(self) -> None:
