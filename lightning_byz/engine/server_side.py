@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ from lightning_byz.numerics.memory import TensorPool, empty_rows, places_of
 from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports import Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round
+
+
+class _Heard(NamedTuple):
+    """What a round's estimate is made of.
+
+    Attributes:
+        received: the messages.
+        blank: ``[n, 0]`` what is known of the rows besides their numbers.
+        decode: makes the rows.
+        down: the format of the answer.
+        round: with ``present`` set.
+    """
+
+    received: Received
+    blank: Rows
+    decode: Callable[[], Rows]
+    down: Compressor
+    round: Round
 
 
 class ServerSide:
@@ -123,7 +141,7 @@ class ServerSide:
         )
         answer: Payload | None = None
         try:
-            estimate, answer = self._answer(received, blank, decode, down, round)
+            estimate, answer = self._answer(_Heard(received, blank, decode, down, round))
         except TooFewRowsError as error:
             nobody = not bool(spoke.any()) and int(idle.sum()) > (rule.f or 0)  # so that some honest worker says so
             outcome = outcome._replace(reason=NO_LOSS if nobody else str(error))
@@ -140,27 +158,20 @@ class ServerSide:
         self.unchecked = max(0, self.unchecked - 1)
         return outcome
 
-    def _answer(
-        self,
-        received: Received,
-        blank: Rows,
-        decode: Callable[[], Rows],
-        down: Compressor,
-        round: Round,
-    ) -> tuple[Tensor, Payload]:
+    def _answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it; and the new state."""
+        round, values = heard.round, heard.blank.values
         assert round.present is not None
-        values = blank.values
         shape_fits = self.whole is not None and self.whole.shape == (self.dim,)
         if self.transport.in_shards and not shape_fits:
             self.whole = torch.empty(self.dim, dtype=values.dtype, device=values.device)
-        payloads = [received.messages[w].payload for w in _indices(round.present)]
-        answer = self.algorithm.tally(payloads, blank, round)
+        payloads = [heard.received.messages[w].payload for w in _indices(round.present)]
+        answer = self.algorithm.tally(payloads, heard.blank, round)
         if answer is not None:
-            return self.spread(answer, down)
+            return self.spread(answer, heard.down)
         if self._plan is None:
-            self._plan = _plan(self, down)
-        return self._plan.answer(received, blank, decode, down, round)
+            self._plan = _plan(self, heard.down)
+        return self._plan.answer(heard)
 
     def spread(self, answer: Payload, down: Compressor) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it.
@@ -174,8 +185,9 @@ class ServerSide:
             self.last = whole.clone()
         return whole, told
 
-    def named(self, received: Received, blank: Rows, round: Round) -> tuple[Tensor, Rows] | None:
+    def named(self, heard: _Heard) -> tuple[Tensor, Rows] | None:
         """The coordinates here that some message names, and the messages' rows in these columns; None if most may be named."""
+        received, blank, round = heard.received, heard.blank, heard.round
         assert round.present is not None
         if not ((self.algorithm.absorbs or self.algorithm.changes_named) and self.algorithm.codec(round).sparse):
             return None
@@ -199,11 +211,12 @@ class ServerSide:
         state = (t.index_copy_(-1, index, new) if columns else new for t, new, columns in zip(self.state, after, cut, strict=True))
         return result, type(self.state)(*state)
 
-    def estimate(self, blank: Rows, decode: Callable[[], Rows], named: tuple[Tensor, Rows] | None, round: Round) -> Tensor:
+    def estimate(self, heard: _Heard, named: tuple[Tensor, Rows] | None) -> Tensor:
         """The estimate in all columns here. The server's state is the new one then. ``named``: from `named`."""
+        blank, round = heard.blank, heard.round
         lent = round._replace(room=self.pool)
         if named is None or not self.algorithm.absorbs:
-            estimate, after = self.algorithm.server(decode(), self.state, lent)
+            estimate, after = self.algorithm.server(heard.decode(), self.state, lent)
             if self.unchecked:
                 self._check_server(estimate, after, blank)
         else:
@@ -320,22 +333,8 @@ class _Plan(ABC):
         self.side = side
 
     @abstractmethod
-    def answer(
-        self,
-        received: Received,
-        blank: Rows,
-        decode: Callable[[], Rows],
-        down: Compressor,
-        round: Round,
-    ) -> tuple[Tensor, Payload]:
+    def answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it.
-
-        Args:
-            received: the messages.
-            blank: ``[n, 0]`` what is known of the rows besides their numbers.
-            decode: makes the rows.
-            down: the format of the answer.
-            round: with ``present`` set.
 
         Raises:
             TooFewRowsError: if nothing can be said; no state has changed then.
@@ -345,18 +344,11 @@ class _Plan(ABC):
 class Whole(_Plan):
     """All columns at once."""
 
-    def answer(
-        self,
-        received: Received,
-        blank: Rows,
-        decode: Callable[[], Rows],
-        down: Compressor,
-        round: Round,
-    ) -> tuple[Tensor, Payload]:
+    def answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
         side = self.side
-        estimate = side.estimate(blank, decode, side.named(received, blank, round), round)
-        answer = down.encode(estimate, round.shared("downlink", estimate.device))
-        return side.spread(answer, down)
+        estimate = side.estimate(heard, side.named(heard))
+        answer = heard.down.encode(estimate, heard.round.shared("downlink", estimate.device))
+        return side.spread(answer, heard.down)
 
 
 class Revised(Whole):
@@ -365,26 +357,19 @@ class Revised(Whole):
     If messages name them, the server's half looks at no others.
     """
 
-    def answer(
-        self,
-        received: Received,
-        blank: Rows,
-        decode: Callable[[], Rows],
-        down: Compressor,
-        round: Round,
-    ) -> tuple[Tensor, Payload]:
+    def answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
         side = self.side
         algorithm, transport, last = side.algorithm, side.transport, side.last
         if last is None:
-            return super().answer(received, blank, decode, down, round)
-        named = side.named(received, blank, round)
+            return super().answer(heard)
+        named = side.named(heard)
         if named is not None and algorithm.changes_named:
             index, rows = named
             numbers, side.state = side.on_columns(
-                index, lambda state: algorithm.server(rows, state, round)
+                index, lambda state: algorithm.server(rows, state, heard.round)
             )
         else:
-            estimate = side.estimate(blank, decode, named, round)
+            estimate = side.estimate(heard, named)
             index = places_of(estimate != transport.columns(last))
             numbers = estimate[index]
         answer = transport.revise(index, numbers, last)
@@ -393,21 +378,14 @@ class Revised(Whole):
             side.whole = last.clone()
         else:
             side.whole.copy_(last)
-        return side.whole, down.encode(side.whole) if answer is None else answer
+        return side.whole, heard.down.encode(side.whole) if answer is None else answer
 
 
 class InPieces(_Plan):
     """Piece by piece: one is on its way while the next one is made."""
 
-    def answer(
-        self,
-        received: Received,
-        blank: Rows,
-        decode: Callable[[], Rows],
-        down: Compressor,
-        round: Round,
-    ) -> tuple[Tensor, Payload]:
-        side, rows = self.side, decode()
+    def answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
+        side, rows, round = self.side, heard.decode(), heard.round
         width, place, states, downlink = rows.values.shape[1], 0, [], None
         for piece, algorithm in self._with_results(rows, round):
             size = piece.values.shape[1]
