@@ -14,12 +14,12 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 RANKS = 3
@@ -192,18 +192,10 @@ def run(world: str, folder: Path, only: str | None) -> None:
             results[name] = train(world, folder, *parts)
         except (ValueError, TypeError) as error:  # a combination that is refused, in both commits
             results[name] = {"refused": f"{type(error).__name__}: {error}"}
-        print(f"  {name}", flush=True)
     (folder / f"{world}{rank}.json").write_text(json.dumps(results))
 
 
 # -- both commits -----------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def results_of(tree: Path, world: str, only: str | None = None) -> dict[str, dict[str, str]]:
@@ -213,28 +205,11 @@ def results_of(tree: Path, world: str, only: str | None = None) -> dict[str, dic
         return {cell: hashes for part in parts for cell, hashes in part.items()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(tree),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }
-        command = [sys.executable, str(Path(__file__).resolve()), "--world", world, "--to", name]
+        ranks = 1 if world == "in_process" else RANKS
+        command = [str(Path(__file__).resolve()), "--world", world, "--to", name]
         command += [] if only is None else ["--only", only]
-        if world == "server":
-            made = f"import lightning_byz as b; b.make_keys({str(folder / 'keys')!r}, {RANKS})"
-            subprocess.run([sys.executable, "-c", made], env=environment, cwd=tree, check=True)
-        ranks = range(1 if world == "in_process" else RANKS)
-        own = [{"LOCAL_RANK": str(rank), "NODE_RANK": "0"} if len(ranks) > 1 else {} for rank in ranks]
-        started = [
-            subprocess.Popen(command, env={**environment, **mine}, cwd=tree, stdout=subprocess.DEVNULL)
-            for mine in own
-        ]
-        statuses = [process.wait() for process in started]
-        if any(statuses):
-            raise SystemExit(f"{world} failed in {tree}.")
-        files = [folder / f"{world}{rank}.json" for rank in ranks]
+        run_ranks(command, ranks, tree, folder / "keys" if world == "server" else None)
+        files = [folder / f"{world}{rank}.json" for rank in range(ranks)]
         loaded = [json.loads(file.read_text()) for file in files]
     return {f"{name}, rank {r}": hashes for r, all_ in enumerate(loaded) for name, hashes in all_.items()}
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
+from ranks import run_ranks
+
+ROOT = Path(__file__).parents[1]
 RANKS = 3
 WAYS = {
     "RobustSGD, Sharded, overlap": "sharded",
@@ -142,28 +143,11 @@ def run(way: str, folder: Path) -> None:
 
 def measured(way: str) -> dict[str, Any]:
     """Starts the processes of one way, and returns what rank 0 counted."""
-    with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-        listener.close()
+        command = [str(Path(__file__).resolve()), "--way", way, "--to", name]
         ranks = 1 if way == "in_process" else RANKS
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        environment["MASTER_PORT"] = port
-        if way == "server":
-            made = f"import lightning_byz as b; b.make_keys({str(folder / 'keys')!r}, {RANKS})"
-            subprocess.run([sys.executable, "-c", made], env=environment, check=True)
-        command = [sys.executable, __file__, "--way", way, "--to", name]
-        started = [
-            subprocess.Popen(
-                command,
-                env={**environment, **({"LOCAL_RANK": str(r), "NODE_RANK": "0"} if ranks > 1 else {})},
-            )
-            for r in range(ranks)
-        ]
-        statuses = [process.wait() for process in started]
-        if any(statuses):
-            raise SystemExit(f"{way} failed.")
+        run_ranks(command, ranks, ROOT, folder / "keys" if way == "server" else None)
         counted: dict[str, Any] = json.loads((folder / "walk.json").read_text())
     return counted
 
