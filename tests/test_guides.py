@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from zoo import ALGORITHMS, AlgorithmCase
 
 from lightning_byz.testing import algorithm_laws, check_algorithm, check_transport
 from lightning_byz.transports import AllGather, Sharded
 
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 processes = pytest.mark.processes
+ROBUST = [case for case in ALGORITHMS if case.algorithm.most_f(9) >= 2]
 
 
 def blocks(name: str) -> list[str]:
@@ -47,17 +49,9 @@ def test_the_kit_for_algorithms_tells_broken_ones() -> None:
         assert any(name.startswith(law) for name in broken), (new, broken)
 
 
-def test_algorithms_hold_their_laws(algorithm) -> None:
-    check_algorithm(algorithm)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "algorithm" in metafunc.fixturenames:
-        from zoo import ALGORITHMS
-
-        robust = [case for case in ALGORITHMS if case.algorithm.most_f(9) >= 2]
-        cases = [case.algorithm for case in robust]
-        metafunc.parametrize("algorithm", cases, ids=[case.name for case in robust])
+@pytest.mark.parametrize("case", ROBUST, ids=lambda case: case.name)
+def test_algorithms_hold_their_laws(case: AlgorithmCase) -> None:
+    check_algorithm(case.algorithm)
 
 
 class Upset(AllGather):
