@@ -24,9 +24,10 @@ from torch.nn import functional
 from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, TrimmedMean
 from lightning_byz.algorithms import RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
-from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
+from lightning_byz.engine.simulation import Simulation
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 
@@ -99,14 +100,15 @@ def train(run: Run, data: str) -> Run:
 
     n, liars = setting.n, list(range(setting.n - setting.f, setting.n))
     rule = Mean() if run["rule"] == "Mean" else RULES[run["rule"]].with_f(setting.f)
-    transport: Any = InProcess()
+    transport = InProcess()
     transport.connect(0, 1, n, torch.device("cpu"))
     attack = ATTACKS[run["attack"]]
-    if isinstance(attack, Attack):
-        transport = ByzantineTransport(transport, attack, liars, lambda step: True)
     momentum, _, undone = run["worker_momentum"].partition(", ")
     algorithm = RobustSGD(aggregator=rule, worker_momentum=float(momentum), undo_worker_momentum=bool(undone))
     exchange = Exchange(algorithm, transport, run["seed"])
+    if isinstance(attack, Attack):
+        exchange.simulation = simulation = Simulation()
+        simulation.adversaries.append(Adversary(attack, liars))
 
     used = torch.ones(1, dtype=torch.uint8)
     order, place = torch.empty(0, dtype=torch.int64), 0

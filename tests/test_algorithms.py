@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from zoo import ALGORITHMS, ATTACKS, JUNK, each, robust, rows_for
+from zoo import ALGORITHMS, ATTACKS, JUNK, each, lied_to, robust, rows_for
 
 from lightning_byz.aggregators import CenteredClip, CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
 from lightning_byz.algorithms import (
@@ -29,10 +29,8 @@ from lightning_byz.compressors import (
     RandK,
     TopK,
 )
-from lightning_byz.engine.adversary import ByzantineTransport
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
-from lightning_byz.engine.simulation import Simulation
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients, Round
@@ -167,8 +165,7 @@ def test_no_sender_ever_poisons_the_state(case, junk):
         def __call__(self, honest, own, scene):
             return JUNK[junk](len(own), own.shape[1], torch.float32)
 
-    transport = ByzantineTransport(connected(), Junk(), [3, 8], lambda step: True)
-    exchange = Exchange(case.algorithm, transport, seed=0)
+    exchange = lied_to(Exchange(case.algorithm, connected(), seed=0), Junk(), [3, 8])
     like = torch.zeros(D, dtype=torch.float32)
     for step in range(12):
         outcome = exchange.run(contributions(gradients(step).float()), like)
@@ -545,13 +542,9 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3, lr=(0.15, 1.0)):
     The noise is of the minibatch: the same at both parameters.
     """
     optimum = rows_for(1, D, seed=77, mean=0.0, scale=3.0)[0]
-    transport, liars = connected(), [0, 5]
-    exchange = Exchange(algorithm, transport, seed=1)
+    liars, exchange = [0, 5], Exchange(algorithm, connected(), seed=1)
     if attack is not None:
-        exchange.transport = ByzantineTransport(
-            transport, attack, liars, lambda step: True, algorithm=algorithm, state=lambda: exchange.server, x=lambda: x
-        )
-        exchange.simulation = Simulation()
+        lied_to(exchange, attack, liars, x=lambda index: x)
         exchange.simulation.liars.append(lambda step: liars)
     x = before = torch.zeros(D, dtype=torch.float64)
     for step in range(rounds):

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from zoo import ALGORITHMS, each, laws, robust, rows_for
+from zoo import ALGORITHMS, each, laws, lied_to, robust, rows_for
 
 from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
 from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
@@ -25,7 +25,6 @@ from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, N
 from lightning_byz.attacks.base import Attack, checked_lies
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.data.batches import BatchSplitter, batch_size, split_batch
-from lightning_byz.engine.adversary import ByzantineTransport
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import NO_LOSS, Contribution
 from lightning_byz.numerics.finite import all_finite
@@ -33,7 +32,7 @@ from lightning_byz.numerics.memory import TensorPool
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.strategies.random_states import restore, snapshot, worker_rng
 from lightning_byz.strategies.step_logs import StepLogs, WorkerLog
-from lightning_byz.transports import InProcess, Message
+from lightning_byz.transports import InProcess
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Gradients, Round, keyed_generator, keyed_seed
 
@@ -347,7 +346,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(saved_by, loaded_by, n, owner):
         Exchange(loaded_by, connected(n), 0).load(exchange.server_state(), exchange.worker_states(), LIKE)
 
 
-# -- the transport that lies ----------------------------------------------------------------------------------------------
+# -- workers that lie -----------------------------------------------------------------------------------------------------
 
 
 class Recording(Attack):
@@ -360,8 +359,8 @@ class Recording(Attack):
 
 
 def lying(attack, workers, active=lambda step: True, codec=None, used=None):
-    transport = ByzantineTransport(connected(), attack, workers, active)
-    return Exchange(RobustSGD(Mean() if codec is None else CoordinateMedian(f=2), codec or Identity()), transport, 0)
+    algorithm = RobustSGD(Mean() if codec is None else CoordinateMedian(f=2), codec or Identity())
+    return lied_to(Exchange(algorithm, connected(), 0), attack, workers, active)
 
 
 def test_byzantine_workers_send_the_attack_and_honest_ones_what_they_computed():
@@ -442,21 +441,18 @@ class Seeing(Attack):
 
 def seen_by(attack, algorithm, workers=(0, 3), n=N, **kwargs):
     """An exchange whose attackers see everything."""
-    exchange = Exchange(algorithm, connected(n), 0)
-    kwargs = {"active": lambda step: True, "algorithm": algorithm, "state": lambda: exchange.server, **kwargs}
-    exchange.transport = ByzantineTransport(exchange.transport, attack, workers, **kwargs)
-    return exchange
+    return lied_to(Exchange(algorithm, connected(n), 0), attack, workers, **kwargs)
 
 
 def test_the_scene_names_the_workers_and_the_step():
     attack = Seeing()
-    exchange = seen_by(attack, RobustSGD(robust(1)), workers=(3, 0), x=lambda: LIKE + 2)
+    exchange = seen_by(attack, RobustSGD(robust(1)), workers=(3, 0), x=lambda index: LIKE + 2)
     for step in range(2):
         exchange.run(contributions(grads_of(step), absent=(1, 3)), LIKE)
         scene = attack.scenes[step]
         assert (scene.step, scene.honest, scene.own, scene.byzantine) == (step, [2, 4], [0, 3], [0, 3])
         assert torch.equal(scene.x(), LIKE + 2)
-        assert scene.agree == exchange.transport.inner.agree
+        assert scene.agree == exchange.transport.agree
 
 
 def test_faulty_workers_without_a_message_stay_silent():
@@ -549,15 +545,15 @@ def test_an_optimized_attack_does_more_harm_than_its_first_guess():
 
 def test_memory_starts_anew_with_the_run_and_with_other_parameters():
     exchange = seen_by(Stuck(), RobustSGD(robust(1)))
-    transport = exchange.transport
+    (adversary,) = exchange.simulation.adversaries
     for step in range(3):
         exchange.run(contributions(grads_of(step)), LIKE)
-    assert torch.equal(transport.memory["0"], grads_of(0)[0])
+    assert torch.equal(adversary.memory(0)["0"], grads_of(0)[0])
     exchange.step = 0
     exchange.run(contributions(grads_of(7)), LIKE)
-    assert torch.equal(transport.memory["0"], grads_of(7)[0])
+    assert torch.equal(adversary.memory(0)["0"], grads_of(7)[0])
     exchange.run(contributions(grads_of(8, d=3)), torch.zeros(3).double())
-    assert torch.equal(transport.memory["0"], grads_of(8, d=3)[0])
+    assert torch.equal(adversary.memory(0)["0"], grads_of(8, d=3)[0])
 
 
 @pytest.mark.parametrize("attack", [Stuck(), Mimic(warmup=3), Mixture((Stuck(), Mimic(warmup=3)))], ids=repr)
@@ -565,23 +561,22 @@ def test_memory_survives_a_checkpoint(attack):
     whole, resumed = (seen_by(attack, RobustSGD(robust(2), worker_momentum=0.5)) for _ in range(2))
     for step in range(2):
         whole.run(contributions(grads_of(step)), LIKE)
-    saved = copy.deepcopy(whole.transport.state_dict())
+    (before,), (after,) = (exchange.simulation.adversaries for exchange in (whole, resumed))
+    saved = copy.deepcopy(before.state_dict(0))
     resumed.load(copy.deepcopy(whole.server_state()), copy.deepcopy(whole.worker_states()), LIKE)
-    resumed.transport.load_state_dict(saved)
+    after.load_state_dict(0, saved)
     for step in range(2, 5):
         estimates = [exchange.run(contributions(grads_of(step)), LIKE).estimate for exchange in (whole, resumed)]
         assert torch.equal(*estimates)
-    assert sorted(whole.transport.memory) == sorted(resumed.transport.memory)
+    assert sorted(before.memory(0)) == sorted(after.memory(0))
 
 
 def test_nobody_takes_anothers_lies_for_honest_messages():
     """Two attacks in one run, and a third worker whose data are poisoned."""
     attacks, algorithm = [Seeing(), Seeing()], RobustSGD(robust(1))
-    inner = ByzantineTransport(connected(), attacks[0], [1], lambda step: True, liars=lambda step: {1, 2, 4})
-    outer = ByzantineTransport(
-        inner, attacks[1], [2], lambda step: True, liars=lambda step: {1, 2, 4}, algorithm=algorithm, state=lambda: exchange.server
-    )
-    exchange = Exchange(algorithm, outer, 0)
+    exchange = Exchange(algorithm, connected(), 0)
+    for attack, worker in zip(attacks, (1, 2), strict=True):
+        lied_to(exchange, attack, [worker]).simulation.liars.append(lambda step: {1, 2, 4})
     outcome = exchange.run(contributions(grads_of()), LIKE)
     for attack, own in zip(attacks, (1, 2), strict=True):
         assert (attack.scenes[0].honest, attack.scenes[0].own) == ([0, 3], [own])
@@ -598,18 +593,7 @@ def test_without_byzantine_workers_nothing_changes(attack):
 
 def test_an_attack_that_its_workers_cannot_carry_out_is_refused():
     with pytest.raises(ValueError, match="needs at least one Byzantine worker for each. Found 1"):
-        ByzantineTransport(connected(), Mixture((Stuck(), SignFlip())), [1], lambda step: True)
-
-
-def test_a_lying_transport_is_in_all_else_the_one_inside():
-    inner = connected(3)
-    outer = ByzantineTransport(inner, SignFlip(), [0], lambda step: True)
-    assert (outer.n, outer.workers, outer.rank, outer.world_size) == (3, range(3), 0, 1)
-    tensor = torch.ones(2)
-    assert outer.agree(tensor) is tensor
-    message = Message(torch.ones(1, dtype=torch.uint8), (tensor,))
-    assert outer.bytes_down(message, (tensor,)) == inner.bytes_down(message, (tensor,)) == message.nbytes == 8
-    assert outer.gather([[tensor]], [Field((2,), torch.float32)])[0][0] is tensor
+        lying(Mixture((Stuck(), SignFlip())), [1]).run(contributions(grads_of()), LIKE)
 
 
 def test_in_process_refuses_several_processes():
@@ -1266,7 +1250,9 @@ def test_logged_values_keep_their_precision(value, default, kept):
         (call,) = known.reduce(worker_logs if known is step_logs else logs({"a": 1.0}, {"a": 2.0}), connected(2), [True] * 2, CPU)
         assert call.value.dtype == kept
         again.load(json.loads(json.dumps(step_logs.state())))  # what a checkpoint keeps
-    assert float(step_logs.reduce(worker_logs, connected(2), [True] * 2, CPU)[0].value) == float(torch.as_tensor(value, dtype=torch.float64).to(kept))
+    assert float(step_logs.reduce(worker_logs, connected(2), [True] * 2, CPU)[0].value) == float(
+        torch.as_tensor(value, dtype=torch.float64).to(kept)
+    )
 
 
 def test_positional_arguments_of_log_are_named():
@@ -1364,7 +1350,7 @@ def test_a_liar_that_sends_nan_is_gone_and_the_others_need_not_be_distrusted():
     """One of four, f = 1: what is left is the mean of the honest three. An honest worker that is absent may stand for a liar that is not."""
     grads = grads_of()[:4]
     exchange = Exchange(RobustSGD(robust(1)), connected(4), seed=0)
-    exchange.transport = ByzantineTransport(exchange.transport, NotANumber(), [2], lambda step: True)
+    lied_to(exchange, NotANumber(), [2])
     outcome = exchange.run(contributions(grads), LIKE)
     assert outcome.silent == [2]
     torch.testing.assert_close(outcome.estimate, grads[[0, 1, 3]].mean(0))
@@ -1394,15 +1380,7 @@ def test_an_attacker_tries_its_lies_on_the_weighted_rule():
             return -own
 
     exchange = Exchange(RobustSGD(Mean()), connected(5), seed=0, shares=shares)
-    exchange.transport = ByzantineTransport(
-        exchange.transport,
-        Tries(),
-        [0],
-        lambda step: True,
-        algorithm=exchange.algorithm,
-        state=lambda: exchange.server,
-        shares=shares,
-    )
+    lied_to(exchange, Tries(), [0])
     outcome = exchange.run(contributions(grads_of(n=5)), LIKE)
     torch.testing.assert_close(tried[0], outcome.estimate)
 

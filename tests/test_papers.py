@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_algorithms import D, N, connected, contributions, frozen, gradients, play, same, start
-from zoo import ALGORITHMS, ATTACKS, laws, robust, rows_for
+from zoo import ALGORITHMS, ATTACKS, laws, lied_to, robust, rows_for
 
 from lightning_byz import attacks
 from lightning_byz.aggregators import (
@@ -38,7 +38,7 @@ from lightning_byz.algorithms import (
 )
 from lightning_byz.attacks.base import Attack
 from lightning_byz.compressors import Identity, RandK, TopK
-from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.simulation import Simulation
 from lightning_byz.numerics.rows import Rows
@@ -50,10 +50,7 @@ ZERO = torch.zeros(D, dtype=torch.float64)
 def attacked(algorithm, attack, liars, seed, when=lambda step: True, n=N):
     """An exchange in which some workers lie, seeing all; and a list whose last entry they take for the parameters."""
     exchange, x = Exchange(algorithm, connected(n), seed), [ZERO]
-    exchange.transport = ByzantineTransport(
-        exchange.transport, attack, liars, when, algorithm=algorithm, state=lambda: exchange.server, x=lambda: x[-1]
-    )
-    return exchange, x
+    return lied_to(exchange, attack, liars, when, lambda index: x[-1]), x
 
 
 # -- Byz-DM21 -------------------------------------------------------------------------------------------------------------
@@ -423,7 +420,6 @@ def test_late_messages_never_enter():
 def cosines_with_all_liars_among_the_first(attack, reading):
     """f = 4 of the k = 9 that arrive first of n = 13, in noise as large as the gradient."""
     exchange, seen = attacked(DStar(DeviationFilter(f=4, reading=reading), k=9), attack, [0, 3, 6, 9], 0, n=13)
-    exchange.simulation = Simulation()
     exchange.simulation.liars.append(lambda step: (0, 3, 6, 9))
     d = 200
     seen.append(torch.zeros(d).double())
@@ -697,15 +693,14 @@ def test_the_drift_is_since_the_last_estimate():
 # -- the paper's experiment, small ----------------------------------------------------------------------------------------
 
 
-class ShiftBack(ByzantineTransport):
+class ShiftBack(Adversary):
     """SHB of arXiv 2311.14127: a Byzantine majority of the cohort pulls the model back to its start; a minority behaves."""
 
-    def __init__(self, inner, workers, where):
-        super().__init__(inner, Anything(), workers, lambda step: True)
+    def __init__(self, workers, where):
+        super().__init__(Anything(), workers)
         self.where = where
 
-    def everybody(self, messages, codec, dim, dtype, round):
-        everybody = self.inner.everybody(messages, codec, dim, dtype, round)
+    def forge(self, everybody, codec, round, server, index, liars):
         liars = [w for w in self.byzantine if round.cohort[w]]
         if 2 * len(liars) > int(round.cohort.sum()):
             for w in liars:
@@ -731,8 +726,9 @@ def test_clipping_is_what_survives_cohorts_with_a_byzantine_majority(clipping, c
     optimum = torch.linalg.solve(a.T @ a / 256 + ridge * torch.eye(D).double(), a.T @ y / 256)
     algorithm = ByzVRMarinaPP(Chain(pre=(Bucketing(),), rule=CoordinateMedian(), f=4), p=0.05, cohort_size=4, clipping=clipping)
     x = before = start_at = 3 * torch.ones(D, dtype=torch.float64)
-    transport = connected(20)
-    exchange = Exchange(algorithm, ShiftBack(transport, range(5), lambda: x - start_at), seed=0)
+    exchange = Exchange(algorithm, connected(20), seed=0)
+    exchange.simulation = Simulation()
+    exchange.simulation.adversaries.append(ShiftBack(range(5), lambda: x - start_at))
     for step in range(900):
         round = exchange.next_round(x)
         grads, previous = torch.zeros(20, D).double(), torch.zeros(20, D).double()

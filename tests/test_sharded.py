@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from zoo import ALGORITHMS, ATTACKS, COMPRESSORS, RULES, laws, robust, rows_for
+from zoo import ALGORITHMS, ATTACKS, COMPRESSORS, RULES, laws, lied_to, robust, rows_for
 
 import lightning_byz as byz
 from lightning_byz import (
@@ -38,7 +38,6 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
-from lightning_byz.engine.adversary import ByzantineTransport
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
 from lightning_byz.strategies.resolve import default_transport
@@ -158,15 +157,7 @@ def play(case: Case, transport: Transport, early: int | None = None) -> dict[str
     def made() -> Exchange:
         exchange = Exchange(case.algorithm.with_f(case.algorithm.aggregator.f or 0), transport, seed=3)
         if case.attack is not None:
-            exchange.transport = ByzantineTransport(
-                transport,
-                case.attack,
-                [1, 7],
-                lambda step: step < 3,
-                algorithm=exchange.algorithm,
-                state=lambda: exchange.server,
-                x=lambda: like + 1,
-            )
+            lied_to(exchange, case.attack, [1, 7], lambda step: step < 3, lambda index: like + 1)
         return exchange
 
     exchange, outcomes, state = made(), [], None

@@ -106,11 +106,28 @@ from lightning_byz.compressors import (
     TernGrad,
     TopK,
 )
+from lightning_byz.engine.adversary import Adversary
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.simulation import Simulation
 
 laws = settings(
     derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 """Hypothesis without chance: the same examples in every run."""
+
+
+def lied_to(
+    exchange: Exchange,
+    attack: Attack,
+    workers: Sequence[int],
+    active: Callable[[int], bool] = lambda step: True,
+    x: Callable[[int], Tensor] | None = None,
+) -> Exchange:
+    """The exchange, in which these workers carry out the attack. Arguments as `Adversary`."""
+    if not isinstance(exchange.simulation, Simulation):
+        exchange.simulation = Simulation()
+    exchange.simulation.adversaries.append(Adversary(attack, workers, active, x))
+    return exchange
 
 
 # -- rules ----------------------------------------------------------------------------------------------------------------

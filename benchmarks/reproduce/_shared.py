@@ -25,7 +25,7 @@ from defaults import initial, mlp
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack
 from lightning_byz.data import Partition, WorkerSampler
-from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution, Outcome
 from lightning_byz.engine.simulation import Simulation as Faults
@@ -62,11 +62,11 @@ class Simulation:
         transport: Transport = InProcess()
         transport.connect(0, 1, n, w.device)
         byzantine = range(n - liars, n)
-        if isinstance(attack, Attack):
-            transport = ByzantineTransport(transport, attack, byzantine, lambda step: True, algorithm=algorithm, x=lambda: self.w)
         self.exchange = Exchange(algorithm, transport, seed)
-        self.exchange.simulation = Faults()
-        self.exchange.simulation.liars.append(lambda step: byzantine)
+        self.exchange.simulation = faults = Faults()
+        faults.liars.append(lambda step: byzantine)
+        if isinstance(attack, Attack):
+            faults.adversaries.append(Adversary(attack, byzantine, x=lambda index: self.w))
         self.w, self.lr, self.n = w, lr, n
         self.before = w  # the parameters of the round before
         self.used = torch.ones(1, dtype=torch.uint8, device=w.device)

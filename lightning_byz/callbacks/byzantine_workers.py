@@ -12,7 +12,7 @@ from lightning_byz import attacks
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
 from lightning_byz.diagnostics.rounds import aggregated, log_and_clear, worker_weights
-from lightning_byz.engine.adversary import ByzantineTransport
+from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
@@ -82,7 +82,8 @@ class ByzantineWorkersCallback(_Base):
         self.start, self.stop, self.every, self.probability = start, stop, every, probability
         self.every_n_steps = every_n_steps
         self._coin_key = (0, 0)
-        self._transports: list[ByzantineTransport] = []
+        self._adversary: Adversary | None = None
+        self._exchanges = 0
         self._saved: list[dict[str, Any]] = []
         self._logs: dict[str, float] = {}
 
@@ -116,7 +117,7 @@ class ByzantineWorkersCallback(_Base):
                 f"{type(self).__name__} needs Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
                 "To see an attack on plain averaging, use ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()))."
             )
-        self._transports, self._saved = [], []
+        self._adversary, self._saved = None, []
         indices = self.indices(trainer.strategy.n)
         if isinstance(self.attack, Attack):
             self.attack.check(indices, trainer.strategy.n)
@@ -156,7 +157,9 @@ class ByzantineWorkersCallback(_Base):
 
             simulation.data_attacks.append(poisoned)
         else:
-            self._transports = [self._lying(strategy, i, attack, indices) for i in range(len(strategy.exchanges))]
+            self._adversary = Adversary(attack, indices, self.active, lambda i: strategy.groups[i].parameters_now())
+            self._exchanges = len(strategy.exchanges)
+            simulation.adversaries.append(self._adversary)
             self._restore()
         for exchange in strategy.exchanges:
 
@@ -165,22 +168,6 @@ class ByzantineWorkersCallback(_Base):
                     self._logs = self._measured(outcome, exchange, sorted(strategy.simulation.liars_at(outcome.round.step)))
 
             exchange.observers.append(observe)
-
-    def _lying(self, strategy: RobustStrategy, index: int, attack: Attack, indices: list[int]) -> ByzantineTransport:
-        """Puts a transport that lies around the one of an optimizer's exchange."""
-        exchange = strategy.exchanges[index]
-        exchange.transport = transport = ByzantineTransport(
-            exchange.transport,
-            attack,
-            indices,
-            self.active,
-            liars=strategy.simulation.liars_at,
-            algorithm=exchange.algorithm,
-            state=lambda: exchange.server,
-            x=lambda: strategy.groups[index].parameters_now(),
-            shares=exchange.shares,
-        )
-        return transport
 
     # -- what the attack remembers ------------------------------------------------------------------------------------
 
@@ -194,7 +181,8 @@ class ByzantineWorkersCallback(_Base):
 
     def state_dict(self) -> dict[str, Any]:
         """What the attack remembers, for every optimizer; the same on every rank."""
-        states = [transport.state_dict() for transport in self._transports]
+        adversary = self._adversary
+        states = [] if adversary is None else [adversary.state_dict(i) for i in range(self._exchanges)]
         return {"attack": states} if any(state["memory"] for state in states) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,8 +191,9 @@ class ByzantineWorkersCallback(_Base):
         self._restore()
 
     def _restore(self) -> None:
-        for transport, saved in zip(self._transports, self._saved, strict=False):  # either is empty until both are known
-            transport.load_state_dict(saved)
+        if self._adversary is not None:
+            for index, saved in enumerate(self._saved):
+                self._adversary.load_state_dict(index, saved)
 
     def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: list[int]) -> dict[str, float]:
         values = {

@@ -52,7 +52,7 @@ class Exchange:
         name: str = "all parameters",
     ) -> None:
         self.algorithm, self.transport, self.shares, self.name = algorithm, transport, shares, name
-        self.seed = seed + index
+        self.seed, self.index = seed + index, index
         self.step = 0
         self.dim: int | None = None
         self.previous: Tensor | None = None
@@ -85,15 +85,13 @@ class Exchange:
     def _sides(self, like: Tensor) -> tuple[WorkerSide, ServerSide]:
         """Both halves, begun anew if vectors have another length.
 
-        The algorithm may have learned the parameters' sizes, and a simulation may stand before the
-        transport.
+        The algorithm may have learned the parameters' sizes.
         """
         if self.dim != len(like):
             self._start(like)
         workers, server = self._worker_side, self._server_side
         assert workers is not None and server is not None
         workers.algorithm = server.algorithm = self.algorithm
-        server.transport = self.transport
         return workers, server
 
     @torch.no_grad()
@@ -108,7 +106,9 @@ class Exchange:
         rushing[torch.tensor(sorted(self.simulation.liars_at(self.step)), dtype=torch.int64)] = True
         previous = self.previous if self.dim == len(x) else None
         drift = None if previous is None else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
-        round = Round(step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.simulation.arrivals_at(self.step))
+        round = Round(
+            step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.simulation.arrivals_at(self.step)
+        )
         round = round._replace(measured=self.transport.measured)
         round = round._replace(cohort=self.algorithm.cohort(round))
         self.transport.awaits(self._awaited(round))
@@ -135,8 +135,12 @@ class Exchange:
         """
         workers, _ = self._sides(x)
         self._meet()
-        self._opened = workers.bucketed(self.transport, self.next_round(x), x)
+        self._opened = self._bucketed(workers, self.next_round(x), x)
         return self._opened
+
+    def _bucketed(self, workers: WorkerSide, round: Round, x: Tensor) -> BucketedMessages | None:
+        whole = self.simulation.forges  # who lies sees the others' whole messages first
+        return None if whole else workers.bucketed(self.transport, round, x)
 
     @property
     def place(self) -> str:
@@ -157,9 +161,7 @@ class Exchange:
             self.transport.meet(self.place)
 
     @torch.no_grad()
-    def run(
-        self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None
-    ) -> Outcome:
+    def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
         """One round.
 
         Args:
@@ -177,7 +179,7 @@ class Exchange:
             self._meet()
         round = self._agreed(self.next_round(x), trusted)
         codec, down = self.algorithm.codec(round), self.algorithm.downlink(round)
-        buckets = self._opened or workers.bucketed(self.transport, round, x)
+        buckets = self._opened or self._bucketed(workers, round, x)
         self._opened = None
         transport, quarantined = self.transport, frozenset(self.quarantined)
         sent: Mapping[int, Payload] = MappingProxyType({})
@@ -187,7 +189,7 @@ class Exchange:
         else:
             messages, states, sent = workers.whole(contributions, round, x)
             if transport.serves:
-                received = transport.exchange(messages, codec, len(x), x.dtype, round)
+                received = self.simulation.received(messages, codec, round, server, self.index)
                 outcome = server.judge(received, messages[0], down, round, x, quarantined)
             else:
                 verdict = transport.submit(messages, codec, down, len(x), x.dtype, round)
@@ -274,14 +276,9 @@ class Exchange:
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors of their own."""
-        return {
-            worker: {name: t.clone() for name, t in state._asdict().items()}
-            for worker, state in self.workers.items()
-        }
+        return {worker: {name: t.clone() for name, t in state._asdict().items()} for worker, state in self.workers.items()}
 
-    def load(
-        self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor
-    ) -> None:
+    def load(self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor) -> None:
         """Restores what `server_state` and `worker_states` gave; workers that are missing start afresh.
 
         Args:

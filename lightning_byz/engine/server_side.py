@@ -66,9 +66,7 @@ class ServerSide:
         columns: of every tensor of the state, whether its last dimension is that of the coordinates.
     """
 
-    def __init__(
-        self, algorithm: Algorithm, transport: Transport, like: Tensor, shares: Tensor | None
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, transport: Transport, like: Tensor, shares: Tensor | None) -> None:
         self.algorithm, self.transport, self.shares = algorithm, transport, shares
         self.dim, self.dtype, self.unchecked = len(like), like.dtype, 2
         n = transport.n
@@ -118,27 +116,17 @@ class ServerSide:
         left_out[sorted(quarantined)] = True
         left_out &= round.cohort
         present = spoke & ~left_out & received.valid.cpu()
-        spans, width = self.transport.spans(self.dim), self.width
-        blank = Rows(
-            x.new_empty(len(present), 0),
-            total=self.transport.total,
-            agree=self.transport.agree,
-            generator=round.shared("rule"),
-            spans=spans,
-            dim=len(x),
+        blank = replace(
+            self._rows_of(x.new_empty(len(present), 0), round),
             exposed=spoke & ~present & ~left_out,  # an honest worker checks what it sends
             quarantined=left_out,
-            shares=self.shares,
         )
-        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[:width])))
-        trusted = None if round.trusted is None else self.transport.columns(round.trusted)
-        round = round._replace(present=present, trusted=trusted)
+        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[: self.width])))
+        round = self._as_seen_here(round, present)
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         seconds = self.algorithm.seconds(round)
-        outcome = Outcome(
-            round, None, used, decode, decode, rule, sent.nbytes, 0, seconds, quarantined=quarantined
-        )
+        outcome = Outcome(round, None, used, decode, decode, rule, sent.nbytes, 0, seconds, quarantined=quarantined)
         answer: Payload | None = None
         try:
             estimate, answer = self._answer(_Heard(received, blank, decode, down, round))
@@ -157,6 +145,46 @@ class ServerSide:
         self.transport.publish(verdict, down, len(x), x.dtype)
         self.unchecked = max(0, self.unchecked - 1)
         return outcome
+
+    def _rows_of(self, values: Tensor, round: Round) -> Rows:
+        """Rows ``[n, width]``, or ``[n, 0]``, with all that a rule may ask of them."""
+        transport = self.transport
+        return Rows(
+            values,
+            total=transport.total,
+            agree=transport.agree,
+            generator=round.shared("rule"),
+            spans=transport.spans(self.dim),
+            dim=self.dim,
+            shares=self.shares,
+        )
+
+    def _as_seen_here(self, round: Round, present: Tensor) -> Round:
+        """The round as the algorithm's server half is given it."""
+        trusted = None if round.trusted is None else self.transport.columns(round.trusted)
+        return round._replace(present=present, trusted=trusted)
+
+    def supposed(
+        self, values: Tensor, present: Tensor, round: Round, algorithm: Algorithm, state: Any
+    ) -> Tensor:
+        """The whole estimate ``[d]`` that a round would give; no state changes. For simulated attackers.
+
+        Args:
+            values: ``[n, width]`` the decoded messages, in this rank's columns.
+            present: ``[n]`` bool, whose messages count.
+            round: the round.
+            algorithm: this one, or one with another rule.
+            state: the server's before the round.
+
+        Returns:
+            the estimate; zeros if the step would be skipped.
+        """
+        rows, seen = self._rows_of(values, round), self._as_seen_here(round, present)
+        try:
+            estimate, _ = algorithm.server(rows, state, seen)
+        except TooFewRowsError:
+            return values.new_zeros(self.dim)
+        return self.transport.assemble(estimate, self.dim)
 
     def _answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it; and the new state."""
@@ -365,9 +393,7 @@ class Revised(Whole):
         named = side.named(heard)
         if named is not None and algorithm.changes_named:
             index, rows = named
-            numbers, side.state = side.on_columns(
-                index, lambda state: algorithm.server(rows, state, heard.round)
-            )
+            numbers, side.state = side.on_columns(index, lambda state: algorithm.server(rows, state, heard.round))
         else:
             estimate = side.estimate(heard, named)
             index = places_of(estimate != transport.columns(last))
@@ -398,10 +424,7 @@ class InPieces(_Plan):
             place += size
         assert downlink is not None
         side.state = type(side.state)(
-            *(
-                torch.cat([state[i] for state in states], -1) if here else states[-1][i]
-                for i, here in enumerate(side.columns)
-            )
+            *(torch.cat([state[i] for state in states], -1) if here else states[-1][i] for i, here in enumerate(side.columns))
         )
         whole = downlink.close()
         return whole, (whole,)
