@@ -367,7 +367,7 @@ BUGS = [
     ),
     Bug(
         "the estimate is the rule's memory",
-        "algorithms/base.py",
+        "algorithms/traits.py",
         "return result, result.clone()",
         "return result, result",
         "algorithms",
@@ -759,12 +759,12 @@ BUGS = [
         "list(rows)",
         "exchange",
     ),
-    Bug("absent liars stay silent", "engine/adversary.py", "flags[0] = 1", "pass", "exchange"),
+    Bug("absent liars stay silent", "engine/adversary.py", "flags[0] = SPEAKS", "pass", "exchange"),
     Bug(
         "other liars are seen as honest",
         "engine/adversary.py",
-        "if cohort[worker] and worker not in others",
-        "if cohort[worker]",
+        "cohort[worker] and worker not in others",
+        "cohort[worker]",
         "exchange",
     ),
     Bug("liars outside the cohort speak", "engine/adversary.py", "(forged and cohort[worker])", "forged", "exchange"),
@@ -823,9 +823,9 @@ BUGS = [
     ),
     Bug(
         "callbacks do not know of each other",
-        "callbacks/byzantine_workers.py",
-        "liars=strategy.simulation.liars_at",
-        "liars=None",
+        "engine/simulation.py",
+        "liars = self.liars_at(round.step)",
+        "liars = set()",
         "byzantine_workers",
     ),
     Bug(
@@ -838,7 +838,7 @@ BUGS = [
     Bug(
         "all optimizers' attacks see the first one's parameters",
         "callbacks/byzantine_workers.py",
-        "strategy.groups[index].parameters_now()",
+        "strategy.groups[i].parameters_now()",
         "strategy.groups[0].parameters_now()",
         "byzantine_workers",
     ),
@@ -1051,14 +1051,14 @@ BUGS = [
     Bug(
         "rules do not add up over the ranks",
         "engine/server_side.py",
-        "total=self.transport.total,",
+        "total=transport.total,",
         "",
         "sharded",
     ),
     Bug(
         "rules take a share for the whole",
         "engine/server_side.py",
-        "dim=len(x),\n",
+        "dim=self.dim,\n",
         "dim=None,\n",
         "sharded",
     ),
@@ -1078,7 +1078,7 @@ BUGS = [
     ),
     Bug(
         "attackers on shards see their share of the trial only",
-        "engine/adversary.py",
+        "engine/server_side.py",
         "return self.transport.assemble(estimate, self.dim)",
         "return estimate",
         "sharded",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ class ByzDIANA(Algorithm):
 
     def _around(self, h: Tensor, rows: Rows, part: float) -> Rows:
         """``h_i + part c_i``; where a Byzantine worker makes that infinite, by sending 3e38 twice, its shift stays as it was."""
-        moved = replace(rows, values=torch.add(h, rows.dense(), alpha=part), index=None, mixing=None)
+        moved = rows.with_values(torch.add(h, rows.dense(), alpha=part))
         finite = moved.finite()
         if not finite.all():
             moved.values[~finite] = h[~finite]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ class ByzEF21SGDM(Algorithm):
 
     def absorb(self, rows: Rows, state: ServerState, round: Round) -> ServerState:
         g = torch.add(state.g, rows.dense(), out=round.room(state.g))
-        finite = replace(rows, values=g, index=None, mixing=None).finite(norms=False)
+        finite = rows.with_values(g).finite(norms=False)
         if not finite.all():  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
             g[~finite] = state.g[~finite]
         return state._replace(g=g)
@@ -124,4 +124,4 @@ class ByzEF21SGDM(Algorithm):
         return estimate, state._replace(last=last)
 
     def seen(self, rows: Rows, state: ServerState, round: Round) -> Rows:
-        return replace(rows, values=state.g, index=None, mixing=None)
+        return rows.with_values(state.g)

@@ -140,7 +140,7 @@ class _Clipped(Algorithm):
         if self.is_full(round):
             return rows
         steps = clipped(self.differences(rows, state.base), state.lam)
-        return replace(steps, values=state.base + steps.dense(), index=None, mixing=None)
+        return steps.with_values(state.base + steps.dense())
 
 
 def clipped(rows: Rows, lam: Tensor) -> Rows:
@@ -149,7 +149,7 @@ def clipped(rows: Rows, lam: Tensor) -> Rows:
     factors = torch.where(norms > lam, lam / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
     # In float64, where the factor of a row of 3e38 is not rounded to 0 and its product has no error worth a name.
     values = (rows.dense().double() * factors[:, None]).to(rows.values.dtype) if bool((factors < 1).any()) else rows.dense()
-    return replace(rows, values=values, index=None, mixing=None)
+    return rows.with_values(values)
 
 
 @dataclass(frozen=True)
@@ -299,4 +299,4 @@ class ClippedDifferences(_Clipped):
         return self.inner.worker(grads, state, round)
 
     def differences(self, rows: Rows, base: Tensor) -> Rows:
-        return replace(rows, values=rows.dense() - base, index=None, mixing=None)
+        return rows.with_values(rows.dense() - base)

@@ -11,7 +11,7 @@ import torch
 from lightning_byz import attacks
 from lightning_byz.attacks import Attack, DataAttack
 from lightning_byz.callbacks.robustness_monitor import about_honest
-from lightning_byz.diagnostics.rounds import aggregated, log_and_clear, worker_weights
+from lightning_byz.diagnostics.rounds import RoundLog, aggregated, worker_weights
 from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
@@ -85,7 +85,7 @@ class ByzantineWorkersCallback(_Base):
         self._adversary: Adversary | None = None
         self._exchanges = 0
         self._saved: list[dict[str, Any]] = []
-        self._logs: dict[str, float] = {}
+        self._log = RoundLog()
 
     def active(self, step: int) -> bool:
         """Whether they lie in this step."""
@@ -161,13 +161,14 @@ class ByzantineWorkersCallback(_Base):
             self._exchanges = len(strategy.exchanges)
             simulation.adversaries.append(self._adversary)
             self._restore()
-        for exchange in strategy.exchanges:
 
-            def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
-                if self.active(outcome.round.step) and outcome.round.step % self.every_n_steps == 0:
-                    self._logs = self._measured(outcome, exchange, sorted(strategy.simulation.liars_at(outcome.round.step)))
+        def measure(outcome: Outcome, exchange: Exchange) -> dict[str, float]:
+            step = outcome.round.step
+            if not self.active(step) or step % self.every_n_steps:
+                return {}
+            return self._measured(outcome, exchange, sorted(simulation.liars_at(step)))
 
-            exchange.observers.append(observe)
+        self._log.watch(strategy.exchanges, measure)
 
     # -- what the attack remembers ------------------------------------------------------------------------------------
 
@@ -210,7 +211,4 @@ class ByzantineWorkersCallback(_Base):
         return values
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        log_and_clear(pl_module, self._logs)
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        self._logs = {}
+        self._log.log(pl_module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz import metrics
-from lightning_byz.diagnostics.rounds import Aggregated, aggregated, guarantee, log_and_clear, worker_weights
+from lightning_byz.diagnostics.rounds import Aggregated, RoundLog, aggregated, guarantee, worker_weights
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
@@ -53,7 +53,7 @@ class RobustnessMonitorCallback(_Base):
             raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
         self.every_n_steps, self.byzantine, self.per_worker = every_n_steps, byzantine, per_worker
         self._totals = dict.fromkeys(_TOTALS, 0.0)
-        self._logs: dict[str, float] = {}
+        self._log = RoundLog()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -70,16 +70,16 @@ class RobustnessMonitorCallback(_Base):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         strategy: RobustStrategy = trainer.strategy
-        self._logs = {}
-        for exchange in strategy.exchanges:
 
-            def observe(outcome: Outcome, exchange: Exchange = exchange) -> None:
-                for name in _TOTALS:
-                    self._totals[name] += getattr(outcome, name)
-                if outcome.round.step % self.every_n_steps == 0:
-                    self._logs.update(self._measured(outcome, exchange, self._liars(strategy, outcome.round.step)))
+        def measure(outcome: Outcome, exchange: Exchange) -> dict[str, float]:
+            for name in _TOTALS:
+                self._totals[name] += getattr(outcome, name)
+            step = outcome.round.step
+            if step % self.every_n_steps:
+                return {}
+            return self._measured(outcome, exchange, self._liars(strategy, step))
 
-            exchange.observers.append(observe)
+        self._log.watch(strategy.exchanges, measure)
 
     def _liars(self, strategy: RobustStrategy, step: int) -> set[int] | None:
         """The workers that lie in a step; None: nobody knows."""
@@ -117,7 +117,7 @@ class RobustnessMonitorCallback(_Base):
         return values
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        log_and_clear(pl_module, self._logs)
+        self._log.log(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """What the run has cost so far; the same on every rank."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import DStar
-from lightning_byz.diagnostics.rounds import log_and_clear
+from lightning_byz.diagnostics.rounds import RoundLog
+from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
 from lightning_byz.strategies.validate import UnsupportedSetupError
@@ -76,7 +77,7 @@ class StragglersCallback(_Base):
             raise ValueError(f"`start` should be a step, at least 0. Found start={start}.")
         self.delay, self.workers, self.fraction, self.kind, self.start = delay, workers, fraction, kind, start
         self.seconds = 0.0
-        self._logs: dict[str, float] = {}
+        self._log = RoundLog()
         self._key = (0, 0)
 
     def indices(self, n: int) -> list[int]:
@@ -127,8 +128,7 @@ class StragglersCallback(_Base):
             raise ValueError(f"At least one worker should stay alive. Found all n={strategy.n} among the dead.")
         if exchange.transport.world_size == 1:
             strategy.simulate().delays.append(lambda step: self.delays(strategy.n, step))
-            for each in strategy.exchanges:
-                each.observers.append(self._observe)
+            self._log.watch(strategy.exchanges, self._measured)
             return
         self._check_processes(strategy)
 
@@ -154,9 +154,12 @@ class StragglersCallback(_Base):
                 "Stragglers besides, whose delays are real. Give one of the two, or use one process with workers_per_process=n, or ParameterServer."
             )
 
-    def _observe(self, outcome: Outcome) -> None:
+    def _measured(self, outcome: Outcome, exchange: Exchange) -> dict[str, float]:
         self.seconds += outcome.seconds
-        self._logs = {"stragglers/round_seconds": outcome.seconds, "stragglers/seconds": self.seconds}
+        return {
+            "stragglers/round_seconds": outcome.seconds,
+            "stragglers/seconds": self.seconds,
+        }
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         exchange = trainer.strategy.exchanges[0]
@@ -167,7 +170,7 @@ class StragglersCallback(_Base):
             time.sleep(delay)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        log_and_clear(pl_module, self._logs)
+        self._log.log(pl_module)
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 

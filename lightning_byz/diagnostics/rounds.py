@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggregator
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.algorithms import Algorithm
+from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
 from lightning_byz.metrics import worst_relative_error
 from lightning_byz.numerics.rows import Rows
@@ -65,11 +67,31 @@ def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
     return everyone
 
 
-def log_and_clear(module: Any, values: dict[str, float]) -> None:
-    """Logs what a round gave, as values of its step, and forgets it."""
-    for name, value in values.items():
-        module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
-    values.clear()
+class RoundLog:
+    """What a callback logs of rounds: measured where the server's half runs, logged at the batch's end."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def watch(
+        self,
+        exchanges: Iterable[Exchange],
+        measure: Callable[[Outcome, Exchange], dict[str, float]],
+    ) -> None:
+        """From now on: what ``measure`` says of every round."""
+        self._values.clear()
+        for exchange in exchanges:
+
+            def note(outcome: Outcome, exchange: Exchange = exchange) -> None:
+                self._values.update(measure(outcome, exchange))
+
+            exchange.observers.append(note)
+
+    def log(self, module: Any) -> None:
+        """Logs what the rounds of a step gave, as values of this step, and forgets it."""
+        for name, value in self._values.items():
+            module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+        self._values.clear()
 
 
 class Guarantee(NamedTuple):

@@ -307,6 +307,10 @@ class Rows:
         wide = self.dense().double()
         return wide if self.unit == 1 else wide / self.unit
 
+    def with_values(self, values: Tensor) -> Rows:
+        """Other rows ``[m, d_local]`` of which all else is as of these: columns, random stream, shares."""
+        return replace(self, values=values, index=None, mixing=None)
+
     @property
     def stream(self) -> torch.Generator:
         """The round's random stream; rows without one (a plain matrix) always get the same."""
@@ -545,7 +549,7 @@ class Rows:
         if not bool(beyond.any()):
             return rows
         if rows.mixing is not None:  # products are those of the base rows, which may be large where the mixed ones are not
-            rows = replace(rows, values=rows.dense(), index=None, mixing=None)
+            rows = rows.with_values(rows.dense())
         return rows._times(2.0 ** -beyond.double())
 
     def _exponents(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_byz.transports.base import Message
 from lightning_byz.transports.collective import Collective
+from lightning_byz.transports.messages import Message
 from lightning_byz.types import Payload
 
 

@@ -1,81 +1,20 @@
-"""The transport interface: the only place where processes meet."""
+"""The transport interface: the only place where processes meet.
+
+`Transport` is a `Link` between processes with four abstract methods. What else one may be able to do
+has a class each, with answers that hold for a plain one.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, WireFormat
+from lightning_byz.transports.messages import Awaited, Message, Received, Verdict
 from lightning_byz.types import Payload, Round
-
-
-class Message(NamedTuple):
-    """What one worker contributes to a round.
-
-    Attributes:
-        flags: uint8 ``[1 + P]``: whether the worker takes part, then for each of P parameters whether it has a gradient.
-        payload: the encoded vector.
-    """
-
-    flags: Tensor
-    payload: Payload
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the payload."""
-        return sum(tensor.nbytes for tensor in self.payload)
-
-
-class Received(NamedTuple):
-    """The messages of a round, or the shares of them that this rank aggregates.
-
-    Attributes:
-        messages: of all n workers, in order.
-        format: how their payloads are decoded: to vectors of the columns of this rank's `Transport.span`.
-        valid: ``[n]`` bool, whether they may be, by all ranks' shares of them.
-    """
-
-    messages: list[Message]
-    format: WireFormat
-    valid: Tensor
-
-
-class Awaited(NamedTuple):
-    """For whose messages a server waits in a round.
-
-    Attributes:
-        spare: how many messages of the round's cohort it does not wait for: all but the first k.
-        least: so few are enough at the deadline.
-        full: whether workers compute gradients over all of their data first.
-    """
-
-    spare: int
-    least: int
-    full: bool
-
-
-class Verdict(NamedTuple):
-    """What a server makes of a round, for workers that do not see each other's messages.
-
-    Attributes:
-        cohort: ``[n]`` bool, the workers that took part.
-        present: ``[n]`` bool, the workers whose message counted.
-        used: ``[P]`` bool, as in the round's outcome.
-        answer: the estimate, in the downlink's wire format; None if the step is to be skipped.
-        seconds: how long the server waited.
-        reason: why there is no estimate; empty otherwise.
-    """
-
-    cohort: Tensor
-    present: Tensor
-    used: Tensor
-    answer: Payload | None
-    seconds: float
-    reason: str
 
 
 class Uplink(ABC):
@@ -110,28 +49,25 @@ class Downlink(ABC):
         """The whole estimate ``[dim]``, once all pieces are sent."""
 
 
-class Transport(ABC):
-    """Moves the messages of a round from all workers to wherever they are aggregated.
+class Link(ABC):
+    """Who is there, and small messages between all.
 
-    A worker is one of ``workers_per_process`` in one of ``world_size`` processes; worker ``rank * workers_per_process + i`` is
-    the i-th of its process.
+    A worker is one of ``workers_per_process`` in one of ``world_size`` processes; worker
+    ``rank * workers_per_process + i`` is the i-th of its process.
     """
 
     rank: int = 0
     world_size: int = 1
     workers_per_process: int = 1
-    overlaps: bool = False
-    """Whether messages may leave while backward runs."""
     connects_processes: bool = False
     """Whether it finds, connects and outlives the run's processes itself, in place of torch.distributed."""
-    in_shards: bool = False
-    """Whether every rank aggregates its share of the coordinates only."""
-    measured: bool = False
-    """Whether messages arrive one by one: a round closes when the first k have come, and goes on without the dead."""
 
-    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+    def connect(
+        self, rank: int, world_size: int, workers_per_process: int, device: torch.device
+    ) -> None:
         """Called once the processes know each other, before the first round."""
-        self.rank, self.world_size, self.workers_per_process = rank, world_size, workers_per_process
+        self.rank, self.world_size = rank, world_size
+        self.workers_per_process = workers_per_process
 
     @property
     def n(self) -> int:
@@ -141,32 +77,8 @@ class Transport(ABC):
     @property
     def workers(self) -> range:
         """The workers of this process."""
-        return range(self.rank * self.workers_per_process, (self.rank + 1) * self.workers_per_process)
-
-    def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
-        """Which columns first .. last - 1 of vectors ``[dim]`` this rank aggregates, in order; all of them, or its shard."""
-        return ((0, dim),)
-
-    def columns(self, whole: Tensor) -> Tensor:
-        """This rank's columns of ``whole [..., dim]``; a view where they lie together."""
-        parts = [whole[..., first:last] for first, last in self.spans(whole.shape[-1])]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    def cut(self, codec: Compressor | None) -> None:  # noqa: B027  # only shards are cut
-        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may travel in many pieces; else None."""
-
-    def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
-        """The way up for the messages of a round, bucket by bucket, of a coordinate-wise algorithm; None: whole messages only."""
-        return None
-
-    def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
-        """The way down for an estimate in several pieces, one for each of `spans`, where there are several. ``out``: as in `spread`."""
-        raise NotImplementedError
-
-    @property
-    def serves(self) -> bool:
-        """Whether this process has all messages, and runs the server's half of the algorithm."""
-        return True
+        first = self.rank * self.workers_per_process
+        return range(first, first + self.workers_per_process)
 
     def meet(self, place: str) -> None:  # noqa: B027  # only ranks of collectives can miss each other
         """Told before each exchange in which all ranks take part: where this rank is.
@@ -178,7 +90,9 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> Sequence[tuple[Tensor, ...] | None]:
+    def gather(
+        self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]
+    ) -> Sequence[tuple[Tensor, ...] | None]:
         """One tuple of tensors of this layout from every local worker, to those of all n workers, in order; None for one not heard."""
 
     @abstractmethod
@@ -189,42 +103,40 @@ class Transport(ABC):
         """The sum of a small tensor over the ranks that hold the other columns."""
         return tensor
 
-    @abstractmethod
-    def bytes_down(self, message: Message, answer: Payload) -> int:
-        """Bytes of payload that a worker receives in a round in which each sends ``message`` and a server would send ``answer``."""
 
-    # -- up -----------------------------------------------------------------------------------------------------------
+class Columns(ABC):
+    """Who aggregates which columns, and how the estimate reaches the ranks that did not. By default every
+    rank has all columns.
+    """
 
-    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
-        """What this rank aggregates of the messages of all n workers, given those of the local ones."""
-        return self.deliver(self.everybody(messages, codec, dim, dtype, round), codec, dim)
+    in_shards: bool = False
+    """Whether every rank aggregates its share of the coordinates only."""
 
-    def everybody(
-        self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round
-    ) -> list[Message]:
-        """The whole messages of all n workers, in order, given those of the local ones."""
-        layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
-        gathered = self.gather([(message.flags, *message.payload) for message in messages], layout)
-        return [Message(heard[0], tuple(heard[1:])) for heard in gathered if heard is not None]
+    def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
+        """Which columns first .. last - 1 of vectors ``[dim]`` this rank aggregates, in order."""
+        return ((0, dim),)
 
-    def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
-        """What this rank aggregates of whole messages that every rank has."""
-        return Received(list(everybody), codec, self._valid(everybody, codec, dim))
-
-    def _valid(self, messages: Sequence[Message], format: WireFormat, width: int) -> Tensor:
-        """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other columns; those without a payload are not."""
-        no = torch.zeros((), dtype=torch.bool, device=messages[0].flags.device)
-        valid = torch.stack([format.valid(payload, width) if payload else no for _, payload in messages])
-        return self.total((~valid).double()) == 0
-
-    # -- down ---------------------------------------------------------------------------------------------------------
+    def columns(self, whole: Tensor) -> Tensor:
+        """This rank's columns of ``whole [..., dim]``; a view where they lie together."""
+        parts = [whole[..., first:last] for first, last in self.spans(whole.shape[-1])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def spread(
-        self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+        self,
+        answer: Payload,
+        codec: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Payload]:
-        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it, given this rank's columns of it, encoded.
+        """The whole estimate ``[dim]`` as a worker decodes it, and the payload that told it.
 
-        ``out``: ``[dim]``, where the estimate may be put.
+        Args:
+            answer: this rank's columns of the estimate, encoded.
+            codec: the answer's format.
+            dim: number of all columns.
+            dtype: of the estimate.
+            out: ``[dim]``, where the estimate may be put.
         """
         return codec.decode(answer, dim), answer
 
@@ -250,24 +162,98 @@ class Transport(ABC):
         """The same at rank 0 only, for checkpoints; elsewhere this rank's columns."""
         return columns
 
-    # -- for transports with a server -----------------------------------------------------------------------------------
 
-    def awaits(self, awaited: Awaited) -> None:  # noqa: B027  # a collective waits for all
+class Buckets:
+    """Whether messages travel in pieces, so that they leave while backward runs. By default they do not."""
+
+    overlaps: bool = False
+    """Whether messages may leave while backward runs."""
+
+    def cut(self, codec: Compressor | None) -> None:
+        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may travel in many pieces; else None."""
+
+    def uplink(
+        self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> Uplink | None:
+        """The way up for the messages of a round of a coordinate-wise algorithm; None: whole messages only."""
+        return None
+
+    def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
+        """The way down for an estimate in several pieces, one for each of `Columns.spans`, where there are several.
+
+        ``out``: as in `Columns.spread`.
+        """
+        raise NotImplementedError
+
+
+class Serving:
+    """Whether one process serves, and the others see no messages but their own. By default every process
+    runs the server's half.
+    """
+
+    measured: bool = False
+    """Whether messages arrive one by one: a round closes when the first k have come, and goes on without the dead."""
+
+    @property
+    def serves(self) -> bool:
+        """Whether this process has all messages, and runs the server's half of the algorithm."""
+        return True
+
+    def awaits(self, awaited: Awaited) -> None:
         """Told before workers compute: for whom the coming round will wait."""
 
     def arrivals(self) -> Tensor | None:
-        """``[n]`` float64, the seconds after which the messages of the last round came, inf for those that did not; None if not `measured`."""
+        """``[n]`` float64, the seconds after which the messages of the last round came, inf for those that did not.
+
+        None if not `measured`.
+        """
         return None
 
     def why_silent(self, worker: int) -> str:
         """Why a worker's message did not count in the last round, as a verb for the log."""
         return "gave no finite gradient"
 
-    def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:  # noqa: B027  # all know it themselves
+    def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:
         """Tells the others what came of the round, in a process that serves. ``down``: the format of the answer."""
 
     def submit(
-        self, messages: Sequence[Message], codec: Compressor, down: Compressor, dim: int, dtype: torch.dtype, round: Round
+        self,
+        messages: Sequence[Message],
+        codec: Compressor,
+        down: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        round: Round,
     ) -> Verdict:
         """The local workers' messages to the server, and what came of the round, in a process that does not serve."""
         raise NotImplementedError
+
+
+class Transport(Link, Columns, Buckets, Serving):
+    """Moves the messages of a round from all workers to wherever they are aggregated, and the estimate back."""
+
+    @abstractmethod
+    def bytes_down(self, message: Message, answer: Payload) -> int:
+        """Bytes of payload that a worker receives in a round in which each sends ``message`` and a server would send ``answer``."""
+
+    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
+        """What this rank aggregates of the messages of all n workers, given those of the local ones."""
+        return self.deliver(self.everybody(messages, codec, dim, dtype, round), codec, dim)
+
+    def everybody(
+        self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> list[Message]:
+        """The whole messages of all n workers, in order, given those of the local ones."""
+        layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
+        gathered = self.gather([(message.flags, *message.payload) for message in messages], layout)
+        return [Message(heard[0], tuple(heard[1:])) for heard in gathered if heard is not None]
+
+    def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
+        """What this rank aggregates of whole messages that every rank has."""
+        return Received(list(everybody), codec, self._valid(everybody, codec, dim))
+
+    def _valid(self, messages: Sequence[Message], format: WireFormat, width: int) -> Tensor:
+        """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other columns; those without a payload are not."""
+        no = torch.zeros((), dtype=torch.bool, device=messages[0].flags.device)
+        valid = torch.stack([format.valid(payload, width) if payload else no for _, payload in messages])
+        return self.total((~valid).double()) == 0

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Field
-from lightning_byz.transports.base import Message, Transport
+from lightning_byz.transports.base import Transport
+from lightning_byz.transports.messages import Message
 from lightning_byz.types import Payload
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
 from lightning_byz.numerics.memory import empty_rows
-from lightning_byz.transports.base import Downlink, Message, Received, Uplink
+from lightning_byz.transports.base import Downlink, Uplink
 from lightning_byz.transports.collective import Collective
 from lightning_byz.transports.meeting import Request
+from lightning_byz.transports.messages import Message, Received
 from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field
 from lightning_byz.extras import require
-from lightning_byz.transports.base import Awaited, Message, Transport, Verdict
+from lightning_byz.transports.base import Transport
+from lightning_byz.transports.messages import Awaited, Message, Verdict
 from lightning_byz.transports.parameter_server.protocol import fingerprint
 from lightning_byz.transports.wire import pack, packed_size, unpack
 from lightning_byz.types import Payload, Round
