@@ -210,6 +210,46 @@ def test_over_nccl_every_transport_gives_what_one_process_gives(tmp_path: Path) 
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, at=(way, name): f"{at}: {m}")
 
 
+class SideStream(Plain):
+    """A forward pass of which every second one runs on a stream of its own, and its backward pass with it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            beside = torch.stack([p.square().mean() for p in self.parameters()]).sum()
+        loss = super().training_step(batch, batch_idx)
+        here.wait_stream(side)
+        return loss + 0.01 * beside
+
+
+def trained_on_streams(rank: int, folder: Path) -> Any:
+    found = {}
+    for overlap in (False, True):
+        L.seed_everything(7)
+        module = SideStream()
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(CoordinateMedian()), Sharded(overlap=overlap, bucket_size=128)
+        )
+        L.Trainer(
+            **QUIET,
+            strategy=strategy,
+            num_nodes=RANKS,
+            plugins=[LightningEnvironment()],
+            max_epochs=4,
+        ).fit(module, loader(8))
+        found[overlap] = {k: v.cpu() for k, v in module.state_dict().items()}
+    return found
+
+
+def test_over_nccl_gradients_of_several_streams_are_all_there_when_they_are_sent(
+    tmp_path: Path,
+) -> None:
+    for found in in_ranks(tmp_path, trained_on_streams):
+        for name, value in found[False].items():
+            assert torch.equal(found[True][name], value), name
+
+
 def trained(rank: int, folder: Path) -> Any:
     found = {}
     for name, algorithm in {"default": None, "median": RobustSGD(CoordinateMedian()), "votes": SignSGDMajorityVote()}.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -42,6 +42,7 @@ class Overlap:
         self.began = False
         """Whether gradients have been read of which `gradient` has not been asked for."""
         self._late = False
+        self._stream: Any = None  # of the accelerator, on which the backward pass was called
         self._written: set[int] = set()
         self._buckets: list[tuple[int, int]] = []
         self._touched: list[list[int]] = []  # by parameter, the buckets that it lies in
@@ -52,6 +53,8 @@ class Overlap:
         """The last backward pass before the exchange."""
         in_pieces = self.exchange.algorithm.coordinate_wise and not self.broken
         self._upload = self.exchange.open(self.layout.like()) if in_pieces else None
+        device = self.layout.device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._written, self._late = set(), False
         self._plan([] if self._upload is None else self._upload.left)
         self.began = True
@@ -74,15 +77,31 @@ class Overlap:
         if again and self._upload is not None and any(b < self._upload.uplink.sent for b in self._touched[i]):
             self._late = True
             return
-        row = self._write(i, parameter)
-        parameter.grad = None
-        if again or self._upload is None:
-            return
-        for b in self._touched[i]:
-            self._missing[b] -= 1
-        while self._upload.uplink.sent < len(self._buckets) and self._missing[self._upload.uplink.sent] == 0:
-            first, last = self._buckets[self._upload.uplink.sent]
-            self._upload.send([row[first:last]])
+        with self._on_one_stream(parameter.grad):
+            row = self._write(i, parameter)
+            parameter.grad = None
+            if again or self._upload is None:
+                return
+            for b in self._touched[i]:
+                self._missing[b] -= 1
+            uplink = self._upload.uplink
+            while uplink.sent < len(self._buckets) and self._missing[uplink.sent] == 0:
+                first, last = self._buckets[uplink.sent]
+                self._upload.send([row[first:last]])
+
+    def _on_one_stream(self, gradient: Tensor | None) -> AbstractContextManager[object]:
+        """A bucket holds gradients that autograd may have made on several streams of an accelerator, as it
+        runs each operation's backward on the stream of its forward. They are read on one.
+        """
+        if self._stream is None:
+            return nullcontext()
+        made_on = torch.cuda.current_stream(self._stream.device)
+        if made_on == self._stream:
+            return nullcontext()
+        self._stream.wait_stream(made_on)
+        if gradient is not None:
+            gradient.record_stream(self._stream)  # its memory is not to be used again before
+        return torch.cuda.stream(self._stream)
 
     def _write(self, i: int, parameter: Tensor) -> Tensor:
         row = self.layout.rows(1)[0]
