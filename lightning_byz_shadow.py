@@ -1,4 +1,5 @@
-"""What Lightning's callback entry points load: shadow mode, if ``LIGHTNING_BYZ_SHADOW=1`` is in the environment.
+"""What Lightning's callback entry points load: shadow mode, if ``LIGHTNING_BYZ_SHADOW=1`` is in the
+environment.
 
 A module of its own, so that a Trainer without that variable imports nothing of `lightning_byz`.
 """
@@ -28,6 +29,7 @@ def _callbacks(package: str) -> list[Any]:
         return []
     if value != "1":
         raise ValueError(
-            f"{VARIABLE} should be 1 (shadow mode) or 0 (none). Found {value!r}. For settings, add ShadowMode(...) to the callbacks."
+            f"{VARIABLE} should be 1 (shadow mode) or 0 (none). Found {value!r}. For settings, "
+            "add ShadowMode(...) to the callbacks."
         )
     return [importlib.import_module(f"lightning_byz.{package}").ShadowMode(strict=False)]

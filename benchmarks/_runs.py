@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Run = dict[str, Any]
 
 
 def a9a(data: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training samples and labels (0 or 1), then those of the test set, from ``libsvm/a9a.bz2`` and ``libsvm/a9a.t.bz2``."""
+    """Training samples and labels (0 or 1), then those of the test set, from ``libsvm/a9a.bz2`` and
+    ``libsvm/a9a.t.bz2``.
+    """
     from sklearn.datasets import load_svmlight_file
 
     parts = []
@@ -32,8 +41,12 @@ def _key(run: Run) -> str:
     return json.dumps(run, sort_keys=True)
 
 
-def run_all(runs: Iterable[Run], work: Callable[[Run], Run], output: Path, jobs: int = 1) -> list[tuple[Run, Run]]:
-    """(run, result) of all runs; those that ``output/results.jsonl`` knows are not run again, the others are added to it."""
+def run_all(
+    runs: Iterable[Run], work: Callable[[Run], Run], output: Path, jobs: int = 1
+) -> list[tuple[Run, Run]]:
+    """(run, result) of all runs; those that ``output/results.jsonl`` knows are not run again, the
+    others are added to it.
+    """
     runs = list(runs)
     output.mkdir(parents=True, exist_ok=True)
     cache = output / "results.jsonl"
@@ -45,7 +58,13 @@ def run_all(runs: Iterable[Run], work: Callable[[Run], Run], output: Path, jobs:
             continue
         known[_key(run)] = result
     missing = [run for run in runs if _key(run) not in known]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as progress, cache.open("a") as file:
         bar = progress.add_task(output.name, total=len(runs), completed=len(runs) - len(missing))
 
@@ -67,14 +86,20 @@ def run_all(runs: Iterable[Run], work: Callable[[Run], Run], output: Path, jobs:
     return [(run, known[_key(run)]) for run in runs]
 
 
-def mean_by(results: Iterable[tuple[Run, Run]], *names: str, value: str = "accuracy") -> dict[tuple[Any, ...], float]:
+def mean_by(
+    results: Iterable[tuple[Run, Run]], *names: str, value: str = "accuracy"
+) -> dict[tuple[Any, ...], float]:
     """The mean of ``value`` over all runs that agree in the fields ``names``."""
 
     def key(pair: tuple[Run, Run]) -> tuple[Any, ...]:
         return tuple(pair[0][name] for name in names)
 
     groups = groupby(sorted(results, key=lambda pair: repr(key(pair))), key)
-    return {group: sum(x) / len(x) for group, pairs in groups if (x := [result[value] for _, result in pairs])}
+    return {
+        group: sum(x) / len(x)
+        for group, pairs in groups
+        if (x := [result[value] for _, result in pairs])
+    }
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -85,8 +110,14 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def machine() -> str:
     """The class of machine that this runs on."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    names = [
+        line.split(":")[1].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
+    return (
+        f"{names[0] if names else 'unknown CPU'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
 
 
 def _lines(path: str) -> list[str]:

@@ -1,9 +1,12 @@
-"""The accuracy table: plain DDP and averaging against byzantine_robust, under every attack, on CPU ranks and in-process workers.
+"""The accuracy table: plain DDP and averaging against byzantine_robust, under every attack, on CPU
+ranks and in-process workers.
 
-    python benchmarks/accuracy.py --data DIR [--only resnet18|a9a] [--setup ranks|in-process] [--output runs/accuracy]
+    python benchmarks/accuracy.py --data DIR [--only resnet18|a9a] [--setup ranks|in-process]
+    [--output runs/accuracy]
 
-DIR holds libsvm/a9a.bz2, libsvm/a9a.t.bz2 and FashionMNIST/raw. Every run is a program of its own, so that the ranks are launched
-as they are for a user. Interrupted, the same command goes on where it stopped.
+DIR holds libsvm/a9a.bz2, libsvm/a9a.t.bz2 and FashionMNIST/raw. Every run is a program of its own,
+so that the ranks are launched as they are for a user. Interrupted, the same command goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -51,7 +54,15 @@ SETTINGS = {
 }
 OPTIMIZERS = {"SGD(momentum=0.9)": partial(torch.optim.SGD, momentum=0.9)}
 BREAKING = ("SignFlip(10)", "Gaussian(300)")  # those that averaging is shown
-ATTACKS = ("SignFlip(1)", "SignFlip(10)", "IPM(0.1)", "ALIE(1.5)", "Gaussian(300)", "NotANumber", "LabelFlip")
+ATTACKS = (
+    "SignFlip(1)",
+    "SignFlip(10)",
+    "IPM(0.1)",
+    "ALIE(1.5)",
+    "Gaussian(300)",
+    "NotANumber",
+    "LabelFlip",
+)
 GARBAGE = "garbage images"  # worker 0 trains on noise; images only
 SAME = {"SignFlip(10)": "SignFlip(10) = IPM(10)"}
 
@@ -69,13 +80,22 @@ def all_runs(tasks: list[str], setups: list[str]) -> list[Run]:
                 wanted += [("averaging", attack) for attack in BREAKING]
                 wanted += [("robust", attack) for attack in (*garbage, *ATTACKS)]
                 for strategy, attack in wanted:
-                    run = {"task": task, "setup": setup, "strategy": strategy, "attack": attack, "seed": seed}
+                    run = {
+                        "task": task,
+                        "setup": setup,
+                        "strategy": strategy,
+                        "attack": attack,
+                        "seed": seed,
+                    }
                     run["trained"] = "batch {}, {} steps, {}, lr {}".format(*SETTINGS[task, setup])
-                    runs.append(run | ({"algorithm": repr(DEFAULT_ALGORITHM)} if strategy == "robust" else {}))
+                    runs.append(
+                        run
+                        | ({"algorithm": repr(DEFAULT_ALGORITHM)} if strategy == "robust" else {})
+                    )
     return runs
 
 
-# -- one run: the part that Lightning sees ----------------------------------------------------------------------------
+# -- one run: the part that Lightning sees ---------------------------------------------------------
 
 
 def datasets(task: str, data: str) -> tuple[TensorDataset, TensorDataset]:
@@ -85,7 +105,9 @@ def datasets(task: str, data: str) -> tuple[TensorDataset, TensorDataset]:
     from torchvision.datasets import FashionMNIST
 
     parts = [FashionMNIST(data, train=train) for train in (True, False)]
-    train, test = (TensorDataset((part.data[:, None] / 255 - 0.286) / 0.353, part.targets) for part in parts)
+    train, test = (
+        TensorDataset((part.data[:, None] / 255 - 0.286) / 0.353, part.targets) for part in parts
+    )
     return train, test
 
 
@@ -130,8 +152,13 @@ def train(run: Run, data: str) -> Run:
 
         def configure_optimizers(self) -> dict[str, Any]:
             optimizer = OPTIMIZERS[setting.optimizer](self.parameters(), lr=setting.rate)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, setting.rate, setting.steps, cycle_momentum=False)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, setting.rate, setting.steps, cycle_momentum=False
+            )
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
 
     @dataclass(frozen=True)
     class Garbage(DataAttack):
@@ -152,12 +179,18 @@ def train(run: Run, data: str) -> Run:
     callbacks = []
     if run["attack"] != "none":
         who = [0] if run["attack"] == GARBAGE else range(n - f, n)
-        callbacks.append(byz.ByzantineWorkers(attacks[run["attack"]], workers=who, every_n_steps=10**9))
+        callbacks.append(
+            byz.ByzantineWorkers(attacks[run["attack"]], workers=who, every_n_steps=10**9)
+        )
     per_process = 1 if run["setup"] == "ranks" else n
     strategies = {
         "ddp": lambda: "ddp",
-        "averaging": lambda: byz.ByzantineRobustStrategy(byz.RobustSGD(aggregator=byz.Mean()), workers_per_process=per_process),
-        "robust": lambda: byz.ByzantineRobustStrategy(workers_per_process=per_process, num_byzantine=f),
+        "averaging": lambda: byz.ByzantineRobustStrategy(
+            byz.RobustSGD(aggregator=byz.Mean()), workers_per_process=per_process
+        ),
+        "robust": lambda: byz.ByzantineRobustStrategy(
+            workers_per_process=per_process, num_byzantine=f
+        ),
     }
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -175,8 +208,14 @@ def train(run: Run, data: str) -> Run:
     module, start = Classifier(), time.monotonic()
     reason = ""
     try:
-        trainer.fit(module, DataLoader(training, batch_size=setting.batch * per_process, shuffle=True, drop_last=True))
-    except RuntimeError as error:  # averaging under attack may end in nan, and byzantine_robust then stops
+        trainer.fit(
+            module,
+            DataLoader(
+                training, batch_size=setting.batch * per_process, shuffle=True, drop_last=True
+            ),
+        )
+    except RuntimeError as error:
+        # averaging under attack may end in nan, and byzantine_robust then stops
         if "finite gradients" not in str(error):
             raise
         reason = "stopped: no finite gradients"
@@ -186,7 +225,7 @@ def train(run: Run, data: str) -> Run:
     return {"accuracy": metrics["accuracy"], "seconds": round(seconds, 1), "note": reason}
 
 
-# -- all runs ---------------------------------------------------------------------------------------------------------
+# -- all runs --------------------------------------------------------------------------------------
 
 
 def launch(run: Run, data: str) -> Run:
@@ -196,7 +235,16 @@ def launch(run: Run, data: str) -> Run:
         port = free.getsockname()[1]
         free.close()
         result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--data", data, "--run", json.dumps(run), "--result", str(result)]
+        command = [
+            sys.executable,
+            __file__,
+            "--data",
+            data,
+            "--run",
+            json.dumps(run),
+            "--result",
+            str(result),
+        ]
         threads = "1" if run["setup"] == "ranks" else os.environ.get("OMP_NUM_THREADS", "2")
         environment = {**os.environ, "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -214,16 +262,28 @@ def report(results: list[tuple[Run, Run]]) -> str:
         known = {key[2:]: value for key, value in accuracy.items() if key[:2] == (task, setup)}
         clean = known["ddp" if setup == "ranks" else "averaging", "none"]
 
-        def cell(strategy: str, attack: str, known: dict[Any, float] = known, clean: float = clean) -> str:
+        def cell(
+            strategy: str, attack: str, known: dict[Any, float] = known, clean: float = clean
+        ) -> str:
             value = known.get((strategy, attack))
             return "" if value is None else f"{value:.2f} ({value - clean:+.2f})"
 
-        minutes = sum(result["seconds"] for run, result in results if (run["task"], run["setup"]) == (task, setup)) / 60
+        minutes = (
+            sum(
+                result["seconds"]
+                for run, result in results
+                if (run["task"], run["setup"]) == (task, setup)
+            )
+            / 60
+        )
         text += f"### {task}, {n} {'CPU ranks' if setup == 'ranks' else 'in-process workers'}, {f} lying\n\n"
         text += (
-            f"Batch {setting.batch} a worker, {setting.steps} steps of {setting.optimizer}, OneCycleLR up to "
-            f"{setting.rate}; mean of {setting.seeds} seed(s). Clean {'DDP' if setup == 'ranks' else 'averaging, which is DDP,'} "
-            f"reaches **{clean:.2f} %**; in brackets: the difference to it, in points. Training took {minutes:.0f} minutes in all.\n\n"
+            f"Batch {setting.batch} a worker, {setting.steps} steps of {setting.optimizer}, "
+            "OneCycleLR up to "
+            f"{setting.rate}; mean of {setting.seeds} seed(s). Clean "
+            f"{'DDP' if setup == 'ranks' else 'averaging, which is DDP,'} "
+            f"reaches **{clean:.2f} %**; in brackets: the difference to it, in points. Training "
+            f"took {minutes:.0f} minutes in all.\n\n"
         )
         rows = [["none", cell("averaging", "none") or cell("ddp", "none"), cell("robust", "none")]]
         rows += [
@@ -236,12 +296,24 @@ def report(results: list[tuple[Run, Run]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures accuracy under attack, against plain DDP.")
+    parser = argparse.ArgumentParser(
+        description="Measures accuracy under attack, against plain DDP."
+    )
     parser.add_argument("--data", required=True, help="folder that holds libsvm/ and FashionMNIST/")
     parser.add_argument("--only", choices=["resnet18", "a9a"], help="one task")
     parser.add_argument("--setup", choices=list(SETUPS), help="one setup")
-    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="where results are kept; a rerun goes on there")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; for in-process runs, with OMP_NUM_THREADS=1")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/accuracy"),
+        help="where results are kept; a rerun goes on there",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time; for in-process runs, with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -252,7 +324,12 @@ def main() -> None:
         return
     tasks = [arguments.only] if arguments.only else ["a9a", "resnet18"]
     setups = [arguments.setup] if arguments.setup else list(SETUPS)
-    results = run_all(all_runs(tasks, setups), partial(launch, data=arguments.data), arguments.output, arguments.jobs)
+    results = run_all(
+        all_runs(tasks, setups),
+        partial(launch, data=arguments.data),
+        arguments.output,
+        arguments.jobs,
+    )
     text = report(results) + f"{machine()}.\n"
     (arguments.output / "report.md").write_text(text)
     print(text)

@@ -1,10 +1,15 @@
-"""How long every rule takes and how much memory it needs, beside the plain mean and the peers that are installed.
+"""How long every rule takes and how much memory it needs, beside the plain mean and the peers that
+are installed.
 
-    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum] [--no-peers] [--device cuda] [--output docs/performance.md]
+    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum]
+    [--no-peers] [--device cuda] [--output docs/performance.md]
 
-Times are the best of a few runs, interleaved: every round runs the mean, then the rule, then the peer's rule, on the same float32 rows, so that a
-busy machine slows all of them down alike. Extra memory is the peak of the process's resident memory above what it was, over the size of
-the rows. On a GPU, times are over the floor: reading the rows and writing the result at the speed at which the rows are copied. Peers: ByzFL and ByzPy (``pip install byzfl``, ``pip install --no-deps byzpy cloudpickle``).
+Times are the best of a few runs, interleaved: every round runs the mean, then the rule, then the
+peer's rule, on the same float32 rows, so that a busy machine slows all of them down alike. Extra
+memory is the peak of the process's resident memory above what it was, over the size of the rows. On
+a GPU, times are over the floor: reading the rows and writing the result at the speed at which the
+rows are copied. Peers: ByzFL and ByzPy (``pip install byzfl``,
+``pip install --no-deps byzpy cloudpickle``).
 """
 
 from __future__ import annotations
@@ -35,7 +40,9 @@ TARGETS = {  # the aims at n = 20, d = 11 million: over the mean, over the faste
     "phocas": (10, 5),
     "bulyan": (10, 5),
     "nnm+trimmed_mean": (10, 20),
-    **dict.fromkeys(["krum", "multi_krum", "nnm+mean", "rfa", "centered_clip", "cge", "arc", "caf"], (5, 5)),
+    **dict.fromkeys(
+        ["krum", "multi_krum", "nnm+mean", "rfa", "centered_clip", "cge", "arc", "caf"], (5, 5)
+    ),
 }
 
 
@@ -76,10 +83,14 @@ def rules(n: int, f: int) -> dict[str, Timed]:
         "majority_vote": byz.MajorityVote(f=f),
         "arc": byz.Chain(pre=(byz.ARC(),), rule=byz.Mean(), f=f),
         "clipping": byz.Chain(pre=(byz.StaticClipping(c=2.0),), rule=byz.Mean(), f=f),
-        "bucketing+median": byz.Chain(pre=(byz.Bucketing(),), rule=byz.CoordinateMedian(), f=min(f, byz.Bucketing().most_f(n))),
+        "bucketing+median": byz.Chain(
+            pre=(byz.Bucketing(),), rule=byz.CoordinateMedian(), f=min(f, byz.Bucketing().most_f(n))
+        ),
         "nnm+mean": lambda rows: byz.Mean()(mixed(Rows(rows))),
         "nnm+trimmed_mean": nnm(byz.TrimmedMean(), f),
-        "nnm+trimmed_mean, compiled": byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean(), f=f, compile=True),
+        "nnm+trimmed_mean, compiled": byz.Chain(
+            pre=(byz.NNM(),), rule=byz.TrimmedMean(), f=f, compile=True
+        ),
         "nnm+median": nnm(byz.CoordinateMedian(), f),
         "arc+nnm+trimmed_mean": byz.Chain(pre=(byz.ARC(), byz.NNM()), rule=byz.TrimmedMean(), f=f),
     }
@@ -116,11 +127,15 @@ def peers(n: int, f: int) -> dict[str, dict[str, Timed]]:
         from byzpy.aggregators.coordinate_wise.trimmed_mean import CoordinateWiseTrimmedMean
         from byzpy.aggregators.geometric_wise.geometric_median import GeometricMedian
         from byzpy.aggregators.geometric_wise.krum import Krum, MultiKrum
-        from byzpy.aggregators.geometric_wise.minimum_diameter_average import MinimumDiameterAveraging
+        from byzpy.aggregators.geometric_wise.minimum_diameter_average import (
+            MinimumDiameterAveraging,
+        )
         from byzpy.aggregators.geometric_wise.monna import MoNNA
         from byzpy.aggregators.norm_wise.caf import CAF
         from byzpy.aggregators.norm_wise.center_clipping import CenteredClipping
-        from byzpy.aggregators.norm_wise.comparative_gradient_elimination import ComparativeGradientElimination
+        from byzpy.aggregators.norm_wise.comparative_gradient_elimination import (
+            ComparativeGradientElimination,
+        )
 
         theirs = {
             "median": CoordinateWiseMedian(),
@@ -134,7 +149,10 @@ def peers(n: int, f: int) -> dict[str, dict[str, Timed]]:
             "centered_clip": CenteredClipping(c_tau=100.0, M=1),
             "cge": ComparativeGradientElimination(f),
         }
-        found["ByzPy"] = {name: (lambda rows, rule=rule: rule.aggregate(list(rows))) for name, rule in theirs.items()}
+        found["ByzPy"] = {
+            name: (lambda rows, rule=rule: rule.aggregate(list(rows)))
+            for name, rule in theirs.items()
+        }
     return found
 
 
@@ -170,8 +188,12 @@ def seconds(rule: Timed, rows: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def compare(rule: Timed, theirs: dict[str, Timed], rows: torch.Tensor, patience: float) -> dict[str, float]:
-    """Best times of the mean, the rule and the peers' rules, interleaved, and the rule's extra memory over the rows' size."""
+def compare(
+    rule: Timed, theirs: dict[str, Timed], rows: torch.Tensor, patience: float
+) -> dict[str, float]:
+    """Best times of the mean, the rule and the peers' rules, interleaved, and the rule's extra
+    memory over the rows' size.
+    """
     contestants = {"mean": lambda x: x.mean(0), "ours": rule, **theirs}
     best = dict.fromkeys(contestants, math.inf)
     with peak_memory() as peak:
@@ -181,7 +203,8 @@ def compare(rule: Timed, theirs: dict[str, Timed], rows: torch.Tensor, patience:
         for name, contestant in contestants.items():
             if rounds and best[name] > patience:  # once is enough
                 continue
-            copy = rows.clone() if name not in ("mean", "ours") else rows  # some peers overwrite their input
+            # some peers overwrite their input
+            copy = rows.clone() if name not in ("mean", "ours") else rows
             best[name] = min(best[name], seconds(contestant, copy))
         rounds += 1
     return {**best, "memory": peak[0] / rows.nbytes}
@@ -197,40 +220,68 @@ def on_a_gpu(n: int, d: int, only: list[str] | None) -> str:
     for name, rule in rules(n, f).items():
         if (only and name not in only) or name in ("mda", "smea"):
             continue
-        present = torch.ones(n, dtype=torch.bool, device="cuda")  # in training the exchange has looked for nan already
+        # in training the exchange has looked for nan already
+        present = torch.ones(n, dtype=torch.bool, device="cuda")
 
         def told(x: torch.Tensor, rule: Any = rule, present: torch.Tensor = present) -> Any:
             return rule(x, present) if isinstance(rule, byz.aggregators.Aggregator) else rule(x)
 
-        times = {kind: [seconds(call, rows) for _ in range(22)][2:] for kind, call in (("checked", rule), ("told", told))}
+        times = {
+            kind: [seconds(call, rows) for _ in range(22)][2:]
+            for kind, call in (("checked", rule), ("told", told))
+        }
         best = {kind: min(found) for kind, found in times.items()}
-        lines.append([name, f"{1000 * best['checked']:.2f}", f"{1000 * best['told']:.2f}", f"{best['told'] / floor:.1f}"])
+        lines.append(
+            [
+                name,
+                f"{1000 * best['checked']:.2f}",
+                f"{1000 * best['told']:.2f}",
+                f"{best['told'] / floor:.1f}",
+            ]
+        )
         print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
     header = ["rule", "ms", "ms, rows known to be finite", "the latter over the floor"]
     speed = 2 * rows.nbytes / copy / 1e12
-    intro = f"{torch.cuda.get_device_name()}: a copy of the rows takes {1000 * copy:.2f} ms ({speed:.1f} TB/s, read and written), the floor is {1000 * floor:.2f} ms.\n\n"
+    intro = (
+        f"{torch.cuda.get_device_name()}: a copy of the rows takes {1000 * copy:.2f} ms "
+        f"({speed:.1f} TB/s, read and written), the floor is {1000 * floor:.2f} ms.\n\n"
+    )
     return f"### On a GPU, n = {n}, f = {f}, d = {d:,}\n\n{intro}" + markdown(header, lines) + "\n"
 
 
-def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: float, mda: int) -> str:
+def table(
+    n: int, d: int, only: list[str] | None, with_peers: bool, patience: float, mda: int
+) -> str:
     f = n // 5
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     rivals = peers(n, f) if with_peers else {}
     lines = []
     for name, rule in rules(n, f).items():
         known_as = name.removesuffix(", compiled")
-        tries = math.comb(n, f) if name in ("mda", "smea") else 0  # peers visit every subset, and for SMEA there is no other way
+        # peers visit every subset, and for SMEA there is no other way
+        tries = math.comb(n, f) if name in ("mda", "smea") else 0
         if (only and name not in only) or (name == "smea" and tries > mda):
             continue
-        slow = tries > mda or (name == "smea" and tries * n * d > 1e10)  # ByzFL decomposes every subset's matrix
-        theirs = {} if slow else {peer: known[known_as] for peer, known in rivals.items() if known_as in known}
+        # ByzFL decomposes every subset's matrix
+        slow = tries > mda or (name == "smea" and tries * n * d > 1e10)
+        theirs = (
+            {}
+            if slow
+            else {peer: known[known_as] for peer, known in rivals.items() if known_as in known}
+        )
         found = compare(rule, theirs, rows, patience)
         over = found["ours"] / found["mean"]
         faster = {peer: found[peer] / found["ours"] for peer in theirs}
-        aim, aim_peer = TARGETS.get(known_as, (None, None)) if (n, d >= 10_000_000) == (20, True) else (None, None)
+        aim, aim_peer = (
+            TARGETS.get(known_as, (None, None))
+            if (n, d >= 10_000_000) == (20, True)
+            else (None, None)
+        )
         verdict = "" if aim is None else ("yes" if over <= aim else "no") + f" (<= {aim})"
         if aim_peer is not None and faster:
-            verdict += ", " + ("yes" if min(faster.values()) >= aim_peer else "no") + f" (>= {aim_peer})"
+            verdict += (
+                ", " + ("yes" if min(faster.values()) >= aim_peer else "no") + f" (>= {aim_peer})"
+            )
         lines.append(
             [name, f"{1000 * found['ours']:.4g}", f"{over:.1f}", f"{found['memory']:.2f}"]
             + [f"{faster[peer]:.1f}" if peer in faster else "" for peer in rivals]
@@ -246,23 +297,49 @@ def table(n: int, d: int, only: list[str] | None, with_peers: bool, patience: fl
         *(f"{peer} takes x times as long" for peer in rivals),
         "aims met",
     ]
-    return f"### n = {n}, f = {f}, d = {d:,}\n\nThe plain mean: {mean} ms.\n\n" + markdown(header, lines) + "\n"
+    return (
+        f"### n = {n}, f = {f}, d = {d:,}\n\nThe plain mean: {mean} ms.\n\n"
+        + markdown(header, lines)
+        + "\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times every rule.")
-    parser.add_argument("--n", type=int, nargs="+", default=[10, 20, 50], help="numbers of rows; f is a fifth of them")
     parser.add_argument(
-        "--d", type=int, nargs="+", default=[100_000, 11_173_962], help="numbers of columns; ResNet-18 has 11,173,962"
+        "--n",
+        type=int,
+        nargs="+",
+        default=[10, 20, 50],
+        help="numbers of rows; f is a fifth of them",
+    )
+    parser.add_argument(
+        "--d",
+        type=int,
+        nargs="+",
+        default=[100_000, 11_173_962],
+        help="numbers of columns; ResNet-18 has 11,173,962",
     )
     parser.add_argument("--rules", nargs="+", help="only these")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
-        "--patience", type=float, default=4.0, help="seconds for a rule; whatever takes longer is run once or twice"
+        "--patience",
+        type=float,
+        default=4.0,
+        help="seconds for a rule; whatever takes longer is run once or twice",
     )
-    parser.add_argument("--most-subsets", type=int, default=5000, help="peers' MDA and SMEA run up to so many subsets")
+    parser.add_argument(
+        "--most-subsets",
+        type=int,
+        default=5000,
+        help="peers' MDA and SMEA run up to so many subsets",
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, help="a Markdown page whose text below the line '<!-- measured -->' is replaced")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a Markdown page whose text below the line '<!-- measured -->' is replaced",
+    )
     arguments = parser.parse_args()
     text = f"{machine()}, {torch.get_num_threads()} threads.\n\n"
     for d in arguments.d:
@@ -276,7 +353,9 @@ def main() -> None:
             text += table(n, d, arguments.rules, peered, arguments.patience, arguments.most_subsets)
     if arguments.output:
         page = arguments.output.read_text()
-        arguments.output.write_text(page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text)
+        arguments.output.write_text(
+            page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text
+        )
     print(text)
 
 

@@ -1,11 +1,14 @@
-"""The 19 workloads that ByzPy publishes its times of, against ByzFL: the same shapes, on this machine, with our column beside theirs.
+"""The 19 workloads that ByzPy publishes its times of, against ByzFL: the same shapes, on this
+machine, with our column beside theirs.
 
     python benchmarks/byzpy_workloads.py [--only mda krum] [--output docs/performance.md]
 
-ByzPy's table (github.com/Byzpy/byzpy, benchmarks/README.md, version 0.1.4) gives, for each workload, ByzFL's time, its own without actors and
-with pools of 2, 4 and 6 processes, on a machine that it does not name; we quote ByzFL's, the one without actors, and the best pool. Here all
-three libraries run in one process with torch's threads, interleaved, best of several calls after one that is not counted; ByzPy without actors.
-Peers: ``pip install byzfl``, ``pip install --no-deps byzpy cloudpickle``.
+ByzPy's table (github.com/Byzpy/byzpy, benchmarks/README.md, version 0.1.4) gives, for each
+workload, ByzFL's time, its own without actors and with pools of 2, 4 and 6 processes, on a machine
+that it does not name; we quote ByzFL's, the one without actors, and the best pool. Here all three
+libraries run in one process with torch's threads, interleaved, best of several calls after one that
+is not counted; ByzPy without actors. Peers: ``pip install byzfl``,
+``pip install --no-deps byzpy cloudpickle``.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from byzpy.aggregators.geometric_wise.monna import MoNNA
 from byzpy.aggregators.geometric_wise.smea import SMEA
 from byzpy.aggregators.norm_wise.caf import CAF
 from byzpy.aggregators.norm_wise.center_clipping import CenteredClipping
-from byzpy.aggregators.norm_wise.comparative_gradient_elimination import ComparativeGradientElimination
+from byzpy.aggregators.norm_wise.comparative_gradient_elimination import (
+    ComparativeGradientElimination,
+)
 from byzpy.attacks.empire import EmpireAttack
 from byzpy.attacks.gaussian import GaussianAttack
 from byzpy.attacks.little import LittleAttack
@@ -55,7 +60,8 @@ class Workload(NamedTuple):
         ours: our operation.
         byzfl: ByzFL's; None where it has none, or did not end within ByzPy's ten seconds.
         byzpy: ByzPy's, without actors.
-        published: milliseconds in ByzPy's table: ByzFL, ByzPy without actors, ByzPy's best pool; nan: none given.
+        published: milliseconds in ByzPy's table: ByzFL, ByzPy without actors, ByzPy's best pool;
+            nan: none given.
     """
 
     n: int
@@ -90,18 +96,44 @@ NONE = math.nan
 _LATE = math.inf
 
 WORKLOADS = {
-    "MDA": Workload(30, 2048, byz.MDA(f=10), None, _rule(MinimumDiameterAveraging(10)), (_LATE, 353, 166)),
-    "SMEA": Workload(16, 4096, byz.SMEA(f=5), None, _rule(SMEA(5)), (_LATE, 82, 48.0)),
-    "ARC": Workload(256, 65536, _mixed(byz.ARC(f=8)), byzfl.ARC(f=8), _pre(ARC(8)), (191.27, 20.77, 50.87)),
-    "trimmed mean": Workload(
-        64, 65536, byz.TrimmedMean(f=8), byzfl.TrMean(f=8), _rule(CoordinateWiseTrimmedMean(8)), (68.08, 65.52, 15.15)
+    "MDA": Workload(
+        30, 2048, byz.MDA(f=10), None, _rule(MinimumDiameterAveraging(10)), (_LATE, 353, 166)
     ),
-    "median": Workload(64, 65536, byz.CoordinateMedian(f=31), byzfl.Median(), _rule(CoordinateWiseMedian()), (NONE, 52, 37)),
+    "SMEA": Workload(16, 4096, byz.SMEA(f=5), None, _rule(SMEA(5)), (_LATE, 82, 48.0)),
+    "ARC": Workload(
+        256, 65536, _mixed(byz.ARC(f=8)), byzfl.ARC(f=8), _pre(ARC(8)), (191.27, 20.77, 50.87)
+    ),
+    "trimmed mean": Workload(
+        64,
+        65536,
+        byz.TrimmedMean(f=8),
+        byzfl.TrMean(f=8),
+        _rule(CoordinateWiseTrimmedMean(8)),
+        (68.08, 65.52, 15.15),
+    ),
+    "median": Workload(
+        64,
+        65536,
+        byz.CoordinateMedian(f=31),
+        byzfl.Median(),
+        _rule(CoordinateWiseMedian()),
+        (NONE, 52, 37),
+    ),
     "Multi-Krum": Workload(
-        80, 65536, byz.MultiKrum(f=20, m=12), byzfl.MultiKrum(f=20), _rule(MultiKrum(20, 12)), (78.17, 59.66, 26.30)
+        80,
+        65536,
+        byz.MultiKrum(f=20, m=12),
+        byzfl.MultiKrum(f=20),
+        _rule(MultiKrum(20, 12)),
+        (78.17, 59.66, 26.30),
     ),
     "geometric median": Workload(
-        64, 65536, byz.GeometricMedian(f=8), byzfl.GeometricMedian(), _rule(GeometricMedian()), (NONE, 398.21, 142.97)
+        64,
+        65536,
+        byz.GeometricMedian(f=8),
+        byzfl.GeometricMedian(),
+        _rule(GeometricMedian()),
+        (NONE, 398.21, 142.97),
     ),
     "CAF": Workload(64, 65536, byz.CAF(f=8), byzfl.CAF(f=8), _rule(CAF(8)), (72.65, 54.51, 54.94)),
     "MoNNA": Workload(64, 65536, byz.MoNNA(f=8), byzfl.MoNNA(f=8), _rule(MoNNA(8)), (51, 67, 11)),
@@ -113,23 +145,67 @@ WORKLOADS = {
         _rule(CenteredClipping(c_tau=0.1, M=10)),
         (146, 112, 50),
     ),
-    "CGE": Workload(64, 65536, byz.CGE(f=8), None, _rule(ComparativeGradientElimination(8)), (NONE, 100, 23)),
+    "CGE": Workload(
+        64, 65536, byz.CGE(f=8), None, _rule(ComparativeGradientElimination(8)), (NONE, 100, 23)
+    ),
     "empire (IPM)": Workload(
-        64, 65536, _lie(byz.IPM(epsilon=2.0)), byzfl.InnerProductManipulation(tau=2.0), _attack(EmpireAttack(-2.0)), (50, 34, 14)
+        64,
+        65536,
+        _lie(byz.IPM(epsilon=2.0)),
+        byzfl.InnerProductManipulation(tau=2.0),
+        _attack(EmpireAttack(-2.0)),
+        (50, 34, 14),
     ),
     "little (ALIE)": Workload(
-        96, 65536, _lie(byz.ALIE(z=1.5)), byzfl.ALittleIsEnough(tau=1.5), _attack(LittleAttack(12)), (70.39, 67.03, 32.86)
+        96,
+        65536,
+        _lie(byz.ALIE(z=1.5)),
+        byzfl.ALittleIsEnough(tau=1.5),
+        _attack(LittleAttack(12)),
+        (70.39, 67.03, 32.86),
     ),
-    "Gaussian": Workload(64, 65536, _lie(byz.Gaussian()), byzfl.Gaussian(), _attack(GaussianAttack(seed=0)), (44.33, 12.6, 12.3)),
-    "NNM": Workload(196, 4096, _mixed(byz.NNM(f=32)), byzfl.NNM(f=32), _pre(NearestNeighborMixing(32)), (58, 12, 137)),
-    "MeaMed": Workload(64, 65536, byz.MeaMed(f=8), byzfl.Meamed(f=8), _rule(MeanOfMedians(8)), (152, 113, 59)),
-    "bucketing": Workload(512, 16384, _mixed(byz.Bucketing(s=32)), byzfl.Bucketing(s=32), _pre(Bucketing(32)), (23, 13.4, 21.7)),
-    "clipping": Workload(256, 65536, _mixed(byz.StaticClipping(c=2.0)), byzfl.Clipping(c=2.0), _pre(Clipping(2.0)), (382, 46, 61)),
+    "Gaussian": Workload(
+        64,
+        65536,
+        _lie(byz.Gaussian()),
+        byzfl.Gaussian(),
+        _attack(GaussianAttack(seed=0)),
+        (44.33, 12.6, 12.3),
+    ),
+    "NNM": Workload(
+        196,
+        4096,
+        _mixed(byz.NNM(f=32)),
+        byzfl.NNM(f=32),
+        _pre(NearestNeighborMixing(32)),
+        (58, 12, 137),
+    ),
+    "MeaMed": Workload(
+        64, 65536, byz.MeaMed(f=8), byzfl.Meamed(f=8), _rule(MeanOfMedians(8)), (152, 113, 59)
+    ),
+    "bucketing": Workload(
+        512,
+        16384,
+        _mixed(byz.Bucketing(s=32)),
+        byzfl.Bucketing(s=32),
+        _pre(Bucketing(32)),
+        (23, 13.4, 21.7),
+    ),
+    "clipping": Workload(
+        256,
+        65536,
+        _mixed(byz.StaticClipping(c=2.0)),
+        byzfl.Clipping(c=2.0),
+        _pre(Clipping(2.0)),
+        (382, 46, 61),
+    ),
 }
 
 
 def best(workload: Workload, patience: float = 3.0) -> list[float]:
-    """Milliseconds of one call: ours, ByzFL's, ByzPy's without actors; nan where there is nothing to call."""
+    """Milliseconds of one call: ours, ByzFL's, ByzPy's without actors; nan where there is nothing
+    to call.
+    """
     rows = torch.randn(workload.n, workload.d, generator=torch.Generator().manual_seed(0))
     contestants = [workload.ours, workload.byzfl, workload.byzpy]
     found = [NONE if contestant is None else math.inf for contestant in contestants]
@@ -147,7 +223,7 @@ def best(workload: Workload, patience: float = 3.0) -> list[float]:
     return found
 
 
-# -- the nineteenth: a parameter server with Multi-Krum, 10 honest workers and 3 liars, the CNN of ByzFL for MNIST -----------------------
+# -- the nineteenth: a parameter server with Multi-Krum, 10 honest workers and 3 liars, the CNN of ByzFL for MNIST --
 
 _HONEST, _LIARS, _ROUNDS, _BATCH = 10, 3, 50, 64
 
@@ -183,7 +259,9 @@ def our_training() -> float:
     trainer = lightning.Trainer(
         accelerator="cpu",
         strategy=byz.ByzantineRobustStrategy(
-            byz.RobustSGD(aggregator=byz.MultiKrum(), worker_momentum=0.9), workers_per_process=n, num_byzantine=_LIARS
+            byz.RobustSGD(aggregator=byz.MultiKrum(), worker_momentum=0.9),
+            workers_per_process=n,
+            num_byzantine=_LIARS,
         ),
         callbacks=[byz.ByzantineWorkers(byz.IPM(epsilon=3.0), count=_LIARS, every_n_steps=10**9)],
         max_steps=_ROUNDS + 1,
@@ -193,7 +271,10 @@ def our_training() -> float:
         enable_model_summary=False,
     )
     module = Classifier()
-    trainer.fit(module, torch.utils.data.DataLoader(images(), batch_size=n * _BATCH, shuffle=True, drop_last=True))
+    trainer.fit(
+        module,
+        torch.utils.data.DataLoader(images(), batch_size=n * _BATCH, shuffle=True, drop_last=True),
+    )
     return 1000 * (module.times[-1] - module.times[0]) / _ROUNDS
 
 
@@ -215,14 +296,23 @@ def their_training() -> float:
     clients = [
         byzfl.Client(
             parameters
-            | {"loss_name": "NLLLoss", "LabelFlipping": False, "training_dataloader": loader(), "momentum": 0.9}
+            | {
+                "loss_name": "NLLLoss",
+                "LabelFlipping": False,
+                "training_dataloader": loader(),
+                "momentum": 0.9,
+            }
             | {"nb_labels": 10, "store_per_client_metrics": False}
         )
         for _ in range(_HONEST)
     ]
     rule = {"name": "MultiKrum", "parameters": {"f": _LIARS}}
-    server = byzfl.Server(parameters | {"test_loader": loader(), "aggregator_info": rule, "pre_agg_list": []})
-    liars = byzfl.ByzantineClient({"name": "InnerProductManipulation", "f": _LIARS, "parameters": {"tau": 3.0}})
+    server = byzfl.Server(
+        parameters | {"test_loader": loader(), "aggregator_info": rule, "pre_agg_list": []}
+    )
+    liars = byzfl.ByzantineClient(
+        {"name": "InnerProductManipulation", "f": _LIARS, "parameters": {"tau": 3.0}}
+    )
 
     def round() -> None:
         for client in clients:
@@ -238,18 +328,28 @@ def their_training() -> float:
     return 1000 * (time.perf_counter() - start) / _ROUNDS
 
 
-# -- the table --------------------------------------------------------------------------------------------------------------------------
+# -- the table -------------------------------------------------------------------------------------
 
 
 def _ms(value: float) -> str:
     return "" if math.isnan(value) else "> 10,000" if math.isinf(value) else f"{value:.3g}"
 
 
-def line(name: str, shape: str, found: list[float], published: tuple[float, float, float]) -> list[str]:
+def line(
+    name: str, shape: str, found: list[float], published: tuple[float, float, float]
+) -> list[str]:
     rivals = [value for value in found[1:] if not math.isnan(value)]
     faster = f"{min(rivals) / found[0]:.1f}x" if rivals else ""
     beats = f"{min(value for value in published if not math.isnan(value)) / found[0]:.1f}x"
-    cells = [name, shape, f"**{_ms(found[0])}**", *map(_ms, found[1:]), faster, *map(_ms, published), beats]
+    cells = [
+        name,
+        shape,
+        f"**{_ms(found[0])}**",
+        *map(_ms, found[1:]),
+        faster,
+        *map(_ms, published),
+        beats,
+    ]
     print(" | ".join(cells), file=sys.stderr, flush=True)
     return cells
 
@@ -258,7 +358,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="ByzPy's published workloads.")
     parser.add_argument("--only", nargs="+", help="these workloads")
     parser.add_argument(
-        "--output", type=Path, help="a Markdown page whose text between '<!-- byzpy -->' and the next '<!--' is replaced"
+        "--output",
+        type=Path,
+        help="a Markdown page whose text between '<!-- byzpy -->' and the next '<!--' is replaced",
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -269,13 +371,17 @@ def main() -> None:
     ]
     training = "parameter server, Multi-Krum: a round of 13 workers"
     if not arguments.only or training in arguments.only:
-        rows.append(line(training, "CNN, batch 64", [our_training(), their_training(), NONE], (57, 71, 42)))
+        rows.append(
+            line(training, "CNN, batch 64", [our_training(), their_training(), NONE], (57, 71, 42))
+        )
     header = ["workload", "n x d", "ours, ms", "ByzFL", "ByzPy, direct", "over the faster of them"]
     header += ["published: ByzFL", "ByzPy, direct", "ByzPy, best pool", "over the best published"]
     text = markdown(header, rows) + f"\n{machine()}, {torch.get_num_threads()} threads.\n"
     if arguments.output:
         before, rest = arguments.output.read_text().split("<!-- byzpy -->", 1)
-        arguments.output.write_text(f"{before}<!-- byzpy -->\n\n{text}\n<!--{rest.split('<!--', 1)[1]}")
+        arguments.output.write_text(
+            f"{before}<!-- byzpy -->\n\n{text}\n<!--{rest.split('<!--', 1)[1]}"
+        )
     print(text)
 
 

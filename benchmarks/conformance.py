@@ -1,8 +1,10 @@
-"""Which laws hold for whose rules: a matrix rules x laws for this package and the peers that are installed.
+"""Which laws hold for whose rules: a matrix rules x laws for this package and the peers that are
+installed.
 
     python benchmarks/conformance.py [--output docs/conformance.md]
 
-The laws are those of `lightning_byz.testing.aggregator_laws`, on 11 rows of which 2 may be anything. Peers: ByzFL and ByzPy (``pip install byzfl``,
+The laws are those of `lightning_byz.testing.aggregator_laws`, on 11 rows of which 2 may be
+anything. Peers: ByzFL and ByzPy (``pip install byzfl``,
 ``pip install --no-deps byzpy cloudpickle``).
 """
 
@@ -32,9 +34,19 @@ CLAIMS: dict[str, dict[str, bool]] = {  # what a rule's definition does not prom
     "clipping": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False},
     "rfa": {"translation_equivariant": False, "scale_equivariant": False, "robust": False},
     "auto_gm": {"scale_equivariant": False},
-    "centered_clip": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False, "robust": False},
+    "centered_clip": {
+        "translation_equivariant": False,
+        "scale_equivariant": False,
+        "unanimous": False,
+        "robust": False,
+    },
     "sign_guard": {"translation_equivariant": False, "robust": False},
-    "majority_vote": {"translation_equivariant": False, "scale_equivariant": False, "unanimous": False, "robust": False},
+    "majority_vote": {
+        "translation_equivariant": False,
+        "scale_equivariant": False,
+        "unanimous": False,
+        "robust": False,
+    },
     "dnc": {"robust": False},
     "monna": {"symmetric": False, "robust": False},
     "bucketing+median": {"symmetric": False},
@@ -46,7 +58,11 @@ COLUMNS = {  # columns of the table: a word, and the laws that it stands for
     "shift, scale": ("it moves with the rows", "it scales with the rows"),
     "input kept": ("the input is not modified", "the result has memory of its own"),
     "same bits": ("same input, same bits",),
-    "dtypes": ("float64 rows give such a result", "float32 rows give such a result", "bfloat16 rows give such a result"),
+    "dtypes": (
+        "float64 rows give such a result",
+        "float32 rows give such a result",
+        "bfloat16 rows give such a result",
+    ),
     "common mean": ("a large common mean costs no digits",),
     "nan": ("f rows of nan", "one nan in a row"),
     "inf": ("f rows of inf", "f rows of -inf"),
@@ -63,7 +79,9 @@ def mark(laws: dict[str, Law], names: tuple[str, ...]) -> str:
     return "" if not known else "yes" if all(law.holds for law in known) else "**no**"
 
 
-def limited(rule: Callable[[torch.Tensor], Any], seconds: float = 5.0) -> Callable[[torch.Tensor], torch.Tensor]:
+def limited(
+    rule: Callable[[torch.Tensor], Any], seconds: float = 5.0
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A rule that is stopped after some seconds: there are peers' loops that a nan never leaves."""
 
     def stop(*_: Any) -> None:
@@ -82,8 +100,14 @@ def limited(rule: Callable[[torch.Tensor], Any], seconds: float = 5.0) -> Callab
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints which laws hold for which rules.")
-    parser.add_argument("--output", type=Path, help="a Markdown page whose text below the line '<!-- measured -->' is replaced")
-    parser.add_argument("--why", action="store_true", help="also print what was found where a law does not hold")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="a Markdown page whose text below the line '<!-- measured -->' is replaced",
+    )
+    parser.add_argument(
+        "--why", action="store_true", help="also print what was found where a law does not hold"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     everybody: dict[str, dict[str, Any]] = {"lightning_byz": rules(N, F), **peers(N, F)}
@@ -94,9 +118,14 @@ def main() -> None:
                 continue
             subject = ours if library == "lightning_byz" else limited(known[name])
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                laws = {law.name: law for law in aggregator_laws(subject, N, F, **CLAIMS.get(name, {}))}
+                laws = {
+                    law.name: law for law in aggregator_laws(subject, N, F, **CLAIMS.get(name, {}))
+                }
             print(
-                f"{name} of {library}: {sum(law.holds for law in laws.values())} of {len(laws)} laws", file=sys.stderr, flush=True
+                f"{name} of {library}: {sum(law.holds for law in laws.values())} of {len(laws)} "
+                "laws",
+                file=sys.stderr,
+                flush=True,
             )
             lines.append([name, library, *(mark(laws, column) for column in COLUMNS.values())])
             for law in laws.values():
@@ -105,7 +134,9 @@ def main() -> None:
     text = markdown(["rule", "library", *COLUMNS], lines)
     if arguments.output:
         page = arguments.output.read_text()
-        arguments.output.write_text(page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text)
+        arguments.output.write_text(
+            page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text
+        )
     print(text)
 
 

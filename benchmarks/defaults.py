@@ -1,9 +1,11 @@
-"""The table that chooses the default algorithm: candidates, with and without attack, against plain averaging.
+"""The table that chooses the default algorithm: candidates, with and without attack, against plain
+averaging.
 
     python benchmarks/defaults.py --data DIR [--output runs/defaults] [--jobs 2]
 
-Every round is the package's own `Exchange` over in-process workers; plain averaging is RobustSGD(aggregator=Mean()), whose
-trajectory is that of DDP. DIR holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2; the digits come with scikit-learn.
+Every round is the package's own `Exchange` over in-process workers; plain averaging is
+RobustSGD(aggregator=Mean()), whose trajectory is that of DDP. DIR holds libsvm/a9a.bz2 and
+libsvm/a9a.t.bz2; the digits come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -40,11 +42,17 @@ RULES = {
     "CAF, norm floor 0.3": CAF(norm_floor=0.3),
     "NNM + CAF": Chain(pre=(NNM(),), rule=CAF()),
 }
-MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")  # at the workers; undone: undo_worker_momentum
+# at the workers; undone: undo_worker_momentum
+MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")
 SEEDS = range(2)
 CLEAN_POINTS, ATTACKED_POINTS = 1.0, 2.0  # that a candidate may lose
 CLEAN = "none"
-SUBTLE = {"SignFlip(1)": SignFlip(1.0), "IPM(0.1)": IPM(0.1), "ALIE(1.5)": ALIE(z=1.5), "LabelFlip": LabelFlip}
+SUBTLE = {
+    "SignFlip(1)": SignFlip(1.0),
+    "IPM(0.1)": IPM(0.1),
+    "ALIE(1.5)": ALIE(z=1.5),
+    "LabelFlip": LabelFlip,
+}
 BLATANT = {
     "SignFlip(10)": SignFlip(10.0),  # IPM(10) is the same attack
     "Gaussian(1)": Gaussian(std=1.0),
@@ -75,7 +83,9 @@ OPTIMIZERS = {"SGD": partial(torch.optim.SGD, momentum=0.9), "AdamW": torch.opti
 
 @cache
 def load(name: str, data: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test samples; the digits are split anew for every seed, into two thirds and one third."""
+    """Training and test samples; the digits are split anew for every seed, into two thirds and one
+    third.
+    """
     if name == "a9a":
         return a9a(data)
     from sklearn.datasets import load_digits
@@ -104,7 +114,9 @@ def train(run: Run, data: str) -> Run:
     transport.connect(0, 1, n, torch.device("cpu"))
     attack = ATTACKS[run["attack"]]
     momentum, _, undone = run["worker_momentum"].partition(", ")
-    algorithm = RobustSGD(aggregator=rule, worker_momentum=float(momentum), undo_worker_momentum=bool(undone))
+    algorithm = RobustSGD(
+        aggregator=rule, worker_momentum=float(momentum), undo_worker_momentum=bool(undone)
+    )
     exchange = Exchange(algorithm, transport, run["seed"])
     if isinstance(attack, Attack):
         exchange.simulation = simulation = Simulation()
@@ -121,24 +133,34 @@ def train(run: Run, data: str) -> Run:
         if attack is LabelFlip:
             labels[liars] = LabelFlip(classes).flip(labels[liars])
         copies = w.detach().expand(n, -1).clone().requires_grad_()
-        loss = functional.cross_entropy(mlp(copies, inputs, sizes).flatten(0, 1), labels.flatten(), reduction="sum")
+        loss = functional.cross_entropy(
+            mlp(copies, inputs, sizes).flatten(0, 1), labels.flatten(), reduction="sum"
+        )
         (rows,) = torch.autograd.grad(loss / setting.batch, copies)  # [n, d]
-        w.grad = exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0]).estimate
+        w.grad = exchange.run(
+            [Contribution(Gradients(row), used) for row in rows], rows[0]
+        ).estimate
         if w.grad is None:  # no finite gradient is left: averaging under attack
             break
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return {"accuracy": 100 * (mlp(w, x_test, sizes).argmax(1) == y_test).double().mean().item()}
+        return {
+            "accuracy": 100 * (mlp(w, x_test, sizes).argmax(1) == y_test).double().mean().item()
+        }
 
 
 def initial(sizes: list[int]) -> Tensor:
     """The flat parameters of an MLP, as torch.nn.Linear starts them."""
-    return torch.cat([torch.empty((a + 1) * b).uniform_(-(a**-0.5), a**-0.5) for a, b in pairwise(sizes)])
+    return torch.cat(
+        [torch.empty((a + 1) * b).uniform_(-(a**-0.5), a**-0.5) for a, b in pairwise(sizes)]
+    )
 
 
 def mlp(w: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
-    """Logits ``[..., batch, classes]`` of an MLP with flat parameters ``w [..., d]`` for ``x [..., batch, inputs]``."""
+    """Logits ``[..., batch, classes]`` of an MLP with flat parameters ``w [..., d]`` for
+    ``x [..., batch, inputs]``.
+    """
     for layer, (a, b) in enumerate(pairwise(sizes)):
         weight, bias, w = w.split([a * b, b, w.shape[-1] - (a + 1) * b], -1)
         x = (x if layer == 0 else x.relu()) @ weight.unflatten(-1, (a, b)) + bias.unsqueeze(-2)
@@ -154,8 +176,20 @@ TABLES = [(setting, optimizer) for setting in SETTINGS for optimizer in OPTIMIZE
 def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
     """Every seed of these candidates under these attacks."""
     return [
-        {"setting": setting, "optimizer": optimizer, "rule": rule, "worker_momentum": momentum, "attack": attack, "seed": seed}
-        | {"trained": f"batch {SETTINGS[setting].batch}, {SETTINGS[setting].steps} steps, lr {SETTINGS[setting].rates[optimizer]}"}
+        {
+            "setting": setting,
+            "optimizer": optimizer,
+            "rule": rule,
+            "worker_momentum": momentum,
+            "attack": attack,
+            "seed": seed,
+        }
+        | {
+            "trained": (
+                f"batch {SETTINGS[setting].batch}, {SETTINGS[setting].steps} steps, lr "
+                f"{SETTINGS[setting].rates[optimizer]}"
+            )
+        }
         for seed in SEEDS
         for setting, optimizer in TABLES
         for rule, momentum in candidates
@@ -164,7 +198,9 @@ def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
 
 
 def measure(work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Candidate]) -> str:
-    """Runs what is missing, in stages: a candidate that has lost too much is not run any further. Returns Markdown tables."""
+    """Runs what is missing, in stages: a candidate that has lost too much is not run any further.
+    Returns Markdown tables.
+    """
 
     def stage(candidates: list[Candidate], attacks: Sequence[str]) -> dict[tuple[Any, ...], float]:
         names = ("rule", "worker_momentum", "setting", "optimizer", "attack")
@@ -172,44 +208,87 @@ def measure(work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Ca
 
     accuracy = stage([AVERAGING, *wanted], [CLEAN])
     ddp = {table: accuracy[(*AVERAGING, *table, CLEAN)] for table in TABLES}
-    below = {c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in wanted}
+    below = {
+        c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in wanted
+    }
     lost: dict[Candidate, dict[tuple[str, str, str], float]] = {c: {} for c in wanted}
     kept = [c for c in wanted if min(below[c].values()) >= -CLEAN_POINTS]
     for attacks in (SUBTLE, BLATANT):
         accuracy |= stage(kept, attacks)
         for c in kept:
             for table in TABLES:
-                lost[c] |= {(a, *table): accuracy[(*c, *table, a)] - accuracy[(*c, *table, CLEAN)] for a in attacks}
+                lost[c] |= {
+                    (a, *table): accuracy[(*c, *table, a)] - accuracy[(*c, *table, CLEAN)]
+                    for a in attacks
+                }
         kept = [c for c in kept if min(lost[c].values()) >= -ATTACKED_POINTS]
 
     rows, details = [], []
     for c in wanted:
         worst = min(TABLES, key=lambda table: below[c][table])
-        row = [*c, f"{below[c][worst]:+.2f} ({', '.join(worst)})", "not run", "yes" if c in kept else "no"]
+        row = [
+            *c,
+            f"{below[c][worst]:+.2f} ({', '.join(worst)})",
+            "not run",
+            "yes" if c in kept else "no",
+        ]
         if lost[c]:
             where = min(lost[c], key=lambda key: lost[c][key])
             row[3] = f"{lost[c][where]:+.2f} ({', '.join(where)})"
         rows.append(row)
         for table in TABLES if lost[c] else ():
             clean = f"{accuracy[(*c, *table, CLEAN)]:.2f} ({below[c][table]:+.2f})"
-            changes = [f"{lost[c][(a, *table)]:+.2f}" if (a, *table) in lost[c] else "" for a in (*SUBTLE, *BLATANT)]
+            changes = [
+                f"{lost[c][(a, *table)]:+.2f}" if (a, *table) in lost[c] else ""
+                for a in (*SUBTLE, *BLATANT)
+            ]
             details.append([*c, *table, clean, *changes])
-    first = ["rule", "worker momentum", "clean against DDP, worst", "attacked against own clean, worst", "within both"]
-    second = ["rule", "worker momentum", "setting", "optimizer", "clean (against DDP)", *SUBTLE, *BLATANT]
-    plain = markdown(["setting", "optimizer", "DDP, clean"], [[*table, f"{ddp[table]:.2f}"] for table in TABLES])
+    first = [
+        "rule",
+        "worker momentum",
+        "clean against DDP, worst",
+        "attacked against own clean, worst",
+        "within both",
+    ]
+    second = [
+        "rule",
+        "worker momentum",
+        "setting",
+        "optimizer",
+        "clean (against DDP)",
+        *SUBTLE,
+        *BLATANT,
+    ]
+    plain = markdown(
+        ["setting", "optimizer", "DDP, clean"], [[*table, f"{ddp[table]:.2f}"] for table in TABLES]
+    )
     return f"{markdown(first, rows)}\n{plain}\n{markdown(second, details)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures the candidates for the default algorithm.")
-    parser.add_argument("--data", required=True, help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2")
-    parser.add_argument("--output", type=Path, default=Path("runs/defaults"), help="where results are kept; a rerun goes on there")
+    parser = argparse.ArgumentParser(
+        description="Measures the candidates for the default algorithm."
+    )
+    parser.add_argument(
+        "--data", required=True, help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/defaults"),
+        help="where results are kept; a rerun goes on there",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these")
+    parser.add_argument(
+        "--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these"
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     tables = measure(
-        partial(train, data=arguments.data), arguments.output, arguments.jobs, [c for c in CANDIDATES if c[0] in arguments.rules]
+        partial(train, data=arguments.data),
+        arguments.output,
+        arguments.jobs,
+        [c for c in CANDIDATES if c[0] in arguments.rules],
     )
     text = f"{tables}\n{machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
     (arguments.output / "report.md").write_text(text)

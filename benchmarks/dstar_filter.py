@@ -1,9 +1,10 @@
-"""How far from the true gradient dSTAR's filter ends up, by reading and tolerance: the table of docs/algorithms/dstar.md.
+"""How far from the true gradient dSTAR's filter ends up, by reading and tolerance: the table of
+docs/algorithms/dstar.md.
 
     python benchmarks/dstar_filter.py
 
-The true gradient has norm 1, every worker's noise has norm ``spread``, the trusted gradient's is half of that. Printed are the error's mean over
-the attacks, and the worst of them.
+The true gradient has norm 1, every worker's noise has norm ``spread``, the trusted gradient's is
+half of that. Printed are the error's mean over the attacks, and the worst of them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,18 @@ Rule = Callable[[int, Tensor], Callable[[Tensor], Tensor]]
 
 RULES: dict[str, Rule] = {
     **{f"ensemble, tolerance {t}": lambda f, v, t=t: DeviationFilter(f, t) for t in TOLERANCES},
-    **{f"ensemble and trusted data, tolerance {t}": lambda f, v, t=t: DeviationFilter(f, t, trusted=v) for t in TOLERANCES},
-    **{f"trusted, tolerance {t}": lambda f, v, t=t: DeviationFilter(f, t, reading="trusted", trusted=v) for t in TOLERANCES},
+    **{
+        f"ensemble and trusted data, tolerance {t}": lambda f, v, t=t: DeviationFilter(
+            f, t, trusted=v
+        )
+        for t in TOLERANCES
+    },
+    **{
+        f"trusted, tolerance {t}": lambda f, v, t=t: DeviationFilter(
+            f, t, reading="trusted", trusted=v
+        )
+        for t in TOLERANCES
+    },
     "trimmed mean": lambda f, v: TrimmedMean(f),
     "coordinate-wise median": lambda f, v: CoordinateMedian(f),
     "Krum": lambda f, v: Krum(f),
@@ -79,7 +90,9 @@ def main() -> None:
                     if name == "Krum" and k < 2 * f + 3:
                         continue
                     means = errors(rule, k, f, d, unlike)
-                    print(f"  {name:42s} mean {sum(means) / len(means):.2f}   worst {max(means):.2f}")
+                    print(
+                        f"  {name:42s} mean {sum(means) / len(means):.2f}   worst {max(means):.2f}"
+                    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""How long a training step takes, and how much of it is the exchange: DDP and its communication hooks beside this package's strategy.
+"""How long a training step takes, and how much of it is the exchange: DDP and its communication
+hooks beside this package's strategy.
 
-``python benchmarks/step.py`` starts four processes on this machine. Under a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-(torchrun, SLURM's with these variables, or several hosts by hand) every process runs the same command, and rank 0 prints. All methods
-take turns in one run: some steps each, several times over. The *exposed exchange* is a method's step minus the step of the same processes
-without communication, at the same time. Bytes are those that leave the network interface named by GLOO_SOCKET_IFNAME, by the kernel's count.
+``python benchmarks/step.py`` starts four processes on this machine. Under a launcher that sets
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (torchrun, SLURM's with these variables, or several
+hosts by hand) every process runs the same command, and rank 0 prints. All methods take turns in one
+run: some steps each, several times over. The *exposed exchange* is a method's step minus the step
+of the same processes without communication, at the same time. Bytes are those that leave the
+network interface named by GLOO_SOCKET_IFNAME, by the kernel's count.
 """
 
 from __future__ import annotations
@@ -74,7 +77,11 @@ class Transformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-        self.embed, self.layers, self.head = nn.Embedding(1000, 384), nn.TransformerEncoder(layer, 6), nn.Linear(384, 1000)
+        self.embed, self.layers, self.head = (
+            nn.Embedding(1000, 384),
+            nn.TransformerEncoder(layer, 6),
+            nn.Linear(384, 1000),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.layers(self.embed(tokens)).mean(1))
@@ -120,7 +127,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "no communication": lambda: "auto",
     "DDP": DDPStrategy,
     "DDP, fp16 hook": lambda: Hooked(fp16_compress_hook, lambda: None),
-    # One bucket: its callbacks wait for collectives of their own, which two buckets may start in another order on another rank.
+    # One bucket: its callbacks wait for collectives of their own, which two buckets may start in
+    # another order on another rank.
     "DDP, PowerSGD hook": lambda: Hooked(powerSGD_hook, power_sgd, bucket_cap_mb=1000),
     "mean": robust(RobustSGD(Mean())),
     "median": robust(RobustSGD(CoordinateMedian())),
@@ -128,7 +136,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "Multi-Krum": robust(RobustSGD(MultiKrum())),
     "Byz-EF21-SGDM, Top-1%, median": robust(ef21(CoordinateMedian())),
     "Byz-EF21-SGDM, Top-1%, NNM (AllGather)": robust(ef21(NNM_TRIMMED), AllGather),
-    "Byz-EF21-SGDM-BC, Top-1%, NNM": robust(ByzEF21SGDMBC(NNM_TRIMMED, TopK(ratio=0.01), server_compressor=TopK(ratio=0.01))),
+    "Byz-EF21-SGDM-BC, Top-1%, NNM": robust(
+        ByzEF21SGDMBC(NNM_TRIMMED, TopK(ratio=0.01), server_compressor=TopK(ratio=0.01))
+    ),
     "signSGD majority vote": robust(SignSGDMajorityVote()),
     "mean (AllGather)": robust(RobustSGD(Mean()), AllGather),
     "NNM + trimmed mean (AllGather)": robust(RobustSGD(NNM_TRIMMED), AllGather),
@@ -162,12 +172,18 @@ class Clock(L.Callback):
 
 def bytes_sent() -> int:
     """By this host's interface since it exists; 0 on loopback."""
-    counter = Path("/sys/class/net") / os.environ.get("GLOO_SOCKET_IFNAME", "lo") / "statistics/tx_bytes"
+    counter = (
+        Path("/sys/class/net") / os.environ.get("GLOO_SOCKET_IFNAME", "lo") / "statistics/tx_bytes"
+    )
     return int(counter.read_text()) if counter.exists() and counter.parts[-3] != "lo" else 0
 
 
-def steps_of(method: str, model: str, steps: int, batch_size: int, world: int) -> tuple[list[float], list[float]]:
-    """Seconds and bytes of this many steps of a method. Every rank has samples of its own: equal messages would be cheaper to compare, and to revise."""
+def steps_of(
+    method: str, model: str, steps: int, batch_size: int, world: int
+) -> tuple[list[float], list[float]]:
+    """Seconds and bytes of this many steps of a method. Every rank has samples of its own: equal
+    messages would be cheaper to compare, and to revise.
+    """
     build, draw = MODELS[model]
     torch.manual_seed(0)
     net = build()
@@ -194,11 +210,17 @@ def steps_of(method: str, model: str, steps: int, batch_size: int, world: int) -
     trainer.fit(Module(net), loader)
     dist.barrier()
     after = range(WARM_UP, len(clock.times))
-    return [clock.times[i] - clock.times[i - 1] for i in after], [float(clock.sent[i] - clock.sent[i - 1]) for i in after]
+    return [clock.times[i] - clock.times[i - 1] for i in after], [
+        float(clock.sent[i] - clock.sent[i - 1]) for i in after
+    ]
 
 
 def measure(arguments: argparse.Namespace, world: int) -> None:
-    names = [name for name in METHODS if not arguments.methods or name in ("no communication", "DDP", *arguments.methods)]
+    names = [
+        name
+        for name in METHODS
+        if not arguments.methods or name in ("no communication", "DDP", *arguments.methods)
+    ]
     for model in arguments.models:
         seconds: dict[str, list[float]] = {name: [] for name in names}
         sent: dict[str, list[float]] = {name: [] for name in names}
@@ -208,7 +230,11 @@ def measure(arguments: argparse.Namespace, world: int) -> None:
                 seconds[name] += times
                 sent[name] += counts
                 if dist.get_rank() == 0:
-                    print(f"{model}, {name}: {[round(1000 * t) for t in times]} ms", file=sys.stderr, flush=True)
+                    print(
+                        f"{model}, {name}: {[round(1000 * t) for t in times]} ms",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         if dist.get_rank() == 0:
             print(table(model, seconds, sent), flush=True)
 
@@ -224,29 +250,53 @@ def table(model: str, seconds: dict[str, list[float]], sent: dict[str, list[floa
         exposed, ddp = time_of_step - base, step["DDP"] - base
         ratio = sizes[name] / sizes["DDP"] if sizes["DDP"] else 0.0
         wire = [f"{sizes[name] / 1e6:.2f}", f"{ratio:.3f}"] if ratio else ["", ""]
-        rows.append([name, f"{1000 * time_of_step:.0f}", f"{1000 * exposed:.0f}", f"{exposed / ddp:.2f}", *wire])
+        rows.append(
+            [
+                name,
+                f"{1000 * time_of_step:.0f}",
+                f"{1000 * exposed:.0f}",
+                f"{exposed / ddp:.2f}",
+                *wire,
+            ]
+        )
     parameters = sum(p.numel() for p in MODELS[model][0]().parameters())
-    header = ["method", "step, ms", "exposed exchange, ms", "over DDP's", "MB sent a step by a host", "over DDP's"]
+    header = [
+        "method",
+        "step, ms",
+        "exposed exchange, ms",
+        "over DDP's",
+        "MB sent a step by a host",
+        "over DDP's",
+    ]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return (
-        f"#### {model}, {parameters:,} parameters, {dist.get_world_size()} ranks\n\n{markdown(header, rows)}\n"
-        f"{machine()}, {torch.get_num_threads()} thread a rank, {os.getloadavg()[0]:.1f} processes running; peak memory of rank 0: {memory:.1f} GB.\n"
+        f"#### {model}, {parameters:,} parameters, {dist.get_world_size()} "
+        f"ranks\n\n{markdown(header, rows)}\n"
+        f"{machine()}, {torch.get_num_threads()} thread a rank, {os.getloadavg()[0]:.1f} "
+        f"processes running; peak memory of rank 0: {memory:.1f} GB.\n"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="these only, beside DDP")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), help="these only, beside DDP"
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps at a time")
-    parser.add_argument("--rounds", type=int, default=3, help="how often all methods take their turn")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often all methods take their turn"
+    )
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--ranks", type=int, default=4, help="processes to start where no launcher did")
+    parser.add_argument(
+        "--ranks", type=int, default=4, help="processes to start where no launcher did"
+    )
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         sys.exit(on_this_machine(arguments.ranks))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0")  # to Lightning, every process is a node of one device
+    # to Lightning, every process is a node of one device
+    os.environ.update(NODE_RANK=str(rank), LOCAL_RANK="0")
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -257,13 +307,23 @@ def main() -> None:
 
 
 def on_this_machine(ranks: int) -> int:
-    """Runs this command once for each rank; the exit status is that of the first rank that fails."""
+    """Runs this command once for each rank; the exit status is that of the first rank that
+    fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     shared.setdefault("OMP_NUM_THREADS", "1")
-    children = [subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(rank)}) for rank in range(ranks)]
+    children = [
+        subprocess.Popen([sys.executable, *sys.argv], env={**shared, "RANK": str(rank)})
+        for rank in range(ranks)
+    ]
     return next((code for code in [child.wait() for child in children] if code), 0)
 
 

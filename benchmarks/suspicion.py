@@ -1,10 +1,12 @@
-"""How soon the suspicion test finds silent faults, and how often it accuses honest workers: the table of docs/suspicion.md.
+"""How soon the suspicion test finds silent faults, and how often it accuses honest workers: the
+table of docs/suspicion.md.
 
     python benchmarks/suspicion.py [--output FOLDER] [--jobs N] [--honest RUNS] [--seeds RUNS]
 
-Eight workers train a small network on the digits, without a Trainer: their gradients go through the worker half of RobustSGD's momentum where there is one, the
-fault, and the test; the step is the mean of the honest workers' gradients, so that a faulty worker does not change the training that the others are
-watched in. Runs that are done are not done again.
+Eight workers train a small network on the digits, without a Trainer: their gradients go through the
+worker half of RobustSGD's momentum where there is one, the fault, and the test; the step is the
+mean of the honest workers' gradients, so that a faulty worker does not change the training that the
+others are watched in. Runs that are done are not done again.
 """
 
 from __future__ import annotations
@@ -33,11 +35,31 @@ FAULTS: dict[str, Any] = {
     "flipped labels": LabelFlip(10),
 }
 SETTINGS: dict[str, Run] = {
-    "one pool of data, as DDP's sampler draws": {"data": "pool", "beta": 0.0, "every": 10, "compare": "others"},
-    "the same, worker momentum 0.9": {"data": "pool", "beta": 0.9, "every": 29, "compare": "others"},
-    "every worker keeps its own random eighth": {"data": "parts", "beta": 0.0, "every": 10, "compare": "others"},
+    "one pool of data, as DDP's sampler draws": {
+        "data": "pool",
+        "beta": 0.0,
+        "every": 10,
+        "compare": "others",
+    },
+    "the same, worker momentum 0.9": {
+        "data": "pool",
+        "beta": 0.9,
+        "every": 29,
+        "compare": "others",
+    },
+    "every worker keeps its own random eighth": {
+        "data": "parts",
+        "beta": 0.0,
+        "every": 10,
+        "compare": "others",
+    },
     "Dirichlet(0.1) labels": {"data": "dirichlet", "beta": 0.0, "every": 10, "compare": "others"},
-    "Dirichlet(0.1) labels, compare='own_past'": {"data": "dirichlet", "beta": 0.0, "every": 10, "compare": "own_past"},
+    "Dirichlet(0.1) labels, compare='own_past'": {
+        "data": "dirichlet",
+        "beta": 0.0,
+        "every": 10,
+        "compare": "own_past",
+    },
 }
 
 
@@ -61,7 +83,10 @@ def work(run: Run) -> Run:
     own = parts(run["data"], labels, seed)
     generator = keyed_generator("run", seed)
     shapes = ((64, 32), (32,), (32, 10), (10,))
-    weights = tuple(torch.randn(shape, generator=generator) * (shape[0] ** -0.5 if len(shape) > 1 else 0) for shape in shapes)
+    weights = tuple(
+        torch.randn(shape, generator=generator) * (shape[0] ** -0.5 if len(shape) > 1 else 0)
+        for shape in shapes
+    )
     gradients = vmap(grad(loss), in_dims=(None, 0, 0))
     fault = FAULTS.get(run["fault"])
     test, momentum, memory = SuspicionTest(WORKERS, F, compare=run["compare"]), torch.zeros(1), {}
@@ -73,7 +98,9 @@ def work(run: Run) -> Run:
                 pool = own[0][torch.randperm(len(labels), generator=generator)]
             chosen, pool = pool[: WORKERS * BATCH].view(WORKERS, BATCH), pool[WORKERS * BATCH :]
         else:
-            chosen = torch.stack([part[torch.randint(len(part), (BATCH,), generator=generator)] for part in own])
+            chosen = torch.stack(
+                [part[torch.randint(len(part), (BATCH,), generator=generator)] for part in own]
+            )
         faulty = fault is not None and step >= ONSET
         y = labels[chosen]
         if faulty and isinstance(fault, LabelFlip):
@@ -87,20 +114,29 @@ def work(run: Run) -> Run:
         sent = momentum / (1 - run["beta"] ** (step + 1)) if run["beta"] else rows
         if faulty and isinstance(fault, Attack):
             sent = sent.clone()
-            scene = Scene(generator=keyed_generator("attack", seed, step), step=step, memory=memory, own=[FAULTY])
+            scene = Scene(
+                generator=keyed_generator("attack", seed, step),
+                step=step,
+                memory=memory,
+                own=[FAULTY],
+            )
             sent[FAULTY] = fault(sent[honest], sent[FAULTY : FAULTY + 1].clone(), scene)[0]
         if step % run["every"] < 2:
             for worker in test.observe(sent):
                 found.setdefault(worker, step)
         with torch.no_grad():
             pieces = mean.split([w.numel() for w in weights])
-            weights = tuple(w - 0.1 * piece.view(w.shape) for w, piece in zip(weights, pieces, strict=True))
+            weights = tuple(
+                w - 0.1 * piece.view(w.shape) for w, piece in zip(weights, pieces, strict=True)
+            )
     after = found.pop(FAULTY, None) if fault is not None else None
     return {"steps": None if after is None else after - ONSET, "honest": sorted(found)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/suspicion"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--honest", type=int, default=20, help="honest runs of each setting")
@@ -116,17 +152,36 @@ def main() -> None:
     results = run_all(runs, work, arguments.output, arguments.jobs)
 
     def cell(how: Run, fault: str) -> str:
-        mine = [result for run, result in results if run["fault"] == fault and all(run[key] == value for key, value in how.items())]
+        mine = [
+            result
+            for run, result in results
+            if run["fault"] == fault and all(run[key] == value for key, value in how.items())
+        ]
         if fault == "none":
             return f"{sum(bool(result['honest']) for result in mine)} of {len(mine)}"
-        times = [result["steps"] for result in mine if result["steps"] is not None and result["steps"] >= 0]
+        times = [
+            result["steps"]
+            for result in mine
+            if result["steps"] is not None and result["steps"] >= 0
+        ]
         before = sum(result["steps"] is not None and result["steps"] < 0 for result in mine)
         others = sum(bool(result["honest"]) for result in mine)
-        text = f"{statistics.median(times):.0f} ({len(times)} of {len(mine)})" if times else f"never (0 of {len(mine)})"
-        return text + (f", {before} before" if before else "") + (f", {others} with others" if others else "")
+        text = (
+            f"{statistics.median(times):.0f} ({len(times)} of {len(mine)})"
+            if times
+            else f"never (0 of {len(mine)})"
+        )
+        return (
+            text
+            + (f", {before} before" if before else "")
+            + (f", {others} with others" if others else "")
+        )
 
     header = ["setting", *FAULTS, "honest runs that accused anybody"]
-    rows = [[name, *(cell(how, fault) for fault in FAULTS), cell(how, "none")] for name, how in SETTINGS.items()]
+    rows = [
+        [name, *(cell(how, fault) for fault in FAULTS), cell(how, "none")]
+        for name, how in SETTINGS.items()
+    ]
     print(markdown(header, rows))
 
 

@@ -1,8 +1,11 @@
-"""How long a whole training takes until it is as accurate: DDP beside signSGD with majority vote, over whatever link there is.
+"""How long a whole training takes until it is as accurate: DDP beside signSGD with majority vote,
+over whatever link there is.
 
-``python benchmarks/time_to_accuracy.py --data DIR`` starts four processes on this machine; under a launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT every process runs the same command, and rank 0 prints. DIR holds FashionMNIST/raw. The model is an MLP, 784 - 2048 - 2048 - 2048 - 10,
-of 10 million parameters; every rank has a part of the training set. The clock stands still while the accuracy on the test set is taken.
+``python benchmarks/time_to_accuracy.py --data DIR`` starts four processes on this machine; under a
+launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT every process runs the same
+command, and rank 0 prints. DIR holds FashionMNIST/raw. The model is an MLP, 784 - 2048 - 2048 -
+2048 - 10, of 10 million parameters; every rank has a part of the training set. The clock stands
+still while the accuracy on the test set is taken.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ from lightning_byz.lightning import ByzantineRobustStrategy
 
 METHODS: dict[str, Any] = {
     "DDP": (DDPStrategy, {"lr": 0.1, "momentum": 0.9}),
-    "signSGD majority vote": (lambda: ByzantineRobustStrategy(SignSGDMajorityVote(), Sharded()), {"lr": 1e-4}),
+    "signSGD majority vote": (
+        lambda: ByzantineRobustStrategy(SignSGDMajorityVote(), Sharded()),
+        {"lr": 1e-4},
+    ),
 }
 
 
@@ -51,7 +57,9 @@ class Module(L.LightningModule):
 
 
 class Race(L.Callback):
-    """Seconds of training and the test accuracy in percent, every few steps; ends the training once the goal is reached twice in a row."""
+    """Seconds of training and the test accuracy in percent, every few steps; ends the training once
+    the goal is reached twice in a row.
+    """
 
     def __init__(self, test: tuple[Tensor, Tensor], every: int, goal: float) -> None:
         self.test, self.every, self.goal, self.seconds = test, every, goal, 0.0
@@ -77,14 +85,19 @@ class Race(L.Callback):
 
 
 def train(
-    method: str, arguments: argparse.Namespace, training: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+    method: str,
+    arguments: argparse.Namespace,
+    training: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     strategy, optimizer = METHODS[method]
     torch.manual_seed(arguments.seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = TensorDataset(*(part[rank::world] for part in training))
     generator = torch.Generator().manual_seed(arguments.seed + rank)
-    loader = DataLoader(mine, arguments.batch_size, shuffle=True, generator=generator, drop_last=True)
+    loader = DataLoader(
+        mine, arguments.batch_size, shuffle=True, generator=generator, drop_last=True
+    )
     race = Race(test, arguments.every, arguments.goal)
     trainer = L.Trainer(
         strategy=strategy(),
@@ -103,7 +116,9 @@ def train(
     dist.barrier()
     trainer.fit(Module(**optimizer), loader)
     dist.barrier()
-    reached = [point for point, after in pairwise(race.curve) if min(point[2], after[2]) >= arguments.goal]
+    reached = [
+        point for point, after in pairwise(race.curve) if min(point[2], after[2]) >= arguments.goal
+    ]
     step, seconds, _ = reached[0] if reached else (None, None, None)
     steps, total, _ = race.curve[-1]
     return {
@@ -125,7 +140,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between looks at the accuracy")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=4, help="processes to start where no launcher did")
+    parser.add_argument(
+        "--ranks", type=int, default=4, help="processes to start where no launcher did"
+    )
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         sys.exit(on_this_machine(arguments.ranks))
@@ -138,7 +155,10 @@ def main() -> None:
     module = FashionMNISTDataModule(arguments.data)
     module.setup("fit")
     training, test = (
-        [part.flatten(1) if part.ndim > 1 else part for part in images.__getitems__(range(len(images)))]
+        [
+            part.flatten(1) if part.ndim > 1 else part
+            for part in images.__getitems__(range(len(images)))
+        ]
         for images in (module.training, module.held_out)
     )
     test = [part[:2000] for part in test]

@@ -1,7 +1,9 @@
-"""For the site: files outside of docs/ that pages link to (examples, configurations, the changelog) become pages of it.
+"""For the site: files outside of docs/ that pages link to (examples, configurations, the changelog)
+become pages of it.
 
-Links in our Markdown are those that work on a forge, relative in the repository: ``../examples/custom_rule.py``. Here the file becomes the page
-``examples/custom_rule.py.md``, and the link leads to it. A notebook becomes its text, code and pictures.
+Links in our Markdown are those that work on a forge, relative in the repository:
+``../examples/custom_rule.py``. Here the file becomes the page ``examples/custom_rule.py.md``, and
+the link leads to it. A notebook becomes its text, code and pictures.
 """
 
 from __future__ import annotations
@@ -16,8 +18,16 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTSIDE = ["CHANGELOG.md", "CONTRIBUTING.md", "configs/**/*.yaml", "examples/**/*.py", "examples/**/*.md", "examples/**/*.yaml",
-           "examples/**/*.sbatch", "examples/*.ipynb"]  # fmt: skip
+OUTSIDE = [
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "configs/**/*.yaml",
+    "examples/**/*.py",
+    "examples/**/*.md",
+    "examples/**/*.yaml",
+    "examples/**/*.sbatch",
+    "examples/*.ipynb",
+]
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sbatch": "bash"}
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")
 
@@ -45,7 +55,13 @@ def _page(path: Path, uri: str) -> dict[str, str | bytes]:
         pictures = {f"{path.stem}_{name}": data for name, data in resources["outputs"].items()}
         for name in resources["outputs"]:
             text = text.replace(f"({name})", f"({path.stem}_{name})")
-        return {uri: text, **{posixpath.join(posixpath.dirname(uri), name): data for name, data in pictures.items()}}
+        return {
+            uri: text,
+            **{
+                posixpath.join(posixpath.dirname(uri), name): data
+                for name, data in pictures.items()
+            },
+        }
     title = f"---\ntitle: {path.name}\n---\n\n# {path.relative_to(ROOT).as_posix()}"
     return {uri: f"{title}\n\n````{LANGUAGES[path.suffix]}\n{path.read_text()}````\n"}
 

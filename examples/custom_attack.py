@@ -1,6 +1,8 @@
-"""An attack of your own, checked against the laws that every attack should keep, then tried on four rules.
+"""An attack of your own, checked against the laws that every attack should keep, then tried on four
+rules.
 
-They end at 89.4 % (mean), 85.0 % (median), 90.3 % (NNM and a trimmed mean) and 92.8 % (the same behind worker momentum) of held-out digits.
+They end at 89.4 % (mean), 85.0 % (median), 90.3 % (NNM and a trimmed mean) and 92.8 % (the same
+behind worker momentum) of held-out digits.
 
 python examples/custom_attack.py
 """
@@ -33,7 +35,8 @@ from lightning_byz.testing import check_attack
 
 @dataclass(frozen=True)
 class Headwind(Attack):
-    """Pushes against the way that training has taken so far, by no more than honest workers differ: small lies that add up.
+    """Pushes against the way that training has taken so far, by no more than honest workers differ:
+    small lies that add up.
 
     Args:
         force: length of the push, in mean distances of an honest message from the honest mean.
@@ -43,7 +46,9 @@ class Headwind(Attack):
     force: float = 1.0
     memory: float = 0.9
 
-    def __call__(self, honest: torch.Tensor, own: torch.Tensor, scene: Scene | None = None) -> torch.Tensor:
+    def __call__(
+        self, honest: torch.Tensor, own: torch.Tensor, scene: Scene | None = None
+    ) -> torch.Tensor:
         scene = scene or Scene()
         mean = honest.mean(0)  # [d]
         before = scene.memory.get("way", mean)  # what is in here survives checkpoints
@@ -61,13 +66,17 @@ def main(epochs: int = 10) -> None:
         "mean": RobustSGD(aggregator=Mean()),
         "median": RobustSGD(aggregator=CoordinateMedian()),
         "NNM + trimmed mean": RobustSGD(aggregator=robust),
-        "NNM + trimmed mean, worker momentum": RobustSGD(aggregator=robust, worker_momentum=0.9, undo_worker_momentum=True),
+        "NNM + trimmed mean, worker momentum": RobustSGD(
+            aggregator=robust, worker_momentum=0.9, undo_worker_momentum=True
+        ),
     }
     for name, algorithm in algorithms.items():
         pl.seed_everything(0)
         trainer = pl.Trainer(
             accelerator="cpu",
-            strategy=ByzantineRobustStrategy(algorithm, workers_per_process=10, num_byzantine=0 if name == "mean" else 3),
+            strategy=ByzantineRobustStrategy(
+                algorithm, workers_per_process=10, num_byzantine=0 if name == "mean" else 3
+            ),
             callbacks=[ByzantineWorkers(Headwind(), count=3)],
             max_epochs=epochs,
             logger=False,

@@ -1,4 +1,5 @@
-"""A robust rule of your own, checked against the laws that every rule should hold, then used to train with liars.
+"""A robust rule of your own, checked against the laws that every rule should hold, then used to
+train with liars.
 
 python examples/custom_rule.py
 """
@@ -12,7 +13,13 @@ try:
 except ImportError:
     import pytorch_lightning as pl  # type: ignore[no-redef]  # the other name of the same Lightning
 
-from lightning_byz import ALIE, ByzantineRobustStrategy, ByzantineWorkers, DigitsDataModule, RobustSGD
+from lightning_byz import (
+    ALIE,
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+    DigitsDataModule,
+    RobustSGD,
+)
 from lightning_byz.aggregators import WeightedAggregator
 from lightning_byz.demo.quickstart import DigitsClassifier
 from lightning_byz.numerics.rows import Rows
@@ -21,12 +28,15 @@ from lightning_byz.testing import check_aggregator
 
 @dataclass(frozen=True)
 class SoftKrum(WeightedAggregator):
-    """Trusts every row by how near its n - f nearest neighbours are, instead of choosing some: weights ~ 1 / distance^power."""
+    """Trusts every row by how near its n - f nearest neighbours are, instead of choosing some:
+    weights ~ 1 / distance^power.
+    """
 
     power: float = 4.0
 
     def weights(self, rows: Rows) -> torch.Tensor:
-        nearest = rows.squared_distances().sqrt().sort(dim=1).values[:, : len(rows) - self.f]  # [n, n - f]
+        # [n, n - f]
+        nearest = rows.squared_distances().sqrt().sort(dim=1).values[:, : len(rows) - self.f]
         closeness = nearest.sum(1).clamp_min(1e-300)
         closeness = closeness / closeness.min()  # in [1, inf)
         weights = closeness.pow(-self.power)
@@ -38,7 +48,9 @@ def main(epochs: int = 5) -> None:
     check_aggregator(SoftKrum())  # raises an AssertionError that names every law that it breaks
     pl.seed_everything(0)
     trainer = pl.Trainer(
-        strategy=ByzantineRobustStrategy(RobustSGD(aggregator=SoftKrum()), workers_per_process=10, num_byzantine=3),
+        strategy=ByzantineRobustStrategy(
+            RobustSGD(aggregator=SoftKrum()), workers_per_process=10, num_byzantine=3
+        ),
         callbacks=[ByzantineWorkers(ALIE(z=1.5), count=3)],
         max_epochs=epochs,
         logger=False,

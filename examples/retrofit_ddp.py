@@ -4,10 +4,12 @@
     -trainer = pl.Trainer(strategy="ddp", ...)
     +trainer = pl.Trainer(strategy="byzantine_robust", ...)
 
-Model, data, optimizer, schedule, clipping, logging and checkpoints stay what they were. `--faulty-rank 3` plants a fault: that process
-gets its images unscaled and its labels shifted by one, as a machine with an old preprocessing might.
+Model, data, optimizer, schedule, clipping, logging and checkpoints stay what they were.
+`--faulty-rank 3` plants a fault: that process gets its images unscaled and its labels shifted by
+one, as a machine with an old preprocessing might.
 
-python examples/retrofit_ddp.py [--strategy ddp] [--faulty-rank 3] [--devices 4] [--num-nodes 1] [--accelerator cpu] [--fast]
+python examples/retrofit_ddp.py [--strategy ddp] [--faulty-rank 3] [--devices 4] [--num-nodes 1]
+[--accelerator cpu] [--fast]
 """
 
 import argparse
@@ -22,7 +24,9 @@ import lightning_byz  # noqa: F401  # the import that registers the strategy
 
 
 class Digits(pl.LightningDataModule):
-    """Handwritten digits, as this project always loaded them; Lightning gives every process its part."""
+    """Handwritten digits, as this project always loaded them; Lightning gives every process its
+    part.
+    """
 
     def __init__(self, batch_size: int = 32, faulty_rank: int | None = None) -> None:
         super().__init__()
@@ -49,7 +53,9 @@ class Classifier(pl.LightningModule):
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10))
+        self.net = nn.Sequential(
+            nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 10)
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -57,20 +63,32 @@ class Classifier(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean(), prog_bar=True, sync_dist=True)
+        self.log(
+            "accuracy",
+            (self.net(batch[0]).argmax(1) == batch[1]).float().mean(),
+            prog_bar=True,
+            sync_dist=True,
+        )
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.hparams.lr, momentum=0.9, weight_decay=1e-4
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), "interval": "step"},
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps),
+                "interval": "step",
+            },
         }
 
 
 def main() -> None:
     """Trains, and prints the accuracy of the best checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--strategy", default="byzantine_robust")
     parser.add_argument("--faulty-rank", type=int)
     parser.add_argument("--devices", type=int, default=4)
@@ -94,7 +112,10 @@ def main() -> None:
     )
     trainer.fit(Classifier(), Digits(faulty_rank=options.faulty_rank))
     if trainer.is_global_zero:
-        print(f"{options.strategy}: {best.best_model_score:.1%} of held-out digits, {best.best_model_path}")
+        print(
+            f"{options.strategy}: {best.best_model_score:.1%} of held-out digits, "
+            f"{best.best_model_path}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and ``Trainer(strategy="byzantine_robust")``.
+"""Byzantine-robust training for PyTorch Lightning: ``import lightning_byz`` and
+``Trainer(strategy="byzantine_robust")``.
 
-``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names of strategies too: this one with the
-algorithm of that name. The names work with every Lightning package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported
-first. `ByzantineRobustStrategy`, `ByzantineWorkers`, `Classifier` and the data modules are those of the package that the program uses: the one that
-is installed, or, if both are, the one that was imported before this package (``lightning`` if neither or both were). To choose, import
-them from `lightning_byz.lightning` or `lightning_byz.pytorch_lightning`. Lightning is imported with
-the first of these classes, unless the program has imported it; the strategy names are known to a
-Lightning package as soon as both it and this package are imported.
+``"byz_ef21_sgdm"``, ``"dstar"``, ``"byz_vr_marina_pp"`` and ``"signsgd_majority_vote"`` are names
+of strategies too: this one with the algorithm of that name. The names work with every Lightning
+package that is installed (``lightning`` and ``pytorch_lightning``), whichever is imported first.
+`ByzantineRobustStrategy`, `ByzantineWorkers`, `Classifier` and the data modules are those of the
+package that the program uses: the one that is installed, or, if both are, the one that was imported
+before this package (``lightning`` if neither or both were). To choose, import them from
+`lightning_byz.lightning` or `lightning_byz.pytorch_lightning`. Lightning is imported with the first
+of these classes, unless the program has imported it; the strategy names are known to a Lightning
+package as soon as both it and this package are imported.
 """
 
 from __future__ import annotations

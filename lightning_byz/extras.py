@@ -20,6 +20,6 @@ def require(what: str, extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(
-            f"{what} needs the Python modules {', '.join(modules)}. Not installed: {', '.join(missing)}. "
-            f"Run: pip install 'lightning-byz[{extra}]'"
+            f"{what} needs the Python modules {', '.join(modules)}. Not installed: "
+            f"{', '.join(missing)}. Run: pip install 'lightning-byz[{extra}]'"
         )

@@ -1,4 +1,5 @@
-"""Which Lightning the program uses: ``lightning`` or ``pytorch_lightning``, whose classes are not the same.
+"""Which Lightning the program uses: ``lightning`` or ``pytorch_lightning``, whose classes are not
+the same.
 
 The strategy names are registered with Lightning as soon as the program imports it, and not before:
 that takes seconds.
@@ -15,7 +16,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-INSTALLED = [n for n in ("lightning", "pytorch_lightning") if importlib.util.find_spec(n) is not None]
+INSTALLED = [
+    n for n in ("lightning", "pytorch_lightning") if importlib.util.find_spec(n) is not None
+]
 """The Lightning packages that can be imported."""
 if not INSTALLED:
     raise ImportError(

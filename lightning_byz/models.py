@@ -1,7 +1,8 @@
-"""Networks for the configurations in ``configs/``, and the LightningModule that trains them: an ordinary one.
+"""Networks for the configurations in ``configs/``, and the LightningModule that trains them: an
+ordinary one.
 
-The module to use is that of the Lightning package at hand: ``lightning_byz.lightning.Classifier`` or
-``lightning_byz.pytorch_lightning.Classifier``; ``lightning_byz.Classifier`` is one of them.
+The module to use is that of the Lightning package at hand: ``lightning_byz.lightning.Classifier``
+or ``lightning_byz.pytorch_lightning.Classifier``; ``lightning_byz.Classifier`` is one of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ else:
 
 
 class LogisticRegression(nn.Sequential):
-    """A linear layer: with the cross-entropy, multinomial logistic regression. ``[B, ...]`` -> ``[B, classes]``, from all zeros.
+    """A linear layer: with the cross-entropy, multinomial logistic regression. ``[B, ...]`` ->
+    ``[B, classes]``, from all zeros.
 
     Args:
         features: numbers in a sample, such as a9a's 123.
@@ -36,7 +38,8 @@ class LogisticRegression(nn.Sequential):
 
 
 class SmallCNN(nn.Sequential):
-    """Two convolutions, each with pooling, and two linear layers, without normalization. ``[B, channels, side, side]`` -> ``[B, classes]``.
+    """Two convolutions, each with pooling, and two linear layers, without normalization.
+    ``[B, channels, side, side]`` -> ``[B, classes]``.
 
     Args:
         channels: of an image.
@@ -45,7 +48,9 @@ class SmallCNN(nn.Sequential):
         width: channels of the first convolution; the second has twice as many.
     """
 
-    def __init__(self, channels: int = 1, side: int = 28, classes: int = 10, width: int = 16) -> None:
+    def __init__(
+        self, channels: int = 1, side: int = 28, classes: int = 10, width: int = 16
+    ) -> None:
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1),
             nn.ReLU(),
@@ -61,7 +66,8 @@ class SmallCNN(nn.Sequential):
 
 
 class ResNet18(nn.Module):
-    """torchvision's ResNet-18, with a first layer for small images: 3 x 3, stride 1, no pooling. ``[B, channels, H, W]`` -> ``[B, classes]``.
+    """torchvision's ResNet-18, with a first layer for small images: 3 x 3, stride 1, no pooling.
+    ``[B, channels, H, W]`` -> ``[B, classes]``.
 
     He, Zhang, Ren, Sun, CVPR 2016 (arXiv 1512.03385).
 
@@ -88,10 +94,12 @@ class ResNet18(nn.Module):
 
 
 class ClassifierModel(_Base):
-    """All of Classifier but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """All of Classifier but its Lightning base class (see `lightning_byz.lightning` and
+    `.pytorch_lightning`).
 
-    Trains a network on batches ``(inputs [B, ...], labels [B] int64)`` with the cross-entropy and SGD, and logs ``train_loss``, ``accuracy``
-    and ``loss`` (on validation data), ``test_accuracy`` and ``test_loss``. Nothing in it knows of workers or attacks.
+    Trains a network on batches ``(inputs [B, ...], labels [B] int64)`` with the cross-entropy and
+    SGD, and logs ``train_loss``, ``accuracy`` and ``loss`` (on validation data), ``test_accuracy``
+    and ``test_loss``. Nothing in it knows of workers or attacks.
 
     Args:
         net: the network, inputs -> logits ``[B, classes]``.
@@ -100,7 +108,9 @@ class ClassifierModel(_Base):
         weight_decay: of SGD.
     """
 
-    def __init__(self, net: nn.Module, lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, net: nn.Module, lr: float = 0.1, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
         super().__init__()
         self.net, self.lr, self.momentum, self.weight_decay = net, lr, momentum, weight_decay
 
@@ -123,7 +133,13 @@ class ClassifierModel(_Base):
     def _evaluate(self, batch: tuple[Tensor, Tensor], prefix: str) -> None:
         x, y = batch
         logits = self(x)
-        self.log(f"{prefix}accuracy", (logits.argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True, batch_size=len(y))
+        self.log(
+            f"{prefix}accuracy",
+            (logits.argmax(1) == y).float().mean(),
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(y),
+        )
         self.log(f"{prefix}loss", F.cross_entropy(logits, y), sync_dist=True, batch_size=len(y))
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -131,4 +147,6 @@ class ClassifierModel(_Base):
         return logits.argmax(1)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.SGD(
+            self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )

@@ -1,13 +1,19 @@
 """The strategy, callbacks and data modules for the package ``pytorch_lightning``.
 
-``pytorch_lightning`` and ``lightning`` have separate class trees: a Trainer of the one refuses a Strategy of the other. Everything
-is written once, elsewhere; this module only adds the base classes. The launchers are Lightning's private names; they stand here alone.
+``pytorch_lightning`` and ``lightning`` have separate class trees: a Trainer of the one refuses a
+Strategy of the other. Everything is written once, elsewhere; this module only adds the base
+classes. The launchers are Lightning's private names; they stand here alone.
 """
 
 from __future__ import annotations
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule
-from pytorch_lightning.strategies import ParallelStrategy, SingleDeviceStrategy, StrategyRegistry, launchers
+from pytorch_lightning.strategies import (
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+    launchers,
+)
 
 from lightning_byz.callbacks import (
     ByzantineWorkersCallback,
@@ -46,7 +52,9 @@ __all__ = [
 
 
 class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore[misc]
-    """Robust aggregation of the workers' gradients in place of DDP's all-reduce; see `lightning_byz.strategies.strategy.RobustStrategy`."""
+    """Robust aggregation of the workers' gradients in place of DDP's all-reduce; see
+    `lightning_byz.strategies.strategy.RobustStrategy`.
+    """
 
     strategy_name = "byzantine_robust"
     _launchers = launchers
@@ -61,23 +69,33 @@ class Stragglers(StragglersCallback, Callback):  # type: ignore[misc]
 
 
 class RobustnessMonitor(RobustnessMonitorCallback, Callback):  # type: ignore[misc]
-    """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see `lightning_byz.callbacks.RobustnessMonitorCallback`."""
+    """Logs what rounds cost, whom the rule trusts and whether its guarantee holds; see
+    `lightning_byz.callbacks.RobustnessMonitorCallback`.
+    """
 
 
 class ShadowMode(ShadowModeCallback, Callback):  # type: ignore[misc]
-    """Under plain DDP, reports which rank a robust rule would drop; see `lightning_byz.callbacks.ShadowModeCallback`."""
+    """Under plain DDP, reports which rank a robust rule would drop; see
+    `lightning_byz.callbacks.ShadowModeCallback`.
+    """
 
 
 class SuspicionMonitor(SuspicionMonitorCallback, Callback):  # type: ignore[misc]
-    """Scores workers by what they send, accuses, and quarantines; see `lightning_byz.callbacks.SuspicionMonitorCallback`."""
+    """Scores workers by what they send, accuses, and quarantines; see
+    `lightning_byz.callbacks.SuspicionMonitorCallback`.
+    """
 
 
 class ReplicaCheck(ReplicaCheckCallback, Callback):  # type: ignore[misc]
-    """Compares checksums of parameters and optimizer states across ranks; see `lightning_byz.callbacks.ReplicaCheckCallback`."""
+    """Compares checksums of parameters and optimizer states across ranks; see
+    `lightning_byz.callbacks.ReplicaCheckCallback`.
+    """
 
 
 class DuplicateBatchCheck(DuplicateBatchCheckCallback, Callback):  # type: ignore[misc]
-    """All ranks compute the same micro-batch now and then; see `lightning_byz.callbacks.DuplicateBatchCheckCallback`."""
+    """All ranks compute the same micro-batch now and then; see
+    `lightning_byz.callbacks.DuplicateBatchCheckCallback`.
+    """
 
 
 class DigitsDataModule(DigitsData, LightningDataModule):  # type: ignore[misc]
@@ -97,11 +115,13 @@ class CIFAR10DataModule(CIFAR10Data, LightningDataModule):  # type: ignore[misc]
 
 
 class Classifier(ClassifierModel, LightningModule):  # type: ignore[misc]
-    """A network, trained with the cross-entropy and SGD; see `lightning_byz.models.ClassifierModel`."""
+    """A network, trained with the cross-entropy and SGD; see
+    `lightning_byz.models.ClassifierModel`.
+    """
 
 
-# Lightning trains a torch.compile'd module with an instance of a short list of its own strategies only. Ours leaves the module as
-# unwrapped as this one of them does.
+# Lightning trains a torch.compile'd module with an instance of a short list of its own strategies
+# only. Ours leaves the module as unwrapped as this one of them does.
 SingleDeviceStrategy.register(ByzantineRobustStrategy)
 
 for _name, _settings in NAMED_STRATEGIES.items():

@@ -1,9 +1,12 @@
-"""Trainings on a parameter server whose workers are killed at drawn moments: ``python tests/chaos.py [number ...]``, or ``make chaos``.
+"""Trainings on a parameter server whose workers are killed at drawn moments:
+``python tests/chaos.py [number ...]``, or ``make chaos``.
 
-Each of 30 seeds draws the number of workers, who of them is killed (SIGKILL), in which step and how many milliseconds into it, and who is started
-again; in every third training one of the living lies besides. The dead and the liar are f at most. A training passes if it ends, with an accuracy
-within one point of what the same seed gives undisturbed. The model is linear, so that equally good trainings end at nearly the same place: networks
-with a hidden layer differ by half a point from one seed to the next.
+Each of 30 seeds draws the number of workers, who of them is killed (SIGKILL), in which step and how
+many milliseconds into it, and who is started again; in every third training one of the living lies
+besides. The dead and the liar are f at most. A training passes if it ends, with an accuracy within
+one point of what the same seed gives undisturbed. The model is linear, so that equally good
+trainings end at nearly the same place: networks with a hidden layer differ by half a point from one
+seed to the next.
 """
 
 from __future__ import annotations
@@ -78,7 +81,9 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     x, y = load_digits(return_X_y=True)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     data = torch.tensor(x / 16, dtype=torch.float32)[order], torch.tensor(y)[order]
-    return TensorDataset(*(part[:SAMPLES] for part in data)), TensorDataset(*(part[SAMPLES:] for part in data))
+    return TensorDataset(*(part[:SAMPLES] for part in data)), TensorDataset(
+        *(part[SAMPLES:] for part in data)
+    )
 
 
 class Digits(L.LightningModule):
@@ -114,14 +119,22 @@ class Killed(L.Callback):
             threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
-def trained(strategy: Any, chaos: Chaos, processes: int, callbacks: list[Any], folder: Path) -> Digits:
+def trained(
+    strategy: Any, chaos: Chaos, processes: int, callbacks: list[Any], folder: Path
+) -> Digits:
     L.seed_everything(chaos.seed, verbose=False)
     train, test = digits()
     share = BATCH // chaos.n if processes > 1 else BATCH // chaos.n * chaos.n
     settings = {**QUIET, "enable_checkpointing": True, "devices": processes, "max_epochs": EPOCHS}
     module = Digits()
-    trainer = L.Trainer(**settings, strategy=strategy, callbacks=[*callbacks, ModelCheckpoint(folder, filename="{epoch}")])
-    trainer.fit(module, DataLoader(train, share, shuffle=True, drop_last=True), DataLoader(test, 100))
+    trainer = L.Trainer(
+        **settings,
+        strategy=strategy,
+        callbacks=[*callbacks, ModelCheckpoint(folder, filename="{epoch}")],
+    )
+    trainer.fit(
+        module, DataLoader(train, share, shuffle=True, drop_last=True), DataLoader(test, 100)
+    )
     return module
 
 
@@ -134,7 +147,9 @@ def accuracy(module: Digits) -> float:
 
 def strategy(chaos: Chaos, **kwargs: Any) -> ByzantineRobustStrategy:
     rule = Chain(pre=(NNM(),), rule=TrimmedMean())
-    return ByzantineRobustStrategy(RobustSGD(rule, worker_momentum=0.5), num_byzantine=chaos.f, **kwargs)
+    return ByzantineRobustStrategy(
+        RobustSGD(rule, worker_momentum=0.5), num_byzantine=chaos.f, **kwargs
+    )
 
 
 def undisturbed(chaos: Chaos, folder: Path) -> float:
@@ -148,10 +163,18 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
     """The training itself, in real processes. Raises if it does not end as it should."""
 
     def job(folder: Path) -> None:
-        transport = ParameterServer(keys=folder / "keys", lost_after=10.0, start_timeout=120.0, deadline=5.0)
+        transport = ParameterServer(
+            keys=folder / "keys", lost_after=10.0, start_timeout=120.0, deadline=5.0
+        )
         lie = SignFlip(2.0) if chaos.seed % 2 else IPM(2.0)
         liars = [] if chaos.liar is None else [ByzantineWorkers(lie, workers=[chaos.liar])]
-        module = trained(strategy(chaos, transport=transport), chaos, chaos.n, [Killed(folder, chaos), *liars], folder)
+        module = trained(
+            strategy(chaos, transport=transport),
+            chaos,
+            chaos.n,
+            [Killed(folder, chaos), *liars],
+            folder,
+        )
         if os.environ["LOCAL_RANK"] == "0":
             torch.save(accuracy(module), folder / "accuracy.pt")
 
@@ -161,9 +184,16 @@ def disturbed(chaos: Chaos, folder: Path) -> float:
             ranks.start(rank)
         codes = ranks.wait(timeout=900)
         for rank in chaos.returns:  # one that comes back when all is over finds nobody
-            codes[rank] = 0 if codes[rank] == 1 and "ServerLostError: " in ranks.output(rank) else codes[rank]
-        expected = {rank: -signal.SIGKILL if rank in chaos.deaths and rank not in chaos.returns else 0 for rank in range(chaos.n)}
-        assert died == dict.fromkeys(sorted(chaos.deaths), -signal.SIGKILL) and codes == expected, f"{codes}\n{ranks.everything()}"
+            codes[rank] = (
+                0 if codes[rank] == 1 and "ServerLostError: " in ranks.output(rank) else codes[rank]
+            )
+        expected = {
+            rank: -signal.SIGKILL if rank in chaos.deaths and rank not in chaos.returns else 0
+            for rank in range(chaos.n)
+        }
+        assert died == dict.fromkeys(sorted(chaos.deaths), -signal.SIGKILL) and codes == expected, (
+            f"{codes}\n{ranks.everything()}"
+        )
     return float(torch.load(folder / "accuracy.pt"))
 
 
@@ -171,7 +201,11 @@ def run(seed: int, folder: Path) -> tuple[Chaos, float, float]:
     """A training, its accuracy, and the undisturbed one."""
     chaos = Chaos.drawn(seed)
     digits()
-    return chaos, disturbed(chaos, folder / f"chaos{seed}"), undisturbed(chaos, folder / f"undisturbed{seed}")
+    return (
+        chaos,
+        disturbed(chaos, folder / f"chaos{seed}"),
+        undisturbed(chaos, folder / f"undisturbed{seed}"),
+    )
 
 
 def main() -> int:
@@ -188,10 +222,14 @@ def main() -> int:
                 continue
         good = got >= expected - POINT
         passed += good
-        what = f"n={chaos.n} f={chaos.f} deaths={sorted(chaos.deaths)} returns={list(chaos.returns)} liar={chaos.liar}"
+        what = (
+            f"n={chaos.n} f={chaos.f} deaths={sorted(chaos.deaths)} returns={list(chaos.returns)} "
+            f"liar={chaos.liar}"
+        )
         took = time.monotonic() - began
         print(
-            f"seed {seed}: {'passed' if good else 'FAILED'} {100 * got:.1f} % ({100 * expected:.1f} %) {what} {took:.0f} s",
+            f"seed {seed}: {'passed' if good else 'FAILED'} {100 * got:.1f} % "
+            f"({100 * expected:.1f} %) {what} {took:.0f} s",
             flush=True,
         )
     print(f"{passed} of {len(seeds)} passed")

@@ -1,4 +1,6 @@
-"""An ordinary DDP script that knows nothing of lightning_byz: ``python ddp_script.py FOLDER [--package P] [--faulty RANK]``."""
+"""An ordinary DDP script that knows nothing of lightning_byz:
+``python ddp_script.py FOLDER [--package P] [--faulty RANK]``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ loggers = importlib.import_module(f"{arguments.package}.loggers")
 class Model(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(10, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
+        )
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -49,5 +53,9 @@ if __name__ == "__main__":
     model = Model()
     trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=8, shuffle=True))
     torch.save(model.state_dict(), arguments.folder / f"rank{trainer.global_rank}.pt")
-    ours = [type(callback).__name__ for callback in trainer.callbacks if "byz" in type(callback).__module__]
+    ours = [
+        type(callback).__name__
+        for callback in trainer.callbacks
+        if "byz" in type(callback).__module__
+    ]
     print(f"callbacks: {ours}\n", end="", flush=True)  # in one piece: four processes print

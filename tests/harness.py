@@ -1,4 +1,6 @@
-"""Runs a Trainer, in this process or in forked ranks, and brings back what every rank ended with."""
+"""Runs a Trainer, in this process or in forked ranks, and brings back what every rank ended
+with.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ QUIET = {
 class Report(L.Callback):
     """Writes what a rank ended with."""
 
-    def __init__(self, folder: Path, extra: Callable[[L.Trainer, L.LightningModule], Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, extra: Callable[[L.Trainer, L.LightningModule], Any] | None = None
+    ) -> None:
         self.folder, self.extra = folder, extra
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,7 +52,9 @@ class Report(L.Callback):
 
 
 def apart(test: Callable[..., None]) -> Callable[..., None]:
-    """A test in a forked process of its own: once this process has compiled something, processes that it forks cannot compute gradients."""
+    """A test in a forked process of its own: once this process has compiled something, processes
+    that it forks cannot compute gradients.
+    """
 
     @functools.wraps(test)
     def forked(*args: Any, **kwargs: Any) -> None:
@@ -75,7 +81,9 @@ def fit(
     callbacks: list[L.Callback] | None = None,
     **trainer: Any,
 ) -> list[dict[str, Any]]:
-    """Trains and returns every rank's report. Strategies of several ranks should have ``start_method="fork"``."""
+    """Trains and returns every rank's report. Strategies of several ranks should have
+    ``start_method="fork"``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("rank*.pt"):
         old.unlink()
@@ -90,7 +98,9 @@ def fit(
 
 
 def cpu_amp() -> dict[str, Any]:
-    """Trainer arguments for float16 with a loss scaler on the CPU, where Lightning would quietly take bfloat16."""
+    """Trainer arguments for float16 with a loss scaler on the CPU, where Lightning would quietly
+    take bfloat16.
+    """
     return {"plugins": [MixedPrecision("16-mixed", "cpu")]}
 
 
@@ -102,7 +112,13 @@ def assert_close(a: dict[str, Any], b: dict[str, Any], tolerance: float = 1e-5) 
     """Two reports have the same weights, up to summation order."""
     assert a["weights"].keys() == b["weights"].keys()
     for name, value in a["weights"].items():
-        torch.testing.assert_close(value, b["weights"][name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value,
+            b["weights"][name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:

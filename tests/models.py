@@ -20,7 +20,9 @@ def blobs(samples: int = 240, seed: int = 0) -> TensorDataset:
     return TensorDataset(x, y)
 
 
-def loader(batch_size: int = 24, dataset: Dataset | None = None, shuffle: bool = False) -> DataLoader:
+def loader(
+    batch_size: int = 24, dataset: Dataset | None = None, shuffle: bool = False
+) -> DataLoader:
     return DataLoader(dataset or blobs(), batch_size=batch_size, shuffle=shuffle)
 
 
@@ -109,7 +111,9 @@ class Manual(Plain):
         loss = loss_of(self.net, batch)
         self.manual_backward(loss)
         if self.clip:
-            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            self.clip_gradients(
+                optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm"
+            )
         optimizer.step()
         self.log("loss", loss)
 
@@ -134,14 +138,20 @@ class GAN(L.LightningModule):
         for_generator.zero_grad()
         self.untoggle_optimizer(for_generator)
         self.toggle_optimizer(for_critic)
-        loss = F.softplus(-self.critic(x)).mean() + F.softplus(self.critic(self.generator(z).detach())).mean()
+        loss = (
+            F.softplus(-self.critic(x)).mean()
+            + F.softplus(self.critic(self.generator(z).detach())).mean()
+        )
         self.manual_backward(loss)
         for_critic.step()
         for_critic.zero_grad()
         self.untoggle_optimizer(for_critic)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(self.generator.parameters(), 0.01), torch.optim.SGD(self.critic.parameters(), 0.1)]
+        return [
+            torch.optim.Adam(self.generator.parameters(), 0.01),
+            torch.optim.SGD(self.critic.parameters(), 0.1),
+        ]
 
 
 class CountsBatches(L.Callback):
@@ -154,7 +164,9 @@ class CountsBatches(L.Callback):
 
 
 class StatefulLoader:
-    """A loader that shuffles by epoch and can say, and be told, where it is: what torchdata's StatefulDataLoader does."""
+    """A loader that shuffles by epoch and can say, and be told, where it is: what torchdata's
+    StatefulDataLoader does.
+    """
 
     def __init__(self, dataset: TensorDataset, batch_size: int) -> None:
         self.dataset, self.batch_size, self.epoch, self.position = dataset, batch_size, 0, 0
@@ -167,7 +179,9 @@ class StatefulLoader:
         if not self.resumed:
             self.position = 0
         self.resumed = False
-        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch))
+        order = torch.randperm(
+            len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)
+        )
         while self.position < len(self):
             first = self.position * self.batch_size
             self.position += 1
@@ -179,4 +193,8 @@ class StatefulLoader:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position, self.resumed = state["epoch"], state["position"] % len(self), True
+        self.epoch, self.position, self.resumed = (
+            state["epoch"],
+            state["position"] % len(self),
+            True,
+        )

@@ -1,4 +1,6 @@
-"""Slow, obvious rules on lists of lists of Python floats, written from the definitions and sharing nothing with the package."""
+"""Slow, obvious rules on lists of lists of Python floats, written from the definitions and sharing
+nothing with the package.
+"""
 
 from __future__ import annotations
 
@@ -85,13 +87,19 @@ def nearest_to(center: float, column: list[float], keep: int) -> list[float]:
 
 
 def meamed(rows: Matrix, f: int) -> list[float]:
-    kept = [nearest_to(m, list(column), len(rows) - f) for m, column in zip(median(rows, f), zip(*rows, strict=True), strict=True)]
+    kept = [
+        nearest_to(m, list(column), len(rows) - f)
+        for m, column in zip(median(rows, f), zip(*rows, strict=True), strict=True)
+    ]
     return [math.fsum(values) / len(values) for values in kept]
 
 
 def phocas(rows: Matrix, f: int) -> list[float]:
     centers = trimmed_mean(rows, f)
-    kept = [nearest_to(c, list(column), len(rows) - f) for c, column in zip(centers, zip(*rows, strict=True), strict=True)]
+    kept = [
+        nearest_to(c, list(column), len(rows) - f)
+        for c, column in zip(centers, zip(*rows, strict=True), strict=True)
+    ]
     return [math.fsum(values) / len(values) for values in kept]
 
 
@@ -124,27 +132,41 @@ def aksel(half: bool) -> Oracle:
 
 def mda(rows: Matrix, f: int) -> list[float]:
     def diameter(subset: tuple[int, ...]) -> float:
-        return max((squared_distance(rows[i], rows[j]) for i, j in itertools.combinations(subset, 2)), default=0.0)
+        return max(
+            (squared_distance(rows[i], rows[j]) for i, j in itertools.combinations(subset, 2)),
+            default=0.0,
+        )
 
     def spread(subset: tuple[int, ...]) -> float:
-        return math.fsum(squared_distance(rows[i], rows[j]) for i, j in itertools.combinations(subset, 2))
+        return math.fsum(
+            squared_distance(rows[i], rows[j]) for i, j in itertools.combinations(subset, 2)
+        )
 
-    best = min(itertools.combinations(range(len(rows)), len(rows) - f), key=lambda subset: (diameter(subset), spread(subset)))
+    best = min(
+        itertools.combinations(range(len(rows)), len(rows) - f),
+        key=lambda subset: (diameter(subset), spread(subset)),
+    )
     return mean([rows[i] for i in best], f)
 
 
 def bulyan(rows: Matrix, f: int) -> list[float]:
     left, picked = list(rows), []
     for _ in range(len(rows) - 2 * f):
-
-        def score(i: int) -> list[float]:  # ties are broken by counting one more neighbour, and one more
+        # ties are broken by counting one more neighbour, and one more
+        def score(i: int) -> list[float]:
             others = sorted(squared_distance(left[i], left[j]) for j in range(len(left)) if j != i)
-            return [math.fsum(others[:k]) for k in range(max(0, len(others) + 1 - f - 2), len(others) + 1)]
+            return [
+                math.fsum(others[:k])
+                for k in range(max(0, len(others) + 1 - f - 2), len(others) + 1)
+            ]
 
         picked.append(left.pop(min(range(len(left)), key=score)))
     keep = len(picked) - 2 * f
     centers = median(picked, f)
-    kept = [nearest_to(c, list(column), keep) for c, column in zip(centers, zip(*picked, strict=True), strict=True)]
+    kept = [
+        nearest_to(c, list(column), keep)
+        for c, column in zip(centers, zip(*picked, strict=True), strict=True)
+    ]
     return [math.fsum(values) / len(values) for values in kept]
 
 
@@ -153,7 +175,10 @@ def weiszfeld(rows: Matrix, start: list[float], iterations: int, nu: float) -> l
     for _ in range(iterations):
         weights = [1 / max(nu, math.sqrt(squared_distance(row, z))) for row in rows]
         total = math.fsum(weights)
-        z = [math.fsum(w * v for w, v in zip(weights, column, strict=True)) / total for column in zip(*rows, strict=True)]
+        z = [
+            math.fsum(w * v for w, v in zip(weights, column, strict=True)) / total
+            for column in zip(*rows, strict=True)
+        ]
     return z
 
 
@@ -169,7 +194,10 @@ def geometric_median(rows: Matrix, f: int) -> list[float]:
 def clipped_to(limits: Callable[[Matrix, int], float]) -> Callable[[Matrix, int], Matrix]:
     def clip(rows: Matrix, f: int) -> Matrix:
         limit = limits(rows, f)
-        return [[v * min(1.0, limit / norm(row)) for v in row] if norm(row) else list(row) for row in rows]
+        return [
+            [v * min(1.0, limit / norm(row)) for v in row] if norm(row) else list(row)
+            for row in rows
+        ]
 
     return clip
 
@@ -184,18 +212,24 @@ def bucketing(s: int) -> Callable[[Matrix, int], Matrix]:
 
     def rule(rows: Matrix, f: int) -> Matrix:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        return [mean([rows[i] for i in order[first : first + s]], f) for first in range(0, len(rows), s)]
+        return [
+            mean([rows[i] for i in order[first : first + s]], f) for first in range(0, len(rows), s)
+        ]
 
     return rule
 
 
 def krum_of(fewer: int, power: int, kept: int | None = None) -> Oracle:
-    """Krum (``kept`` None) or Multi-Krum of n - f - kept rows, with n - f - fewer neighbours and distances to a power."""
+    """Krum (``kept`` None) or Multi-Krum of n - f - kept rows, with n - f - fewer neighbours and
+    distances to a power.
+    """
 
     def rule(rows: Matrix, f: int) -> list[float]:
         n, scores = len(rows), []
         for i in range(n):
-            others = sorted(math.sqrt(squared_distance(rows[i], rows[j])) ** power for j in range(n) if j != i)
+            others = sorted(
+                math.sqrt(squared_distance(rows[i], rows[j])) ** power for j in range(n) if j != i
+            )
             scores.append(math.fsum(others[: n - f - fewer]))
         order = sorted(range(n), key=lambda i: (scores[i], i))
         return mean([rows[i] for i in order[: 1 if kept is None else n - f - kept]], f)
@@ -211,10 +245,19 @@ def top_eigenpair(matrix: Matrix) -> tuple[float, list[float]]:
 def covariance(rows: Matrix, weights: list[float]) -> tuple[list[float], Matrix]:
     """The weighted mean and covariance ``[d, d]``."""
     total, d = math.fsum(weights), len(rows[0])
-    mu = [math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) / total for k in range(d)]
+    mu = [
+        math.fsum(w * row[k] for w, row in zip(weights, rows, strict=True)) / total
+        for k in range(d)
+    ]
 
     def entry(k: int, m: int) -> float:
-        return math.fsum(w * (row[k] - mu[k]) * (row[m] - mu[m]) for w, row in zip(weights, rows, strict=True)) / total
+        return (
+            math.fsum(
+                w * (row[k] - mu[k]) * (row[m] - mu[m])
+                for w, row in zip(weights, rows, strict=True)
+            )
+            / total
+        )
 
     return mu, [[entry(k, m) for m in range(d)] for k in range(d)]
 
@@ -233,9 +276,15 @@ def smea(rows: Matrix, f: int) -> list[float]:
 
 def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
     norms = [math.sqrt(squared_distance(row, [0.0] * len(row))) for row in rows]
-    order, floor = sorted(range(len(rows)), key=lambda i: norms[i]), norm_floor * sorted(norms)[(len(rows) - 1) // 2]
+    order, floor = (
+        sorted(range(len(rows)), key=lambda i: norms[i]),
+        norm_floor * sorted(norms)[(len(rows) - 1) // 2],
+    )
     c, best, out = (
-        [0.0 if i in order[: min(f, len(rows) - 2 * f - 1)] and norms[i] < floor else 1.0 for i in range(len(rows))],
+        [
+            0.0 if i in order[: min(f, len(rows) - 2 * f - 1)] and norms[i] < floor else 1.0
+            for i in range(len(rows))
+        ],
         math.inf,
         rows[0],
     )
@@ -248,7 +297,10 @@ def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
             value = value * effective / (effective - 1) if effective - 1 > 1e-9 else math.inf
         if value < best:
             best, out = value, mu
-        tau = [along(row, mu, v) ** 2 if weight > 0 else 0.0 for row, weight in zip(rows, c, strict=True)]
+        tau = [
+            along(row, mu, v) ** 2 if weight > 0 else 0.0
+            for row, weight in zip(rows, c, strict=True)
+        ]
         if max(tau) == 0:
             break
         c = [weight * (1 - t / max(tau)) for weight, t in zip(c, tau, strict=True)]
@@ -272,7 +324,10 @@ def centered_clip(tau: float, iterations: int, start: Oracle | None = None) -> O
     def rule(rows: Matrix, f: int) -> list[float]:
         v, n = [0.0] * len(rows[0]) if start is None else start(rows, f), len(rows)
         for _ in range(iterations):
-            factors = [min(1.0, tau / d) if (d := math.sqrt(squared_distance(row, v))) else 1.0 for row in rows]
+            factors = [
+                min(1.0, tau / d) if (d := math.sqrt(squared_distance(row, v))) else 1.0
+                for row in rows
+            ]
             v = [
                 old + math.fsum(s * (x - old) for s, x in zip(factors, column, strict=True)) / n
                 for old, column in zip(v, zip(*rows, strict=True), strict=True)
@@ -284,7 +339,9 @@ def centered_clip(tau: float, iterations: int, start: Oracle | None = None) -> O
 
 def majority_vote(tie: float) -> Oracle:
     def rule(rows: Matrix, f: int) -> list[float]:
-        sums = [sum(-1 if value < 0 else 1 for value in column) for column in zip(*rows, strict=True)]
+        sums = [
+            sum(-1 if value < 0 else 1 for value in column) for column in zip(*rows, strict=True)
+        ]
         return [math.copysign(1.0, total) if total else tie for total in sums]
 
     return rule
@@ -300,16 +357,29 @@ def sign_guard(rows: Matrix, f: int) -> list[float]:
     shares = []
     for row in rows:
         block = row[first : first + size]
-        shares.append([float(sum(v > 0 for v in block)), float(sum(v == 0 for v in block)), float(sum(v < 0 for v in block))])
-    shares = [[v / (max(column) or 1.0) for v, column in zip(row, zip(*shares, strict=True), strict=True)] for row in shares]
+        shares.append(
+            [
+                float(sum(v > 0 for v in block)),
+                float(sum(v == 0 for v in block)),
+                float(sum(v < 0 for v in block)),
+            ]
+        )
+    shares = [
+        [v / (max(column) or 1.0) for v, column in zip(row, zip(*shares, strict=True), strict=True)]
+        for row in shares
+    ]
     distances = [sorted(math.sqrt(squared_distance(a, b)) for b in shares) for a in shares]
     bandwidth = math.fsum(row[max(1, n // 2) - 1] for row in distances) / n
     labels = MeanShift(bandwidth=bandwidth).fit(shares).labels_ if bandwidth else None
-    groups = {tuple(row): 0 for row in shares} if labels is None else dict.fromkeys(labels.tolist(), 0)
+    groups = (
+        {tuple(row): 0 for row in shares} if labels is None else dict.fromkeys(labels.tolist(), 0)
+    )
     for key in [tuple(row) for row in shares] if labels is None else labels.tolist():
         groups[key] += 1
     largest = max(groups, key=lambda key: groups[key])
-    cluster = [i for i in range(n) if (tuple(shares[i]) if labels is None else int(labels[i])) == largest]
+    cluster = [
+        i for i in range(n) if (tuple(shares[i]) if labels is None else int(labels[i])) == largest
+    ]
     limit = median([[norm(row)] for row in rows], f)[0]
     passed = [i for i in cluster if 0.1 * limit < norm(rows[i]) < 3 * limit] or cluster
     return mean([[v * min(1.0, limit / norm(rows[i])) for v in rows[i]] for i in passed], f)
@@ -323,14 +393,22 @@ def auto_gm(strength: float | None = None) -> Oracle:
         lam, a, z = n if strength is None else strength, [1 / n] * n, median(rows, f)
         for _ in range(100):
             for _ in range(300):
-                beta = [w / max(1e-12, math.sqrt(squared_distance(row, z))) for w, row in zip(a, rows, strict=True)]
+                beta = [
+                    w / max(1e-12, math.sqrt(squared_distance(row, z)))
+                    for w, row in zip(a, rows, strict=True)
+                ]
                 total = math.fsum(beta)
-                z = [math.fsum(b * v for b, v in zip(beta, column, strict=True)) / total for column in zip(*rows, strict=True)]
+                z = [
+                    math.fsum(b * v for b, v in zip(beta, column, strict=True)) / total
+                    for column in zip(*rows, strict=True)
+                ]
             distances = [math.sqrt(squared_distance(row, z)) for row in rows]
             low, high = min(distances), max(distances) + lam
             for _ in range(200):
                 eta = (low + high) / 2
-                low, high = (eta, high) if sum(max(eta - d, 0) for d in distances) < lam else (low, eta)
+                low, high = (
+                    (eta, high) if sum(max(eta - d, 0) for d in distances) < lam else (low, eta)
+                )
             a = [max(low - d, 0) / lam for d in distances]
         return z
 

@@ -1,4 +1,6 @@
-"""Real processes for a parameter server, forked so that they start in no time: each may be killed, and started again."""
+"""Real processes for a parameter server, forked so that they start in no time: each may be killed,
+and started again.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def free_port() -> int:
 
 
 class Ranks:
-    """The processes of a run, started as somebody would by hand on several hosts: one command each, and keys.
+    """The processes of a run, started as somebody would by hand on several hosts: one command each,
+    and keys.
 
     Args:
         folder: for keys, output and whatever the job writes.
@@ -66,7 +69,9 @@ class Ranks:
         os.kill(self.processes[rank].pid, signal.SIGKILL)
         self.processes[rank].join()
 
-    def wait(self, ranks: Sequence[int] | None = None, timeout: float = 500) -> dict[int, int | None]:
+    def wait(
+        self, ranks: Sequence[int] | None = None, timeout: float = 500
+    ) -> dict[int, int | None]:
         """The exit codes, once these have ended."""
         codes = {}
         for rank in range(self.size) if ranks is None else ranks:
@@ -78,11 +83,18 @@ class Ranks:
         return (self.folder / f"output{rank}").read_text()
 
     def everything(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(self.folder.glob("output*")))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-6000:]}"
+            for path in sorted(self.folder.glob("output*"))
+        )
 
     def _run(self, rank: int) -> None:
         os.environ.update(
-            LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(self.size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port)
+            LOCAL_RANK=str(rank),
+            NODE_RANK="0",
+            WORLD_SIZE=str(self.size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(self.port),
         )
         torch.set_num_threads(1)
         file = os.open(self.folder / f"output{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,4 +1,6 @@
-"""A user's script, for launchers that start it again for every rank: ``python script.py FOLDER CASE [--devices N ...]``."""
+"""A user's script, for launchers that start it again for every rank:
+``python script.py FOLDER CASE [--devices N ...]``.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ class Model(pl.LightningModule):
 
     def on_train_end(self):
         torch.save(
-            {"weights": self.state_dict(), "metrics": {k: float(v) for k, v in self.trainer.callback_metrics.items()}},
+            {
+                "weights": self.state_dict(),
+                "metrics": {k: float(v) for k, v in self.trainer.callback_metrics.items()},
+            },
             arguments.folder / f"rank{self.trainer.global_rank}.pt",
         )
 
@@ -61,11 +66,15 @@ class Model(pl.LightningModule):
 if __name__ == "__main__":
     pl.seed_everything(1)
     x = torch.randn(240, 10)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=12, shuffle=True)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long()), batch_size=12, shuffle=True
+    )
     strategy = arguments.strategy
     if arguments.start_method:
         strategy = glue.ByzantineRobustStrategy(start_method=arguments.start_method)
-    checkpoint = pl.callbacks.ModelCheckpoint(arguments.folder, save_on_exception=True, filename="saved")
+    checkpoint = pl.callbacks.ModelCheckpoint(
+        arguments.folder, save_on_exception=True, filename="saved"
+    )
     trainer = pl.Trainer(
         strategy=strategy,
         devices=arguments.devices,
@@ -79,5 +88,10 @@ if __name__ == "__main__":
     )
     assert type(trainer.strategy) is glue.ByzantineRobustStrategy
     trainer.fit(Model(), data)
-    print("strategy:", type(trainer.strategy).__module__, "home:", lightning_byz.ByzantineRobustStrategy.__module__)
+    print(
+        "strategy:",
+        type(trainer.strategy).__module__,
+        "home:",
+        lightning_byz.ByzantineRobustStrategy.__module__,
+    )
     sys.exit(0)

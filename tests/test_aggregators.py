@@ -9,7 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from zoo import FROZEN_ROWS, JUNK, PRE_AGGREGATORS, ROBUST_RULES, RULES, RuleCase, each, laws, rows_for
+from zoo import (
+    FROZEN_ROWS,
+    JUNK,
+    PRE_AGGREGATORS,
+    ROBUST_RULES,
+    RULES,
+    RuleCase,
+    each,
+    laws,
+    rows_for,
+)
 
 from lightning_byz.aggregators import (
     NNM,
@@ -40,16 +50,20 @@ def set_up(case: RuleCase, n: int = N, f: int = F):
 
 def close(found, expected, tolerance=1e-10):
     size = float(expected.double().abs().max()) if expected.numel() else 0.0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * max(size, 1e-30))
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=tolerance, atol=tolerance * max(size, 1e-30)
+    )
 
 
-# -- the definition -------------------------------------------------------------------------------------------------------
+# -- the definition --------------------------------------------------------------------------------
 
 
 @each(RULES)
 def test_frozen_values(case):
     out = case.rule(torch.tensor(FROZEN_ROWS, dtype=torch.float64))
-    assert out.tolist() == pytest.approx(case.frozen, rel=case.frozen_tolerance, abs=case.frozen_tolerance)
+    assert out.tolist() == pytest.approx(
+        case.frozen, rel=case.frozen_tolerance, abs=case.frozen_tolerance
+    )
 
 
 @each(RULES)
@@ -64,7 +78,9 @@ def test_equals_the_slow_loop(case, data):
         data.draw(st.integers(0, 10**6)),
         scale=10.0 ** data.draw(st.integers(-6, 6)),
     )
-    close(rule(x), torch.tensor(case.oracle(x.tolist(), rule.f), dtype=torch.float64), case.tolerance)
+    close(
+        rule(x), torch.tensor(case.oracle(x.tolist(), rule.f), dtype=torch.float64), case.tolerance
+    )
 
 
 @each([case for case in RULES if case.exact_ties])
@@ -74,11 +90,18 @@ def test_equals_the_slow_loop_where_values_tie(case, data):
     n = data.draw(st.integers(1, 10).filter(lambda n: case.rule.most_f(n) >= 0))
     rule = case.rule.with_f(data.draw(st.integers(0, case.rule.most_f(n))))
     d = data.draw(st.integers(1, 3))
-    x = torch.tensor(data.draw(st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=n, max_size=n))).double()
+    x = torch.tensor(
+        data.draw(
+            st.lists(st.lists(st.integers(-2, 2), min_size=d, max_size=d), min_size=n, max_size=n)
+        )
+    ).double()
     close(rule(x), torch.tensor(case.oracle(x.tolist(), rule.f), dtype=torch.float64))
 
 
-@pytest.mark.parametrize(("part", "oracle"), [pytest.param(part, oracle, id=name) for name, part, oracle in PRE_AGGREGATORS])
+@pytest.mark.parametrize(
+    ("part", "oracle"),
+    [pytest.param(part, oracle, id=name) for name, part, oracle in PRE_AGGREGATORS],
+)
 @laws
 @given(st.data())
 def test_pre_aggregations_equal_the_slow_loop(part, oracle, data):
@@ -94,7 +117,8 @@ def test_weights_say_whom_a_rule_trusts(case):
     rule = set_up(case)
     weights = rule.weights(Rows(x))
     assert weights.shape == (N,)
-    assert weights.sum() == pytest.approx(1) or (isinstance(rule, SignGuard) and weights.sum() < 1)  # which clips
+    # which clips
+    assert weights.sum() == pytest.approx(1) or (isinstance(rule, SignGuard) and weights.sum() < 1)
     assert (weights >= 0).all()
     close(rule(x), weights @ x)
 
@@ -110,7 +134,7 @@ def test_the_median_of_an_even_number_is_the_middle():
     assert CoordinateMedian(f=1)(torch.tensor([[1.0], [2.0], [4.0], [100.0]])).item() == 3
 
 
-# -- symmetries -----------------------------------------------------------------------------------------------------------
+# -- symmetries ------------------------------------------------------------------------------------
 
 
 @each([case for case in RULES if case.unanimous])
@@ -181,14 +205,20 @@ def test_one_row_is_its_own_aggregate_where_a_rule_takes_one(case):
         close(case.rule.with_f(0)(rows_for(1, D)), rows_for(1, D)[0])
 
 
-# -- robustness -----------------------------------------------------------------------------------------------------------
+# -- robustness ------------------------------------------------------------------------------------
 
 
 def assert_near_the_honest(out, honest, n):
-    """Within a constant of the honest spread: what Krum, the loosest of the rules, keeps for every n, f and d."""
+    """Within a constant of the honest spread: what Krum, the loosest of the rules, keeps for every
+    n, f and d.
+    """
     assert out.isfinite().all()
     size = 2.0 ** (math.frexp(float(honest.abs().max()))[1] - 1) if honest.any() else 1.0
-    out, honest, rounding = out.double() / size, honest.double() / size, max(1e-5, 8 * torch.finfo(honest.dtype).eps)
+    out, honest, rounding = (
+        out.double() / size,
+        honest.double() / size,
+        max(1e-5, 8 * torch.finfo(honest.dtype).eps),
+    )
     diameter = torch.cdist(honest, honest, compute_mode="donot_use_mm_for_euclid_dist").max()
     assert torch.linalg.vector_norm(out - honest.mean(0)) <= (1 + n**0.5) * diameter + rounding
 
@@ -200,7 +230,11 @@ def test_f_rows_of_junk_leave_the_result_near_the_honest_rows(case, junk, dtype)
     f = case.rule.most_f(N)
     honest = rows_for(N - f, D, mean=5.0, dtype=dtype)
     bad = JUNK[junk](f, D, dtype)
-    for x in (torch.cat([bad, honest]), torch.cat([honest, bad]), torch.cat([honest[:2], bad, honest[2:]])):
+    for x in (
+        torch.cat([bad, honest]),
+        torch.cat([honest, bad]),
+        torch.cat([honest[:2], bad, honest[2:]]),
+    ):
         assert_near_the_honest(case.rule.with_f(f)(x), honest, N)
 
 
@@ -208,11 +242,16 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def any_number(dtype):
-    """Every finite number of a dtype, about as often of one size as of another, and ordinary ones."""
+    """Every finite number of a dtype, about as often of one size as of another, and ordinary
+    ones.
+    """
     largest = torch.finfo(dtype).max
     low, high = math.frexp(torch.finfo(dtype).tiny)[1], math.frexp(largest)[1]
     of_a_size = st.builds(
-        lambda sign, part, power: sign * math.ldexp(part, power), SIGN, st.floats(0.5, 0.99), st.integers(low, high)
+        lambda sign, part, power: sign * math.ldexp(part, power),
+        SIGN,
+        st.floats(0.5, 0.99),
+        st.integers(low, high),
     )
     return st.one_of(st.sampled_from([0.0, largest, -largest]), of_a_size, st.floats(-10, 10))
 
@@ -224,7 +263,9 @@ SIGN = st.sampled_from([-1.0, 1.0])
 @laws
 @given(st.data())
 def test_f_arbitrary_rows_leave_the_result_near_the_honest_rows(case, data):
-    """Whatever finite numbers they hold; and honest rows may be of any size, where a rule scales with them."""
+    """Whatever finite numbers they hold; and honest rows may be of any size, where a rule scales
+    with them.
+    """
     dtype = data.draw(st.sampled_from(DTYPES))
     n = data.draw(st.integers(5, 14).filter(lambda n: case.rule.most_f(n) >= 1))
     f = data.draw(st.integers(1, case.rule.most_f(n)))
@@ -233,11 +274,19 @@ def test_f_arbitrary_rows_leave_the_result_near_the_honest_rows(case, data):
     if case.scale_equivariant:
         info = torch.finfo(dtype)
         highest = math.frexp(info.max)[1] - math.frexp(float(honest.abs().max()))[1]
-        honest *= 2.0 ** data.draw(st.one_of(st.just(0), st.integers(math.frexp(info.tiny)[1] // 2, highest), st.just(highest)))
+        honest *= 2.0 ** data.draw(
+            st.one_of(
+                st.just(0), st.integers(math.frexp(info.tiny)[1] // 2, highest), st.just(highest)
+            )
+        )
     honest = honest.to(dtype)
     rows = st.lists(any_number(dtype), min_size=d, max_size=d)
-    bad = torch.tensor(data.draw(st.lists(rows, min_size=f, max_size=f)), dtype=torch.float64).to(dtype)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100))))
+    bad = torch.tensor(data.draw(st.lists(rows, min_size=f, max_size=f)), dtype=torch.float64).to(
+        dtype
+    )
+    order = torch.randperm(
+        n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    )
     assert_near_the_honest(case.rule.with_f(f)(torch.cat([honest, bad])[order]), honest, n)
 
 
@@ -253,19 +302,25 @@ def test_far_junk_stays_out_of_every_coordinates_honest_range(case):
 @each(RULES)
 @pytest.mark.parametrize(("mean", "scale"), [(1e3, 1e-2), (-1e4, 1.0), (1.0, 1e-5)])
 def test_nearly_equal_float32_rows_agree_with_float64(case, mean, scale):
-    """Decisions are the same, and values are right to a few units in the last place of the common mean."""
+    """Decisions are the same, and values are right to a few units in the last place of the common
+    mean.
+    """
     x = rows_for(N, 40, mean=mean, scale=scale, dtype=torch.float32)
     expected = torch.tensor(case.oracle(x.double().tolist(), set_up(case).f), dtype=torch.float64)
-    assert (set_up(case)(x).double() - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * abs(mean)
+    assert (set_up(case)(x).double() - expected).abs().max() <= 8 * torch.finfo(
+        torch.float32
+    ).eps * abs(mean)
 
 
-# -- how many rows, and which ---------------------------------------------------------------------------------------------
+# -- how many rows, and which ----------------------------------------------------------------------
 
 
 @each(ROBUST_RULES)
 @pytest.mark.parametrize("n", [2, 4, 10])
 def test_n_equal_to_2f_is_refused(case, n):
-    with pytest.raises(TooFewRowsError, match=rf"with f={n // 2} cannot take n={n} rows: .* tolerates at most f="):
+    with pytest.raises(
+        TooFewRowsError, match=rf"with f={n // 2} cannot take n={n} rows: .* tolerates at most f="
+    ):
         case.rule.with_f(n // 2)(rows_for(n, D))
 
 
@@ -309,7 +364,9 @@ def test_f_is_a_non_negative_integer(f):
         CoordinateMedian(f=f)
 
 
-@pytest.mark.parametrize("rule", [CoordinateMedian(), Krum(), Chain(pre=(NNM(),), rule=TrimmedMean())])
+@pytest.mark.parametrize(
+    "rule", [CoordinateMedian(), Krum(), Chain(pre=(NNM(),), rule=TrimmedMean())]
+)
 def test_an_unknown_f_is_refused(rule):
     with pytest.raises(ValueError, match="needs to know f"):
         rule(rows_for(5, D))
@@ -357,7 +414,15 @@ class Spy(CoordinateMedian):
 
 @pytest.mark.parametrize(
     ("n", "f", "silent", "f_used"),
-    [(7, 2, 0, 2), (7, 2, 1, 1), (7, 2, 2, 1), (9, 2, 2, 2), (11, 2, 3, 2), (9, 3, 1, 2), (9, 3, 3, 1)],
+    [
+        (7, 2, 0, 2),
+        (7, 2, 1, 1),
+        (7, 2, 2, 1),
+        (9, 2, 2, 2),
+        (11, 2, 3, 2),
+        (9, 3, 1, 2),
+        (9, 3, 3, 1),
+    ],
 )
 def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_used):
     x = rows_for(n, D)
@@ -367,7 +432,14 @@ def test_f_shrinks_with_silence_by_as_little_as_the_rule_needs(n, f, silent, f_u
 
 @pytest.mark.parametrize(
     ("n", "f", "silent", "exposed", "f_used"),
-    [(5, 1, 1, 1, 0), (7, 2, 1, 1, 1), (9, 3, 3, 2, 1), (9, 2, 3, 1, 1), (9, 2, 2, 0, 2), (13, 2, 4, 3, 2)],
+    [
+        (5, 1, 1, 1, 0),
+        (7, 2, 1, 1, 1),
+        (9, 3, 3, 2, 1),
+        (9, 2, 3, 1, 1),
+        (9, 2, 2, 0, 2),
+        (13, 2, 4, 3, 2),
+    ],
 )
 def test_who_sends_what_no_honest_worker_can_is_a_liar_that_is_gone(n, f, silent, exposed, f_used):
     """More than f of them, and nothing is as f says: then it does not shrink."""
@@ -379,14 +451,18 @@ def test_who_sends_what_no_honest_worker_can_is_a_liar_that_is_gone(n, f, silent
 
 @pytest.mark.parametrize(("n", "f", "silent"), [(9, 2, 3), (9, 3, 4), (9, 3, 6), (10, 3, 9)])
 def test_more_silence_than_f_leaves_all_liars_speaking(n, f, silent):
-    """Honest workers are silent then, so f does not shrink: else f liars and a few honest rows would be taken for honest."""
+    """Honest workers are silent then, so f does not shrink: else f liars and a few honest rows
+    would be taken for honest.
+    """
     x = rows_for(n, D)
     x[:silent] = torch.nan
     with pytest.raises(TooFewRowsError, match=f"heard {n - silent} of n={n}"):
         Spy(f=f)(x)
     x[-f:] = 1e6  # ten workers of which three lie, and six honest ones have no batch
     with pytest.raises(TooFewRowsError):
-        TrimmedMean(f=f)(torch.cat([x[: n - f], x[-f:]]).index_fill(0, torch.arange(n - f - 1), torch.nan))
+        TrimmedMean(f=f)(
+            torch.cat([x[: n - f], x[-f:]]).index_fill(0, torch.arange(n - f - 1), torch.nan)
+        )
 
 
 def test_the_step_is_refused_where_silence_leaves_too_few_rows():
@@ -405,25 +481,34 @@ def test_a_mean_never_claims_to_tolerate_anybody(f):
     assert Mean().most_f(9) == 0
 
 
-# -- chains ---------------------------------------------------------------------------------------------------------------
+# -- chains ----------------------------------------------------------------------------------------
 
 
 def test_a_chain_has_one_f():
-    assert Chain(pre=(NNM(),), rule=TrimmedMean(), f=2) == Chain(pre=(NNM(f=2),), rule=TrimmedMean(f=2))
+    assert Chain(pre=(NNM(),), rule=TrimmedMean(), f=2) == Chain(
+        pre=(NNM(f=2),), rule=TrimmedMean(f=2)
+    )
     assert Chain(pre=[NNM()], rule=Krum(f=1)).pre == (NNM(f=1),)
-    assert Chain(pre=(NNM(f=1),), rule=Krum(f=1)).with_f(3) == Chain(pre=(NNM(f=3),), rule=Krum(f=3), f=3)
+    assert Chain(pre=(NNM(f=1),), rule=Krum(f=1)).with_f(3) == Chain(
+        pre=(NNM(f=3),), rule=Krum(f=3), f=3
+    )
     with pytest.raises(ValueError, match=r"same f.*\[1, 2\]"):
         Chain(pre=(NNM(f=1),), rule=TrimmedMean(f=2))
 
 
-@pytest.mark.parametrize("arguments", [{"pre": (NNM(),)}, {"pre": (Krum(),), "rule": Krum()}, {"pre": (NNM(),), "rule": NNM()}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"pre": (NNM(),)}, {"pre": (Krum(),), "rule": Krum()}, {"pre": (NNM(),), "rule": NNM()}],
+)
 def test_a_chain_of_other_things_is_refused(arguments):
     with pytest.raises(ValueError, match="pre-aggregators and one aggregator"):
         Chain(**arguments)
 
 
 def test_a_chain_that_is_not_robust_does_not_claim_to_be():
-    """NNM gives a Byzantine row back as a mixture of itself and others, and a mean takes all of it."""
+    """NNM gives a Byzantine row back as a mixture of itself and others, and a mean takes all of
+    it.
+    """
     x = torch.cat([rows_for(8, D), torch.full((2, D), 1e30, dtype=torch.float64)])
     with pytest.raises(TooFewRowsError, match="at most f=0"):
         Chain(pre=(NNM(f=2),), rule=Mean())(x)
@@ -435,13 +520,20 @@ def test_a_chain_that_is_not_robust_does_not_claim_to_be():
     assert Chain(rule=Mean()).f == Chain(rule=Mean()).most_f(10) == 0
 
 
-# -- slices and threads ---------------------------------------------------------------------------------------------------
+# -- slices and threads ----------------------------------------------------------------------------
 
 
 def on_slices(rule, x, bounds, present=None):
-    """What ranks that hold a slice of the columns each make of a rule, side by side; every rank is a thread."""
+    """What ranks that hold a slice of the columns each make of a rule, side by side; every rank is
+    a thread.
+    """
     ranks = len(bounds) - 1
-    barrier, box, out, errors = threading.Barrier(ranks, timeout=20), [None] * ranks, [None] * ranks, []
+    barrier, box, out, errors = (
+        threading.Barrier(ranks, timeout=20),
+        [None] * ranks,
+        [None] * ranks,
+        [],
+    )
 
     def rank_main(rank):
         def meet(tensor, answer):
@@ -470,7 +562,10 @@ def on_slices(rule, x, bounds, present=None):
     for thread in threads:
         thread.join()
     if errors:
-        raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
+        raise next(
+            (error for error in errors if not isinstance(error, threading.BrokenBarrierError)),
+            errors[0],
+        )
     return torch.cat(out)
 
 
@@ -479,7 +574,9 @@ def test_in_pieces_it_gives_the_same(case):
     """Wherever its columns lie, and rows that are silent left out."""
     x = rows_for(11, 90, seed=3)
     x[4, 50] = torch.nan
-    rule = case.rule.with_f(min(2, case.rule.most_f(10))) if case.rule.most_f(11) >= 0 else case.rule
+    rule = (
+        case.rule.with_f(min(2, case.rule.most_f(10))) if case.rule.most_f(11) >= 0 else case.rule
+    )
     present = torch.arange(11) != 4
     spans = ((0, 32), (64, 64), (96, 154))
     rows = Rows(x, spans=spans, dim=160)
@@ -538,14 +635,15 @@ def test_the_oracles_agree_with_values_from_the_literature():
     assert oracles.trimmed_mean(x, 1) == oracles.median(x, 1) == oracles.mean(x, 0) == [4, 5, 6]
 
 
-# -- numbers whose squares are no float64 ---------------------------------------------------------------------------------
+# -- numbers whose squares are no float64 ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1e77, 1e100, 1e154, 1e200, 1e300])
 @each([case for case in ROBUST_RULES if case.rule.most_f(N) >= F and case.scale_equivariant])
 def test_float64_rows_whose_squares_overflow_hurt_nobody(case, size):
     honest = rows_for(N - F, D)
-    for sizes in ([size, -size, 0.5 * size], [1e10, size, -size]):  # also one that is large only beside the honest ones
+    # also one that is large only beside the honest ones
+    for sizes in ([size, -size, 0.5 * size], [1e10, size, -size]):
         bad = torch.tensor(sizes, dtype=torch.float64)[:, None].expand(F, D)
         out = case.rule.with_f(F)(torch.cat([bad[:1], honest, bad[1:]]))
         assert torch.isfinite(out).all()
@@ -562,7 +660,11 @@ def test_scale_equivariance_over_all_of_float64(case, power):
 def in_lengths(unit):
     """Rules with a length in the rows' units, and what it is for rows in units of ``unit``."""
     clipped = Chain(pre=(StaticClipping(c=2.0 * unit),), rule=CoordinateMedian(), f=F)
-    settings = [clipped, CenteredClip(f=F, tau=unit), CenteredClip(f=F, tau=unit, iterations=3, start="median")]
+    settings = [
+        clipped,
+        CenteredClip(f=F, tau=unit),
+        CenteredClip(f=F, tau=unit, iterations=3, start="median"),
+    ]
     return [*settings, GeometricMedian(f=F, nu=0.5 * unit), AutoGM(f=F, regularization=3.0 * unit)]
 
 
@@ -576,7 +678,12 @@ def test_lengths_are_in_the_rows_units_over_all_of_float64(power):
 @pytest.mark.parametrize("rule", in_lengths(1.0), ids=repr)
 def test_a_length_bounds_rows_whose_squares_overflow(rule):
     """What they may do is as large as the length says, or as the honest rows are."""
-    x = torch.cat([rows_for(N - F, D), torch.tensor([[1e300], [-1e200], [1e160]], dtype=torch.float64).expand(F, D)])
+    x = torch.cat(
+        [
+            rows_for(N - F, D),
+            torch.tensor([[1e300], [-1e200], [1e160]], dtype=torch.float64).expand(F, D),
+        ]
+    )
     assert rule(x).abs().max() < 20
 
 
@@ -605,8 +712,12 @@ def test_norms_are_right_whatever_their_squares_are(columns):
     rows, keep = Rows(x), torch.tensor([6, 0, 2])
     torch.testing.assert_close(rows.norms(), expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(rows.select(keep).norms(), expected[keep], rtol=1e-12, atol=0)
-    torch.testing.assert_close(rows.mix(torch.eye(7)[keep]).norms(), expected[keep], rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.stack([rows.norm(row) for row in x]), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        rows.mix(torch.eye(7)[keep]).norms(), expected[keep], rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(
+        torch.stack([rows.norm(row) for row in x]), expected, rtol=1e-12, atol=0
+    )
 
 
 @laws
@@ -614,7 +725,12 @@ def test_norms_are_right_whatever_their_squares_are(columns):
 def test_only_rows_far_larger_than_n_minus_f_others_are_shrunk(data):
     n = data.draw(st.integers(1, 9))
     f = data.draw(st.integers(0, (n - 1) // 2))
-    x = torch.tensor([[data.draw(any_number(torch.float64))] for _ in range(n)], dtype=torch.float64) / 2
+    x = (
+        torch.tensor(
+            [[data.draw(any_number(torch.float64))] for _ in range(n)], dtype=torch.float64
+        )
+        / 2
+    )
     read = Rows(x).in_range(f)
     changed = (read.dense() != x).any(1)
     usual = x.abs().flatten().sort().values[n - 1 - f]
@@ -627,10 +743,15 @@ def test_only_rows_far_larger_than_n_minus_f_others_are_shrunk(data):
 
 def test_a_mean_weighs_no_row_by_more_than_it_may_where_shares_are_left():
     """Of any f rows that are left, too, the shares are to be less than half."""
-    x, shares = torch.tensor([[0.0], [1], [2], [3], [1e9]]), torch.tensor([1.0, 1, 1, 1, 3], dtype=torch.float64)
+    x, shares = (
+        torch.tensor([[0.0], [1], [2], [3], [1e9]]),
+        torch.tensor([1.0, 1, 1, 1, 3], dtype=torch.float64),
+    )
     for rule in (CoordinateMedian(f=1), GeometricMedian(f=1), Chain(rule=CoordinateMedian(f=1))):
         assert rule(Rows(x, shares=shares)) < 10
-        with pytest.raises(TooFewRowsError, match="heard 3 of n=5 rows, and for 3 rows of these shares"):
+        with pytest.raises(
+            TooFewRowsError, match="heard 3 of n=5 rows, and for 3 rows of these shares"
+        ):
             rule(Rows(x, shares=shares), torch.tensor([False, False, True, True, True]))
 
 
@@ -639,7 +760,9 @@ def test_a_mean_weighs_no_row_by_more_than_it_may_where_shares_are_left():
 def test_f_liars_never_hold_half_of_the_data_that_is_left(data):
     """Unless so many rows are silent that they may be the liars themselves."""
     n = data.draw(st.integers(3, 9))
-    shares = torch.tensor([float(data.draw(st.integers(1, 6))) for _ in range(n)], dtype=torch.float64)
+    shares = torch.tensor(
+        [float(data.draw(st.integers(1, 6))) for _ in range(n)], dtype=torch.float64
+    )
     present = torch.tensor([data.draw(st.booleans()) for _ in range(n)])
     f = data.draw(st.integers(1, (n - 1) // 2))
     rows, rule = Rows(rows_for(n, 2), shares=shares), CoordinateMedian(f=f)
@@ -654,7 +777,7 @@ def test_f_liars_never_hold_half_of_the_data_that_is_left(data):
     assert torch.equal(left.shares, shares[present])
 
 
-# -- rules of one's own that are wrong -----------------------------------------------------------------------------------
+# -- rules of one's own that are wrong -------------------------------------------------------------
 
 
 def with_weights(make):
@@ -681,8 +804,15 @@ def with_weights(make):
 )
 def test_weights_that_are_none_are_an_error_by_the_rules_name(make, found):
     rule = with_weights(make)
-    for aggregate in (rule, lambda x: list(rule.in_pieces(Rows(x))), Chain(pre=(NNM(),), rule=rule)):
-        with pytest.raises(ValueError, match=f"`weights` of Own should be a tensor .5. of numbers >= 0.*Found.*{found}"):
+    for aggregate in (
+        rule,
+        lambda x: list(rule.in_pieces(Rows(x))),
+        Chain(pre=(NNM(),), rule=rule),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"`weights` of Own should be a tensor .5. of numbers >= 0.*Found.*{found}",
+        ):
             aggregate(rows_for(5, D))
 
 
@@ -707,7 +837,10 @@ def test_a_result_that_is_no_vector_of_the_rows_is_an_error_by_the_rules_name(re
         def aggregate(self, rows):
             return result
 
-    with pytest.raises(ValueError, match=f"`aggregate` of Own should give a vector.*\\[13\\] of torch.float64. Found.*{found}"):
+    with pytest.raises(
+        ValueError,
+        match=f"`aggregate` of Own should give a vector.*\\[13\\] of torch.float64. Found.*{found}",
+    ):
         Own(f=1)(rows_for(5, D))
 
 
@@ -721,7 +854,12 @@ def test_a_rule_that_is_no_dataclass_is_an_error_by_its_name():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Chain(pre=NNM(), rule=Krum()), lambda: Chain(NNM(), Krum()), lambda: Chain(NNM(f=1), rule=Krum())]
+    "make",
+    [
+        lambda: Chain(pre=NNM(), rule=Krum()),
+        lambda: Chain(NNM(), Krum()),
+        lambda: Chain(NNM(f=1), rule=Krum()),
+    ],
 )
 def test_a_chain_whose_parts_are_in_the_wrong_place_is_refused(make):
     with pytest.raises(ValueError, match="a tuple of pre-aggregators and one aggregator, by name"):
@@ -729,9 +867,15 @@ def test_a_chain_whose_parts_are_in_the_wrong_place_is_refused(make):
 
 
 def test_an_m_that_is_too_large_is_named():
-    with pytest.raises(TooFewRowsError, match=r"`m`.* at most n - f - 2 = 4 for n=7 rows and f=1. Found m=6. .* at least 9 rows"):
+    with pytest.raises(
+        TooFewRowsError,
+        match=r"`m`.* at most n - f - 2 = 4 for n=7 rows and f=1. Found m=6. .* at least 9 rows",
+    ):
         MultiKrum(f=1, m=6)(rows_for(7, D))
-    with pytest.raises(TooFewRowsError, match=r"at most n - f = 6 for n=7 rows and f=1. Found m=7. .* at least 8 rows"):
+    with pytest.raises(
+        TooFewRowsError,
+        match=r"at most n - f = 6 for n=7 rows and f=1. Found m=7. .* at least 8 rows",
+    ):
         MultiKrum(f=1, m=7, definition="byzfl")(rows_for(7, D))
 
 
@@ -741,7 +885,9 @@ def test_pre_aggregations_of_a_matrix_give_a_matrix():
     for rows in (x, x.numpy(), list(x)):
         torch.testing.assert_close(NNM(f=1)(rows), mixed)
     torch.testing.assert_close(NNM(f=1)(Rows(x)).dense(), mixed)
-    torch.testing.assert_close(torch.linalg.vector_norm(StaticClipping(c=2.0)(x), dim=1), torch.full((3,), 2.0))
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(StaticClipping(c=2.0)(x), dim=1), torch.full((3,), 2.0)
+    )
     whole = StaticClipping(c=100.0)(x)
     whole.fill_(7)
     assert x[0, 0] == 1

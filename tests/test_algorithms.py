@@ -7,7 +7,14 @@ import pytest
 import torch
 from zoo import ALGORITHMS, ATTACKS, JUNK, each, lied_to, robust, rows_for
 
-from lightning_byz.aggregators import CenteredClip, CoordinateMedian, Krum, Mean, TooFewRowsError, TrimmedMean
+from lightning_byz.aggregators import (
+    CenteredClip,
+    CoordinateMedian,
+    Krum,
+    Mean,
+    TooFewRowsError,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import (
     EF14,
     ByzDM21,
@@ -48,17 +55,25 @@ def start(algorithm, n=N, d=D):
     return [algorithm.init_worker(x) for _ in range(n)], algorithm.init_server(x, n)
 
 
-def play(algorithm, grads, workers, server, step, present=None, previous=None, drift=0.7, trusted=None):
+def play(
+    algorithm, grads, workers, server, step, present=None, previous=None, drift=0.7, trusted=None
+):
     """One round by hand: (estimate, worker states, server state, payloads)."""
     n, d = grads.shape
     previous = grads.flip(1) if previous is None else previous
-    round = Round(step, n, seed=3, drift=None if step == 0 else torch.tensor(drift).double(), trusted=trusted)
+    round = Round(
+        step, n, seed=3, drift=None if step == 0 else torch.tensor(drift).double(), trusted=trusted
+    )
     codec = algorithm.codec(round)
     payloads, states = [], []
     for i in range(n):
-        payload, state = algorithm.worker(Gradients(grads[i], previous[i]), workers[i], round._replace(worker=i))
+        payload, state = algorithm.worker(
+            Gradients(grads[i], previous[i]), workers[i], round._replace(worker=i)
+        )
         payloads.append(payload)
-        states.append(algorithm.arrived(payload, type(state)(*(tensor.clone() for tensor in state))))
+        states.append(
+            algorithm.arrived(payload, type(state)(*(tensor.clone() for tensor in state)))
+        )
     rows = Rows(torch.stack([codec.decode(payload, d) for payload in payloads]))
     round = round._replace(present=torch.ones(n, dtype=torch.bool) if present is None else present)
     estimate, server = algorithm.server(rows, server, round)
@@ -86,10 +101,13 @@ def connected(n=N):
 
 def contributions(grads, previous=None):
     """Of all workers; without ``previous``, the parameters stand still."""
-    return [Contribution(Gradients(g, p), USED) for g, p in zip(grads, grads if previous is None else previous, strict=True)]
+    return [
+        Contribution(Gradients(g, p), USED)
+        for g, p in zip(grads, grads if previous is None else previous, strict=True)
+    ]
 
 
-# -- laws -----------------------------------------------------------------------------------------------------------------
+# -- laws ------------------------------------------------------------------------------------------
 
 
 @each(ALGORITHMS)
@@ -106,7 +124,10 @@ def test_both_halves_are_pure(case):
         second = play(algorithm, grads, workers, server, step)
         torch.set_rng_state(rng)
         assert same(before, frozen(grads, *workers, server))
-        assert same(frozen(first[0], *first[1], first[2], *first[3]), frozen(second[0], *second[1], second[2], *second[3]))
+        assert same(
+            frozen(first[0], *first[1], first[2], *first[3]),
+            frozen(second[0], *second[1], second[2], *second[3]),
+        )
         _, workers, server, _ = first
 
 
@@ -117,8 +138,10 @@ def aged(state, rounds):
 @each(ALGORITHMS)
 @pytest.mark.parametrize("rounds", [0, 100_000])
 def test_what_it_gives_is_its_own(case, rounds):
-    """Writing into the estimate, as optimizers and clipping do, changes no state and no gradient, in any round; nor does the next
-    step's gradient, which comes into the same memory, change a state."""
+    """Writing into the estimate, as optimizers and clipping do, changes no state and no gradient,
+    in any round; nor does the next step's gradient, which comes into the same memory, change a
+    state.
+    """
     workers, server = start(case.algorithm)
     workers, server = [aged(state, rounds) for state in workers], aged(server, rounds)
     grads = gradients(0)
@@ -153,13 +176,17 @@ def test_with_f_changes_f_alone(case):
 def test_stateless_means_that_nothing_is_remembered(case):
     workers, server = start(case.algorithm)
     _, new_workers, new_server, _ = play(case.algorithm, gradients(0), workers, server, 0)
-    assert case.algorithm.stateless == same(frozen(*workers, server), frozen(*new_workers, new_server))
+    assert case.algorithm.stateless == same(
+        frozen(*workers, server), frozen(*new_workers, new_server)
+    )
 
 
 @each([case for case in ALGORITHMS if case.tolerates is None])
 @pytest.mark.parametrize("junk", JUNK)
 def test_no_sender_ever_poisons_the_state(case, junk):
-    """Round after round of junk from two workers: state and estimates stay finite, and near the honest ones once it stops."""
+    """Round after round of junk from two workers: state and estimates stay finite, and near the
+    honest ones once it stops.
+    """
 
     class Junk(Attack):
         def __call__(self, honest, own, scene):
@@ -169,7 +196,10 @@ def test_no_sender_ever_poisons_the_state(case, junk):
     like = torch.zeros(D, dtype=torch.float32)
     for step in range(12):
         outcome = exchange.run(contributions(gradients(step).float()), like)
-        assert all(tensor.isfinite().all() for tensor in tensors(exchange.server, *exchange.workers.values()))
+        assert all(
+            tensor.isfinite().all()
+            for tensor in tensors(exchange.server, *exchange.workers.values())
+        )
         assert outcome.estimate.abs().max() < 5
     assert torch.linalg.vector_norm(outcome.estimate - 1) < 2
 
@@ -179,14 +209,20 @@ def test_no_sender_ever_poisons_the_state(case, junk):
 def test_an_honest_workers_nan_gradient_is_silence_and_it_recovers(case, bad):
     if case.algorithm.aggregator.f == 0:
         return
-    exchange, like = Exchange(case.algorithm, connected(), seed=0), torch.zeros(D, dtype=torch.float64)
+    exchange, like = (
+        Exchange(case.algorithm, connected(), seed=0),
+        torch.zeros(D, dtype=torch.float64),
+    )
     for step in range(4):
         grads = gradients(step)
         grads[1, 3] = bad if step in (0, 2) else 1
         outcome = exchange.run(contributions(grads), like)
         assert outcome.silent == ([1] if step in (0, 2) and outcome.round.cohort[1] else [])
         assert outcome.estimate.isfinite().all()
-        assert all(tensor.isfinite().all() for tensor in tensors(exchange.server, *exchange.workers.values()))
+        assert all(
+            tensor.isfinite().all()
+            for tensor in tensors(exchange.server, *exchange.workers.values())
+        )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +248,7 @@ def test_too_few_rows_leave_the_state_as_it_was(algorithm):
     assert same(frozen(*workers, server), frozen(*exchange.workers.values(), exchange.server))
 
 
-# -- RobustSGD ------------------------------------------------------------------------------------------------------------
+# -- RobustSGD -------------------------------------------------------------------------------------
 
 
 def test_robust_sgd_with_a_mean_is_sgd_exactly():
@@ -268,7 +304,7 @@ def test_momentum_outside_its_range_is_refused(name, value):
         RobustSGD(**{name: value})
 
 
-# -- Byz-EF21-SGDM --------------------------------------------------------------------------------------------------------
+# -- Byz-EF21-SGDM ---------------------------------------------------------------------------------
 
 EF21 = [case for case in ALGORITHMS if isinstance(case.algorithm, ByzEF21SGDM)]
 
@@ -301,7 +337,8 @@ def test_the_estimate_closes_in_on_a_frozen_momentum_as_fast_as_the_compressor_c
         _, workers, server, _ = play(algorithm, g, workers, server, r, previous=g)
         gap = torch.stack([torch.linalg.vector_norm(state.v - state.g) for state in workers])
         torch.testing.assert_close(torch.stack([state.v for state in workers]), g)
-        if isinstance(algorithm.compressor, ContractiveRandK | LowRank):  # in expectation, so over all workers
+        # in expectation, so over all workers
+        if isinstance(algorithm.compressor, ContractiveRandK | LowRank):
             assert (gap**2).mean() <= 1.5 * (1 - alpha) ** r * (first**2).mean()
         else:
             assert (gap <= (1 - alpha) ** (r / 2) * first + 1e-12).all()
@@ -309,7 +346,10 @@ def test_the_estimate_closes_in_on_a_frozen_momentum_as_fast_as_the_compressor_c
 
 
 def test_without_compression_and_momentum_it_is_robust_sgd():
-    ours, theirs = ByzEF21SGDM(robust(), Identity(), eta=1.0), RobustSGD(robust(), worker_momentum=0.0)
+    ours, theirs = (
+        ByzEF21SGDM(robust(), Identity(), eta=1.0),
+        RobustSGD(robust(), worker_momentum=0.0),
+    )
     a, b = start(ours), start(theirs)
     for step in range(5):
         estimate, *a, _ = play(ours, gradients(step), *a, step)
@@ -320,7 +360,9 @@ def test_without_compression_and_momentum_it_is_robust_sgd():
 @pytest.mark.parametrize("k", [1, 3, D])
 @pytest.mark.parametrize("eta", [0.1, 1.0])
 def test_with_a_mean_it_is_ef21_sgdm_step_for_step(k, eta):
-    """An independent EF21-SGDM (arXiv 2305.15155) on a quadratic, in numpy, server and workers in one loop."""
+    """An independent EF21-SGDM (arXiv 2305.15155) on a quadratic, in numpy, server and workers in
+    one loop.
+    """
     algorithm = ByzEF21SGDM(Mean(), TopK(k=k), eta=eta)
     workers, server = start(algorithm)
     x, their_x, gamma = torch.zeros(D, dtype=torch.float64), np.zeros(D), 0.1
@@ -328,7 +370,9 @@ def test_with_a_mean_it_is_ef21_sgdm_step_for_step(k, eta):
     targets = gradients(50).numpy()
     for step in range(25):
         noise = gradients(step, mean=0.0)
-        estimate, workers, server, _ = play(algorithm, x - torch.from_numpy(targets) + noise, workers, server, step)
+        estimate, workers, server, _ = play(
+            algorithm, x - torch.from_numpy(targets) + noise, workers, server, step
+        )
         x = x - gamma * estimate
 
         s = their_x - targets + noise.numpy()
@@ -348,21 +392,29 @@ def test_with_a_mean_it_is_ef21_sgdm_step_for_step(k, eta):
 def test_two_rounds_by_hand():
     """d = 3, two workers, Top-1, eta = 1/2, mean.
 
-    Round 0: v = gradient, g = 0. Worker 0 sends 4 at coordinate 0, worker 1 sends -6 at coordinate 2.
-    Round 1: worker 0: v = (4, 2, 0) / 2 + (0, 4, 2) / 2 = (2, 3, 1), v - g = (-2, 3, 1): sends 3 at 1, g = (4, 3, 0).
-    Worker 1: v = (1, 0, -6) / 2 + (1, -10, 2) / 2 = (1, -5, -2), v - g = (1, -5, 4): sends -5 at 1, g = (0, -5, -6).
+    Round 0: v = gradient, g = 0. Worker 0 sends 4 at coordinate 0, worker 1 sends -6 at coordinate
+    2. Round 1: worker 0: v = (4, 2, 0) / 2 + (0, 4, 2) / 2 = (2, 3, 1), v - g = (-2, 3, 1): sends 3
+       at 1, g = (4, 3, 0).
+    Worker 1: v = (1, 0, -6) / 2 + (1, -10, 2) / 2 = (1, -5, -2), v - g = (1, -5, 4): sends -5 at 1,
+    g = (0, -5, -6).
     """
     algorithm = ByzEF21SGDM(Mean(), TopK(k=1), eta=0.5)
     workers, server = start(algorithm, n=2, d=3)
     first = torch.tensor([[4.0, 2, 0], [1, 0, -6]], dtype=torch.float64)
     estimate, workers, server, payloads = play(algorithm, first, workers, server, 0)
-    assert [(values.tolist(), index.tolist()) for values, index in payloads] == [([4.0], [0]), ([-6.0], [2])]
+    assert [(values.tolist(), index.tolist()) for values, index in payloads] == [
+        ([4.0], [0]),
+        ([-6.0], [2]),
+    ]
     assert estimate.tolist() == [2, 0, -3]
     second = torch.tensor([[0.0, 4, 2], [1, -10, 2]], dtype=torch.float64)
     estimate, workers, server, payloads = play(algorithm, second, workers, server, 1)
     assert workers[0].v.tolist() == [2, 3, 1]
     assert workers[1].v.tolist() == [1, -5, -2]  # v - g = (1, -5, 4)
-    assert [(values.tolist(), index.tolist()) for values, index in payloads] == [([3.0], [1]), ([-5.0], [1])]
+    assert [(values.tolist(), index.tolist()) for values, index in payloads] == [
+        ([3.0], [1]),
+        ([-5.0], [1]),
+    ]
     assert server.g.tolist() == [[4, 3, 0], [0, -5, -6]]
     assert estimate.tolist() == [2, -1, -3]
 
@@ -370,17 +422,23 @@ def test_two_rounds_by_hand():
 def test_the_mirror_of_a_worker_whose_row_would_overflow_stays_as_it_was():
     algorithm = ByzEF21SGDM(CoordinateMedian(f=1), Identity())
     server = algorithm.init_server(torch.zeros(2), 3)
-    rows, round = Rows(torch.tensor([[1.0, 1], [2, 2], [3e38, 0]])), Round(0, 3, present=torch.ones(3, dtype=torch.bool))
+    rows, round = (
+        Rows(torch.tensor([[1.0, 1], [2, 2], [3e38, 0]])),
+        Round(0, 3, present=torch.ones(3, dtype=torch.bool)),
+    )
     _, server = algorithm.server(rows, server, round)
     _, server = algorithm.server(rows, server, round._replace(step=1))
     assert server.g.tolist() == torch.tensor([[2.0, 2], [4, 4], [3e38, 0]]).tolist()
 
 
-# -- Byz-EF21-SGDM-BC -----------------------------------------------------------------------------------------------------
+# -- Byz-EF21-SGDM-BC ------------------------------------------------------------------------------
 
 
 def test_a_server_that_keeps_everything_is_byz_ef21_sgdm_bit_for_bit():
-    ours, theirs = ByzEF21SGDMBC(robust(), TopK(k=3), 0.2, TopK(ratio=1.0)), ByzEF21SGDM(robust(), TopK(k=3), eta=0.2)
+    ours, theirs = (
+        ByzEF21SGDMBC(robust(), TopK(k=3), 0.2, TopK(ratio=1.0)),
+        ByzEF21SGDM(robust(), TopK(k=3), eta=0.2),
+    )
     a, b = start(ours), start(theirs)
     for step in range(5):
         estimate, *a, _ = play(ours, gradients(step), *a, step)
@@ -431,7 +489,7 @@ def test_a_compressor_that_does_not_contract_is_refused(algorithm):
         algorithm(compressor=RandK(ratio=0.1))
 
 
-# -- EF14 -----------------------------------------------------------------------------------------------------------------
+# -- EF14 ------------------------------------------------------------------------------------------
 
 
 def test_what_ef14_sends_and_keeps_adds_up_to_the_gradients():
@@ -445,8 +503,12 @@ def test_what_ef14_sends_and_keeps_adds_up_to_the_gradients():
         torch.testing.assert_close(estimate, decoded.mean(0))
         sent, given = sent + decoded, given + g
         torch.testing.assert_close(sent + torch.stack([state.e for state in workers]), given)
-        alpha, largest = algorithm.compressor.contraction(D), 1.3 * math.sqrt(D) + 1  # of the gradients' lengths
-        assert max(float(state.e.norm()) for state in workers) <= 2 * math.sqrt(1 - alpha) / alpha * largest
+        # of the gradients' lengths
+        alpha, largest = algorithm.compressor.contraction(D), 1.3 * math.sqrt(D) + 1
+        assert (
+            max(float(state.e.norm()) for state in workers)
+            <= 2 * math.sqrt(1 - alpha) / alpha * largest
+        )
 
 
 def test_ef14_without_compression_is_robust_sgd():
@@ -459,14 +521,19 @@ def test_ef14_without_compression_is_robust_sgd():
 
 
 def test_two_rounds_of_ef14_by_hand():
-    """d = 3, two workers, Top-1, mean. Round 0: worker 0 sends 4 at coordinate 0 and keeps (0, 2, 1), worker 1 sends -6 at 2, keeps
-    (1, 0, 0). Round 1: u_0 = (0, 2, 1) + (1, 1, -3) = (1, 3, -2): sends 3 at 1; u_1 = (1, 0, 0) + (2, 2, 2) = (3, 2, 2): sends 3 at 0.
+    """d = 3, two workers, Top-1, mean. Round 0: worker 0 sends 4 at coordinate 0 and keeps (0, 2,
+    1), worker 1 sends -6 at 2, keeps (1, 0, 0). Round 1: u_0 = (0, 2, 1) + (1, 1, -3) = (1, 3, -2):
+    sends 3 at 1; u_1 = (1, 0, 0) + (2, 2, 2) = (3, 2, 2): sends 3 at 0.
     """
     algorithm = EF14(Mean(), TopK(k=1))
     workers, server = start(algorithm, n=2, d=3)
-    estimate, workers, server, _ = play(algorithm, torch.tensor([[4.0, 2, 1], [1, 0, -6]]).double(), workers, server, 0)
+    estimate, workers, server, _ = play(
+        algorithm, torch.tensor([[4.0, 2, 1], [1, 0, -6]]).double(), workers, server, 0
+    )
     assert estimate.tolist() == [2, 0, -3]
-    estimate, workers, server, _ = play(algorithm, torch.tensor([[1.0, 1, -3], [2, 2, 2]]).double(), workers, server, 1)
+    estimate, workers, server, _ = play(
+        algorithm, torch.tensor([[1.0, 1, -3], [2, 2, 2]]).double(), workers, server, 1
+    )
     assert estimate.tolist() == [1.5, 1.5, 0]
     assert [state.e.tolist() for state in workers] == [[1, 0, -2], [0, 2, 2]]
 
@@ -488,7 +555,7 @@ def test_an_algorithm_passes_the_tensors_sizes_to_its_compressor():
     assert EF14(robust(), TopK(k=1)).for_sizes((3, 4)) == EF14(robust(), TopK(k=1))
 
 
-# -- convergence ----------------------------------------------------------------------------------------------------------
+# -- convergence -----------------------------------------------------------------------------------
 
 
 @each(ALGORITHMS)
@@ -515,7 +582,8 @@ REPRESENTATIVE = (
     "shift_back",
     "stuck",
 )  # one of every kind
-UNDER_ATTACK = [  # every attack on an algorithm of every kind, and an attack of every kind on every algorithm
+# every attack on an algorithm of every kind, and an attack of every kind on every algorithm
+UNDER_ATTACK = [
     pytest.param(case, attack, id=f"{case.name}-{attack.name}")
     for case in ALGORITHMS
     for attack in ATTACKS
@@ -537,7 +605,8 @@ def test_a_mean_does_not(name):
 
 
 def distance_after(algorithm, attack, rounds=70, noise=0.3, lr=(0.15, 1.0)):
-    """``||x - optimum|| / ||x_0 - optimum||`` on ``||x - optimum||^2 / 2`` with noisy gradients, 2 of 9 workers lying.
+    """``||x - optimum|| / ||x_0 - optimum||`` on ``||x - optimum||^2 / 2`` with noisy gradients, 2
+    of 9 workers lying.
 
     The noise is of the minibatch: the same at both parameters.
     """
@@ -549,7 +618,9 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3, lr=(0.15, 1.0)):
     x = before = torch.zeros(D, dtype=torch.float64)
     for step in range(rounds):
         of_batch = noise * gradients(step, mean=0.0, scale=1.0)
-        outcome = exchange.run(contributions(x - optimum + of_batch, before - optimum + of_batch), x)
+        outcome = exchange.run(
+            contributions(x - optimum + of_batch, before - optimum + of_batch), x
+        )
         if outcome.estimate is not None:
             x, before = x - lr[0] * lr[1] ** step * outcome.estimate, x
     return float(torch.linalg.vector_norm(x - optimum) / torch.linalg.vector_norm(optimum))
@@ -557,7 +628,9 @@ def distance_after(algorithm, attack, rounds=70, noise=0.3, lr=(0.15, 1.0)):
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 def test_undone_worker_momentum_gives_the_mean_gradient_with_a_mean(beta):
-    """From the first round on, whatever the gradients: what the workers' moving averages delay, the server takes out."""
+    """From the first round on, whatever the gradients: what the workers' moving averages delay, the
+    server takes out.
+    """
     algorithm = RobustSGD(Mean(), worker_momentum=beta, undo_worker_momentum=True)
     workers, server = start(algorithm)
     for step in range(6):
@@ -584,14 +657,22 @@ def test_heavy_ball_momentum_of_undone_momentum_is_the_aggregated_momentum():
 REMEMBERING = CenteredClip(f=2, tau=3.0)
 
 
-@pytest.mark.parametrize("make", [RobustSGD, ByzEF21SGDM, EF14, ByzDM21], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [RobustSGD, ByzEF21SGDM, EF14, ByzDM21], ids=lambda make: make.__name__
+)
 def test_a_rule_that_remembers_starts_from_its_last_result(make):
-    """Round after round, as the rule does when it is given its own results by hand; and the state is all there is to save."""
+    """Round after round, as the rule does when it is given its own results by hand; and the state
+    is all there is to save.
+    """
     algorithm = make(REMEMBERING, Identity())
     (workers, server), last = start(algorithm), None
     for step in range(4):
-        estimate, workers, server, payloads = play(algorithm, gradients(step), workers, server, step)
-        seen = algorithm.seen(Rows(torch.stack([sent for (sent,) in payloads])), server, Round(step, n=N)).dense()
+        estimate, workers, server, payloads = play(
+            algorithm, gradients(step), workers, server, step
+        )
+        seen = algorithm.seen(
+            Rows(torch.stack([sent for (sent,) in payloads])), server, Round(step, n=N)
+        ).dense()
         expected = REMEMBERING(Rows(seen, last=last))
         torch.testing.assert_close(estimate, expected)
         last = expected
@@ -600,7 +681,9 @@ def test_a_rule_that_remembers_starts_from_its_last_result(make):
     torch.testing.assert_close(server.last, last)
 
 
-@pytest.mark.parametrize("make", [ByzVRMarinaPP, SignSGDMajorityVote, lambda rule: ClippedDifferences(RobustSGD(rule))])
+@pytest.mark.parametrize(
+    "make", [ByzVRMarinaPP, SignSGDMajorityVote, lambda rule: ClippedDifferences(RobustSGD(rule))]
+)
 def test_an_algorithm_that_does_not_keep_it_refuses_a_rule_that_remembers(make):
     with pytest.raises(ValueError, match=r"does not keep the last result.*start='median'"):
         make(REMEMBERING)

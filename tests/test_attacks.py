@@ -85,7 +85,9 @@ def test_colluders_send_what_the_formula_says(case):
 @each(ATTACKS)
 def test_same_stream_same_lies(case):
     honest, own = rows_for(6, 30), rows_for(3, 30, seed=4)
-    first, second, other = (case.attack(honest, own, scene_of(case, honest, own, seed)) for seed in (1, 1, 2))
+    first, second, other = (
+        case.attack(honest, own, scene_of(case, honest, own, seed)) for seed in (1, 1, 2)
+    )
     assert torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
     assert torch.allclose(first, other, rtol=0, atol=0, equal_nan=True) != case.random
 
@@ -94,7 +96,9 @@ def test_same_stream_same_lies(case):
 def test_it_damages_the_rule_that_it_says_it_damages(case):
     damage = case.damage
     for seed in range(5):
-        rows = rows_for(damage.n, 300, seed=seed, mean=1.0, scale=damage.spread, dtype=torch.float32)
+        rows = rows_for(
+            damage.n, 300, seed=seed, mean=1.0, scale=damage.spread, dtype=torch.float32
+        )
         honest, own = rows[damage.b :], rows[: damage.b]
         peace = damage.rule(rows)
         lies = case.attack(honest, own, scene_of(case, honest, own, seed, damage.rule))
@@ -102,12 +106,17 @@ def test_it_damages_the_rule_that_it_says_it_damages(case):
         harm = torch.nan_to_num(relative_error(result, honest), nan=torch.inf)
         assert harm >= damage.error
         if damage.reverses:
-            assert cosine_to_honest_mean(result, honest) < 0 < 0.2 < cosine_to_honest_mean(peace, honest)
+            assert (
+                cosine_to_honest_mean(result, honest)
+                < 0
+                < 0.2
+                < cosine_to_honest_mean(peace, honest)
+            )
         else:
             assert relative_error(peace, honest) <= harm / 2
 
 
-# -- formulas -------------------------------------------------------------------------------------------------------------
+# -- formulas --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,20 +143,27 @@ def test_the_z_table_of_alie(n, f, z):
 
 @pytest.mark.parametrize(("b", "n", "z"), [(2, 10, "0"), (1, 5, "0"), (1, 4, "-0.43")])
 def test_alie_says_where_its_formula_is_no_attack(b, n, z):
-    with pytest.warns(UserWarning, match=rf"no attack with {b} of n={n} workers.* z={z}.* ALIE\(z=1.5\)"):
+    with pytest.warns(
+        UserWarning, match=rf"no attack with {b} of n={n} workers.* z={z}.* ALIE\(z=1.5\)"
+    ):
         ALIE().check(range(b), n)
 
 
-@pytest.mark.parametrize(("attack", "b", "n"), [(ALIE(), 9, 20), (ALIE(z=0.5), 2, 10), (ALIE(z=0.0), 2, 10), (ALIE(), 0, 10)])
+@pytest.mark.parametrize(
+    ("attack", "b", "n"),
+    [(ALIE(), 9, 20), (ALIE(z=0.5), 2, 10), (ALIE(z=0.0), 2, 10), (ALIE(), 0, 10)],
+)
 def test_alie_says_nothing_where_it_is_one_or_where_z_was_chosen(attack, b, n, recwarn):
     attack.check(range(b), n)
     assert not recwarn.list
 
 
 def test_alie_by_hand():
-    honest = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])  # means 2 and 1, unbiased deviations 2 and 0
+    # means 2 and 1, unbiased deviations 2 and 0
+    honest = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])
     assert ALIE(z=1.5)(honest, torch.zeros(1, 2)).tolist() == [[-1.0, 1.0]]
-    assert ALIE(z=1.5)(honest[:1], torch.zeros(2, 2)).tolist() == [[0.0, 1.0]] * 2  # one row has no spread
+    # one row has no spread
+    assert ALIE(z=1.5)(honest[:1], torch.zeros(2, 2)).tolist() == [[0.0, 1.0]] * 2
 
 
 def test_gaussian_noise_has_its_mean_and_deviation_and_differs_between_workers():
@@ -157,7 +173,7 @@ def test_gaussian_noise_has_its_mean_and_deviation_and_differs_between_workers()
     assert torch.corrcoef(lies)[0, 1].abs() < 0.03
 
 
-# -- data -----------------------------------------------------------------------------------------------------------------
+# -- data ------------------------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
@@ -192,7 +208,8 @@ def test_label_flip_changes_the_labels_only_and_keeps_the_batchs_type(key, batch
 def test_label_flip_of_signs_and_of_two_classes():
     signed = LabelFlip(num_classes=2, signed=True)
     assert signed.flip(torch.tensor([-1, 1, 1])).tolist() == [1, -1, -1]
-    assert signed.flip(torch.tensor([1.0, 1.0])).tolist() == [-1, -1]  # also where a batch holds one class only
+    # also where a batch holds one class only
+    assert signed.flip(torch.tensor([1.0, 1.0])).tolist() == [-1, -1]
     assert LabelFlip(num_classes=2).flip(torch.tensor([0, 1, 1])).tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="signed=True"):
         LabelFlip(num_classes=2).flip(torch.tensor([-1, 1]))
@@ -211,8 +228,16 @@ def flipped_one_by_one(labels, classes, ignored=()):
 @laws
 @given(st.data(), st.integers(2, 30), st.sampled_from([(5,), (4, 3), (2, 3, 3)]))
 def test_label_flip_is_the_same_on_indices_and_on_distributions(data, classes, shape):
-    """One-hot and smoothed labels, along dimension 1 or the last; their arg max flips as indices do. Twice is not at all."""
-    labels = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=math.prod(shape), max_size=math.prod(shape))))
+    """One-hot and smoothed labels, along dimension 1 or the last; their arg max flips as indices
+    do. Twice is not at all.
+    """
+    labels = torch.tensor(
+        data.draw(
+            st.lists(
+                st.integers(0, classes - 1), min_size=math.prod(shape), max_size=math.prod(shape)
+            )
+        )
+    )
     labels = labels.reshape(shape)
     flip = LabelFlip(classes).flip
     expected = flipped_one_by_one(labels, classes)
@@ -232,8 +257,10 @@ def test_label_flip_is_the_same_on_indices_and_on_distributions(data, classes, s
 def test_label_flip_of_two_classes():
     flip = LabelFlip(2).flip
     assert flip(torch.tensor([True, False])).tolist() == [False, True]
-    assert flip(torch.tensor([[True, True, False]])).tolist() == [[False, False, True]]  # three tasks
-    assert flip(torch.tensor([0.0, 0.25, 1.0])).tolist() == [1.0, 0.75, 0.0]  # probabilities of class 1
+    # three tasks
+    assert flip(torch.tensor([[True, True, False]])).tolist() == [[False, False, True]]
+    # probabilities of class 1
+    assert flip(torch.tensor([0.0, 0.25, 1.0])).tolist() == [1.0, 0.75, 0.0]
     assert flip(torch.tensor([[0.0, 1.0], [1.0, 1.0]])).tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert flip(torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
@@ -241,8 +268,15 @@ def test_label_flip_of_two_classes():
 def test_labels_that_a_loss_ignores_stay():
     labels = torch.tensor([[0, 255, 5], [20, -100, 255]])
     assert LabelFlip(21, ignore_index=255).flip(labels).tolist() == [[20, 255, 15], [0, -100, 255]]
-    assert LabelFlip(21, ignore_index=255).flip(labels.clamp_min(0).byte()).tolist() == [[20, 255, 15], [0, 20, 255]]
-    assert LabelFlip(2, signed=True, ignore_index=0).flip(torch.tensor([-1, 0, 1])).tolist() == [1, 0, -1]
+    assert LabelFlip(21, ignore_index=255).flip(labels.clamp_min(0).byte()).tolist() == [
+        [20, 255, 15],
+        [0, 20, 255],
+    ]
+    assert LabelFlip(2, signed=True, ignore_index=0).flip(torch.tensor([-1, 0, 1])).tolist() == [
+        1,
+        0,
+        -1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +305,14 @@ def test_labels_that_are_no_classes_are_refused_by_name(attack, labels):
         attack((torch.zeros(len(labels), 2), labels))
 
 
-@pytest.mark.parametrize("settings", [{"num_classes": 1}, {"num_classes": 3, "signed": True}, {"num_classes": 21, "ignore_index": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_classes": 1},
+        {"num_classes": 3, "signed": True},
+        {"num_classes": 21, "ignore_index": 3},
+    ],
+)
 def test_label_flip_settings_that_mean_nothing(settings):
     with pytest.raises(ValueError, match="should be"):
         LabelFlip(**settings)
@@ -323,12 +364,18 @@ def test_labels_are_found_in_every_kind_of_batch(attack, kind):
     read = (lambda b: b["y"]) if isinstance(batch, Mapping) else (lambda b: b.y)
     out = attack(batch, torch.Generator().manual_seed(0))
     assert type(out) is type(batch)
-    assert torch.equal(read(out).sort().values, (FLIPPED if isinstance(attack, LabelFlip) else LABELS).sort().values)
+    assert torch.equal(
+        read(out).sort().values,
+        (FLIPPED if isinstance(attack, LabelFlip) else LABELS).sort().values,
+    )
     assert not torch.equal(read(out), LABELS)
     assert torch.equal(read(batch), LABELS)
 
 
-@pytest.mark.parametrize("kind", [torch.tensor([True, False]), torch.eye(2), torch.tensor([0.5, 2.5]), torch.eye(2).long()])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.tensor([True, False]), torch.eye(2), torch.tensor([0.5, 2.5]), torch.eye(2).long()],
+)
 def test_shuffled_labels_of_every_kind(kind):
     out = ShuffledLabels()((torch.zeros(2, 1), kind))[1]
     assert torch.equal(out, kind.flip(0))
@@ -336,14 +383,19 @@ def test_shuffled_labels_of_every_kind(kind):
         ShuffledLabels()((torch.zeros(2, 1), torch.tensor(1)))
 
 
-@pytest.mark.parametrize(("key", "batch"), [(3, (LABELS, LABELS)), ("y", {"x": LABELS}), ("y", LABELS), (1, (LABELS, "cat"))])
+@pytest.mark.parametrize(
+    ("key", "batch"),
+    [(3, (LABELS, LABELS)), ("y", {"x": LABELS}), ("y", LABELS), (1, (LABELS, "cat"))],
+)
 def test_label_flip_says_where_it_looked(key, batch):
     with pytest.raises(ValueError, match=r"LabelFlip.*batch\["):
         LabelFlip(num_classes=10, key=key)(batch)
 
 
 def test_label_flip_damages_a_mean_that_it_outvotes():
-    """Logistic regression on separable data, 3 of 5 workers flipped: what is learned is worse than a guess; with none flipped it is right."""
+    """Logistic regression on separable data, 3 of 5 workers flipped: what is learned is worse than
+    a guess; with none flipped it is right.
+    """
     w_true = rows_for(1, 6, seed=1, mean=0.0)[0]
     x = rows_for(200, 6, seed=2, mean=0.0)
     y = (x @ w_true > 0).long()
@@ -404,7 +456,7 @@ def test_an_unknown_direction_is_refused():
         MinMax("up")
 
 
-# -- attacks that try their lies ------------------------------------------------------------------------------------------
+# -- attacks that try their lies -------------------------------------------------------------------
 
 
 def traced(objective, tried):
@@ -419,7 +471,12 @@ def traced(objective, tried):
     ("search", "objective", "expected", "best"),
     [
         (LineSearch(8), lambda x: -((x - 5) ** 2), [0, 1, 3, 7, 3.8, 1.24, 3.288, 4.9264], 4.9264),
-        (LineSearch(6, delta=10.0, contraction="forward"), lambda x: -((x - 5) ** 2), [0, 10, 8, 14.4, 13.12, 12.096], 8),
+        (
+            LineSearch(6, delta=10.0, contraction="forward"),
+            lambda x: -((x - 5) ** 2),
+            [0, 10, 8, 14.4, 13.12, 12.096],
+            8,
+        ),
         (LineSearch(4), lambda x: -x, [0, 1, 0.2, 0.04], 0),  # back, but never below 0
         (LineSearch(5), lambda x: x, [0, 1, 3, 7, 15], 15),  # all growth and no end
         (LineSearch(3, start=2.0, delta=0.5), lambda x: 0.0, [2, 2.5, 2.1], 2),
@@ -436,10 +493,15 @@ def test_the_line_search_tries_what_its_definition_says(search, objective, expec
 
 def test_the_libraries_settings():
     assert FoE().search == LineSearch(16, 0.0, 1.0, 0.8, "both")
-    assert OptimizedIPM().search == OptimizedALIE().search == LineSearch(20, 0.0, 10.0, 0.8, "forward")
+    assert (
+        OptimizedIPM().search == OptimizedALIE().search == LineSearch(20, 0.0, 10.0, 0.8, "forward")
+    )
 
 
-@pytest.mark.parametrize("arguments", [{"evaluations": 0}, {"start": -1.0}, {"delta": 0.0}, {"ratio": 0.5}, {"ratio": 1.0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"evaluations": 0}, {"start": -1.0}, {"delta": 0.0}, {"ratio": 0.5}, {"ratio": 1.0}],
+)
 def test_a_line_search_without_sense_is_refused(arguments):
     with pytest.raises(ValueError, match=r"evaluations >= 1.*Found LineSearch"):
         LineSearch(**arguments)
@@ -457,7 +519,9 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("attack", "family"), FAMILIES)
 def test_optimized_attacks_send_the_most_harmful_of_their_family(attack, family):
-    """The server believes what is near enough and ignores the rest: the most harmful factor is 6."""
+    """The server believes what is near enough and ignores the rest: the most harmful factor is
+    6.
+    """
     honest, own = rows_for(6, 20), torch.zeros(2, 20).double()
     limit = torch.linalg.vector_norm(family(honest, 6.0) - honest.mean(0))
 
@@ -476,10 +540,14 @@ def test_optimized_attacks_are_about_as_harmful_as_the_best_of_a_grid(attack, fa
     honest, rule = rows_for(11, 50, seed=3), CoordinateMedian(f=4)
 
     def harm(lie):
-        return float(torch.linalg.vector_norm(rule(torch.cat([lie.expand(4, -1), honest])) - honest.mean(0)))
+        return float(
+            torch.linalg.vector_norm(rule(torch.cat([lie.expand(4, -1), honest])) - honest.mean(0))
+        )
 
     lies = attack(search=LineSearch())(
-        honest, torch.zeros(4, 50).double(), Scene(aggregate=lambda lies: rule(torch.cat([lies, honest])))
+        honest,
+        torch.zeros(4, 50).double(),
+        Scene(aggregate=lambda lies: rule(torch.cat([lies, honest]))),
     )
     assert harm(lies[0]) > 0.99 * max(harm(family(honest, x / 4)) for x in range(80))
 
@@ -490,13 +558,15 @@ def test_an_optimized_attack_moves_away_from_the_target():
     far = honest.mean(0) + 100
     scene = Scene(aggregate=lambda lies: lies[0] + 100, target=lambda: far)
     lies = FoE(LineSearch(2))(honest, torch.zeros(1, 5).double(), scene)
-    torch.testing.assert_close(lies[0], 0 * far)  # a = 1: some harm, where a = 0 does none; by the honest mean a = 0 had more
+    # a = 1: some harm, where a = 0 does none; by the honest mean a = 0 had more
+    torch.testing.assert_close(lies[0], 0 * far)
 
 
 @pytest.mark.parametrize("attack", [FoE(), OptimizedIPM(), OptimizedALIE()], ids=repr)
 def test_without_a_server_there_is_nothing_to_optimize(attack):
     with pytest.raises(
-        ValueError, match=rf"{type(attack).__name__} tries its lies.*Found Scene\(aggregate=None\).*ByzantineWorkers"
+        ValueError,
+        match=rf"{type(attack).__name__} tries its lies.*Found Scene\(aggregate=None\).*ByzantineWorkers",
     ):
         attack(rows_for(3, 4), rows_for(1, 4))
 
@@ -512,13 +582,17 @@ def test_anti_cge_is_kept_and_as_long_as_can_be():
     everything_kept = torch.cat([lies, honest[order[:6]]]).mean(0)
     torch.testing.assert_close(CGE(f=3)(torch.cat([honest, lies])), everything_kept)
     for_more = AntiCGE(f=4)(honest, own)
-    assert lies[0].norm() > for_more[0].norm() == pytest.approx(float(honest[order[5]].norm()), rel=1e-5)
+    assert (
+        lies[0].norm()
+        > for_more[0].norm()
+        == pytest.approx(float(honest[order[5]].norm()), rel=1e-5)
+    )
     assert AntiCGE()(torch.zeros(3, 4), torch.ones(1, 4)).tolist() == [[0.0] * 4]
     with pytest.raises(ValueError, match="Found f=-1"):
         AntiCGE(f=-1)
 
 
-# -- attacks that remember ------------------------------------------------------------------------------------------------
+# -- attacks that remember -------------------------------------------------------------------------
 
 
 def test_mimic_learns_as_its_definition_says():
@@ -546,7 +620,9 @@ def test_mimic_learns_as_its_definition_says():
 
 
 def test_mimic_keeps_its_target_and_its_bias_does_not_average_out():
-    """Workers with data of their own: the mean over rounds is off, where noise of the same size would vanish."""
+    """Workers with data of their own: the mean over rounds is off, where noise of the same size
+    would vanish.
+    """
     centers, memory, attack = rows_for(6, 40, mean=0.0, scale=2.0), {}, Mimic(warmup=5)
     targets, total = [], torch.zeros(40).double()
     for t in range(60):
@@ -565,7 +641,9 @@ def test_mimic_follows_a_worker_not_a_row():
     row = int((honest == first).all(1).nonzero())
     worker = [1, 2, 5, 7][row]
     others = [w for w in (1, 2, 5, 7) if w != worker]
-    again = Mimic()(rows_for(2, 6, seed=9), own, Scene(memory=memory, honest=[worker, 8], byzantine=[0]))[0]
+    again = Mimic()(
+        rows_for(2, 6, seed=9), own, Scene(memory=memory, honest=[worker, 8], byzantine=[0])
+    )[0]
     assert torch.equal(again, rows_for(2, 6, seed=9)[0])
     absent = rows_for(3, 6, seed=4)
     stand_in = Mimic()(absent, own, Scene(memory=memory, honest=others, byzantine=[0]))[0]
@@ -576,9 +654,13 @@ def test_mimic_follows_a_worker_not_a_row():
 def test_mimic_of_a_given_worker():
     honest, own = rows_for(4, 6), torch.zeros(2, 6).double()
     assert torch.equal(Mimic(target=3)(honest, own), honest[3].expand(2, -1))
-    assert torch.equal(Mimic(target=3)(honest, own, Scene(honest=[0, 1, 2, 4])), honest.mean(0).expand(2, -1))
+    assert torch.equal(
+        Mimic(target=3)(honest, own, Scene(honest=[0, 1, 2, 4])), honest.mean(0).expand(2, -1)
+    )
     for byzantine, target in (([0, 3], 3), ([0], 5)):
-        with pytest.raises(ValueError, match=rf"honest one of the n=5 workers. Found target={target}"):
+        with pytest.raises(
+            ValueError, match=rf"honest one of the n=5 workers. Found target={target}"
+        ):
             Mimic(target=target).check(byzantine, 5)
     with pytest.raises(ValueError, match="warmup >= 1"):
         Mimic(warmup=0)
@@ -593,26 +675,37 @@ def test_shift_back_pulls_towards_the_first_parameters_where_it_has_the_majority
     x = [rows_for(1, 5, seed=seed)[0] for seed in range(3)]
 
     def send(t, b):
-        return ShiftBack(scale=2.0)(honest, torch.zeros(b, 5).double(), Scene(x=lambda: x[t], memory=memory))
+        return ShiftBack(scale=2.0)(
+            honest, torch.zeros(b, 5).double(), Scene(x=lambda: x[t], memory=memory)
+        )
 
     assert torch.equal(send(0, 2), honest.mean(0).expand(2, -1))  # a tie is no majority
     assert torch.equal(send(1, 1), honest.mean(0).expand(1, -1))
     torch.testing.assert_close(send(2, 3), (2 * (x[2] - x[0])).expand(3, -1))
     assert torch.equal(memory["x_0"], x[0])
-    with pytest.raises(ValueError, match=r"ShiftBack looks at the current parameters.*Found Scene\(x=None\)"):
+    with pytest.raises(
+        ValueError, match=r"ShiftBack looks at the current parameters.*Found Scene\(x=None\)"
+    ):
         ShiftBack()(honest, honest)
 
 
-# -- faults ---------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
-INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_flipped_bit_flips_the_bit_that_it_says_in_one_number_of_each_message(dtype):
     own, width = rows_for(3, 9, dtype=dtype), 8 * dtype.itemsize
     for bit in (*range(width), -1, -2, -width):
-        lies = FlippedBit(bit=bit)(own, own, Scene(generator=torch.Generator().manual_seed(bit % 7)))
+        lies = FlippedBit(bit=bit)(
+            own, own, Scene(generator=torch.Generator().manual_seed(bit % 7))
+        )
         changed = lies.view(INTEGERS[dtype]) ^ own.view(INTEGERS[dtype])
         assert (changed != 0).sum(1).tolist() == [1, 1, 1]
         assert {int(mask) & (2**width - 1) for mask in changed[changed != 0]} == {1 << bit % width}
@@ -630,9 +723,9 @@ def test_flipped_bit_hits_other_places_and_bits_by_chance():
 
 
 def test_the_highest_bit_of_the_exponent_makes_small_numbers_huge():
-    assert FlippedBit(position=0)(torch.ones(1, 1), torch.tensor([[0.75, 0.5]])).tolist()[0] == pytest.approx(
-        [0.75 * 2.0**128, 0.5], rel=1e-3
-    )
+    assert FlippedBit(position=0)(torch.ones(1, 1), torch.tensor([[0.75, 0.5]])).tolist()[
+        0
+    ] == pytest.approx([0.75 * 2.0**128, 0.5], rel=1e-3)
 
 
 def test_a_bit_or_a_place_that_is_not_there_is_refused():
@@ -647,7 +740,8 @@ def test_stuck_workers_repeat_their_first_message_each_its_own():
     memory, attack = {}, Stuck()
     first, later = rows_for(3, 4), rows_for(3, 4, seed=1)
     assert torch.equal(attack(first, first[:2], Scene(memory=memory, own=[4, 7])), first[:2])
-    again = attack(later, later, Scene(memory=memory, own=[2, 4, 7]))  # worker 2 gets stuck only now
+    # worker 2 gets stuck only now
+    again = attack(later, later, Scene(memory=memory, own=[2, 4, 7]))
     assert torch.equal(again, torch.stack([later[0], first[0], first[1]]))
     assert torch.equal(attack(later, later[1:2], Scene(memory=memory, own=[2])), later[:1])
     first.zero_()
@@ -681,7 +775,12 @@ def test_shuffled_labels_belong_to_other_samples(m):
 
 
 @pytest.mark.parametrize(
-    "batch", [{"x": torch.ones(4, 2), "y": LABELS}, Pair(torch.ones(4, 2), LABELS), [torch.ones(4, 2), LABELS]]
+    "batch",
+    [
+        {"x": torch.ones(4, 2), "y": LABELS},
+        Pair(torch.ones(4, 2), LABELS),
+        [torch.ones(4, 2), LABELS],
+    ],
 )
 def test_shuffled_labels_keep_the_batchs_type(batch):
     key = "y" if isinstance(batch, dict) else 1
@@ -709,7 +808,7 @@ def test_shuffled_labels_teach_nothing():
     assert gradient(shuffled).norm() < 0.25 * gradient(y).norm()
 
 
-# -- a mixture ------------------------------------------------------------------------------------------------------------
+# -- a mixture -------------------------------------------------------------------------------------
 
 
 def test_a_mixture_splits_the_workers_in_order():
@@ -748,10 +847,15 @@ def test_a_part_tries_its_lies_next_to_those_of_the_parts_before_it():
         return lies.mean(0)
 
     honest, own = rows_for(3, 4), rows_for(4, 4, seed=1)
-    lies = Mixture((Zero(), OptimizedIPM(LineSearch(2)), BitFlip()), counts=(1, 2, 1))(honest, own, Scene(aggregate=server))
+    lies = Mixture((Zero(), OptimizedIPM(LineSearch(2)), BitFlip()), counts=(1, 2, 1))(
+        honest, own, Scene(aggregate=server)
+    )
     assert len(tried) == 2
     for factor, seen in zip((0.0, 1.0), tried, strict=True):
-        torch.testing.assert_close(seen, torch.stack([0 * own[0], -factor * honest.mean(0), -factor * honest.mean(0), own[3]]))
+        torch.testing.assert_close(
+            seen,
+            torch.stack([0 * own[0], -factor * honest.mean(0), -factor * honest.mean(0), own[3]]),
+        )
     assert torch.equal(lies[3], -own[3])
 
 
@@ -775,12 +879,16 @@ def test_a_mixture_that_does_not_add_up_is_refused():
         Mixture((Zero(), SignFlip()), counts=[1, 2])(rows, rows)
     with pytest.raises(ValueError, match="2 parts at least one worker. Found counts=\\[1, 0\\]"):
         Mixture((Zero(), SignFlip()), counts=(1, 0))
-    with pytest.raises(ValueError, match="2 parts needs at least one Byzantine worker for each. Found 1"):
+    with pytest.raises(
+        ValueError, match="2 parts needs at least one Byzantine worker for each. Found 1"
+    ):
         Mixture((Zero(), SignFlip())).check([3], 5)
     with pytest.raises(ValueError, match="target=1"):
         Mixture((Zero(), Mimic(target=1))).check([0, 1], 5)
     for parts in ((), (Zero(), LabelFlip(3))):
-        with pytest.raises(ValueError, match="a DataAttack goes into a ByzantineWorkers of its own"):
+        with pytest.raises(
+            ValueError, match="a DataAttack goes into a ByzantineWorkers of its own"
+        ):
             Mixture(parts)
     assert Mixture((Stuck(), Zero())).forges(3) == [False, False, True]
 

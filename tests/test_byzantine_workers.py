@@ -25,7 +25,10 @@ def test_a_schedule_of_lies() -> None:
     lie = ByzantineWorkers(SignFlip(), count=1, probability=0.3)
     coins = [lie.active(step) for step in range(2000)]
     assert 0.26 < sum(coins) / 2000 < 0.34
-    assert coins == [ByzantineWorkers(LabelFlip(3), count=2, probability=0.3).active(step) for step in range(2000)]
+    assert coins == [
+        ByzantineWorkers(LabelFlip(3), count=2, probability=0.3).active(step)
+        for step in range(2000)
+    ]
     often = ByzantineWorkers(SignFlip(), count=1, probability=0.6)
     assert all(often.active(step) for step in range(2000) if coins[step])
     lie._coin_key = (1, 0)
@@ -43,16 +46,22 @@ def test_a_schedule_of_lies() -> None:
     ],
     ids=repr,
 )
-def test_a_worker_tells_one_lie_a_step(first: Any, second: Any, refused: bool, tmp_path: Path) -> None:
+def test_a_worker_tells_one_lie_a_step(
+    first: Any, second: Any, refused: bool, tmp_path: Path
+) -> None:
     lies = [ByzantineWorkers(SignFlip(), **first), ByzantineWorkers(IPM(0.1), **second)]
     if refused:
-        with pytest.raises(ValueError, match=r"workers \[1\] with two attacks on messages, .*a Mixture of both"):
+        with pytest.raises(
+            ValueError, match=r"workers \[1\] with two attacks on messages, .*a Mixture of both"
+        ):
             fit(tmp_path, Plain(), in_process(5), callbacks=lies)
     else:
         fit(tmp_path, Plain(), in_process(5), callbacks=lies, max_steps=2)
 
 
-def test_an_attack_that_cannot_be_carried_out_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_an_attack_that_cannot_be_carried_out_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
     for attack, message in (
         (Mimic(target=3), "honest one of the n=4"),
         (Mixture((SignFlip(), IPM())), "at least one Byzantine worker"),
@@ -62,7 +71,9 @@ def test_an_attack_that_cannot_be_carried_out_is_refused_before_the_first_step(t
 
 
 def test_attacks_of_several_callbacks_know_of_each_other(tmp_path: Path) -> None:
-    """Averaging, so that every row shows: -10 times the mean of the two that are honest, twice, and a poisoned batch elsewhere."""
+    """Averaging, so that every row shows: -10 times the mean of the two that are honest, twice, and
+    a poisoned batch elsewhere.
+    """
     seen: list[Any] = []
 
     class Shows(SignFlip):
@@ -90,7 +101,9 @@ def test_attacks_of_several_callbacks_know_of_each_other(tmp_path: Path) -> None
     assert all(torch.equal(call[3], flat) for call in seen)
 
 
-def test_every_step_shuffles_labels_its_own_way_whatever_the_number_of_accumulated_batches(tmp_path: Path) -> None:
+def test_every_step_shuffles_labels_its_own_way_whatever_the_number_of_accumulated_batches(
+    tmp_path: Path,
+) -> None:
     orders: list[Any] = []
 
     class Shows(ShuffledLabels):
@@ -99,7 +112,12 @@ def test_every_step_shuffles_labels_its_own_way_whatever_the_number_of_accumulat
             return batch
 
     fit(
-        tmp_path, Plain(), in_process(3), data=loader(24), callbacks=[ByzantineWorkers(Shows(), count=1)], accumulate_grad_batches=2
+        tmp_path,
+        Plain(),
+        in_process(3),
+        data=loader(24),
+        callbacks=[ByzantineWorkers(Shows(), count=1)],
+        accumulate_grad_batches=2,
     )
     assert len(orders) == 10
     assert len({tuple(order) for order in orders}) == 5
@@ -111,30 +129,47 @@ def test_an_attack_sees_and_remembers_for_each_optimizer_apart(tmp_path: Path) -
     assert lie.state_dict() == {}
     strategy = ByzantineRobustStrategy(start_method="fork")
     sizes = [sum(p.numel() for p in net.parameters()) for net in (GAN().generator, GAN().critic)]
-    fit(tmp_path, GAN(), strategy, devices=3, data=Plain().train_dataloader(), callbacks=[lie], extra=lambda *_: lie.state_dict())
+    fit(
+        tmp_path,
+        GAN(),
+        strategy,
+        devices=3,
+        data=Plain().train_dataloader(),
+        callbacks=[lie],
+        extra=lambda *_: lie.state_dict(),
+    )
     for rank in range(3):
         state = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)["extra"]["attack"]
         assert [memory["dim"] for memory in state] == sizes
         for memory, size in zip(state, sizes, strict=True):
-            assert {key: len(value) for key, value in memory["memory"].items()} == {"0/1": size, "1/x_0": size}
+            assert {key: len(value) for key, value in memory["memory"].items()} == {
+                "0/1": size,
+                "1/x_0": size,
+            }
 
 
 def test_the_name_of_a_state_is_the_same_in_every_run() -> None:
     class Own(SignFlip):
         pass
 
-    class Plainer(Stuck.__mro__[1]):  # a fault that is no dataclass, whose repr would name its place in memory
+    # a fault that is no dataclass, whose repr would name its place in memory
+    class Plainer(Stuck.__mro__[1]):
         def __call__(self, honest: Any, own: Any, scene: Any = None) -> Any:
             return own
 
     for attack in (Own(2.0), Plainer(), Mixture((SignFlip(), Plainer()))):
-        keys = {ByzantineWorkers(attack, workers=[w], start=s).state_key for w, s in ((1, 0), (1, 0), (2, 0), (1, 5))}
+        keys = {
+            ByzantineWorkers(attack, workers=[w], start=s).state_key
+            for w, s in ((1, 0), (1, 0), (2, 0), (1, 5))
+        }
         assert len(keys) == 3
         assert not any("0x" in key for key in keys)
 
 
 def test_rounds_in_search_of_a_learning_rate_are_not_remembered(tmp_path: Path) -> None:
-    """Lightning restores all but its callbacks' states, which it has put aside, and starts again at round 0."""
+    """Lightning restores all but its callbacks' states, which it has put aside, and starts again at
+    round 0.
+    """
     runs = []
     for more in ([], [LearningRateFinder(num_training_steps=6, update_attr=False)]):
         torch.manual_seed(1)

@@ -1,4 +1,6 @@
-"""Three of the thirty trainings of ``make chaos``: with one death, with two and a return, and with a liar besides."""
+"""Three of the thirty trainings of ``make chaos``: with one death, with two and a return, and with
+a liar besides.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def test_a_training_whose_workers_are_killed(seed: int, tmp_path: Path) -> None:
 def test_what_is_drawn() -> None:
     drawn = [Chaos.drawn(seed) for seed in range(TRAININGS)]
     assert sum(chaos.liar is not None for chaos in drawn) == TRAININGS / 3
-    assert {len(chaos.deaths) for chaos in drawn} == {1, 2, 3} and any(chaos.returns for chaos in drawn)
+    assert {len(chaos.deaths) for chaos in drawn} == {1, 2, 3} and any(
+        chaos.returns for chaos in drawn
+    )
     for chaos in drawn:
         assert (
             1 <= len(chaos.deaths) + (chaos.liar is not None) <= chaos.f

@@ -45,7 +45,12 @@ from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 ALGORITHMS = {
     "default": None,
-    "momentum": RobustSGD(aggregator=TrimmedMean(), compressor=RandK(ratio=0.5), worker_momentum=0.9, server_momentum=0.5),
+    "momentum": RobustSGD(
+        aggregator=TrimmedMean(),
+        compressor=RandK(ratio=0.5),
+        worker_momentum=0.9,
+        server_momentum=0.5,
+    ),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
     "diana": ByzDIANA(compressor=RandK(ratio=0.2), alpha=0.2),
     "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
@@ -70,7 +75,9 @@ class Killer(L.Callback):
 
 
 class Resumable(Plain):
-    """Dropout, shuffling from the global RNG, and a loader that knows where it is within an epoch."""
+    """Dropout, shuffling from the global RNG, and a loader that knows where it is within an
+    epoch.
+    """
 
     def __init__(self, stateful: bool = False) -> None:
         super().__init__(norm=True, dropout=0.2)
@@ -95,15 +102,29 @@ def strategy_of(name: str, devices: int) -> ByzantineRobustStrategy:
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["epoch end", "inside an epoch"])
 @pytest.mark.parametrize(
-    ("name", "devices"), [(name, devices) for name in ALGORITHMS for devices in (1, 4) if devices > 1 or "on shards" not in name]
+    ("name", "devices"),
+    [
+        (name, devices)
+        for name in ALGORITHMS
+        for devices in (1, 4)
+        if devices > 1 or "on shards" not in name
+    ],
 )
-def test_killed_and_resumed_is_uninterrupted(name: str, devices: int, where: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_uninterrupted(
+    name: str, devices: int, where: str, tmp_path: Path
+) -> None:
     if where == "epoch end" and devices == 1 and not hasattr(FitLoop, "is_resuming"):
-        pytest.skip("this Lightning draws the shuffling order twice when it resumes at the end of an epoch")
+        pytest.skip(
+            "this Lightning draws the shuffling order twice when it resumes at the end of an epoch"
+        )
     if name == "marina-pp" and where == "inside an epoch":
         pytest.skip("a full pass needs a DataLoader, and that one is none")
     stateful = where == "inside an epoch"
-    trainer: dict[str, Any] = {"devices": devices, "max_epochs": 3, "use_distributed_sampler": not stateful}
+    trainer: dict[str, Any] = {
+        "devices": devices,
+        "max_epochs": 3,
+        "use_distributed_sampler": not stateful,
+    }
 
     def saving(folder: str) -> ModelCheckpoint:
         when = {"every_n_train_steps": 4} if stateful else {"every_n_epochs": 1}
@@ -133,7 +154,10 @@ def test_killed_and_resumed_is_uninterrupted(name: str, devices: int, where: str
                 os._exit(1)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status)
-    saved = sorted((tmp_path / "killed").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
+    saved = sorted(
+        (tmp_path / "killed").glob("*.ckpt"),
+        key=lambda path: int(path.stem.split("=")[1].split("-")[0]),
+    )
     assert saved, "no checkpoint was written before the kill"
     last = int(saved[-1].stem.split("=")[1].split("-")[0])
     assert 0 < last < steps
@@ -163,23 +187,40 @@ REMEMBERING = {
 
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_what_an_attack_remembers_is_resumed(name: str, tmp_path: Path) -> None:
-    """Two optimizers' worth of memory would be as easy; here are two attacks that remember, in one run."""
-    byzantine = [0, 1, 2] if name == "shift back" else [0, 1]  # the majority of the four that are left
+    """Two optimizers' worth of memory would be as easy; here are two attacks that remember, in one
+    run.
+    """
+    # the majority of the four that are left
+    byzantine = [0, 1, 2] if name == "shift back" else [0, 1]
 
     def run(folder: str, **kwargs: Any) -> dict[str, Any]:
         L.seed_everything(1)
         callbacks = [
             ByzantineWorkers(REMEMBERING[name], workers=byzantine),
             ByzantineWorkers(Stuck(), workers=[4], start=1, probability=0.7),
-            ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{step}", every_n_train_steps=4),
+            ModelCheckpoint(
+                tmp_path / folder, save_top_k=-1, filename="{step}", every_n_train_steps=4
+            ),
         ]
-        strategy = ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()), workers_per_process=5, seed=7)
+        strategy = ByzantineRobustStrategy(
+            algorithm=RobustSGD(aggregator=Mean()), workers_per_process=5, seed=7
+        )
         options = {"max_epochs": 2, "use_distributed_sampler": False, "enable_checkpointing": True}
-        return fit(tmp_path / folder, Resumable(stateful=True), strategy, callbacks=callbacks, **{**options, **kwargs})[0]
+        return fit(
+            tmp_path / folder,
+            Resumable(stateful=True),
+            strategy,
+            callbacks=callbacks,
+            **{**options, **kwargs},
+        )[0]
 
     whole = run("whole")
     saved = tmp_path / "whole" / "step=4.ckpt"
-    states = [value for key, value in torch.load(saved, weights_only=True)["callbacks"].items() if "ByzantineWorkers" in key]
+    states = [
+        value
+        for key, value in torch.load(saved, weights_only=True)["callbacks"].items()
+        if "ByzantineWorkers" in key
+    ]
     assert len(states) == 2
     assert all(state["attack"][0]["memory"] for state in states)
     resumed = run("resumed", ckpt_path=str(saved))
@@ -194,25 +235,51 @@ def test_what_an_attack_remembers_is_resumed(name: str, tmp_path: Path) -> None:
 
 def test_another_algorithm_is_refused(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)
-    fit(tmp_path, Plain(), strategy_of("ef21", 1), enable_checkpointing=True, callbacks=[checkpoint])
+    fit(
+        tmp_path, Plain(), strategy_of("ef21", 1), enable_checkpointing=True, callbacks=[checkpoint]
+    )
     with pytest.raises(ValueError, match="belongs to another algorithm"):
-        fit(tmp_path, Plain(), strategy_of("momentum", 1), ckpt_path=checkpoint.best_model_path, max_epochs=2)
+        fit(
+            tmp_path,
+            Plain(),
+            strategy_of("momentum", 1),
+            ckpt_path=checkpoint.best_model_path,
+            max_epochs=2,
+        )
 
 
 def test_a_checkpoint_of_plain_lightning_starts_the_algorithm_afresh(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)
     fit(tmp_path, Plain(), "auto", enable_checkpointing=True, callbacks=[checkpoint])
-    (report,) = fit(tmp_path, Plain(), strategy_of("ef21", 1), ckpt_path=checkpoint.best_model_path, max_epochs=2)
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        strategy_of("ef21", 1),
+        ckpt_path=checkpoint.best_model_path,
+        max_epochs=2,
+    )
     assert report["steps"] == 20
 
 
 @pytest.mark.processes
 def test_state_is_per_optimizer(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)
-    strategy = ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=TrimmedMean(), worker_momentum=0.9), start_method="fork")
+    strategy = ByzantineRobustStrategy(
+        algorithm=RobustSGD(aggregator=TrimmedMean(), worker_momentum=0.9), start_method="fork"
+    )
     data = Plain().train_dataloader()
-    fit(tmp_path, GAN(), strategy, devices=3, data=data, enable_checkpointing=True, callbacks=[checkpoint])
-    saved = torch.load(checkpoint.best_model_path or next(tmp_path.glob("*.ckpt")), weights_only=True)["lightning_byz"]
+    fit(
+        tmp_path,
+        GAN(),
+        strategy,
+        devices=3,
+        data=data,
+        enable_checkpointing=True,
+        callbacks=[checkpoint],
+    )
+    saved = torch.load(
+        checkpoint.best_model_path or next(tmp_path.glob("*.ckpt")), weights_only=True
+    )["lightning_byz"]
     sizes = [sum(p.numel() for p in net.parameters()) for net in (GAN().generator, GAN().critic)]
     assert [server["dim"] for server in saved["server"]] == sizes
     assert [len(workers) for workers in saved["workers"]] == [3, 3]
@@ -220,7 +287,9 @@ def test_state_is_per_optimizer(tmp_path: Path) -> None:
 
 def test_weights_load_without_this_package(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)
-    (report,) = fit(tmp_path, Plain(), strategy_of("ef21", 1), enable_checkpointing=True, callbacks=[checkpoint])
+    (report,) = fit(
+        tmp_path, Plain(), strategy_of("ef21", 1), enable_checkpointing=True, callbacks=[checkpoint]
+    )
     torch.save(report["weights"], tmp_path / "weights.pt")
     code = f"""
 import sys, torch
@@ -233,7 +302,9 @@ assert all(torch.equal(v, model.state_dict()[k]) for k, v in torch.load({str(tmp
 
 
 def test_learning_rate_finder_leaves_a_clean_state(tmp_path: Path) -> None:
-    """It saves before round 0, trains for a while, and restores: workers and server have then seen the real rounds only."""
+    """It saves before round 0, trains for a while, and restores: workers and server have then seen
+    the real rounds only.
+    """
     counter = CountsBatches()
     (report,) = fit(
         tmp_path,
@@ -242,7 +313,10 @@ def test_learning_rate_finder_leaves_a_clean_state(tmp_path: Path) -> None:
         callbacks=[LearningRateFinder(num_training_steps=5, update_attr=False), counter],
         default_root_dir=tmp_path,
         enable_checkpointing=True,
-        extra=lambda trainer, _: (trainer.strategy.exchanges[0].workers[3].rounds, trainer.strategy.exchanges[0].server.rounds),
+        extra=lambda trainer, _: (
+            trainer.strategy.exchanges[0].workers[3].rounds,
+            trainer.strategy.exchanges[0].server.rounds,
+        ),
     )
     assert report["extra"] == (counter.batches, counter.batches)
     assert counter.batches > 0

@@ -25,7 +25,9 @@ QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 
 @pytest.fixture(autouse=True)
 def no_wandb_run_is_left():
-    """One in progress would be taken over by the next test's logger, and what was in the environment is remembered."""
+    """One in progress would be taken over by the next test's logger, and what was in the
+    environment is remembered.
+    """
     yield
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
@@ -50,23 +52,35 @@ def logged(folder):
     return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
 
 
-# -- the configurations in the repository ---------------------------------------------------------------------------------
+# -- the configurations in the repository ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tiny_data(tmp_path_factory):
-    """A folder with a9a, Fashion-MNIST and CIFAR-10 in their own formats, but for their size and content."""
+    """A folder with a9a, Fashion-MNIST and CIFAR-10 in their own formats, but for their size and
+    content.
+    """
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     (folder / "libsvm").mkdir()
     for name, count in (("a9a", 60), ("a9a.t", 10)):
-        lines = (f"{2 * (i % 2) - 1:+d} {1 + i % 2}:1 {3 + int(rng.integers(120))}:1" for i in range(count))
+        lines = (
+            f"{2 * (i % 2) - 1:+d} {1 + i % 2}:1 {3 + int(rng.integers(120))}:1"
+            for i in range(count)
+        )
         (folder / "libsvm" / name).write_text("\n".join(lines) + "\n")
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 60), ("t10k", 10)):
-        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+        images, labels = (
+            rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            (np.arange(count) % 10).astype(np.uint8),
+        )
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, count) + labels.tobytes()
+        )
     batches = folder / "cifar-10-batches-py"
     batches.mkdir()
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
@@ -75,36 +89,65 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*/*_*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize(
+    "config", sorted(CONFIGS.glob("*/*_*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 def test_the_configs_for_data_sets_train(here, tiny_data, config):
     folder = tiny_data / "libsvm" if config.parent.name == "a9a" else tiny_data
     small = ("--data.batch_size=1", "--data.folder", folder)
-    if config.parent.name == "cifar10":  # a ResNet's passes take seconds here: one of the four has it
+    # a ResNet's passes take seconds here: one of the four has it
+    if config.parent.name == "cifar10":
         small += (
             ()
             if config.stem == "dstar"
-            else ("--model.net=lightning_byz.models.SmallCNN", "--model.net.channels=3", "--model.net.side=32")
+            else (
+                "--model.net=lightning_byz.models.SmallCNN",
+                "--model.net.channels=3",
+                "--model.net.side=32",
+            )
         )
-    assert fit("--config", config, f"--trainer.fast_dev_run={1 if config.stem == 'dstar' else 2}", *small) == 0
+    assert (
+        fit(
+            "--config",
+            config,
+            f"--trainer.fast_dev_run={1 if config.stem == 'dstar' else 2}",
+            *small,
+        )
+        == 0
+    )
 
 
 def test_there_is_a_config_for_every_system_and_data_set():
     systems = {"byz_ef21_sgdm", "dstar", "byz_vr_marina_pp", "signsgd_majority_vote"}
-    found = {folder: {path.stem for path in (CONFIGS / folder).glob("*.yaml")} for folder in ("a9a", "fashion_mnist", "cifar10")}
+    found = {
+        folder: {path.stem for path in (CONFIGS / folder).glob("*.yaml")}
+        for folder in ("a9a", "fashion_mnist", "cifar10")
+    }
     assert found == dict.fromkeys(found, systems)
     assert systems <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize(
     "config",
-    [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in ("multi_node", "wandb_sweep")],
+    [
+        path
+        for path in sorted(CONFIGS.glob("*.yaml"))
+        if path.stem not in ("multi_node", "wandb_sweep")
+    ],
     ids=lambda p: p.stem,
 )
 def test_the_configs_for_the_digits_train_and_log(here, config):
-    limits = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1")
+    limits = (
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.log_every_n_steps=1",
+    )
     assert fit("--config", config, *limits) == 0
     metrics = logged(here / "outputs" / config.stem)
-    assert all(len(metrics[name]) == 2 for name in ("byz/cosine", "byz/bytes_up", "byz/bytes_down", "byz/silent"))
+    assert all(
+        len(metrics[name]) == 2
+        for name in ("byz/cosine", "byz/bytes_up", "byz/bytes_down", "byz/silent")
+    )
     (saved,) = here.glob("outputs/*/*/hparams.yaml")  # the whole configuration, defaults included
     saved = yaml.safe_load(saved.read_text())
     assert saved["trainer"]["max_epochs"] == 1
@@ -112,11 +155,16 @@ def test_the_configs_for_the_digits_train_and_log(here, config):
 
 
 def test_the_config_for_several_machines_runs_on_one(here):
-    one = ("--trainer.num_nodes=1", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy.workers_per_process=4")
+    one = (
+        "--trainer.num_nodes=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.strategy.workers_per_process=4",
+    )
     assert fit("--config", CONFIGS / "multi_node.yaml", *one, "--trainer.fast_dev_run=2") == 0
 
 
-# -- loggers --------------------------------------------------------------------------------------------------------------
+# -- loggers ---------------------------------------------------------------------------------------
 
 THREE_LOGGERS = """
     - class_path: CSVLogger
@@ -141,7 +189,11 @@ def test_all_loggers_get_the_same_metrics_and_the_configuration(here):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (here / "wandb").mkdir()
-    limits = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.log_every_n_steps=1")
+    limits = (
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=3",
+        "--trainer.log_every_n_steps=1",
+    )
     assert fit("--config", three_loggers(here), *limits) == 0
     of_csv = logged(here / "csv")
     assert len(of_csv["byz/cosine"]) == 3
@@ -150,7 +202,9 @@ def test_all_loggers_get_the_same_metrics_and_the_configuration(here):
     (events,) = here.glob("board/**/events*")
     board = EventAccumulator(str(events))
     board.Reload()
-    of_board = {name: [event.value for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    of_board = {
+        name: [event.value for event in board.Scalars(name)] for name in board.Tags()["scalars"]
+    }
     of_wandb, config = dict(wandb.run.summary), dict(wandb.run.config)
     wandb.finish()
     for name in set(of_csv) - {"epoch", "step"}:
@@ -160,7 +214,9 @@ def test_all_loggers_get_the_same_metrics_and_the_configuration(here):
     (saved,) = here.glob("csv/**/hparams.yaml")
     for found in (yaml.safe_load(saved.read_text()), config):
         assert found["trainer"]["strategy"]["init_args"]["num_byzantine"] == 3
-        assert found["trainer"]["callbacks"][0]["init_args"]["attack"]["init_args"] == {"scale": 3.0}
+        assert found["trainer"]["callbacks"][0]["init_args"]["attack"]["init_args"] == {
+            "scale": 3.0
+        }
     (saved,) = here.glob("board/**/hparams.yaml")
     assert "num_byzantine: 3" in saved.read_text()
     assert list(here.glob("wandb/wandb/offline-run-*/*.wandb"))
@@ -168,27 +224,48 @@ def test_all_loggers_get_the_same_metrics_and_the_configuration(here):
 
 
 def test_a_run_without_a_logger_leaves_no_file(here):
-    assert fit("--config", CONFIG, "--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.max_steps=1") == 0
+    assert (
+        fit(
+            "--config",
+            CONFIG,
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+            "--trainer.max_steps=1",
+        )
+        == 0
+    )
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize(("logger", "extra"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")])
-def test_a_logger_that_is_not_installed_says_what_to_install(here, monkeypatch, capsys, logger, extra):
+@pytest.mark.parametrize(
+    ("logger", "extra"), [("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")]
+)
+def test_a_logger_that_is_not_installed_says_what_to_install(
+    here, monkeypatch, capsys, logger, extra
+):
     find = importlib.util.find_spec
-    monkeypatch.setattr("lightning_byz.extras.importlib.util.find_spec", lambda name: None if name == extra else find(name))
+    monkeypatch.setattr(
+        "lightning_byz.extras.importlib.util.find_spec",
+        lambda name: None if name == extra else find(name),
+    )
     assert fit("--config", CONFIG, f"--trainer.logger={logger}", "--trainer.logger.save_dir=x") == 1
-    assert f"{logger} needs the Python modules {extra}. Not installed: {extra}. Run: pip install 'lightning-byz[{extra}]'" in (
-        capsys.readouterr().err
+    assert (
+        f"{logger} needs the Python modules {extra}. Not installed: {extra}. Run: pip install "
+        f"'lightning-byz[{extra}]'" in (capsys.readouterr().err)
     )
 
 
-# -- what can be set ------------------------------------------------------------------------------------------------------
+# -- what can be set -------------------------------------------------------------------------------
 
 
 def test_validate_and_test_read_a_checkpoint(here, capsys):
     assert fit("--config", CONFIGS / "a_checkpoint.yaml") == 2  # no such file
     assert "File does not exist" in capsys.readouterr().err
-    network = ("--model=lightning_byz.Classifier", "--model.net=lightning_byz.models.SmallCNN", "--model.net.side=8")
+    network = (
+        "--model=lightning_byz.Classifier",
+        "--model.net=lightning_byz.models.SmallCNN",
+        "--model.net.side=8",
+    )
     where = ("--config", str(CONFIG), *network, "--trainer.logger=false")
     assert fit(*where, "--trainer.max_epochs=2", "--trainer.default_root_dir=run") == 0
     (checkpoint,) = here.glob("run/**/*.ckpt")
@@ -202,19 +279,42 @@ def test_validate_and_test_read_a_checkpoint(here, capsys):
 
 def test_parts_are_set_on_the_command_line_by_their_short_names(here):
     rule, attack = "--trainer.strategy.algorithm.aggregator.rule", "--trainer.callbacks.attack"
-    chosen = (f"{rule}=MultiKrum", f"{rule}.m=4", f"{attack}=IPM", f"{attack}.epsilon=0.25", "--trainer.callbacks.count=2")
+    chosen = (
+        f"{rule}=MultiKrum",
+        f"{rule}.m=4",
+        f"{attack}=IPM",
+        f"{attack}.epsilon=0.25",
+        "--trainer.callbacks.count=2",
+    )
     assert (
-        fit("--config", CONFIG, *chosen, "--data.partition=Dirichlet", "--data.partition.alpha=0.5", "--trainer.max_steps=1") == 0
+        fit(
+            "--config",
+            CONFIG,
+            *chosen,
+            "--data.partition=Dirichlet",
+            "--data.partition.alpha=0.5",
+            "--trainer.max_steps=1",
+        )
+        == 0
     )
     (saved,) = here.glob("outputs/digits/*/config.yaml")
     saved = yaml.safe_load(saved.read_text())
-    strategy, callbacks = saved["trainer"]["strategy"]["init_args"], saved["trainer"]["callbacks"][0]["init_args"]
+    strategy, callbacks = (
+        saved["trainer"]["strategy"]["init_args"],
+        saved["trainer"]["callbacks"][0]["init_args"],
+    )
     assert strategy["algorithm"]["init_args"]["aggregator"]["init_args"]["rule"] == {
         "class_path": "lightning_byz.MultiKrum",
         "init_args": {"f": None, "m": 4, "definition": "blanchard2017"},
     }
-    assert callbacks["attack"] == {"class_path": "lightning_byz.IPM", "init_args": {"epsilon": 0.25}}
-    assert (callbacks["count"], saved["data"]["init_args"]["partition"]["init_args"]["alpha"]) == (2, 0.5)
+    assert callbacks["attack"] == {
+        "class_path": "lightning_byz.IPM",
+        "init_args": {"epsilon": 0.25},
+    }
+    assert (callbacks["count"], saved["data"]["init_args"]["partition"]["init_args"]["alpha"]) == (
+        2,
+        0.5,
+    )
 
 
 ATTACKS = """
@@ -261,9 +361,16 @@ def test_a_partition_is_set_in_a_config(here, capsys):
     config, text = here / "config.yaml", CONFIG.read_text()
     line = "    batch_size: 16 # of one worker\n"
     assert line in text
-    partition = "    partition:\n      class_path: lightning_byz.Dirichlet\n      init_args:\n        alpha: 0.5\n"
+    partition = (
+        "    partition:\n      class_path: lightning_byz.Dirichlet\n      init_args:\n        "
+        "alpha: 0.5\n"
+    )
     config.write_text(text.replace(line, line + partition))
-    limits = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
+    limits = (
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.limit_val_batches=1",
+    )
     assert fit("--config", config, *limits) == 0
     (saved,) = here.glob("outputs/digits/*/config.yaml")
     assert "Dirichlet" in saved.read_text()
@@ -272,7 +379,7 @@ def test_a_partition_is_set_in_a_config(here, capsys):
     assert "`alpha` should be a number above 0. Found alpha=-1.0" in capsys.readouterr().err
 
 
-# -- mistakes -------------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -283,31 +390,79 @@ def test_a_partition_is_set_in_a_config(here, capsys):
             "lightning_byz.SignFlop",
             "no class SignFlop in lightning_byz. Did you mean lightning_byz.SignFlip?",
         ),
-        ("lightning_byz.SignFlip", "SignFlop", "no class SignFlop in lightning_byz. Did you mean lightning_byz.SignFlip?"),
-        ("lightning_byz.NNM", "NMM", "no class NMM in lightning_byz. Did you mean lightning_byz.NNM?"),
+        (
+            "lightning_byz.SignFlip",
+            "SignFlop",
+            "no class SignFlop in lightning_byz. Did you mean lightning_byz.SignFlip?",
+        ),
+        (
+            "lightning_byz.NNM",
+            "NMM",
+            "no class NMM in lightning_byz. Did you mean lightning_byz.NNM?",
+        ),
         ("lightning_byz.NNM", "nnm", "Did you mean lightning_byz.NNM?"),
-        ("lightning_byz.TrimmedMean", "lightning_byz.TrimedMean", "Did you mean lightning_byz.TrimmedMean?"),
-        ("lightning_byz.DigitsDataModule", "DigitDataModule", "Did you mean lightning_byz.DigitsDataModule?"),
+        (
+            "lightning_byz.TrimmedMean",
+            "lightning_byz.TrimedMean",
+            "Did you mean lightning_byz.TrimmedMean?",
+        ),
+        (
+            "lightning_byz.DigitsDataModule",
+            "DigitDataModule",
+            "Did you mean lightning_byz.DigitsDataModule?",
+        ),
         ("CSVLogger", "CSVLoger", "Did you mean lightning.pytorch.loggers.CSVLogger?"),
         (
             "quickstart.DigitsClassifier",
             "quickstart.DigitClassifier",
             "Did you mean lightning_byz.demo.quickstart.DigitsClassifier?",
         ),
-        ("lightning_byz.SignFlip", "lightningbyz.SignFlip", "no module lightningbyz, which lightningbyz.SignFlip names"),
+        (
+            "lightning_byz.SignFlip",
+            "lightningbyz.SignFlip",
+            "no module lightningbyz, which lightningbyz.SignFlip names",
+        ),
         (
             "lightning_byz.TrimmedMean",
             "lightning_byz.SignFlip",
             "lightning_byz.SignFlip does not correspond to a subclass of Aggregator",
         ),
-        ("scale: 3.0", "scales: 3.0", "lightning_byz.SignFlip has no argument 'scales'. Did you mean scale?"),
-        ("worker_momentum:", "worker_momentm:", "has no argument 'worker_momentm'. Did you mean worker_momentum?"),
-        ("max_epochs:", "max_epoch:", "no setting trainer.max_epoch. Did you mean trainer.max_epochs?"),
+        (
+            "scale: 3.0",
+            "scales: 3.0",
+            "lightning_byz.SignFlip has no argument 'scales'. Did you mean scale?",
+        ),
+        (
+            "worker_momentum:",
+            "worker_momentm:",
+            "has no argument 'worker_momentm'. Did you mean worker_momentum?",
+        ),
+        (
+            "max_epochs:",
+            "max_epoch:",
+            "no setting trainer.max_epoch. Did you mean trainer.max_epochs?",
+        ),
         ("trainer:", "trainr:", "Did you mean trainer?"),
-        ("class_path: lightning_byz.SignFlip", "class_pth: lightning_byz.SignFlip", "a key 'class_pth' where a class is described"),
-        ("num_byzantine: 3", "num_byzantine: three", "num_byzantine should be int or null. Found three."),
-        ("num_byzantine: 3", "num_byzantine: -3", "`num_byzantine` should be an integer of at least 0. Found num_byzantine=-3."),
-        ("accelerator: cpu", "strategy: byzantine_robst\n  accelerator: cpu", "Did you mean byzantine_robust?"),
+        (
+            "class_path: lightning_byz.SignFlip",
+            "class_pth: lightning_byz.SignFlip",
+            "a key 'class_pth' where a class is described",
+        ),
+        (
+            "num_byzantine: 3",
+            "num_byzantine: three",
+            "num_byzantine should be int or null. Found three.",
+        ),
+        (
+            "num_byzantine: 3",
+            "num_byzantine: -3",
+            "`num_byzantine` should be an integer of at least 0. Found num_byzantine=-3.",
+        ),
+        (
+            "accelerator: cpu",
+            "strategy: byzantine_robst\n  accelerator: cpu",
+            "Did you mean byzantine_robust?",
+        ),
     ],
 )
 def test_a_mistake_in_a_config_is_named(here, capsys, right, wrong, message):
@@ -325,9 +480,15 @@ def test_a_mistake_in_a_config_is_named(here, capsys, right, wrong, message):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--trainer.max_epohcs=3", "no setting trainer.max_epohcs. Did you mean trainer.max_epochs?"),
+        (
+            "--trainer.max_epohcs=3",
+            "no setting trainer.max_epohcs. Did you mean trainer.max_epochs?",
+        ),
         ("--trainer.strategy.algorithm.aggregator.rule=Kru", "Did you mean lightning_byz.Krum?"),
-        ("--trainer.strategy.algorithm.aggregator.rule.ff=3", "has no argument 'ff'. Did you mean f?"),
+        (
+            "--trainer.strategy.algorithm.aggregator.rule.ff=3",
+            "has no argument 'ff'. Did you mean f?",
+        ),
         ("--trainer.callbacks.attack=ALI", "Did you mean lightning_byz.ALIE?"),
         ("--data=FashionMNISTDataModul", "Did you mean lightning_byz.FashionMNISTDataModule?"),
         ("--trainer.max_epochs=many", "trainer.max_epochs should be int or null. Found many."),
@@ -338,26 +499,34 @@ def test_a_mistake_on_the_command_line_is_named(here, capsys, argument, message)
     assert message in capsys.readouterr().err
 
 
-# -- the catalogue --------------------------------------------------------------------------------------------------------
+# -- the catalogue ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["algorithms", "rules", "pre-aggregations", "attacks", "compressors"])
+@pytest.mark.parametrize(
+    "kind", ["algorithms", "rules", "pre-aggregations", "attacks", "compressors"]
+)
 def test_every_part_says_what_it_does_and_where_it_comes_from(kind):
     for entry in catalogue.catalogue(kind):
         assert entry.summary.endswith((".", "`")), entry
-        assert entry.source, f"{entry.name}: the docstring should cite a paper, or say `No paper: ...`"
+        assert entry.source, (
+            f"{entry.name}: the docstring should cite a paper, or say `No paper: ...`"
+        )
 
 
 @pytest.mark.parametrize("command", ["--help", "list", "list Krum", "list SuspicionMonitor"])
 def test_what_can_be_asked_is_answered_without_lightning(command):
     """Its import takes seconds, and PyTorch's compiler's too."""
     program = (
-        f"import sys\nfrom lightning_byz import cli\ntry:\n    assert cli.main({command.split()}) == 0\n"
+        f"import sys\nfrom lightning_byz import cli\ntry:\n    assert cli.main({command.split()}) "
+        "== 0\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
-        "heavy = ('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', 'torch._dynamo', 'matplotlib')\n"
+        "heavy = ('lightning', 'pytorch_lightning', 'lightning_fabric', 'torchmetrics', "
+        "'torch._dynamo', 'matplotlib')\n"
         "print([name for name in heavy if name in sys.modules])"
     )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert shown.returncode == 0, shown.stderr
     *said, last = shown.stdout.splitlines()
     assert last == "[]"
@@ -370,14 +539,19 @@ def test_strategy_names_are_known_once_both_are_imported(first):
     program = (
         f"import {first}, lightning_byz, lightning, pytorch_lightning\n"
         "for package in (lightning.pytorch, pytorch_lightning):\n"
-        "    assert 'byzantine_robust' in package.strategies.StrategyRegistry.available_strategies()\n"
+        "    assert 'byzantine_robust' in "
+        "package.strategies.StrategyRegistry.available_strategies()\n"
         "home = lightning_byz.ByzantineRobustStrategy.__module__\n"
-        f"assert home == 'lightning_byz.{'pytorch_lightning' if first == 'pytorch_lightning' else 'lightning'}', home\n"
+        "assert home == "
+        f"'lightning_byz.{'pytorch_lightning' if first == 'pytorch_lightning' else 'lightning'}', "
+        "home\n"
         "assert set(lightning_byz.__all__) <= set(dir(lightning_byz))\n"
         "assert all(hasattr(lightning_byz, name) for name in lightning_byz.__all__)\n"
         "assert not hasattr(lightning_byz, 'Nothing')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -386,8 +560,17 @@ def test_everything_that_a_run_is_made_of_is_listed(capsys, monkeypatch):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
-    helpers = {"LineSearch", "ShiftedExponential", "WorkerSampler", "Classifier", "ByzantineRobustStrategy", "make_keys"}
-    assert set(lightning_byz.__all__) - set(lines) == helpers | {name for name in lightning_byz.__all__ if "DataModule" in name}
+    helpers = {
+        "LineSearch",
+        "ShiftedExponential",
+        "WorkerSampler",
+        "Classifier",
+        "ByzantineRobustStrategy",
+        "make_keys",
+    }
+    assert set(lightning_byz.__all__) - set(lines) == helpers | {
+        name for name in lightning_byz.__all__ if "DataModule" in name
+    }
     assert set(catalogue.KINDS) <= set(lines)
     assert "one row with the smallest Krum score" in lines["Krum"]
     assert "Blanchard et al., NeurIPS 2017 (arXiv 1703.02757)" in lines["Krum"]
@@ -421,8 +604,14 @@ def test_version_and_unknown_commands(capsys):
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_byz.extras.importlib.util.find_spec", lambda name: None if name == "matplotlib" else object())
-    with pytest.raises(MissingExtraError, match=r"Not installed: matplotlib. Run: pip install 'lightning-byz\[plot\]'"):
+    monkeypatch.setattr(
+        "lightning_byz.extras.importlib.util.find_spec",
+        lambda name: None if name == "matplotlib" else object(),
+    )
+    with pytest.raises(
+        MissingExtraError,
+        match=r"Not installed: matplotlib. Run: pip install 'lightning-byz\[plot\]'",
+    ):
         require("A picture", "plot", "rich", "matplotlib")
     assert cli.main(["demo"]) == 1
     assert "pip install 'lightning-byz[demo]'" in capsys.readouterr().err

@@ -28,7 +28,13 @@ from lightning_byz.compressors import (
     TernGrad,
     TopK,
 )
-from lightning_byz.compressors.bits import at_least, look_up_bits, pack_bits, packed_bytes, unpack_bits
+from lightning_byz.compressors.bits import (
+    at_least,
+    look_up_bits,
+    pack_bits,
+    packed_bytes,
+    unpack_bits,
+)
 from lightning_byz.compressors.sparse import largest
 
 D = 20
@@ -43,22 +49,32 @@ def stream(seed=0):
 
 def round_trips(compressor, x, times, seed=0):
     generator = stream(seed)
-    return torch.stack([compressor.decode(compressor.encode(x, generator), len(x)) for _ in range(times)])
+    return torch.stack(
+        [compressor.decode(compressor.encode(x, generator), len(x)) for _ in range(times)]
+    )
 
 
-# -- the wire -------------------------------------------------------------------------------------------------------------
+# -- the wire --------------------------------------------------------------------------------------
 
 
 @each(COMPRESSORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [1, 2, 7, 20, 1000])
 def test_the_layout_is_what_encode_gives_and_bytes_are_those_on_the_wire(case, dtype, dim):
-    for x in (rows_for(1, dim, dtype=dtype)[0], torch.zeros(dim, dtype=dtype), torch.ones(dim, dtype=dtype)):
+    for x in (
+        rows_for(1, dim, dtype=dtype)[0],
+        torch.zeros(dim, dtype=dtype),
+        torch.ones(dim, dtype=dtype),
+    ):
         compressor = case.of(dim)
         payload = compressor.encode(x, stream())
         layout = compressor.layout(dim, dtype)
         assert tuple(Field(tuple(t.shape), t.dtype) for t in payload) == layout
-        assert sum(t.nbytes for t in payload) == compressor.nbytes(dim, dtype) == sum(field.nbytes for field in layout)
+        assert (
+            sum(t.nbytes for t in payload)
+            == compressor.nbytes(dim, dtype)
+            == sum(field.nbytes for field in layout)
+        )
         assert compressor.valid(payload, dim)
         decoded = compressor.decode(payload, dim)
         assert decoded.shape == (dim,)
@@ -67,7 +83,13 @@ def test_the_layout_is_what_encode_gives_and_bytes_are_those_on_the_wire(case, d
 
 @pytest.mark.parametrize(
     ("compressor", "dim", "nbytes"),
-    [(Identity(), 100, 400), (TopK(ratio=0.1), 100, 80), (TopK(k=5), 100, 40), (RandK(ratio=0.01), 50, 8), (TopK(k=500), 100, 800)],
+    [
+        (Identity(), 100, 400),
+        (TopK(ratio=0.1), 100, 80),
+        (TopK(k=5), 100, 40),
+        (RandK(ratio=0.01), 50, 8),
+        (TopK(k=500), 100, 800),
+    ],
 )
 def test_bytes(compressor, dim, nbytes):
     assert compressor.nbytes(dim, torch.float32) == nbytes
@@ -94,25 +116,36 @@ def test_the_global_generator_is_neither_used_nor_moved(case):
     torch.manual_seed(1)
     first, state = case.of(D).encode(rows_for(1, D)[0], stream(5)), torch.get_rng_state()
     torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, case.of(D).encode(rows_for(1, D)[0], stream(5)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first, case.of(D).encode(rows_for(1, D)[0], stream(5)), strict=True)
+    )
     torch.manual_seed(1)
     assert torch.equal(state, torch.get_rng_state())
 
 
 @each([case for case in SPARSE if case.random and case.compressor.count(D) < D])
 def test_another_generator_draws_other_coordinates(case):
-    picks = {tuple(case.compressor.encode(torch.ones(D), stream(seed))[1].tolist()) for seed in range(10)}
+    picks = {
+        tuple(case.compressor.encode(torch.ones(D), stream(seed))[1].tolist()) for seed in range(10)
+    }
     assert len(picks) > 5
 
 
-# -- the operator ---------------------------------------------------------------------------------------------------------
+# -- the operator ----------------------------------------------------------------------------------
 
 
 @each([case for case in COMPRESSORS if case.of(D).contraction(D) is not None])
-@pytest.mark.parametrize("x", [rows_for(1, D, seed)[0] for seed in range(3)] + [torch.ones(D).double(), torch.eye(D).double()[3]])
+@pytest.mark.parametrize(
+    "x",
+    [rows_for(1, D, seed)[0] for seed in range(3)]
+    + [torch.ones(D).double(), torch.eye(D).double()[3]],
+)
 def test_contraction_is_at_least_what_is_declared(case, x):
     alpha = case.of(D).contraction(D)
-    errors = ((round_trips(case.of(D), x, 600 if case.random else 1) - x) ** 2).sum(1) / (x**2).sum()
+    errors = ((round_trips(case.of(D), x, 600 if case.random else 1) - x) ** 2).sum(1) / (
+        x**2
+    ).sum()
     slack = 3 * float(errors.std()) / math.sqrt(len(errors)) if case.random else 0.0
     assert 0 < alpha <= 1
     assert errors.mean() <= 1 - alpha + slack + 1e-12
@@ -127,19 +160,32 @@ def test_unbiased_with_the_declared_variance(case, d):
     standard_error = math.sqrt(omega * float((x**2).sum()) / times)
     assert torch.linalg.vector_norm(out.mean(0) - x) <= 3 * standard_error + 1e-12
     variance, declared = float(((out - x) ** 2).sum(1).mean()), omega * float((x**2).sum())
-    assert variance == pytest.approx(declared, rel=0.06, abs=1e-12) if case.tight else variance <= 1.06 * declared
+    assert (
+        variance == pytest.approx(declared, rel=0.06, abs=1e-12)
+        if case.tight
+        else variance <= 1.06 * declared
+    )
 
 
 @each(SPARSE)
 def test_nothing_is_declared_both_biased_and_unbiased_wrongly(case):
     """Scaled Rand-K blows up in an EF21 recursion, so it must not call itself contractive."""
     assert (case.compressor.contraction(D) is None) == isinstance(case.compressor, RandK)
-    assert case.compressor.variance(D) is None or case.compressor.variance(D) == pytest.approx(D / case.compressor.count(D) - 1)
+    assert case.compressor.variance(D) is None or case.compressor.variance(D) == pytest.approx(
+        D / case.compressor.count(D) - 1
+    )
 
 
 @pytest.mark.parametrize(
     ("compressor", "bits"),
-    [(Sign(), 1), (ScaledSign(), 1), (TernGrad(), 2), (QSGD(levels=7), 4), (QSGD(levels=127), 8), (NaturalCompression(), 9)],
+    [
+        (Sign(), 1),
+        (ScaledSign(), 1),
+        (TernGrad(), 2),
+        (QSGD(levels=7), 4),
+        (QSGD(levels=127), 8),
+        (NaturalCompression(), 9),
+    ],
     ids=repr,
 )
 def test_bits_of_a_coordinate_on_the_wire(compressor, bits):
@@ -170,7 +216,14 @@ def test_signs_of_zeros_are_plus_one_and_the_scale_is_the_mean_magnitude():
 def test_natural_compression_gives_the_powers_of_two_around_a_number():
     x = torch.tensor([3.0, -0.3, 4.0, 0.0, 1e-45, -3.3e38]).repeat(500)
     out = round_trips(NaturalCompression(), x, 1)[0].view(500, 6)
-    assert [sorted(column.unique().tolist()) for column in out.T] == [[2, 4], [-0.5, -0.25], [4], [0], [0], [-(2.0**127)]]
+    assert [sorted(column.unique().tolist()) for column in out.T] == [
+        [2, 4],
+        [-0.5, -0.25],
+        [4],
+        [0],
+        [0],
+        [-(2.0**127)],
+    ]
 
 
 def test_float16_does_not_overflow():
@@ -235,7 +288,8 @@ def test_a_sampled_threshold_finds_what_topk_finds(shape, k):
 def test_a_misleading_sample_does_not_mislead():
     sampled = torch.randint(LONG, (32_768,), generator=torch.Generator().manual_seed(0))
     x = torch.ones(LONG).index_fill_(0, sampled, 2.0)
-    k = int((x == 2).sum()) // 4  # the threshold that the sample gives, 2, is reached by enough; now by too few
+    # the threshold that the sample gives, 2, is reached by enough; now by too few
+    k = int((x == 2).sum()) // 4
     assert (x[largest(x, k)] == 2).all()
     x = torch.arange(1.0, LONG + 1) / LONG
     x[sampled] = 3.0
@@ -250,12 +304,19 @@ def test_the_norm_that_qsgd_sends_is_right_for_many_numbers():
     torch.testing.assert_close(QSGD().scale(x).item(), math.sqrt(len(x)))
 
 
-# -- low rank -------------------------------------------------------------------------------------------------------------
+# -- low rank --------------------------------------------------------------------------------------
 
 
 @laws
-@given(seed=st.integers(0, 10**6), d=st.integers(1, 80), rank=st.integers(1, 9), iterations=st.integers(1, 3))
-def test_low_rank_is_an_orthogonal_projection_of_the_nearly_square_matrix(seed, d, rank, iterations):
+@given(
+    seed=st.integers(0, 10**6),
+    d=st.integers(1, 80),
+    rank=st.integers(1, 9),
+    iterations=st.integers(1, 3),
+)
+def test_low_rank_is_an_orthogonal_projection_of_the_nearly_square_matrix(
+    seed, d, rank, iterations
+):
     x = rows_for(1, d, seed, mean=0.1)[0]
     compressor = LowRank(rank, iterations)
     p, q = compressor.encode(x, stream(seed))
@@ -268,7 +329,9 @@ def test_low_rank_is_an_orthogonal_projection_of_the_nearly_square_matrix(seed, 
     m[:d] = x
     m = m.reshape(p.shape[0], q.shape[0])
     decoded = compressor.decode((p, q), d)
-    assert decoded.numpy() == pytest.approx((p.numpy() @ (p.numpy().T @ m)).reshape(-1)[:d], abs=1e-9)
+    assert decoded.numpy() == pytest.approx(
+        (p.numpy() @ (p.numpy().T @ m)).reshape(-1)[:d], abs=1e-9
+    )
     if rank >= q.shape[0]:
         torch.testing.assert_close(decoded, x, rtol=0, atol=1e-9)
     best = (np.linalg.svd(m, compute_uv=False)[rank:] ** 2).sum()
@@ -302,13 +365,16 @@ def test_low_rank_survives_the_largest_and_the_smallest_numbers():
         assert torch.isfinite(LowRank(rank=2).decode(payload, 30)).all()
 
 
-# -- per tensor, per shard ------------------------------------------------------------------------------------------------
+# -- per tensor, per shard -------------------------------------------------------------------------
 
 
 def test_per_tensor_is_the_compressor_of_each_tensor():
     x, sizes = rows_for(1, 50, mean=0.0)[0], (7, 0, 30, 13)
     compressor = PerTensor(TopK(ratio=0.1), sizes=sizes)
-    parts = [TopK(ratio=0.1).decode(TopK(ratio=0.1).encode(part), len(part)) for part in x.split((7, 30, 13))]
+    parts = [
+        TopK(ratio=0.1).decode(TopK(ratio=0.1).encode(part), len(part))
+        for part in x.split((7, 30, 13))
+    ]
     assert torch.equal(compressor.decode(compressor.encode(x), 50), torch.cat(parts))
     assert [int(part.count_nonzero()) for part in parts] == [1, 3, 1]
     assert compressor.contraction(50) == 1 / 13
@@ -327,7 +393,9 @@ def test_per_tensor_needs_the_sizes():
         lambda: compressor.encode(torch.ones(3)),
         lambda: compressor.contraction(3),
     ):
-        with pytest.raises(ValueError, match=r"vector's 3. Found sizes=None.*strategy fills them in"):
+        with pytest.raises(
+            ValueError, match=r"vector's 3. Found sizes=None.*strategy fills them in"
+        ):
             use()
     with pytest.raises(ValueError, match=r"vector's 4. Found sizes=\(1, 2\)"):
         PerTensor(TopK(k=1), (1, 2)).encode(torch.ones(4))
@@ -341,7 +409,9 @@ def test_votes_are_counted_on_packed_bits(n):
     packed = [pack_bits(row, 1) for row in votes]
     before = [row.clone() for row in packed]
     for count in range(1, n + 2):
-        assert torch.equal(unpack_bits(at_least(packed, count), 1, 100).bool(), votes.sum(0) >= count)
+        assert torch.equal(
+            unpack_bits(at_least(packed, count), 1, 100).bool(), votes.sum(0) >= count
+        )
     assert all(torch.equal(a, b) for a, b in zip(packed, before, strict=True))
 
 
@@ -363,7 +433,9 @@ def test_the_shares_of_a_payload_are_the_columns_of_what_it_stands_for(case, d, 
         layout = part.layout(last - first, torch.float32)
         assert [tensor.dtype for tensor in share] == [field.dtype for field in layout]
         if compressor.sparse:
-            assert all(tensor.shape <= field.shape for tensor, field in zip(share, layout, strict=True))
+            assert all(
+                tensor.shape <= field.shape for tensor, field in zip(share, layout, strict=True)
+            )
         else:
             assert [tuple(tensor.shape) for tensor in share] == [field.shape for field in layout]
         assert part.valid(share, last - first)
@@ -401,11 +473,14 @@ def test_rand_k_picks_every_coordinate_and_every_pair_equally_often(k, d):
         row[RandK(k=k).encode(torch.ones(d), generator)[1].long()] = 1
     p = k / d
     assert (picked.mean(0) - p).abs().max() <= 4.5 * math.sqrt(p * (1 - p) / times)
-    pairs, q = (picked.T @ picked / times)[~torch.eye(d, dtype=torch.bool)], k * (k - 1) / (d * (d - 1))
+    pairs, q = (
+        (picked.T @ picked / times)[~torch.eye(d, dtype=torch.bool)],
+        k * (k - 1) / (d * (d - 1)),
+    )
     assert (pairs - q).abs().max() <= 5 * math.sqrt(q * (1 - q) / times) + 1e-9
 
 
-# -- what an adversary may send -------------------------------------------------------------------------------------------
+# -- what an adversary may send --------------------------------------------------------------------
 
 D_WIRE, K_WIRE = 10, 3
 
@@ -460,7 +535,11 @@ def test_whatever_bytes_are_valid_decode_to_finite_numbers(case, seed, d):
             noise = torch.randint(codes, (field.nbytes,), generator=generator).to(torch.uint8)
             tensor = noise.view(field.dtype).view(field.shape)
             if tensor.is_floating_point():
-                tensor = torch.where(torch.rand(field.shape, generator=generator) < 0.3, torch.finfo(field.dtype).max, tensor)
+                tensor = torch.where(
+                    torch.rand(field.shape, generator=generator) < 0.3,
+                    torch.finfo(field.dtype).max,
+                    tensor,
+                )
             payload.append(tensor)
         if case.of(d).valid(tuple(payload), d):
             assert torch.isfinite(case.of(d).decode(tuple(payload), d)).all()
@@ -468,7 +547,8 @@ def test_whatever_bytes_are_valid_decode_to_finite_numbers(case, seed, d):
 
 @laws
 @given(
-    st.lists(st.integers(-3, D_WIRE + 3), min_size=K_WIRE, max_size=K_WIRE), st.lists(st.floats(width=32), min_size=3, max_size=3)
+    st.lists(st.integers(-3, D_WIRE + 3), min_size=K_WIRE, max_size=K_WIRE),
+    st.lists(st.floats(width=32), min_size=3, max_size=3),
 )
 def test_whatever_is_valid_can_be_decoded_and_says_what_it_claims(index, values):
     payload = torch.tensor(values, dtype=torch.float32), torch.tensor(index, dtype=torch.int32)
@@ -480,7 +560,7 @@ def test_whatever_is_valid_can_be_decoded_and_says_what_it_claims(index, values)
         assert out.count_nonzero() == payload[0].count_nonzero()
 
 
-# -- settings -------------------------------------------------------------------------------------------------------------
+# -- settings --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [TopK, RandK, ContractiveRandK])
@@ -525,7 +605,9 @@ def test_compressors_are_values(case):
     assert eval(repr(case.compressor), vars(compressors)) == case.compressor
 
 
-@pytest.mark.parametrize("codec", [TopK(ratio=0.01), PerTensor(TopK(ratio=0.01), (70_000, 130_000))], ids=repr)
+@pytest.mark.parametrize(
+    "codec", [TopK(ratio=0.01), PerTensor(TopK(ratio=0.01), (70_000, 130_000))], ids=repr
+)
 def test_the_largest_of_a_difference_are_found_without_storing_it(codec):
     x, noise = rows_for(2, 200_000, seed=3, dtype=torch.float32)
     y = x / 2 + noise / 5  # near x, as a mirror is: the largest of x are others

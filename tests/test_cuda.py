@@ -66,7 +66,11 @@ def test_every_rule_gives_there_what_it_gives_here(case: Any, dtype: torch.dtype
     rule = case.rule.with_f(min(2, case.rule.most_f(13)))
     here, there = rule(x.clone()), rule(x.to(GPU))
     assert there.device.type == "cuda" and there.dtype == dtype
-    tolerance = {torch.float64: max(case.tolerance, 1e-9), torch.float32: max(case.tolerance, 1e-4), torch.bfloat16: 2e-2}[dtype]
+    tolerance = {
+        torch.float64: max(case.tolerance, 1e-9),
+        torch.float32: max(case.tolerance, 1e-4),
+        torch.bfloat16: 2e-2,
+    }[dtype]
     torch.testing.assert_close(there.cpu(), here, rtol=tolerance, atol=tolerance)
 
 
@@ -76,13 +80,19 @@ def test_every_compressor_speaks_one_language(case: Any) -> None:
     codec, x = case.of(1000), rows_for(1, 1000, dtype=torch.float32)[0]
     for source, target in ((GPU, CPU), (CPU, GPU)):
         payload = codec.encode(x.to(source), torch.Generator(source).manual_seed(1))
-        assert [(tuple(t.shape), t.dtype) for t in payload] == [tuple(field) for field in codec.layout(1000, torch.float32)]
+        assert [(tuple(t.shape), t.dtype) for t in payload] == [
+            tuple(field) for field in codec.layout(1000, torch.float32)
+        ]
         moved = tuple(t.to(target) for t in payload)
         assert bool(codec.valid(moved, 1000)) and bool(codec.valid(payload, 1000))
-        torch.testing.assert_close(codec.decode(moved, 1000).cpu(), codec.decode(payload, 1000).cpu())
+        torch.testing.assert_close(
+            codec.decode(moved, 1000).cpu(), codec.decode(payload, 1000).cpu()
+        )
 
 
-def rounds(algorithm: Any, device: torch.device, transport: Any = None, n: int = 9, d: int = 3000) -> list[torch.Tensor]:
+def rounds(
+    algorithm: Any, device: torch.device, transport: Any = None, n: int = 9, d: int = 3000
+) -> list[torch.Tensor]:
     """The estimates of four rounds, of which one has an absent worker, and one a nan."""
     if transport is None:
         transport = InProcess()
@@ -93,7 +103,10 @@ def rounds(algorithm: Any, device: torch.device, transport: Any = None, n: int =
         grads[5, -1] = torch.nan if step == 1 else grads[5, -1]
         used = torch.ones(2, dtype=torch.bool, device=device)
         mine = [
-            Contribution(None if step == 2 and w == 3 else Gradients(grads[w], grads[w].flip(0)), used) for w in transport.workers
+            Contribution(
+                None if step == 2 and w == 3 else Gradients(grads[w], grads[w].flip(0)), used
+            )
+            for w in transport.workers
         ]
         x = torch.zeros(d, device=device) + step**2
         outcome = exchange.run(mine, x, trusted=torch.ones(d, device=device))
@@ -107,7 +120,8 @@ def test_every_algorithm_runs_there(case: Any) -> None:
     here, there = rounds(case.algorithm, CPU, d=200), rounds(case.algorithm, GPU, d=200)
     assert len(here) == len(there)
     chance = any(
-        name in repr(case.algorithm) for name in ("RandK", "QSGD", "random", "TernGrad", "Natural", "Bucketing", "LowRank")
+        name in repr(case.algorithm)
+        for name in ("RandK", "QSGD", "random", "TernGrad", "Natural", "Bucketing", "LowRank")
     )
     for a, b in zip(here, there, strict=True):
         assert torch.isfinite(b).all()
@@ -132,12 +146,14 @@ def test_in_process_workers_train_there(precision: str, tmp_path: Path) -> None:
     trainer.fit(module, loader())
     assert trainer.callback_metrics["loss"] < 0.8
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    again = L.Trainer(**QUIET, strategy=ByzantineRobustStrategy(workers_per_process=4), max_epochs=7)
+    again = L.Trainer(
+        **QUIET, strategy=ByzantineRobustStrategy(workers_per_process=4), max_epochs=7
+    )
     again.fit(Plain(norm=True, dropout=0.1), loader(), ckpt_path=tmp_path / "model.ckpt")
     assert again.global_step == 70
 
 
-# -- NCCL -----------------------------------------------------------------------------------------------------------------
+# -- NCCL ------------------------------------------------------------------------------------------
 
 RANKS = 3
 CASES: dict[str, Any] = {
@@ -147,7 +163,9 @@ CASES: dict[str, Any] = {
     "momenta": RobustSGD(CAF(f=2, norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True),
     "votes": SignSGDMajorityVote().with_f(2),
     "few coordinates": ByzEF21SGDM(CoordinateMedian(f=2), TopK(ratio=0.01)),
-    "few coordinates, distances": ByzEF21SGDM(Chain(pre=(NNM(),), rule=TrimmedMean(), f=2), TopK(ratio=0.01)),
+    "few coordinates, distances": ByzEF21SGDM(
+        Chain(pre=(NNM(),), rule=TrimmedMean(), f=2), TopK(ratio=0.01)
+    ),
 }
 TRANSPORTS: dict[str, Callable[[], Any]] = {
     "all_gather": AllGather,
@@ -179,7 +197,9 @@ def in_ranks(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=rank_main, args=(rank, port, folder, work)) for rank in range(RANKS)]
+    children = [
+        context.Process(target=rank_main, args=(rank, port, folder, work)) for rank in range(RANKS)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -190,7 +210,9 @@ def in_ranks(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
 
 
 def exchanged(rank: int, folder: Path) -> Any:
-    dist.init_process_group("nccl", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100), device_id=GPU)
+    dist.init_process_group(
+        "nccl", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100), device_id=GPU
+    )
     found = {}
     for way, make in TRANSPORTS.items():
         for name, algorithm in CASES.items():
@@ -207,11 +229,15 @@ def test_over_nccl_every_transport_gives_what_one_process_gives(tmp_path: Path) 
         for other in ranks[1:]:
             assert all(map(torch.equal, estimates, other[way, name])), (way, name)
         for a, b in zip(rounds(CASES[name], GPU), estimates, strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, at=(way, name): f"{at}: {m}")
+            torch.testing.assert_close(
+                b, a, rtol=1e-4, atol=1e-5, msg=lambda m, at=(way, name): f"{at}: {m}"
+            )
 
 
 class SideStream(Plain):
-    """A forward pass of which every second one runs on a stream of its own, and its backward pass with it."""
+    """A forward pass of which every second one runs on a stream of its own, and its backward pass
+    with it.
+    """
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         here, side = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -252,13 +278,19 @@ def test_over_nccl_gradients_of_several_streams_are_all_there_when_they_are_sent
 
 def trained(rank: int, folder: Path) -> Any:
     found = {}
-    for name, algorithm in {"default": None, "median": RobustSGD(CoordinateMedian()), "votes": SignSGDMajorityVote()}.items():
+    for name, algorithm in {
+        "default": None,
+        "median": RobustSGD(CoordinateMedian()),
+        "votes": SignSGDMajorityVote(),
+    }.items():
         for overlap in (False, True):
             L.seed_everything(7)
             module = Plain(norm=True, lr=0.001 if name == "votes" else 0.1)
             trainer = L.Trainer(
                 **QUIET,
-                strategy=ByzantineRobustStrategy(algorithm, Sharded(overlap=overlap, bucket_size=128)),
+                strategy=ByzantineRobustStrategy(
+                    algorithm, Sharded(overlap=overlap, bucket_size=128)
+                ),
                 num_nodes=RANKS,
                 plugins=[LightningEnvironment()],
                 max_epochs=4,

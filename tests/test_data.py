@@ -10,7 +10,13 @@ from lightning_byz import WorkerSampler
 from lightning_byz.data.batches import split_batch
 from lightning_byz.data.digits import TEST_IMAGES
 
-SETTINGS = [(96, 4, 4, {}), (97, 4, 5, {}), (23, 3, 8, {}), (97, 4, 5, {"drop_last": True}), (97, 4, 5, {"shuffle": False})]
+SETTINGS = [
+    (96, 4, 4, {}),
+    (97, 4, 5, {}),
+    (23, 3, 8, {}),
+    (97, 4, 5, {"drop_last": True}),
+    (97, 4, 5, {"shuffle": False}),
+]
 
 
 def streams(samples, n, batch_size, processes, epoch=0, **kwargs):
@@ -18,9 +24,13 @@ def streams(samples, n, batch_size, processes, epoch=0, **kwargs):
     local = n // processes
     seen = []
     for rank in range(processes):
-        sampler = WorkerSampler(range(samples), batch_size, local, num_replicas=processes, rank=rank, seed=5, **kwargs)
+        sampler = WorkerSampler(
+            range(samples), batch_size, local, num_replicas=processes, rank=rank, seed=5, **kwargs
+        )
         sampler.set_epoch(epoch)
-        loader = DataLoader(torch.arange(samples), batch_size=sampler.batch_size_per_process, sampler=sampler)
+        loader = DataLoader(
+            torch.arange(samples), batch_size=sampler.batch_size_per_process, sampler=sampler
+        )
         steps = [[part.tolist() for part in split_batch(batch, local)] for batch in loader]
         assert len(sampler) == sum(len(part) for step in steps for part in step)
         seen += [[step[i] for step in steps] for i in range(local)]
@@ -34,7 +44,11 @@ def flat(stream):
 @pytest.mark.parametrize(("samples", "n", "batch_size", "kwargs"), SETTINGS)
 def test_a_worker_sees_the_same_samples_in_any_number_of_processes(samples, n, batch_size, kwargs):
     for epoch in (0, 3):
-        everywhere = [streams(samples, n, batch_size, processes, epoch, **kwargs) for processes in (1, n) if n % processes == 0]
+        everywhere = [
+            streams(samples, n, batch_size, processes, epoch, **kwargs)
+            for processes in (1, n)
+            if n % processes == 0
+        ]
         assert everywhere[0] == everywhere[1]
     assert streams(96, 4, 4, 1) == streams(96, 4, 4, 2) == streams(96, 4, 4, 4)
 
@@ -67,7 +81,11 @@ def test_a_worker_keeps_its_part_and_reshuffles_it_every_epoch():
 
 
 def test_without_shuffling_the_order_is_the_parts():
-    assert [flat(stream) for stream in streams(12, 3, 2, 1, shuffle=False)] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert [flat(stream) for stream in streams(12, 3, 2, 1, shuffle=False)] == [
+        [0, 3, 6, 9],
+        [1, 4, 7, 10],
+        [2, 5, 8, 11],
+    ]
 
 
 def test_uneven_parts():
@@ -75,7 +93,11 @@ def test_uneven_parts():
     everybody = [flat(stream) for stream in streams(10, 3, 2, 1, parts=parts)]
     assert [set(stream) for stream in everybody] == [set(part) for part in parts]
     assert [len(stream) for stream in everybody] == [5, 5, 5]
-    assert max(everybody[1].count(index) for index in (5, 6)) - min(everybody[1].count(index) for index in (5, 6)) <= 1
+    assert (
+        max(everybody[1].count(index) for index in (5, 6))
+        - min(everybody[1].count(index) for index in (5, 6))
+        <= 1
+    )
     short = [flat(stream) for stream in streams(10, 3, 2, 1, parts=parts, drop_last=True)]
     assert [len(stream) for stream in short] == [2, 2, 2]
 
@@ -111,4 +133,6 @@ def test_digits(package):
     assert torch.bincount(held_out, minlength=10).min() > 20
     again = package.DigitsDataModule(seed=3)
     again.setup("test")
-    assert torch.equal(again.held_out.tensors[0], data.held_out.tensors[0]), "the split depends on no seed"
+    assert torch.equal(again.held_out.tensors[0], data.held_out.tensors[0]), (
+        "the split depends on no seed"
+    )

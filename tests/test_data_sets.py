@@ -13,7 +13,13 @@ import torch
 
 import lightning_byz.lightning
 import lightning_byz.pytorch_lightning
-from lightning_byz import CIFAR10DataModule, Dirichlet, FashionMNISTDataModule, LIBSVMDataModule, Replicated
+from lightning_byz import (
+    CIFAR10DataModule,
+    Dirichlet,
+    FashionMNISTDataModule,
+    LIBSVMDataModule,
+    Replicated,
+)
 from lightning_byz.data import DataNotFoundError, base, libsvm
 from lightning_byz.data.images import Images
 from lightning_byz.extras import MissingExtraError
@@ -46,11 +52,13 @@ def known(monkeypatch, files, features=5):
     monkeypatch.setitem(libsvm.KNOWN, "tiny", libsvm._Known(features, hashes))
 
 
-# -- LIBSVM ---------------------------------------------------------------------------------------------------------------
+# -- LIBSVM ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("package", [lightning_byz.lightning, lightning_byz.pytorch_lightning])
-@pytest.mark.parametrize(("ending", "pack"), [("", bytes), (".bz2", bz2.compress), (".gz", gzip.compress)])
+@pytest.mark.parametrize(
+    ("ending", "pack"), [("", bytes), (".bz2", bz2.compress), (".gz", gzip.compress)]
+)
 def test_files_in_the_folder_are_read(tmp_path, package, ending, pack):
     (tmp_path / f"mine{ending}").write_bytes(pack(TRAINING))
     (tmp_path / f"mine.t{ending}").write_bytes(pack(HELD_OUT))
@@ -84,7 +92,9 @@ def test_labels_become_0_and_1_whatever_they_were(tmp_path):
     module.setup("fit")
     assert module.training.tensors[1].tolist() == [1, 0]
     (tmp_path / "mine.t").write_bytes(b"3 1:1\n1 2:1\n")
-    with pytest.raises(ValueError, match=r"mine.t should have the labels of mine, \[1.0, 2.0\]. Found \[1.0, 3.0\]"):
+    with pytest.raises(
+        ValueError, match=r"mine.t should have the labels of mine, \[1.0, 2.0\]. Found \[1.0, 3.0\]"
+    ):
         module.setup("fit")
 
 
@@ -112,7 +122,10 @@ def test_missing_files_are_downloaded_once(tmp_path, monkeypatch):
         module.prepare_data()
     module.setup("fit")
     assert asked == [libsvm.HOME + "tiny", libsvm.HOME + "tiny.t"]
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["tiny", "tiny.t"]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "tiny",
+        "tiny.t",
+    ]
     assert module.training.tensors[0].shape == (4, 5)
 
 
@@ -125,7 +138,10 @@ def test_a_file_with_another_checksum_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_to_do_without_the_file_and_the_network(tmp_path, no_network):
-    with pytest.raises(DataNotFoundError, match=r"reads the file a9a, a9a.bz2 or a9a.gz in .*no network.*Put it there from https"):
+    with pytest.raises(
+        DataNotFoundError,
+        match=r"reads the file a9a, a9a.bz2 or a9a.gz in .*no network.*Put it there from https",
+    ):
         LIBSVMDataModule("a9a", str(tmp_path)).prepare_data()
     for name in ("phishing", "nothing"):  # no checksum is known
         module = LIBSVMDataModule(name, str(tmp_path))
@@ -144,7 +160,7 @@ def test_workers_may_all_hold_everything(tmp_path):
     assert sorted(module.train_sampler()) == [0, 1, 2, 3]
 
 
-# -- images ---------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def fashion_mnist(folder, training=30, held_out=10):
@@ -153,9 +169,13 @@ def fashion_mnist(folder, training=30, held_out=10):
     rng = np.random.default_rng(0)
     for part, count in (("train", training), ("t10k", held_out)):
         images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes()
+        )
         labels = (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, count) + labels.tobytes()
+        )
         yield images
 
 
@@ -170,7 +190,9 @@ def python2_pickle(data, labels):
     state += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     state += b"I00\n" + string(data.tobytes()) + b"tb"
     items = b"".join(b"K" + bytes([label]) for label in labels)
-    return b"\x80\x02}(" + string(b"data") + array + state + string(b"labels") + b"](" + items + b"eu."
+    return (
+        b"\x80\x02}(" + string(b"data") + array + state + string(b"labels") + b"](" + items + b"eu."
+    )
 
 
 def cifar10(folder, each=4, old=False, **other):
@@ -201,7 +223,9 @@ def test_fashion_mnist(tmp_path, package):
     batches = list(module.train_dataloader())
     assert [len(images) for images, _ in batches] == [8, 8, 8, 6]
     assert batches[0][0].shape == (8, 1, 28, 28)
-    assert torch.cat([labels for _, labels in batches]).sort().values.tolist() == sorted([*range(10)] * 3)
+    assert torch.cat([labels for _, labels in batches]).sort().values.tolist() == sorted(
+        [*range(10)] * 3
+    )
 
 
 @pytest.mark.parametrize("package", [lightning_byz.lightning, lightning_byz.pytorch_lightning])
@@ -227,12 +251,17 @@ class Evil:
 
 def test_a_pickle_that_calls_something_is_refused(tmp_path, capsys):
     list(cifar10(tmp_path, more=Evil()))
-    with pytest.raises(pickle.UnpicklingError, match=r"Found a call of (__builtin__|builtins).print"):
+    with pytest.raises(
+        pickle.UnpicklingError, match=r"Found a call of (__builtin__|builtins).print"
+    ):
         CIFAR10DataModule(str(tmp_path)).setup("fit")
     assert "called" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("module", "dataset"), [(FashionMNISTDataModule, "FashionMNIST"), (CIFAR10DataModule, "CIFAR10")])
+@pytest.mark.parametrize(
+    ("module", "dataset"),
+    [(FashionMNISTDataModule, "FashionMNIST"), (CIFAR10DataModule, "CIFAR10")],
+)
 def test_what_to_do_without_images(tmp_path, monkeypatch, module, dataset):
     calls = []
 
@@ -241,7 +270,10 @@ def test_what_to_do_without_images(tmp_path, monkeypatch, module, dataset):
         raise RuntimeError("Error downloading")
 
     monkeypatch.setattr(f"torchvision.datasets.{dataset}", fail)
-    with pytest.raises(DataNotFoundError, match=r"as torchvision lays it out.*did not give it: Error downloading. Put them there"):
+    with pytest.raises(
+        DataNotFoundError,
+        match=r"as torchvision lays it out.*did not give it: Error downloading. Put them there",
+    ):
         module(str(tmp_path)).prepare_data()
     assert calls == [(str(tmp_path), True)]
     with pytest.raises(DataNotFoundError, match="did not look elsewhere"):
@@ -251,23 +283,40 @@ def test_what_to_do_without_images(tmp_path, monkeypatch, module, dataset):
         module(str(tmp_path)).prepare_data()
 
 
-# -- augmentation ---------------------------------------------------------------------------------------------------------
+# -- augmentation ----------------------------------------------------------------------------------
 
 
 def photos(count=200):
-    return torch.randint(256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    return torch.randint(256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1)).to(
+        torch.uint8
+    )
 
 
 def test_augmented_images_are_all_81_shifts_and_their_mirror_images():
     image = photos(1)
     padded = torch.zeros(3, 40, 40, dtype=torch.uint8)
     padded[:, 4:36, 4:36] = image[0]
-    crops = {padded[:, i : i + 32, j : j + 32].numpy().tobytes(): (i, j, 0) for i in range(9) for j in range(9)}
-    crops |= {
-        padded[:, i : i + 32, j : j + 32].flip(2).contiguous().numpy().tobytes(): (i, j, 1) for i in range(9) for j in range(9)
+    crops = {
+        padded[:, i : i + 32, j : j + 32].numpy().tobytes(): (i, j, 0)
+        for i in range(9)
+        for j in range(9)
     }
-    images = Images(image.repeat(3000, 1, 1, 1), torch.zeros(3000).long(), (0.0,) * 3, (1 / 255,) * 3, augment=True)
-    seen = [crops[x.round().to(torch.uint8).contiguous().numpy().tobytes()] for x in images.__getitems__(range(3000))[0]]
+    crops |= {
+        padded[:, i : i + 32, j : j + 32].flip(2).contiguous().numpy().tobytes(): (i, j, 1)
+        for i in range(9)
+        for j in range(9)
+    }
+    images = Images(
+        image.repeat(3000, 1, 1, 1),
+        torch.zeros(3000).long(),
+        (0.0,) * 3,
+        (1 / 255,) * 3,
+        augment=True,
+    )
+    seen = [
+        crops[x.round().to(torch.uint8).contiguous().numpy().tobytes()]
+        for x in images.__getitems__(range(3000))[0]
+    ]
     assert len(set(seen)) == 162
     assert max(seen.count(way) for way in set(seen)) < 45  # 18.5 expected
 
@@ -276,12 +325,16 @@ def test_what_happens_to_a_sample_depends_on_the_epoch_alone(tmp_path):
     list(cifar10(tmp_path, each=10))
 
     def epoch(number, batch_size, num_workers=0, seed=3):
-        module = CIFAR10DataModule(str(tmp_path), batch_size, seed, num_workers=num_workers, augment=True)
+        module = CIFAR10DataModule(
+            str(tmp_path), batch_size, seed, num_workers=num_workers, augment=True
+        )
         module.setup("fit")
         module.training.targets = torch.arange(50)
         loader = module.train_dataloader()
         loader.sampler.set_epoch(number)
-        pairs = [(int(i), x) for images, indices in loader for i, x in zip(indices, images, strict=True)]
+        pairs = [
+            (int(i), x) for images, indices in loader for i, x in zip(indices, images, strict=True)
+        ]
         return torch.stack([x for _, x in sorted(pairs, key=lambda pair: pair[0])])
 
     first = epoch(0, 7)

@@ -1,4 +1,6 @@
-"""The demo, from the command line: averaging breaks down under attack, byzantine_robust does not. And an example of the documentation."""
+"""The demo, from the command line: averaging breaks down under attack, byzantine_robust does not.
+And an example of the documentation.
+"""
 
 import re
 import subprocess
@@ -20,8 +22,19 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "quickstart.py"
 def demo(tmp_path_factory):
     """A shorter demo: what it printed, and its picture."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "lightning_byz.cli", "demo", "--epochs", "6", "--output", "pictures/demo.png"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_byz.cli",
+        "demo",
+        "--epochs",
+        "6",
+        "--output",
+        "pictures/demo.png",
+    ]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done, folder / "pictures" / "demo.png"
 
@@ -29,7 +42,9 @@ def demo(tmp_path_factory):
 def test_averaging_breaks_down_and_byzantine_robust_does_not(demo):
     done, _ = demo
     table = done.stdout[done.stdout.index("lost, in points") :]
-    accuracy = {name: float(value) for name, value in re.findall(r"│ (\w.*?) +│ +([\d.]+)% │", table)}
+    accuracy = {
+        name: float(value) for name, value in re.findall(r"│ (\w.*?) +│ +([\d.]+)% │", table)
+    }
     assert len(accuracy) == 3
     clean = accuracy["averaging, all 10 honest"]
     assert clean > 85
@@ -53,7 +68,10 @@ def test_the_example_is_the_demo():
 
 
 def test_a_full_board_says_so():
-    with Scoreboard(["only"], epochs=0) as board, pytest.raises(RuntimeError, match="1 runs of 0 epochs"):
+    with (
+        Scoreboard(["only"], epochs=0) as board,
+        pytest.raises(RuntimeError, match="1 runs of 0 epochs"),
+    ):
         board.record(None, None)
 
 

@@ -1,4 +1,6 @@
-"""The documentation: links lead somewhere on a forge too, and code runs. That the site builds without warnings is a step of its own (make docs)."""
+"""The documentation: links lead somewhere on a forge too, and code runs. That the site builds
+without warnings is a step of its own (make docs).
+"""
 
 import json
 import re
@@ -17,7 +19,11 @@ NOTEBOOK = ROOT / "examples" / "byzantine_robustness.ipynb"
 
 def blocks(page, language):
     """The fenced blocks of a page in a language."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^( *)```{language}\n(.*?)^ *```",
+        (ROOT / page).read_text(),
+        flags=re.DOTALL | re.MULTILINE,
+    )
     return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, code in found]
 
 
@@ -27,7 +33,9 @@ def test_relative_links_lead_to_files(page):
     for target in re.findall(r"\]\((?![a-z]+:)([^)#\s]+)", text):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
     for target, anchor in re.findall(r"\]\(([^):\s]*)#([^)\s]+)\)", text):
-        headings = re.findall(r"^#+ (.*)$", (page.parent / target if target else page).read_text(), flags=re.MULTILINE)
+        headings = re.findall(
+            r"^#+ (.*)$", (page.parent / target if target else page).read_text(), flags=re.MULTILINE
+        )
         slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
         assert anchor in slugs, f"{page.name} links to {target}#{anchor}, which is not there"
 
@@ -35,10 +43,18 @@ def test_relative_links_lead_to_files(page):
 def test_the_first_page_trains(tmp_path):
     (code,) = blocks("docs/index.md", "python")
     code = code.replace(
-        "max_epochs=5", "max_epochs=1, accelerator='cpu', limit_train_batches=2, logger=False, enable_checkpointing=False"
+        "max_epochs=5",
+        "max_epochs=1, accelerator='cpu', limit_train_batches=2, logger=False, "
+        "enable_checkpointing=False",
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"tensor\(0\.\d+\) tensor\(-?[01]\.\d+\)", done.stdout)
@@ -73,7 +89,9 @@ def test_the_module_that_splits_its_batches():
 
 
 def test_the_diff_is_the_same_everywhere():
-    diffs = [blocks(page, "diff") for page in ("README.md", "docs/index.md", "docs/guides/retrofit.md")]
+    diffs = [
+        blocks(page, "diff") for page in ("README.md", "docs/index.md", "docs/guides/retrofit.md")
+    ]
     assert diffs[0] == diffs[1] == diffs[2]
     assert len(diffs[0]) == 1
 
@@ -88,15 +106,21 @@ def test_the_contributors_rule_keeps_the_laws():
 
 
 def test_the_navigation_names_every_page():
-    """Through its globs, or by name; the site's build says so if a page is missing, and this is the quick way to know."""
+    """Through its globs, or by name; the site's build says so if a page is missing, and this is the
+    quick way to know.
+    """
     nav = yaml.safe_load((ROOT / "docs" / ".nav.yml").read_text())["nav"]
     flat = json.dumps(nav)
-    for folder in {page.parent.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/*/**/*.md")}:
+    for folder in {
+        page.parent.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/*/**/*.md")
+    }:
         assert f"{folder}/*" in flat
 
 
 def test_the_notebook_runs(tmp_path):
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
     code = "\n".join("".join(cell["source"]) for cell in cells)
     assert "epochs = 12" in code
     done = subprocess.run(
@@ -107,7 +131,9 @@ def test_the_notebook_runs(tmp_path):
 
 
 def test_the_notebook_was_run():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    cells = [
+        cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"
+    ]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     pictures = [output for cell in cells for output in cell["outputs"]]
     assert all("image/png" in output["data"] for output in pictures)

@@ -1,4 +1,6 @@
-"""Every example runs, and says what it should: on tiny files in the real sets' formats, for a few steps."""
+"""Every example runs, and says what it should: on tiny files in the real sets' formats, for a few
+steps.
+"""
 
 import json
 import os
@@ -19,7 +21,13 @@ EXAMPLES = ROOT / "examples"
 
 def run(*command, cwd, env=None):
     done = subprocess.run(
-        [*map(str, command)], cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=500, check=False
+        [*map(str, command)],
+        cwd=cwd,
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -27,25 +35,42 @@ def run(*command, cwd, env=None):
 
 def tiny_a9a(folder):
     for name in ("a9a", "a9a.t"):
-        (folder / name).write_text("".join(f"{'+1' if i % 3 else '-1'} {1 + i % 9}:1 123:1\n" for i in range(60)))
+        (folder / name).write_text(
+            "".join(f"{'+1' if i % 3 else '-1'} {1 + i % 9}:1 123:1\n" for i in range(60))
+        )
 
 
 IN_ONE_PROCESS = {
     "custom_rule": ([], r"SoftKrum: [\d.]+% of held-out digits"),
     "custom_attack": ([], r"mean: [\d.]+% of held-out digits(.|\n)*worker momentum: [\d.]+%"),
-    "libsvm_logistic_regression": (["--data", ".", "--fast"], r"Byz-EF21-SGDM, Top-12: [\d.]+% of the held-out rows, 96 bytes"),
+    "libsvm_logistic_regression": (
+        ["--data", ".", "--fast"],
+        r"Byz-EF21-SGDM, Top-12: [\d.]+% of the held-out rows, 96 bytes",
+    ),
     "cifar10_resnet": (["--data", ".", "--fast"], r"[\d.]+% of the test images"),
-    "transformer_text": (["--fast"], r"all sound: [4-8]\.\d\d bits(.|\n)*byzantine_robust, one broken: [4-8]\.\d\d bits"),
+    "transformer_text": (
+        ["--fast"],
+        r"all sound: [4-8]\.\d\d bits(.|\n)*byzantine_robust, one broken: [4-8]\.\d\d bits",
+    ),
 }
-RUN_ALL = "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]):\n    runpy.run_path(sys.argv[0], run_name='__main__')"
+RUN_ALL = (
+    "import json, runpy, sys\nfor sys.argv in json.loads(sys.argv[1]):\n    "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
 
 
 def test_the_examples_of_one_process_run(tmp_path):
-    """All of them in the same one: importing torch and Lightning takes longer than their few steps."""
+    """All of them in the same one: importing torch and Lightning takes longer than their few
+    steps.
+    """
     list(cifar10(tmp_path, each=100))
     tiny_a9a(tmp_path)
     for name in IN_ONE_PROCESS:
-        source = re.sub(r"epochs: int = \d+\) -> None", "epochs: int = 1) -> None", (EXAMPLES / f"{name}.py").read_text())
+        source = re.sub(
+            r"epochs: int = \d+\) -> None",
+            "epochs: int = 1) -> None",
+            (EXAMPLES / f"{name}.py").read_text(),
+        )
         (tmp_path / f"{name}.py").write_text(source)
     arguments = [[f"{name}.py", *options] for name, (options, _) in IN_ONE_PROCESS.items()]
     output = run(sys.executable, "-c", RUN_ALL, json.dumps(arguments), cwd=tmp_path)
@@ -55,24 +80,40 @@ def test_the_examples_of_one_process_run(tmp_path):
 
 @pytest.mark.processes
 def test_the_gan_runs(tmp_path):
-    output = run(sys.executable, EXAMPLES / "gan_two_optimizers.py", "--devices=3", "--fast", cwd=tmp_path)
+    output = run(
+        sys.executable, EXAMPLES / "gan_two_optimizers.py", "--devices=3", "--fast", cwd=tmp_path
+    )
     assert re.search(r"\d of 8 points found; \d+% of what it makes", output)
 
 
 def test_every_example_is_tested():
-    elsewhere = {"quickstart", "retrofit_ddp", "gan_two_optimizers"}  # test_demo.py; by the launchers of multi_node; above
+    elsewhere = {
+        "quickstart",
+        "retrofit_ddp",
+        "gan_two_optimizers",
+    }  # test_demo.py; by the launchers of multi_node; above
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*IN_ONE_PROCESS} | elsewhere
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {"multi_node", "wandb_sweep"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {
+        "multi_node",
+        "wandb_sweep",
+    }
 
 
 def test_the_retrofit_is_the_diff_that_it_says():
     source = (EXAMPLES / "retrofit_ddp.py").read_text()
-    lines = [line for line in source.splitlines() if "lightning_byz" in line or "byzantine_robust" in line]
+    lines = [
+        line
+        for line in source.splitlines()
+        if "lightning_byz" in line or "byzantine_robust" in line
+    ]
     code = [line for line in lines if line.startswith("import") or "add_argument" in line]
-    assert len(code) == 2, "besides its docstring, the example should name this package in the import and the strategy alone"
+    assert len(code) == 2, (
+        "besides its docstring, the example should name this package in the import and the "
+        "strategy alone"
+    )
 
 
-# -- multi_node -----------------------------------------------------------------------------------------------------------
+# -- multi_node ------------------------------------------------------------------------------------
 
 
 def commands(page):
@@ -82,14 +123,25 @@ def commands(page):
 
 
 def small(command):
-    """The same command for half as many processes and one epoch, with this interpreter, on this machine."""
-    command = command.replace("=4", "=2").replace("29500", "$MASTER_PORT").replace("examples/", f"{EXAMPLES}/") + " --fast"
-    return re.sub("^torchrun", "python -m torch.distributed.run", command).replace("python", sys.executable, 1)
+    """The same command for half as many processes and one epoch, with this interpreter, on this
+    machine.
+    """
+    command = (
+        command.replace("=4", "=2")
+        .replace("29500", "$MASTER_PORT")
+        .replace("examples/", f"{EXAMPLES}/")
+        + " --fast"
+    )
+    return re.sub("^torchrun", "python -m torch.distributed.run", command).replace(
+        "python", sys.executable, 1
+    )
 
 
 @pytest.mark.processes
 def test_the_commands_for_two_machines(tmp_path):
-    """torchrun's; the one without a launcher starts the same script with the same options (and test_launchers.py has such a run)."""
+    """torchrun's; the one without a launcher starts the same script with the same options (and
+    test_launchers.py has such a run).
+    """
     launchers = commands(EXAMPLES / "multi_node" / "README.md")
     (command,) = (command for command in launchers if command.startswith("torchrun"))
     (plain,) = (command for command in launchers if command.startswith("python"))
@@ -127,38 +179,64 @@ def test_the_slurm_script(tmp_path):
     }  # fmt: skip
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = EXAMPLES / "multi_node" / "train.sbatch"
-    output = run("bash", script, "--fast", "--faulty-rank=2", cwd=tmp_path, env={**environment(), **slurm, "PATH": path})
+    output = run(
+        "bash",
+        script,
+        "--fast",
+        "--faulty-rank=2",
+        cwd=tmp_path,
+        env={**environment(), **slurm, "PATH": path},
+    )
     assert output.count("byzantine_robust: ") == 1
 
 
-# -- wandb_sweep ----------------------------------------------------------------------------------------------------------
+# -- wandb_sweep -----------------------------------------------------------------------------------
 
 
 def test_the_sweep(tmp_path):
-    """The first and the last run of the sweep, as wandb's agent would start them, and the command of its page; without a network."""
+    """The first and the last run of the sweep, as wandb's agent would start them, and the command
+    of its page; without a network.
+    """
     sweep = yaml.safe_load((ROOT / "configs" / "wandb_sweep.yaml").read_text())
     assert sweep["method"] == "grid"
-    (alone,) = (command for command in commands(EXAMPLES / "wandb_sweep" / "README.md") if "WANDB_MODE" in command)
+    (alone,) = (
+        command
+        for command in commands(EXAMPLES / "wandb_sweep" / "README.md")
+        if "WANDB_MODE" in command
+    )
     mode, *alone = shlex.split(alone)
     assert mode == "WANDB_MODE=offline"
     runs = [alone]
     for end in (0, -1):
-        options = [f"--{name}={choice['values'][end]}" for name, choice in sweep["parameters"].items()]
+        options = [
+            f"--{name}={choice['values'][end]}" for name, choice in sweep["parameters"].items()
+        ]
         fill = {"${program}": [sweep["program"]], "${args}": options}
         runs.append([part for piece in sweep["command"] for part in fill.get(piece, [piece])])
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    limits = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
+    limits = [
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.log_every_n_steps=1",
+    ]
     assert {command[0] for command in runs} == {"lightning-byz"}
     code = (
         "import json, sys, wandb\nfrom lightning_byz import cli\n"
         "for run in json.loads(sys.argv[1]):\n    assert cli.main(run[1:]) == 0\n    wandb.finish()"
     )
     offline = {**environment(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    run(sys.executable, "-c", code, json.dumps([command + limits for command in runs]), cwd=tmp_path, env=offline)
+    run(
+        sys.executable,
+        "-c",
+        code,
+        json.dumps([command + limits for command in runs]),
+        cwd=tmp_path,
+        env=offline,
+    )
     assert len(list(tmp_path.glob("outputs/wandb/offline-run-*/*.wandb"))) == 3
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------------
+# -- pages -----------------------------------------------------------------------------------------
 
 
 def test_the_page_on_custom_rules_is_right():

@@ -1,4 +1,6 @@
-"""The round in one process, without Lightning: who counts, what is kept, what is restored, and what travels."""
+"""The round in one process, without Lightning: who counts, what is kept, what is restored, and what
+travels.
+"""
 
 import copy
 import dataclasses
@@ -19,9 +21,32 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from zoo import ALGORITHMS, each, laws, lied_to, robust, rows_for
 
-from lightning_byz.aggregators import Bucketing, Chain, CoordinateMedian, Krum, MajorityVote, Mean, TrimmedMean
-from lightning_byz.algorithms import ByzDM21, ByzEF21SGDM, ByzEF21SGDMBC, RobustSGD, SignSGDMajorityVote
-from lightning_byz.attacks import FlippedBit, FoE, LineSearch, Mimic, Mixture, NotANumber, SignFlip, Stuck
+from lightning_byz.aggregators import (
+    Bucketing,
+    Chain,
+    CoordinateMedian,
+    Krum,
+    MajorityVote,
+    Mean,
+    TrimmedMean,
+)
+from lightning_byz.algorithms import (
+    ByzDM21,
+    ByzEF21SGDM,
+    ByzEF21SGDMBC,
+    RobustSGD,
+    SignSGDMajorityVote,
+)
+from lightning_byz.attacks import (
+    FlippedBit,
+    FoE,
+    LineSearch,
+    Mimic,
+    Mixture,
+    NotANumber,
+    SignFlip,
+    Stuck,
+)
 from lightning_byz.attacks.base import Attack, checked_lies
 from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTensor, RandK, TopK
 from lightning_byz.data.batches import BatchSplitter, batch_size, split_batch
@@ -54,7 +79,10 @@ def grads_of(step=0, n=N, d=D):
 
 def contributions(grads, absent=(), used=None):
     return [
-        Contribution(None if worker in absent else Gradients(g, g.flip(0)), ALL_USED if used is None else used[worker])
+        Contribution(
+            None if worker in absent else Gradients(g, g.flip(0)),
+            ALL_USED if used is None else used[worker],
+        )
         for worker, g in enumerate(grads)
     ]
 
@@ -68,12 +96,14 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-# -- who counts -----------------------------------------------------------------------------------------------------------
+# -- who counts ------------------------------------------------------------------------------------
 
 
 def test_absent_workers_are_silent_and_the_rule_sees_the_others():
     grads = grads_of()
-    outcome = Exchange(RobustSGD(CoordinateMedian(f=2)), connected(), 0).run(contributions(grads, absent=(1, 3)), LIKE)
+    outcome = Exchange(RobustSGD(CoordinateMedian(f=2)), connected(), 0).run(
+        contributions(grads, absent=(1, 3)), LIKE
+    )
     assert outcome.silent == [1, 3]
     assert outcome.round.present.tolist() == [True, False, True, False, True]
     assert torch.equal(outcome.estimate, grads[[0, 2, 4]].median(0).values)
@@ -120,7 +150,9 @@ class Corrupting(InProcess):
     [ByzEF21SGDM(robust(1), TopK(k=3)), RobustSGD(robust(1), TopK(k=3), worker_momentum=0.9)],
     ids=["ef21", "momentum"],
 )
-def test_a_message_that_does_not_count_leaves_its_worker_and_its_mirror_as_they_were(algorithm, damage):
+def test_a_message_that_does_not_count_leaves_its_worker_and_its_mirror_as_they_were(
+    algorithm, damage
+):
     wire = connected(transport=Corrupting(2, lambda *message: message))
     exchange = Exchange(algorithm, wire, 0)
     exchange.run(contributions(grads_of(0)), LIKE)
@@ -136,7 +168,9 @@ def test_a_message_that_does_not_count_leaves_its_worker_and_its_mirror_as_they_
 
 
 def test_a_parameter_is_used_if_more_than_f_present_workers_have_a_gradient_of_it():
-    used = [torch.tensor(flags) for flags in ([1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [1, 0, 1])]
+    used = [
+        torch.tensor(flags) for flags in ([1, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0], [1, 0, 1])
+    ]
     used = [flags.bool() for flags in used]
 
     def run(f, absent=()):
@@ -147,11 +181,14 @@ def test_a_parameter_is_used_if_more_than_f_present_workers_have_a_gradient_of_i
     assert run(1) == [True, True, True]
     assert run(2) == [True, False, False]
     assert run(1, absent=(2,)) == [True, True, False]
-    assert run(2, absent=(0, 1, 2, 3)) == [True, False, True]  # f shrinks: one present worker is enough
+    # f shrinks: one present worker is enough
+    assert run(2, absent=(0, 1, 2, 3)) == [True, False, True]
 
 
 def test_nobody_present_gives_no_estimate_and_changes_nothing():
-    exchange = Exchange(RobustSGD(TrimmedMean(f=1), worker_momentum=0.5, server_momentum=0.5), connected(), 0)
+    exchange = Exchange(
+        RobustSGD(TrimmedMean(f=1), worker_momentum=0.5, server_momentum=0.5), connected(), 0
+    )
     exchange.run(contributions(grads_of(0)), LIKE)
     before = frozen(exchange)
     outcome = exchange.run(contributions(grads_of(1), absent=range(N)), LIKE)
@@ -187,7 +224,9 @@ def test_gradients_are_not_modified_and_the_dtype_is_kept():
     for dtype in (torch.float32, torch.float64):
         grads = grads_of().to(dtype)
         before = grads.clone()
-        outcome = Exchange(ByzEF21SGDM(robust(1)), connected(), 0).run(contributions(grads), LIKE.to(dtype))
+        outcome = Exchange(ByzEF21SGDM(robust(1)), connected(), 0).run(
+            contributions(grads), LIKE.to(dtype)
+        )
         assert outcome.estimate.dtype == dtype
         assert torch.equal(grads, before)
 
@@ -206,7 +245,10 @@ def test_the_vote_on_packed_bits_is_the_rules(tie, absent):
     decoding = Decoding(algorithm.aggregator, 0.0)
     grads = grads_of(d=70) - 1
     like = torch.zeros(70, dtype=torch.float64)
-    found, expected = (Exchange(method, connected(), 3).run(contributions(grads, absent), like) for method in (algorithm, decoding))
+    found, expected = (
+        Exchange(method, connected(), 3).run(contributions(grads, absent), like)
+        for method in (algorithm, decoding)
+    )
     assert found.reason == expected.reason
     if found.reason:
         assert found.estimate is None
@@ -235,7 +277,10 @@ class Disagrees(Identity):
 @pytest.mark.parametrize("how", ["longer", "narrower", "two", "none", "a number"])
 def test_a_compressor_that_disagrees_with_its_layout_is_an_error_by_its_name(how):
     exchange = Exchange(RobustSGD(CoordinateMedian(f=1), Disagrees(how)), connected(), 0)
-    with pytest.raises(ValueError, match=rf"`encode` of Disagrees .* `layout` declares for {D} numbers of torch.float64: \[{D}\]"):
+    with pytest.raises(
+        ValueError,
+        match=rf"`encode` of Disagrees .* `layout` declares for {D} numbers of torch.float64: \[{D}\]",
+    ):
         exchange.run(contributions(grads_of()), LIKE)
     codec = Disagrees(how)
     codec.check((grads_of()[0],), D, torch.float64)
@@ -256,7 +301,9 @@ def test_an_attack_that_does_not_answer_for_each_worker_is_an_error_by_its_name(
             return answer(own)
 
     own = torch.zeros(2, 7)
-    with pytest.raises(ValueError, match=rf"Wrong should answer .*\[b, d\] = \[2, 7\].* Found .*{found}"):
+    with pytest.raises(
+        ValueError, match=rf"Wrong should answer .*\[b, d\] = \[2, 7\].* Found .*{found}"
+    ):
         checked_lies(Wrong(), answer(own), own)
     assert checked_lies(Wrong(), own, own) is own
 
@@ -272,13 +319,16 @@ def test_observers_see_every_outcome_and_rounds_are_counted():
 def test_another_dimension_starts_afresh():
     exchange = Exchange(ByzEF21SGDM(robust(1)), connected(), 0)
     exchange.run(contributions(grads_of()), LIKE)
-    outcome = exchange.run(contributions(grads_of(1, d=D + 2)), torch.zeros(D + 2, dtype=torch.float64))
+    outcome = exchange.run(
+        contributions(grads_of(1, d=D + 2)), torch.zeros(D + 2, dtype=torch.float64)
+    )
     assert outcome.estimate.shape == (D + 2,)
     assert exchange.server.g.shape == (N, D + 2)
 
 
 @pytest.mark.parametrize(
-    ("value", "finite"), [(0.0, True), (3e38, True), (torch.nan, False), (torch.inf, False), (-torch.inf, False)]
+    ("value", "finite"),
+    [(0.0, True), (3e38, True), (torch.nan, False), (torch.inf, False), (-torch.inf, False)],
 )
 def test_all_finite(value, finite):
     x = torch.ones(1000)
@@ -287,7 +337,7 @@ def test_all_finite(value, finite):
     assert all_finite(torch.empty(0))
 
 
-# -- checkpoint -----------------------------------------------------------------------------------------------------------
+# -- checkpoint ------------------------------------------------------------------------------------
 
 
 @each(ALGORITHMS)
@@ -296,7 +346,10 @@ def test_saved_and_loaded_goes_on_bit_for_bit(case, tmp_path):
     straight = Exchange(algorithm, connected(9), seed=4)
     for step in range(3):
         straight.run(contributions(grads_of(step, n=9)), LIKE + step)
-    torch.save({"server": straight.server_state(), "workers": straight.worker_states()}, tmp_path / "state.pt")
+    torch.save(
+        {"server": straight.server_state(), "workers": straight.worker_states()},
+        tmp_path / "state.pt",
+    )
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
 
     resumed = Exchange(algorithm, connected(9), seed=4)
@@ -304,7 +357,10 @@ def test_saved_and_loaded_goes_on_bit_for_bit(case, tmp_path):
     assert resumed.step == 3
     assert same(frozen(straight), frozen(resumed))
     for step in range(3, 6):
-        a, b = (exchange.run(contributions(grads_of(step, n=9)), LIKE + step**2) for exchange in (straight, resumed))
+        a, b = (
+            exchange.run(contributions(grads_of(step, n=9)), LIKE + step**2)
+            for exchange in (straight, resumed)
+        )
         assert torch.equal(a.estimate, b.estimate)
     assert same(frozen(straight), frozen(resumed))
 
@@ -316,7 +372,8 @@ def test_a_checkpoint_from_before_the_first_round_is_a_clean_start():
     exchange.load(*clean, LIKE)
     assert exchange.step == 0
     assert torch.equal(
-        exchange.run(contributions(grads_of(1)), LIKE).estimate, fresh.run(contributions(grads_of(1)), LIKE).estimate
+        exchange.run(contributions(grads_of(1)), LIKE).estimate,
+        fresh.run(contributions(grads_of(1)), LIKE).estimate,
     )
 
 
@@ -336,17 +393,26 @@ def test_workers_that_a_checkpoint_does_not_know_start_afresh():
         (ByzEF21SGDM(robust(1)), RobustSGD(robust(1)), N, "server"),
         (ByzEF21SGDM(robust(1)), ByzEF21SGDM(robust(1)), N + 2, "server"),
         (RobustSGD(robust(1)), RobustSGD(robust(1), server_momentum=0.9), N, "server"),
-        (RobustSGD(robust(1), worker_momentum=0.0), RobustSGD(robust(1), worker_momentum=0.9), N, "worker 0"),
+        (
+            RobustSGD(robust(1), worker_momentum=0.0),
+            RobustSGD(robust(1), worker_momentum=0.9),
+            N,
+            "worker 0",
+        ),
     ],
 )
 def test_a_checkpoint_of_other_shapes_is_refused(saved_by, loaded_by, n, owner):
     exchange = Exchange(saved_by, connected(), 0)
     exchange.run(contributions(grads_of()), LIKE)
-    with pytest.raises(ValueError, match=f"checkpoint's state of the {owner} should have .* another algorithm"):
-        Exchange(loaded_by, connected(n), 0).load(exchange.server_state(), exchange.worker_states(), LIKE)
+    with pytest.raises(
+        ValueError, match=f"checkpoint's state of the {owner} should have .* another algorithm"
+    ):
+        Exchange(loaded_by, connected(n), 0).load(
+            exchange.server_state(), exchange.worker_states(), LIKE
+        )
 
 
-# -- workers that lie -----------------------------------------------------------------------------------------------------
+# -- workers that lie ------------------------------------------------------------------------------
 
 
 class Recording(Attack):
@@ -354,7 +420,9 @@ class Recording(Attack):
         self.calls, self.answer = [], answer
 
     def __call__(self, honest, own, scene):
-        self.calls.append((honest.clone(), own.clone(), torch.rand(1, generator=scene.generator).item()))
+        self.calls.append(
+            (honest.clone(), own.clone(), torch.rand(1, generator=scene.generator).item())
+        )
         return self.answer(honest, own)
 
 
@@ -405,12 +473,16 @@ def test_lies_go_through_the_codec():
     attack = Recording(lambda honest, own: torch.arange(1.0, D + 1).double().expand_as(own))
     outcome = lying(attack, [2], codec=TopK(k=3)).run(contributions(grads_of()), LIKE)
     assert outcome.rows.dense()[2].tolist() == [0, 0, 0, 0, 0, 6, 7, 8]
-    assert (attack.calls[0][0] != 0).sum(1).tolist() == [3] * 4  # and honest messages are seen as the server decodes them
+    # and honest messages are seen as the server decodes them
+    assert (attack.calls[0][0] != 0).sum(1).tolist() == [3] * 4
 
 
 @pytest.mark.parametrize("codec", [Identity(), TopK(k=2)])
 def test_a_lie_that_is_not_finite_is_silence(codec):
-    assert lying(NotANumber(), [1, 2], codec=codec).run(contributions(grads_of()), LIKE).silent == [1, 2]
+    assert lying(NotANumber(), [1, 2], codec=codec).run(contributions(grads_of()), LIKE).silent == [
+        1,
+        2,
+    ]
 
 
 def test_every_process_tells_the_same_lies_and_every_round_others():
@@ -450,17 +522,26 @@ def test_the_scene_names_the_workers_and_the_step():
     for step in range(2):
         exchange.run(contributions(grads_of(step), absent=(1, 3)), LIKE)
         scene = attack.scenes[step]
-        assert (scene.step, scene.honest, scene.own, scene.byzantine) == (step, [2, 4], [0, 3], [0, 3])
+        assert (scene.step, scene.honest, scene.own, scene.byzantine) == (
+            step,
+            [2, 4],
+            [0, 3],
+            [0, 3],
+        )
         assert torch.equal(scene.x(), LIKE + 2)
         assert scene.agree == exchange.transport.agree
 
 
 def test_faulty_workers_without_a_message_stay_silent():
     attack = Seeing(forged=False)
-    outcome = seen_by(attack, RobustSGD(robust(1))).run(contributions(grads_of(), absent=(3,)), LIKE)
+    outcome = seen_by(attack, RobustSGD(robust(1))).run(
+        contributions(grads_of(), absent=(3,)), LIKE
+    )
     assert attack.scenes[0].own == [0]
     assert outcome.silent == [3]
-    assert seen_by(FlippedBit(), RobustSGD(robust(1))).run(contributions(grads_of(), absent=(0, 3)), LIKE).silent == [0, 3]
+    assert seen_by(FlippedBit(), RobustSGD(robust(1))).run(
+        contributions(grads_of(), absent=(0, 3)), LIKE
+    ).silent == [0, 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,13 +554,23 @@ class Sampled(RobustSGD):
 
 def test_workers_outside_the_cohort_neither_speak_nor_are_seen():
     attack = Seeing()
-    outcome = seen_by(attack, Sampled(robust(1))).run(contributions(grads_of(), absent=(3, 4)), LIKE)
+    outcome = seen_by(attack, Sampled(robust(1))).run(
+        contributions(grads_of(), absent=(3, 4)), LIKE
+    )
     assert (attack.scenes[0].honest, attack.scenes[0].own) == ([1, 2], [0])
     assert outcome.silent == [], "who was not asked is not silent"
 
 
 @pytest.mark.parametrize(
-    "name", ["robust_sgd", "robust_sgd_undone", "robust_sgd_both", "ef21_top_k", "robust_sgd_rand_k", "bucketing"]
+    "name",
+    [
+        "robust_sgd",
+        "robust_sgd_undone",
+        "robust_sgd_both",
+        "ef21_top_k",
+        "robust_sgd_rand_k",
+        "bucketing",
+    ],
 )
 def test_an_attacker_knows_what_the_server_would_make_of_its_lies_and_changes_nothing(name):
     algorithm = next((case.algorithm for case in ALGORITHMS if case.name == name), None)
@@ -514,13 +605,17 @@ def test_the_target_is_what_a_mean_of_the_honest_would_have_given(name):
         exchange.run(contributions(grads_of(step, 9), absent=(5,)), LIKE)
         mean = dataclasses.replace(algorithm, aggregator=Mean())
         honest = torch.stack(list(attack.honest[step]))
-        expected, _ = mean.server(Rows(honest), before or mean.init_server(LIKE, 9), Round(step, len(honest)))
+        expected, _ = mean.server(
+            Rows(honest), before or mean.init_server(LIKE, 9), Round(step, len(honest))
+        )
     scene = attack.scenes[-1]
     torch.testing.assert_close(scene.target(), expected)
 
 
 def test_all_candidates_meet_the_same_chance_in_the_codec():
-    """Then a search compares lies, not luck: an average of what Rand-K lets through is linear in the lies."""
+    """Then a search compares lies, not luck: an average of what Rand-K lets through is linear in
+    the lies.
+    """
     attack = Seeing()
     seen_by(attack, RobustSGD(Mean(), RandK(k=3))).run(contributions(grads_of()), LIKE)
     server, lies = attack.scenes[0].aggregate, rows_for(2, D, seed=5)
@@ -531,13 +626,17 @@ def test_all_candidates_meet_the_same_chance_in_the_codec():
 
 def test_lies_that_would_skip_the_step_give_nothing():
     attack = Seeing()
-    seen_by(attack, RobustSGD(CoordinateMedian(f=2)), workers=(0, 1, 2)).run(contributions(grads_of()), LIKE)
+    seen_by(attack, RobustSGD(CoordinateMedian(f=2)), workers=(0, 1, 2)).run(
+        contributions(grads_of()), LIKE
+    )
     assert not attack.scenes[0].aggregate(torch.full((3, D), torch.nan).double()).any()
 
 
 def test_an_optimized_attack_does_more_harm_than_its_first_guess():
     def error(attack):
-        outcome = seen_by(attack, RobustSGD(robust(2)), workers=(0, 1)).run(contributions(grads_of()), LIKE)
+        outcome = seen_by(attack, RobustSGD(robust(2)), workers=(0, 1)).run(
+            contributions(grads_of()), LIKE
+        )
         return float((outcome.estimate - grads_of()[2:].mean(0)).norm())
 
     assert error(FoE()) > 1.2 * error(FoE(LineSearch(1)))
@@ -556,7 +655,9 @@ def test_memory_starts_anew_with_the_run_and_with_other_parameters():
     assert torch.equal(adversary.memory(0)["0"], grads_of(8, d=3)[0])
 
 
-@pytest.mark.parametrize("attack", [Stuck(), Mimic(warmup=3), Mixture((Stuck(), Mimic(warmup=3)))], ids=repr)
+@pytest.mark.parametrize(
+    "attack", [Stuck(), Mimic(warmup=3), Mixture((Stuck(), Mimic(warmup=3)))], ids=repr
+)
 def test_memory_survives_a_checkpoint(attack):
     whole, resumed = (seen_by(attack, RobustSGD(robust(2), worker_momentum=0.5)) for _ in range(2))
     for step in range(2):
@@ -566,7 +667,10 @@ def test_memory_survives_a_checkpoint(attack):
     resumed.load(copy.deepcopy(whole.server_state()), copy.deepcopy(whole.worker_states()), LIKE)
     after.load_state_dict(0, saved)
     for step in range(2, 5):
-        estimates = [exchange.run(contributions(grads_of(step)), LIKE).estimate for exchange in (whole, resumed)]
+        estimates = [
+            exchange.run(contributions(grads_of(step)), LIKE).estimate
+            for exchange in (whole, resumed)
+        ]
         assert torch.equal(*estimates)
     assert sorted(before.memory(0)) == sorted(after.memory(0))
 
@@ -582,7 +686,8 @@ def test_nobody_takes_anothers_lies_for_honest_messages():
         assert (attack.scenes[0].honest, attack.scenes[0].own) == ([0, 3], [own])
         assert torch.equal(attack.honest[0], grads_of()[[0, 3]])
     lies = torch.full((1, D), 5.0).double()
-    assert torch.equal(attacks[1].scenes[0].aggregate(lies), outcome.estimate)  # the lies of the first are known to the second
+    # the lies of the first are known to the second
+    assert torch.equal(attacks[1].scenes[0].aggregate(lies), outcome.estimate)
 
 
 @pytest.mark.parametrize("attack", [SignFlip(), FoE(), Mimic(), Stuck(), FlippedBit()], ids=repr)
@@ -601,7 +706,7 @@ def test_in_process_refuses_several_processes():
         InProcess().connect(0, 2, 1, CPU)
 
 
-# -- the wire -------------------------------------------------------------------------------------------------------------
+# -- the wire --------------------------------------------------------------------------------------
 
 DTYPES = [
     torch.float32,
@@ -614,11 +719,17 @@ DTYPES = [
     torch.int8,
     torch.bool,
 ]
-FIELDS = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(DTYPES)), max_size=6)
+FIELDS = st.lists(
+    st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(DTYPES)), max_size=6
+)
 
 
 def bits(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return (
+        tensor.contiguous().view(-1).view(torch.uint8)
+        if tensor.numel()
+        else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 @laws
@@ -630,7 +741,8 @@ def test_what_is_packed_is_unpacked_bit_for_bit_from_any_row_of_a_buffer(fields,
     def noise(field):
         if field.dtype == torch.bool:
             return torch.rand(field.shape, generator=generator) < 0.5
-        raw = torch.randint(0, 256, (field.nbytes,), generator=generator, dtype=torch.uint8)  # nan, inf and subnormals too
+        # nan, inf and subnormals too
+        raw = torch.randint(0, 256, (field.nbytes,), generator=generator, dtype=torch.uint8)
         return raw.view(field.dtype).view(field.shape)
 
     messages = [[noise(field) for field in layout] for _ in range(copies)]
@@ -638,7 +750,11 @@ def test_what_is_packed_is_unpacked_bit_for_bit_from_any_row_of_a_buffer(fields,
     for message, out in zip(messages, buffer, strict=True):
         pack(message, layout, out)
     assert packed_size(layout) % 8 == 0
-    assert sum(field.nbytes for field in layout) <= packed_size(layout) <= sum(field.nbytes + 7 for field in layout)
+    assert (
+        sum(field.nbytes for field in layout)
+        <= packed_size(layout)
+        <= sum(field.nbytes + 7 for field in layout)
+    )
     for message, row in zip(messages, buffer.clone(), strict=True):
         for sent, received in zip(message, unpack(row, layout), strict=True):
             assert sent.shape == received.shape
@@ -646,14 +762,16 @@ def test_what_is_packed_is_unpacked_bit_for_bit_from_any_row_of_a_buffer(fields,
             assert torch.equal(bits(sent), bits(received))
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(3, 1)])
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(4), torch.zeros(3, dtype=torch.float64), torch.zeros(3, 1)]
+)
 def test_a_message_of_another_layout_is_not_packed(tensor):
     layout = [Field((3,), torch.float32)]
     with pytest.raises(ValueError, match="must follow its layout"):
         pack([tensor], layout, torch.zeros(packed_size(layout), dtype=torch.uint8))
 
 
-# -- splitting batches ----------------------------------------------------------------------------------------------------
+# -- splitting batches -----------------------------------------------------------------------------
 
 
 class Item(NamedTuple):
@@ -696,7 +814,9 @@ def nestings(size):
 
 
 def samples(part, whole, size):
-    """Walks a part next to the whole batch; yields, for every leaf that is cut, which samples the part holds."""
+    """Walks a part next to the whole batch; yields, for every leaf that is cut, which samples the
+    part holds.
+    """
     assert type(part) is type(whole)
     if isinstance(whole, torch.Tensor):
         if whole.ndim:
@@ -704,7 +824,11 @@ def samples(part, whole, size):
             yield part.reshape(len(part), -1)[:, 0].long().tolist()
         else:
             assert part is whole
-    elif isinstance(whole, list) and whole and all(isinstance(leaf, str) and leaf.startswith("id") for leaf in whole):
+    elif (
+        isinstance(whole, list)
+        and whole
+        and all(isinstance(leaf, str) and leaf.startswith("id") for leaf in whole)
+    ):
         yield [int(leaf[2:]) for leaf in part]
     elif isinstance(whole, dict):
         assert part.keys() == whole.keys()
@@ -738,10 +862,13 @@ def test_parts_hold_every_sample_once_in_order_whatever_the_nesting(data, size, 
 
 
 @pytest.mark.parametrize(
-    ("size", "parts", "sizes"), [(10, 4, [2, 3, 2, 3]), (2, 4, [1, 1, None, None]), (0, 2, [None, None]), (3, 1, [3])]
+    ("size", "parts", "sizes"),
+    [(10, 4, [2, 3, 2, 3]), (2, 4, [1, 1, None, None]), (0, 2, [None, None]), (3, 1, [3])],
 )
 def test_sizes_of_parts(size, parts, sizes):
-    assert [None if part is None else len(part) for part in split_batch(torch.zeros(size, 2), parts)] == sizes
+    assert [
+        None if part is None else len(part) for part in split_batch(torch.zeros(size, 2), parts)
+    ] == sizes
 
 
 def test_parts_are_views_and_the_batch_is_untouched():
@@ -755,7 +882,9 @@ def test_parts_are_views_and_the_batch_is_untouched():
 
 
 def test_a_record_as_long_as_the_batch_is_not_cut():
-    """Two samples, and a named tuple of two numbers: it has two fields, not one field per sample."""
+    """Two samples, and a named tuple of two numbers: it has two fields, not one field per
+    sample.
+    """
     first, second = split_batch((torch.zeros(2, 3), Item(0.5, "sgd")), 2)
     assert first[1] == second[1] == Item(0.5, "sgd")
 
@@ -789,7 +918,9 @@ class Box(MutableMapping):
         return len(self.entries)
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict, Box, MappingProxyType, lambda x: defaultdict(list, x)])
+@pytest.mark.parametrize(
+    "kind", [dict, OrderedDict, UserDict, Box, MappingProxyType, lambda x: defaultdict(list, x)]
+)
 def test_every_kind_of_mapping_keeps_its_type_and_its_entries(kind):
     batch = kind({"x": torch.arange(4), "n": 3})
     parts = split_batch(batch, 2)
@@ -826,14 +957,21 @@ def image(i, height=5, width=6):
 
 
 def target(i, boxes):
-    return {"boxes": torch.full((boxes, 4), float(i)), "labels": torch.full((boxes,), i), "name": f"image{i}"}
+    return {
+        "boxes": torch.full((boxes, 4), float(i)),
+        "labels": torch.full((boxes,), i),
+        "name": f"image{i}",
+    }
 
 
 class Opaque:
     """As torch_geometric's Data: no container, and holds tensors."""
 
     def __init__(self, i):
-        self.x, self.inner = torch.full((2 + i, 3), float(i)), {"edge_index": torch.zeros(2, 5, dtype=torch.int64)}
+        self.x, self.inner = (
+            torch.full((2 + i, 3), float(i)),
+            {"edge_index": torch.zeros(2, 5, dtype=torch.int64)},
+        )
 
 
 def numbers(item):
@@ -862,18 +1000,33 @@ LISTS_OF_SAMPLES = {
     "records without tensors": lambda n: [{"text": f"text{i}", "label": i} for i in range(n)],
 }
 RECORDS_OF_LISTS = {
-    "detection": lambda n: ([image(i, 4 + i) for i in range(n)], [target(i, 1 + i % 3) for i in range(n)]),
-    "detection, zipped": lambda n: tuple(zip(*[(image(i), target(i, 1 + i % 3)) for i in range(n)], strict=True)),
+    "detection": lambda n: (
+        [image(i, 4 + i) for i in range(n)],
+        [target(i, 1 + i % 3) for i in range(n)],
+    ),
+    "detection, zipped": lambda n: tuple(
+        zip(*[(image(i), target(i, 1 + i % 3)) for i in range(n)], strict=True)
+    ),
     "images and labels": lambda n: ([image(i) for i in range(n)], torch.arange(n)),
-    "labels one by one": lambda n: {"x": [image(i) for i in range(n)], "y": [torch.tensor(i) for i in range(n)]},
+    "labels one by one": lambda n: {
+        "x": [image(i) for i in range(n)],
+        "y": [torch.tensor(i) for i in range(n)],
+    },
     "sequences, lengths, names": lambda n: {
         "x": {"sequences": sequences([3 + i % 4 for i in range(n)])},
         "lengths": torch.arange(n),
         "names": [f"s{i}" for i in range(n)],
     },
     "texts and labels": lambda n: {"text": [f"text{i}" for i in range(n)], "label": list(range(n))},
-    "texts and tokens": lambda n: {"text": [f"text{i}" for i in range(n)], "tokens": [[i] * (1 + i % 3) for i in range(n)]},
-    "arrays": lambda n: {"x": torch.arange(n), "id": np.arange(n), "names": np.array([f"s{i}" for i in range(n)])},
+    "texts and tokens": lambda n: {
+        "text": [f"text{i}" for i in range(n)],
+        "tokens": [[i] * (1 + i % 3) for i in range(n)],
+    },
+    "arrays": lambda n: {
+        "x": torch.arange(n),
+        "id": np.arange(n),
+        "names": np.array([f"s{i}" for i in range(n)]),
+    },
 }
 
 
@@ -893,7 +1046,9 @@ def test_lists_of_samples_are_cut_by_samples(name, n, parts):
     for size in (n, n, parts + 1, 2):  # the last batch of an epoch is smaller
         batch = LISTS_OF_SAMPLES[name](size)
         cut = splitter.split(batch)
-        assert [splitter.size(part) for part in cut] == [0 if part is None else len(part) for part in cut]
+        assert [splitter.size(part) for part in cut] == [
+            0 if part is None else len(part) for part in cut
+        ]
         assert all(type(part) is type(batch) for part in cut if part is not None)
         together = [entry for part in cut if part is not None for entry in part]
         assert len(together) == size
@@ -918,12 +1073,21 @@ def test_records_of_lists_are_cut_alike(name, n, parts):
 
 @pytest.mark.parametrize("views", [2, 4, 8])
 def test_views_of_a_batch_are_fields(views):
-    """Two crops of every image, or eight: the list is as long as the crops, and every tensor as the batch."""
-    for loader, sizes in ((of_size(12), (12, 12, 5)), (DataLoader(range(12), batch_size=12), (12, 4, views))):
+    """Two crops of every image, or eight: the list is as long as the crops, and every tensor as the
+    batch.
+    """
+    for loader, sizes in (
+        (of_size(12), (12, 12, 5)),
+        (DataLoader(range(12), batch_size=12), (12, 4, views)),
+    ):
         splitter = BatchSplitter(loader, 4)
         for size in sizes:
-            cut = splitter.split([torch.arange(size)[:, None].expand(size, 3 + i % 2) for i in range(views)])
-            owners = [sample for part in cut if part is not None for sample in part[-1][:, 0].tolist()]
+            cut = splitter.split(
+                [torch.arange(size)[:, None].expand(size, 3 + i % 2) for i in range(views)]
+            )
+            owners = [
+                sample for part in cut if part is not None for sample in part[-1][:, 0].tolist()
+            ]
             assert owners == list(range(size))
             assert all(len(part) == views for part in cut if part is not None)
 
@@ -950,12 +1114,18 @@ def test_objects_that_hide_tensors_are_refused(batch):
 
 @pytest.mark.parametrize("sort", [True, False])
 def test_packed_sequences_are_cut_by_sequences(sort):
-    whole = sorted(sequences([3, 1, 4, 2, 5]), key=len, reverse=True) if sort else sequences([3, 1, 4, 2, 5])
+    whole = (
+        sorted(sequences([3, 1, 4, 2, 5]), key=len, reverse=True)
+        if sort
+        else sequences([3, 1, 4, 2, 5])
+    )
     packed = torch.nn.utils.rnn.pack_sequence(whole, enforce_sorted=sort)
     splitter = BatchSplitter(of_size(5), 2)
     cut = splitter.split((packed, torch.arange(5)))
     assert [splitter.size(part) for part in cut] == [2, 3]
-    together = [sequence for part, _ in cut for sequence in torch.nn.utils.rnn.unpack_sequence(part)]
+    together = [
+        sequence for part, _ in cut for sequence in torch.nn.utils.rnn.unpack_sequence(part)
+    ]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(together, whole, strict=True))
     assert [(part.sorted_indices is None) for part, _ in cut] == [sort, sort]
 
@@ -964,7 +1134,12 @@ def test_nested_and_sparse_tensors_are_cut():
     nested = torch.nested.nested_tensor(sequences([3, 1, 4, 2]), layout=torch.jagged)
     sparse = torch.eye(4).to_sparse()
     first, second = split_batch({"n": nested, "s": sparse}, 2)
-    assert [len(sequence) for part in (first, second) for sequence in part["n"].unbind()] == [3, 1, 4, 2]
+    assert [len(sequence) for part in (first, second) for sequence in part["n"].unbind()] == [
+        3,
+        1,
+        4,
+        2,
+    ]
     assert torch.equal(torch.cat([first["s"].to_dense(), second["s"].to_dense()]), torch.eye(4))
 
 
@@ -985,23 +1160,35 @@ def test_batches_of_several_loaders_are_cut_one_by_one():
     splitter = BatchSplitter(loaders, 2)
     cut = splitter.split({"a": sequences([16] * 8), "b": [torch.arange(3), torch.arange(3)]})
     assert [len(part["a"]) for part in cut] == [4, 4]
-    assert [[field.tolist() for field in part["b"]] for part in cut] == [[[0], [0]], [[1, 2], [1, 2]]]
+    assert [[field.tolist() for field in part["b"]] for part in cut] == [
+        [[0], [0]],
+        [[1, 2], [1, 2]],
+    ]
     assert [splitter.size(part) for part in cut] == [4, 4]
     exhausted = splitter.split({"a": None, "b": [torch.arange(3)]})
     assert [part["a"] for part in exhausted] == [None, None]
     assert [splitter.size(part) for part in exhausted] == [1, 2]
-    assert splitter.split({"a": sequences([16] * 8), "b": [torch.arange(1)]})[1] is None  # no sample of b for this worker
+    # no sample of b for this worker
+    assert splitter.split({"a": sequences([16] * 8), "b": [torch.arange(1)]})[1] is None
 
 
 def test_a_module_may_split_by_hand():
-    splitter = BatchSplitter(of_size(4), 2, lambda batch, parts: [batch[:, i::parts] for i in range(parts)])
-    assert [part.tolist() for part in splitter.split(torch.arange(8).view(2, 4))] == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    splitter = BatchSplitter(
+        of_size(4), 2, lambda batch, parts: [batch[:, i::parts] for i in range(parts)]
+    )
+    assert [part.tolist() for part in splitter.split(torch.arange(8).view(2, 4))] == [
+        [[0, 2], [4, 6]],
+        [[1, 3], [5, 7]],
+    ]
     for wrong in ([1], None, "ab", iter([1, 2])):
-        with pytest.raises(ValueError, match=r"split_batch\(batch, parts\) of the LightningModule should return a list of 2 parts"):
+        with pytest.raises(
+            ValueError,
+            match=r"split_batch\(batch, parts\) of the LightningModule should return a list of 2 parts",
+        ):
             BatchSplitter(None, 2, lambda batch, parts, wrong=wrong: wrong).split(torch.zeros(2))
 
 
-# -- what workers log -----------------------------------------------------------------------------------------------------
+# -- what workers log ------------------------------------------------------------------------------
 
 
 def logs(*workers):
@@ -1019,12 +1206,17 @@ def logs(*workers):
 
 def reduced(step_logs, worker_logs, honest=None):
     n = len(worker_logs)
-    calls = step_logs.reduce(worker_logs, connected(n), [True] * n if honest is None else honest, CPU)
+    calls = step_logs.reduce(
+        worker_logs, connected(n), [True] * n if honest is None else honest, CPU
+    )
     return {call.name: float(call.value) for call in calls}, calls
 
 
 def test_logs_are_averaged_over_the_workers_that_logged():
-    values, calls = reduced(StepLogs(), logs({"a": 1.0, "b": torch.tensor(4.0)}, {"a": 3}, {"a": np.float32(2.0), "b": True}))
+    values, calls = reduced(
+        StepLogs(),
+        logs({"a": 1.0, "b": torch.tensor(4.0)}, {"a": 3}, {"a": np.float32(2.0), "b": True}),
+    )
     assert values == {"a": 2.0, "b": 2.5}
     assert calls[0].kwargs == {"prog_bar": True, "batch_size": 6}  # sync_dist is done
 
@@ -1037,7 +1229,9 @@ def test_new_and_forgotten_names():
     assert reduced(step_logs, logs({"a": 1.0, "c": 3.0}, {"a": 5.0}))[0] == {"a": 3.0, "c": 3.0}
 
 
-@pytest.mark.parametrize(("reduce_fx", "value"), [("mean", 1.5), ("sum", 3.0), ("max", 2.0), (torch.min, 1.0)])
+@pytest.mark.parametrize(
+    ("reduce_fx", "value"), [("mean", 1.5), ("sum", 3.0), ("max", 2.0), (torch.min, 1.0)]
+)
 def test_several_calls_of_one_worker_are_reduced_as_the_call_says(reduce_fx, value):
     log = WorkerLog(samples=1)
     log.record("a", 1.0, reduce_fx=reduce_fx)
@@ -1059,13 +1253,16 @@ def test_every_value_has_a_batch_size_of_its_own():
 
 
 def test_only_honest_workers_are_logged_and_their_samples_counted():
-    values, calls = reduced(StepLogs(), logs({"a": 1.0}, {"a": 1e9}, {"a": 3.0}), honest=[True, False, True])
+    values, calls = reduced(
+        StepLogs(), logs({"a": 1.0}, {"a": 1e9}, {"a": 3.0}), honest=[True, False, True]
+    )
     assert values == {"a": 2.0}
     assert calls[0].kwargs["batch_size"] == 4
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("mean", 3.0), ("sum", 9.0), ("max", 6.0), ("min", 1.0), (torch.sum, 9.0), (max, 6.0)]
+    ("kind", "expected"),
+    [("mean", 3.0), ("sum", 9.0), ("max", 6.0), ("min", 1.0), (torch.sum, 9.0), (max, 6.0)],
 )
 def test_reductions(kind, expected):
     worker_logs = logs({}, {}, {})
@@ -1091,7 +1288,9 @@ def test_the_loss_is_the_median_of_the_finite_ones():
 
 
 class Lying:
-    """Two or more workers, of which the last ones send what ``change`` makes of worker 0's messages."""
+    """Two or more workers, of which the last ones send what ``change`` makes of worker 0's
+    messages.
+    """
 
     workers_per_process = 1
 
@@ -1099,7 +1298,9 @@ class Lying:
         self.change, self.n, self.gathers = change, n, 0
 
     def gather(self, messages, layout):
-        assert [(tuple(t.shape), t.dtype) for t in messages[0]] == [(field.shape, field.dtype) for field in layout]
+        assert [(tuple(t.shape), t.dtype) for t in messages[0]] == [
+            (field.shape, field.dtype) for field in layout
+        ]
         self.gathers += 1
         theirs = tuple(t.clone() for t in messages[0])
         return [messages[0]] * (self.n - 1) + [self.change(theirs)]
@@ -1124,9 +1325,15 @@ LIES = {
     "all nan": of_rows(lambda row: row.fill_(torch.nan)),
     "silence": lambda message: None,
     "no text": lambda message: (message[0] * 0,) if message[0].dtype != torch.float64 else message,
-    "a text too long": lambda message: (message[0] + 10**12,) if message[0].dtype == torch.int64 else message,
-    "a negative length": lambda message: (message[0] * 0 - 5,) if message[0].dtype == torch.int64 else message,
-    "garbage for a text": lambda message: (message[0] + 77,) if message[0].dtype == torch.uint8 else message,
+    "a text too long": lambda message: (
+        (message[0] + 10**12,) if message[0].dtype == torch.int64 else message
+    ),
+    "a negative length": lambda message: (
+        (message[0] * 0 - 5,) if message[0].dtype == torch.int64 else message
+    ),
+    "garbage for a text": lambda message: (
+        (message[0] + 77,) if message[0].dtype == torch.uint8 else message
+    ),
 }
 
 
@@ -1152,7 +1359,9 @@ def test_a_liars_number_of_samples_does_not_count():
     assert call.kwargs["batch_size"] == 8
 
 
-@pytest.mark.parametrize("arguments", [{"on_step": False}, {"reduce_fx": "nothing"}, {"rank": 1}, {"prog_bar": "yes"}])
+@pytest.mark.parametrize(
+    "arguments", [{"on_step": False}, {"reduce_fx": "nothing"}, {"rank": 1}, {"prog_bar": "yes"}]
+)
 def test_names_that_lightning_would_refuse_are_not_taken_from_others(arguments):
     text = json.dumps({"theirs": arguments}).encode()
 
@@ -1175,7 +1384,9 @@ def test_names_that_lightning_would_refuse_are_not_taken_from_others(arguments):
 
 def test_most_workers_say_how_a_name_is_logged():
     """Worker 0 has not logged it itself; one of the three others says that it is a sum."""
-    texts = [json.dumps({"a": {"reduce_fx": fx}}).encode().ljust(40) for fx in ("sum", "mean", "mean")]
+    texts = [
+        json.dumps({"a": {"reduce_fx": fx}}).encode().ljust(40) for fx in ("sum", "mean", "mean")
+    ]
 
     class Others(Lying):
         def gather(self, messages, layout):
@@ -1213,7 +1424,9 @@ def test_workers_in_quarantine_are_not_logged():
     step_logs = StepLogs()
     worker_logs = logs({"a": 1.0, "loss": 1.0}, {"a": 1e9, "loss": 1e9}, {"a": 3.0, "loss": 3.0})
     calls = step_logs.reduce(worker_logs, connected(3), [True] * 3, CPU, {1})
-    assert [(call.name, float(call.value), call.kwargs["batch_size"]) for call in calls] == [("a", 2.0, 4)]
+    assert [(call.name, float(call.value), call.kwargs["batch_size"]) for call in calls] == [
+        ("a", 2.0, 4)
+    ]
     assert step_logs.loss == 2.0
 
 
@@ -1247,7 +1460,12 @@ def test_logged_values_keep_their_precision(value, default, kept):
         torch.set_default_dtype(before)
     again = StepLogs()
     for known in (step_logs, again):
-        (call,) = known.reduce(worker_logs if known is step_logs else logs({"a": 1.0}, {"a": 2.0}), connected(2), [True] * 2, CPU)
+        (call,) = known.reduce(
+            worker_logs if known is step_logs else logs({"a": 1.0}, {"a": 2.0}),
+            connected(2),
+            [True] * 2,
+            CPU,
+        )
         assert call.value.dtype == kept
         again.load(json.loads(json.dumps(step_logs.state())))  # what a checkpoint keeps
     assert float(step_logs.reduce(worker_logs, connected(2), [True] * 2, CPU)[0].value) == float(
@@ -1261,11 +1479,17 @@ def test_positional_arguments_of_log_are_named():
     assert log.calls[0].kwargs == {"prog_bar": True, "logger": False, "on_epoch": True}
 
 
-# -- random streams -------------------------------------------------------------------------------------------------------
+# -- random streams --------------------------------------------------------------------------------
 
 
 def draw():
-    return torch.rand(2).tolist(), np.random.rand(2).tolist(), np.random.randn(), random.random(), random.gauss(0, 1)
+    return (
+        torch.rand(2).tolist(),
+        np.random.rand(2).tolist(),
+        np.random.randn(),
+        random.random(),
+        random.gauss(0, 1),
+    )
 
 
 @pytest.mark.parametrize("odd", [0, 1])
@@ -1313,14 +1537,20 @@ def test_a_workers_stream_is_its_own_and_leaves_the_outer_one_alone():
 def test_keyed_streams_depend_on_use_seed_step_and_worker_alone():
     base = Round(step=3, n=5, worker=2, seed=1)
     private = {
-        torch.rand(1, generator=round.private("a")).item() for round in [base, base._replace(step=4), base._replace(worker=3)]
+        torch.rand(1, generator=round.private("a")).item()
+        for round in [base, base._replace(step=4), base._replace(worker=3)]
     }
     private |= {
-        torch.rand(1, generator=g).item() for g in [base._replace(seed=2).private("a"), base.private("b"), base.shared("a")]
+        torch.rand(1, generator=g).item()
+        for g in [base._replace(seed=2).private("a"), base.private("b"), base.shared("a")]
     }
     assert len(private) == 6
-    assert torch.rand(1, generator=base.shared("a")) == torch.rand(1, generator=base._replace(worker=4, n=9).shared("a"))
-    assert torch.rand(1, generator=keyed_generator("a", 1, 3)) == torch.rand(1, generator=base.shared("a"))
+    assert torch.rand(1, generator=base.shared("a")) == torch.rand(
+        1, generator=base._replace(worker=4, n=9).shared("a")
+    )
+    assert torch.rand(1, generator=keyed_generator("a", 1, 3)) == torch.rand(
+        1, generator=base.shared("a")
+    )
 
 
 def test_seeds_are_the_same_on_every_machine():
@@ -1329,7 +1559,9 @@ def test_seeds_are_the_same_on_every_machine():
 
 
 def test_rules_that_shuffle_do_so_anew_in_every_round_and_alike_on_every_rank():
-    """Bucketing draws from the round's shared stream, which depends on the seed and the step alone."""
+    """Bucketing draws from the round's shared stream, which depends on the seed and the step
+    alone.
+    """
     x = rows_for(9, 30, dtype=torch.float32)
     everybody = [Contribution(Gradients(row), torch.ones(1, dtype=torch.bool)) for row in x]
 
@@ -1347,14 +1579,18 @@ def test_rules_that_shuffle_do_so_anew_in_every_round_and_alike_on_every_rank():
 
 
 def test_a_liar_that_sends_nan_is_gone_and_the_others_need_not_be_distrusted():
-    """One of four, f = 1: what is left is the mean of the honest three. An honest worker that is absent may stand for a liar that is not."""
+    """One of four, f = 1: what is left is the mean of the honest three. An honest worker that is
+    absent may stand for a liar that is not.
+    """
     grads = grads_of()[:4]
     exchange = Exchange(RobustSGD(robust(1)), connected(4), seed=0)
     lied_to(exchange, NotANumber(), [2])
     outcome = exchange.run(contributions(grads), LIKE)
     assert outcome.silent == [2]
     torch.testing.assert_close(outcome.estimate, grads[[0, 1, 3]].mean(0))
-    absent = Exchange(RobustSGD(robust(1)), connected(4), seed=0).run(contributions(grads, absent=(2,)), LIKE)
+    absent = Exchange(RobustSGD(robust(1)), connected(4), seed=0).run(
+        contributions(grads, absent=(2,)), LIKE
+    )
     torch.testing.assert_close(absent.estimate, robust(1)(grads[[0, 1, 3]]))
     assert not torch.allclose(absent.estimate, outcome.estimate)
 
@@ -1363,7 +1599,9 @@ def test_a_worker_whose_own_message_overflows_is_silent_and_keeps_its_state():
     """The norm of 1e200 does. It knows that itself, so nobody takes it for a liar."""
     grads = grads_of()[:4].clone()
     grads[1] *= 1e200
-    exchange = Exchange(RobustSGD(robust(1), QSGD(levels=7), worker_momentum=0.5), connected(4), seed=0)
+    exchange = Exchange(
+        RobustSGD(robust(1), QSGD(levels=7), worker_momentum=0.5), connected(4), seed=0
+    )
     outcome = exchange.run(contributions(grads), LIKE)
     assert outcome.silent == [1]
     assert not outcome.rows.exposed.any()
@@ -1385,18 +1623,22 @@ def test_an_attacker_tries_its_lies_on_the_weighted_rule():
     torch.testing.assert_close(tried[0], outcome.estimate)
 
 
-# -- memory, and what changes ------------------------------------------------------------------------------------------------
+# -- memory, and what changes ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ALGORITHMS, ids=lambda case: case.name)
 def test_states_that_nobody_needs_any_more_may_be_overwritten(case, monkeypatch):
-    """Their memory serves for later states: a run is the same if it is spoilt at once, and if none is used again."""
+    """Their memory serves for later states: a run is the same if it is spoilt at once, and if none
+    is used again.
+    """
 
     def run():
         exchange, found = Exchange(case.algorithm, connected(9), seed=1), []
         for step in range(6):
             grads = grads_of(step, 9)
-            outcome = exchange.run(contributions(grads, absent=(step,)), LIKE + step / 9, trusted=grads.mean(0))
+            outcome = exchange.run(
+                contributions(grads, absent=(step,)), LIKE + step / 9, trusted=grads.mean(0)
+            )
             found.append(None if outcome.estimate is None else outcome.estimate.clone())
         return found, exchange.worker_states(), exchange.server_state()["server"]
 
@@ -1428,7 +1670,11 @@ def test_memory_is_lent_once_and_only_what_was_lent_comes_back():
     fresh = room(like)
     assert all(fresh is not other for other in (a, b, like))
     room.take_back([a], [])
-    assert room(torch.zeros(5, dtype=torch.float64)) is not a and room(torch.zeros(4)) is not a and room(like) is a
+    assert (
+        room(torch.zeros(5, dtype=torch.float64)) is not a
+        and room(torch.zeros(4)) is not a
+        and room(like) is a
+    )
 
 
 FEW = {
@@ -1445,13 +1691,16 @@ FEW = {
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
-    """Bit for bit what both halves give on whole vectors: with absent workers, a nan, and a liar whose mirror overflows."""
+    """Bit for bit what both halves give on whole vectors: with absent workers, a nan, and a liar
+    whose mirror overflows.
+    """
     algorithm, n, d = FEW[name], 5, 200
     exchange = Exchange(algorithm, connected(n, Lies()), seed=1)
     x, everybody = torch.zeros(d), torch.ones(n, dtype=torch.bool)
     workers, server = {w: algorithm.init_worker(x) for w in range(n)}, algorithm.init_server(x, n)
     for step in range(7):
-        grads = rows_for(n, d, seed=step, dtype=torch.float32) + 9 * (torch.arange(d) % 100 == 3)  # what all agree on
+        # what all agree on
+        grads = rows_for(n, d, seed=step, dtype=torch.float32) + 9 * (torch.arange(d) % 100 == 3)
         grads[2, 7] = torch.nan if step == 3 else grads[2, 7]
         absent = (1,) if step == 2 else ()
         outcome = exchange.run(contributions(grads, absent=absent), x)
@@ -1464,7 +1713,9 @@ def test_a_server_that_looks_at_named_coordinates_only_is_the_papers(name):
             payload, state = algorithm.worker(Gradients(grads[w]), workers[w], round)
             workers[w] = algorithm.arrived(payload, state)
             rows[w] = algorithm.codec(round).decode(Lies.lie(w, payload), d)
-        estimate, server = algorithm.server(Rows(rows), server, Round(step, n, seed=1, present=present))
+        estimate, server = algorithm.server(
+            Rows(rows), server, Round(step, n, seed=1, present=present)
+        )
         assert torch.equal(outcome.estimate, estimate), step
         assert torch.equal(exchange.server.g, server.g), step
         assert torch.equal(outcome.seen.dense(), server.g)
@@ -1483,14 +1734,18 @@ def test_a_server_that_goes_back_to_a_checkpoint_forgets_its_last_estimate():
     grads = rows_for(5, 200, seed=2, dtype=torch.float32)
     for resumed in (exchange, again):
         resumed.load(*copy.deepcopy(saved), x)
-    assert torch.equal(exchange.run(contributions(grads), x).estimate, again.run(contributions(grads), x).estimate)
+    assert torch.equal(
+        exchange.run(contributions(grads), x).estimate, again.run(contributions(grads), x).estimate
+    )
 
 
 def test_a_server_of_few_coordinates_starts_afresh_with_other_parameters():
     exchange = Exchange(FEW["trimmed mean"], connected(5), seed=1)
     for d in (200, 120):
         for step in range(3):
-            estimate = exchange.run(contributions(rows_for(5, d, seed=step, dtype=torch.float32)), torch.zeros(d)).estimate
+            estimate = exchange.run(
+                contributions(rows_for(5, d, seed=step, dtype=torch.float32)), torch.zeros(d)
+            ).estimate
     assert len(estimate) == 120
 
 
@@ -1502,10 +1757,13 @@ class Lies(InProcess):
         return tuple(t * 1e37 if worker == 4 and t.is_floating_point() else t for t in payload)
 
     def gather(self, messages, layout):
-        return [(flags, *self.lie(worker, payload)) for worker, (flags, *payload) in enumerate(super().gather(messages, layout))]
+        return [
+            (flags, *self.lie(worker, payload))
+            for worker, (flags, *payload) in enumerate(super().gather(messages, layout))
+        ]
 
 
-# -- algorithms of one's own that are wrong ---------------------------------------------------------------------------------
+# -- algorithms of one's own that are wrong --------------------------------------------------------
 
 
 class Kept(NamedTuple):
@@ -1537,7 +1795,9 @@ class OwnAlgorithm(RobustSGD):
         estimate = self.aggregator(rows, round.present)
         if self.wrong == "estimate":
             estimate = estimate[:-1]
-        return (estimate.tolist() if self.wrong == "no tensor" else estimate), Kept(0.0) if self.wrong == "server" else state
+        return (estimate.tolist() if self.wrong == "no tensor" else estimate), Kept(
+            0.0
+        ) if self.wrong == "server" else state
 
 
 @pytest.mark.parametrize(
@@ -1548,7 +1808,10 @@ class OwnAlgorithm(RobustSGD):
         ("keeps", r"OwnAlgorithm.worker keeps the gradient.*last.*clone"),
         ("shorter", r"OwnAlgorithm.worker should return a state like the one"),
         ("list", r"OwnAlgorithm.init_server.*Found list"),
-        ("estimate", r"OwnAlgorithm.server should return an estimate of shape \(5,\).*Found \(\(4,\)"),
+        (
+            "estimate",
+            r"OwnAlgorithm.server should return an estimate of shape \(5,\).*Found \(\(4,\)",
+        ),
         ("no tensor", r"OwnAlgorithm.server should return an estimate.*Found list"),
         ("server", r"OwnAlgorithm.server.*Found last: float"),
     ],
@@ -1556,15 +1819,20 @@ class OwnAlgorithm(RobustSGD):
 def test_an_algorithm_that_is_wrong_is_named_in_the_first_round(wrong: str, message: str) -> None:
     transport = InProcess()
     transport.connect(0, 1, 4, CPU)
-    contributions = [Contribution(Gradients(torch.ones(5)), torch.ones(1, dtype=torch.bool)) for _ in range(4)]
-    right, broken = (Exchange(OwnAlgorithm(CoordinateMedian(f=1), wrong=w), transport, seed=1) for w in ("", wrong))
+    contributions = [
+        Contribution(Gradients(torch.ones(5)), torch.ones(1, dtype=torch.bool)) for _ in range(4)
+    ]
+    right, broken = (
+        Exchange(OwnAlgorithm(CoordinateMedian(f=1), wrong=w), transport, seed=1)
+        for w in ("", wrong)
+    )
     for _ in range(3):
         right.run(contributions, torch.zeros(5))
     with pytest.raises((TypeError, ValueError), match=message):
         broken.run(contributions, torch.zeros(5))
 
 
-# -- quarantine -----------------------------------------------------------------------------------------------------------
+# -- quarantine ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1574,7 +1842,8 @@ def test_an_algorithm_that_is_wrong_is_named_in_the_first_round(wrong: str, mess
         (TrimmedMean(f=2), 7, {4, 5}, (), 2),
         (TrimmedMean(f=2), 6, {4, 5}, (), 1),  # the most that it allows for four rows
         (Krum(f=2), 7, {4}, (), 1),
-        (TrimmedMean(f=2), 7, {4, 5}, (0, 1), 1),  # and a step does not fail for the absence of the accused
+        # and a step does not fail for the absence of the accused
+        (TrimmedMean(f=2), 7, {4, 5}, (0, 1), 1),
     ],
     ids=str,
 )

@@ -1,4 +1,6 @@
-"""Gradients are exchanged where DDP reduces them: with a mean, every way to train ends with DDP's weights; with memory, nothing mixes."""
+"""Gradients are exchanged where DDP reduces them: with a mean, every way to train ends with DDP's
+weights; with memory, nothing mixes.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ processes = pytest.mark.processes
 Batch = Sequence[torch.Tensor]
 
 
-# -- ways to train ----------------------------------------------------------------------------------------------------
+# -- ways to train ---------------------------------------------------------------------------------
 
 
 class ByHand(Plain):
@@ -81,7 +83,9 @@ class RawClosure(ByHand):
 
 
 class OwnScaler(ByHand):
-    """A loss scaler of one's own, whose step is given the raw optimizer; the seventh batch overflows."""
+    """A loss scaler of one's own, whose step is given the raw optimizer; the seventh batch
+    overflows.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +105,9 @@ class OwnScaler(ByHand):
 class InnerOptimizer(Plain):
     """An override that takes the optimizer out of Lightning's wrapper."""
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         optimizer_closure()
         optimizer.optimizer.step()
 
@@ -148,7 +154,9 @@ class Blocked(ByHand):
 
 
 class AddsUp(ByHand):
-    """Every micro-batch is exchanged, and aggregates add up in ``p.grad``, into the same tensors."""
+    """Every micro-batch is exchanged, and aggregates add up in ``p.grad``, into the same
+    tensors.
+    """
 
     set_to_none = True
 
@@ -183,7 +191,9 @@ class ClipsByTorch(ByHand):
 
 
 class SAM(torch.optim.SGD):
-    """Sharpness-aware minimization (arXiv:2010.01412), whose closure is evaluated twice, or whose halves are called one by one."""
+    """Sharpness-aware minimization (arXiv:2010.01412), whose closure is evaluated twice, or whose
+    halves are called one by one.
+    """
 
     @torch.no_grad()
     def first(self) -> None:
@@ -251,7 +261,10 @@ def gan(how: str, critics: int = 1, zero: str = "before") -> type[L.LightningMod
             self.critic = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 1))
 
         def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-            return [torch.optim.Adam(self.generator.parameters(), 0.01), torch.optim.SGD(self.critic.parameters(), 0.1)]
+            return [
+                torch.optim.Adam(self.generator.parameters(), 0.01),
+                torch.optim.SGD(self.critic.parameters(), 0.1),
+            ]
 
         def turn(self, optimizer: Any, loss: Callable[[], torch.Tensor]) -> None:
             if how == "toggled":
@@ -269,7 +282,12 @@ def gan(how: str, critics: int = 1, zero: str = "before") -> type[L.LightningMod
             x, z = batch[0], batch[0][:, :4].flip(1)
             for_generator, for_critic = self.optimizers()
             for _ in range(critics):
-                self.turn(for_critic, lambda: (F.softplus(-self.critic(x)) + F.softplus(self.critic(self.generator(z)))).mean())
+                self.turn(
+                    for_critic,
+                    lambda: (
+                        F.softplus(-self.critic(x)) + F.softplus(self.critic(self.generator(z)))
+                    ).mean(),
+                )
             self.turn(for_generator, lambda: F.softplus(-self.critic(self.generator(z))).mean())
 
     return Game
@@ -308,9 +326,20 @@ def rand(rank: int, samples: int = 16) -> torch.Tensor:
 def test_with_a_mean_every_way_to_train_is_ddps(way: str, tmp_path: Path) -> None:
     make, trainer = WAYS[way]
     runs = {}
-    for name, strategy in (("ddp", forked_ddp(find_unused_parameters="GAN" in way or "critic" in way)), ("byz", averaging(start_method="fork"))):
+    for name, strategy in (
+        ("ddp", forked_ddp(find_unused_parameters="GAN" in way or "critic" in way)),
+        ("byz", averaging(start_method="fork")),
+    ):
         L.seed_everything(1, verbose=False)
-        runs[name] = fit(tmp_path / name, make(), strategy, devices=RANKS, data=loader(8), extra=lambda _, m: getattr(m, "scales", None), **trainer())
+        runs[name] = fit(
+            tmp_path / name,
+            make(),
+            strategy,
+            devices=RANKS,
+            data=loader(8),
+            extra=lambda _, m: getattr(m, "scales", None),
+            **trainer(),
+        )
     for report in runs["byz"][1:]:
         assert_equal(runs["byz"][0], report)
     assert_close(runs["ddp"][0], runs["byz"][0], 2e-3 if "16" in way else 1e-5)
@@ -318,10 +347,12 @@ def test_with_a_mean_every_way_to_train_is_ddps(way: str, tmp_path: Path) -> Non
     assert runs["ddp"][0]["steps"] == runs["byz"][0]["steps"]
     L.seed_everything(1, verbose=False)
     start = make().state_dict()
-    assert any(not torch.equal(start[name], value) for name, value in runs["byz"][0]["weights"].items()), "it did not train"
+    assert any(
+        not torch.equal(start[name], value) for name, value in runs["byz"][0]["weights"].items()
+    ), "it did not train"
 
 
-# -- edits of gradients in hooks ----------------------------------------------------------------------------------------
+# -- edits of gradients in hooks -------------------------------------------------------------------
 
 
 def edit(module: L.LightningModule) -> None:
@@ -343,14 +374,18 @@ class BeforeStep(Plain):
 
 
 class InStep(Plain):
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         optimizer_closure()
         edit(self)
         optimizer.step()
 
 
 class InClipping(Plain):
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         edit(self)
 
 
@@ -375,14 +410,24 @@ class FromOutside(Plain):
 EDITS = [AfterBackward, BeforeStep, InStep, InClipping, Replaces, FromOutside]
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, id="in-process"), pytest.param(RANKS, id="ranks", marks=processes)])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, id="in-process"), pytest.param(RANKS, id="ranks", marks=processes)]
+)
 @pytest.mark.parametrize("make", EDITS, ids=lambda make: make.__name__)
-def test_an_edit_of_the_gradients_is_an_edit_of_the_aggregate(make: type[Plain], devices: int, tmp_path: Path) -> None:
+def test_an_edit_of_the_gradients_is_an_edit_of_the_aggregate(
+    make: type[Plain], devices: int, tmp_path: Path
+) -> None:
     runs = []
-    others = ("auto", averaging(workers_per_process=4)) if devices == 1 else (forked_ddp(), averaging(start_method="fork"))
+    others = (
+        ("auto", averaging(workers_per_process=4))
+        if devices == 1
+        else (forked_ddp(), averaging(start_method="fork"))
+    )
     for strategy in others:
         L.seed_everything(1, verbose=False)
-        runs.append(fit(tmp_path, make(), strategy, devices=devices, data=loader(24 if devices == 1 else 8)))
+        runs.append(
+            fit(tmp_path, make(), strategy, devices=devices, data=loader(24 if devices == 1 else 8))
+        )
     assert_close(runs[0][0], runs[1][0])
     for report in runs[1][1:]:
         assert_equal(runs[1][0], report)
@@ -390,7 +435,9 @@ def test_an_edit_of_the_gradients_is_an_edit_of_the_aggregate(make: type[Plain],
 
 @processes
 def test_a_users_hook_on_a_parameter_runs_before_the_exchange(tmp_path: Path) -> None:
-    """It sees this rank's own gradient, and what it makes of it is what is sent; registered before or during the run."""
+    """It sees this rank's own gradient, and what it makes of it is what is sent; registered before
+    or during the run.
+    """
 
     def clamp(p: torch.Tensor) -> None:
         p.grad.clamp_(-0.02, 0.02)
@@ -402,7 +449,13 @@ def test_a_users_hook_on_a_parameter_runs_before_the_exchange(tmp_path: Path) ->
                     p.register_post_accumulate_grad_hook(clamp)
 
     runs = []
-    for strategy in (forked_ddp(), *(averaging(start_method="fork", transport=t) for t in (AllGather(), Sharded(bucket_size=1)))):
+    for strategy in (
+        forked_ddp(),
+        *(
+            averaging(start_method="fork", transport=t)
+            for t in (AllGather(), Sharded(bucket_size=1))
+        ),
+    ):
         L.seed_everything(1, verbose=False)
         runs += fit(tmp_path, Hooked(), strategy, devices=RANKS, data=loader(8))[:1]
     assert_close(runs[0], runs[1])
@@ -410,7 +463,9 @@ def test_a_users_hook_on_a_parameter_runs_before_the_exchange(tmp_path: Path) ->
 
 
 def test_an_edit_between_micro_batches_of_in_process_workers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="edited between micro-batches.*on_before_optimizer_step"):
+    with pytest.raises(
+        RuntimeError, match="edited between micro-batches.*on_before_optimizer_step"
+    ):
         fit(tmp_path, AfterBackward(), averaging(workers_per_process=4), accumulate_grad_batches=2)
 
 
@@ -431,7 +486,7 @@ def test_backward_with_a_graph_in_process(tmp_path: Path) -> None:
     assert_close(*runs)
 
 
-# -- methods that remember ----------------------------------------------------------------------------------------------
+# -- methods that remember -------------------------------------------------------------------------
 
 REMEMBER = {"default": None, "ef21": ByzEF21SGDM(CoordinateMedian(), TopK(ratio=0.2))}
 
@@ -451,14 +506,29 @@ def assert_same_states(a: Any, b: Any) -> None:
 
 
 @processes
-@pytest.mark.parametrize("transport", [AllGather(), Sharded(bucket_size=64)], ids=["all-gather", "sharded"])
+@pytest.mark.parametrize(
+    "transport", [AllGather(), Sharded(bucket_size=64)], ids=["all-gather", "sharded"]
+)
 @pytest.mark.parametrize("name", REMEMBER)
-def test_a_gan_that_is_not_toggled_remembers_what_the_toggled_one_does(name: str, transport: Any, tmp_path: Path) -> None:
+def test_a_gan_that_is_not_toggled_remembers_what_the_toggled_one_does(
+    name: str, transport: Any, tmp_path: Path
+) -> None:
     runs = []
     for how, zero in (("toggled", "before"), ("", "before"), ("", "after")):
         L.seed_everything(1, verbose=False)
-        strategy = ByzantineRobustStrategy(REMEMBER[name], copy.deepcopy(transport), start_method="fork")
-        runs.append(fit(tmp_path, gan(how, critics=2, zero=zero)(), strategy, devices=RANKS, data=loader(8), extra=states))
+        strategy = ByzantineRobustStrategy(
+            REMEMBER[name], copy.deepcopy(transport), start_method="fork"
+        )
+        runs.append(
+            fit(
+                tmp_path,
+                gan(how, critics=2, zero=zero)(),
+                strategy,
+                devices=RANKS,
+                data=loader(8),
+                extra=states,
+            )
+        )
     for run in runs:
         for report, first in zip(run, runs[0], strict=True):
             assert_equal(first, report)
@@ -472,7 +542,13 @@ def test_gradients_that_wait_for_their_optimizer_may_not_be_edited(tmp_path: Pat
             edit(self)
 
     with pytest.raises(Exception, match=r"edited before they were exchanged.*toggled_optimizer"):
-        fit(tmp_path, Edits(), ByzantineRobustStrategy(start_method="fork"), devices=RANKS, data=loader(8))
+        fit(
+            tmp_path,
+            Edits(),
+            ByzantineRobustStrategy(start_method="fork"),
+            devices=RANKS,
+            data=loader(8),
+        )
 
 
 @processes
@@ -488,19 +564,23 @@ def test_blocked_micro_batches_send_one_message(name: str, tmp_path: Path) -> No
 
 
 @processes
-@pytest.mark.parametrize("make", [Scheduled, Blocked, AddsUp, Raw, SharpByHand], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [Scheduled, Blocked, AddsUp, Raw, SharpByHand], ids=lambda make: make.__name__
+)
 def test_overlap_changes_no_bit_of_manual_optimization(make: Any, tmp_path: Path) -> None:
     runs = []
     for transport in (Sharded(overlap=False), Sharded(bucket_size=1)):
         L.seed_everything(1, verbose=False)
-        strategy = ByzantineRobustStrategy(RobustSGD(CoordinateMedian(), worker_momentum=0.9), transport, start_method="fork")
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(CoordinateMedian(), worker_momentum=0.9), transport, start_method="fork"
+        )
         extra = lambda trainer, _: trainer.strategy.groups[0].overlap is not None  # noqa: E731
         runs.append(fit(tmp_path, make(), strategy, devices=RANKS, data=loader(8), extra=extra))
     assert [run[0]["extra"] for run in runs] == [False, True]
     assert_equal(runs[0][0], runs[1][0])
 
 
-# -- gradients that come by other ways ------------------------------------------------------------------------------------
+# -- gradients that come by other ways -------------------------------------------------------------
 
 
 class PlainBackward(ByHand):
@@ -513,7 +593,9 @@ class PlainBackward(ByHand):
 class ByAutograd(ByHand):
     def step(self, batch: Batch, batch_idx: int) -> None:
         parameters = list(self.parameters())
-        for p, grad in zip(parameters, torch.autograd.grad(self.loss(batch), parameters), strict=True):
+        for p, grad in zip(
+            parameters, torch.autograd.grad(self.loss(batch), parameters), strict=True
+        ):
             p.grad = grad
         self.optimizers(use_pl_optimizer=False).step()
 
@@ -521,12 +603,23 @@ class ByAutograd(ByHand):
 @processes
 @pytest.mark.parametrize("make", [PlainBackward, ByAutograd], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", ["mean", *REMEMBER])
-def test_gradients_from_elsewhere_are_exchanged_at_the_step(make: Any, name: str, tmp_path: Path) -> None:
+def test_gradients_from_elsewhere_are_exchanged_at_the_step(
+    make: Any, name: str, tmp_path: Path
+) -> None:
     runs = []
     for module in (Scheduled, make):
         L.seed_everything(1, verbose=False)
         algorithm = RobustSGD(Mean()) if name == "mean" else REMEMBER[name]
-        runs.append(fit(tmp_path, module(), ByzantineRobustStrategy(algorithm, start_method="fork"), devices=RANKS, data=loader(8), extra=states))
+        runs.append(
+            fit(
+                tmp_path,
+                module(),
+                ByzantineRobustStrategy(algorithm, start_method="fork"),
+                devices=RANKS,
+                data=loader(8),
+                extra=states,
+            )
+        )
     for first, report in zip(*runs, strict=True):
         assert_equal(first, report)
         assert_same_states(first["extra"], report["extra"])
@@ -543,7 +636,9 @@ def test_an_update_by_gradients_that_nobody_exchanged_raises(by_data: bool, tmp_
                 for p in self.parameters():
                     (p.data if by_data else p).sub_(0.1 * p.grad)
 
-    with pytest.raises(Exception, match=r"have changed while their gradients.*Call self.manual_backward"):
+    with pytest.raises(
+        Exception, match=r"have changed while their gradients.*Call self.manual_backward"
+    ):
         fit(tmp_path, Drifts(), averaging(start_method="fork"), devices=RANKS, data=loader(8))
 
 
@@ -574,10 +669,12 @@ def test_an_optimizer_that_steps_during_backward_is_refused(tmp_path: Path) -> N
         fit(tmp_path, Eager(), averaging(start_method="fork"), devices=RANKS, data=loader(8))
 
 
-# -- a closure that is evaluated again --------------------------------------------------------------------------------------
+# -- a closure that is evaluated again -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [Sharp, functools.partial(Plain, optimizer="lbfgs")], ids=["SAM", "LBFGS"])
+@pytest.mark.parametrize(
+    "make", [Sharp, functools.partial(Plain, optimizer="lbfgs")], ids=["SAM", "LBFGS"]
+)
 def test_optimizers_that_evaluate_their_closure_again_in_process(make: Any, tmp_path: Path) -> None:
     runs = []
     for strategy in ("auto", averaging(workers_per_process=4)):
@@ -617,12 +714,15 @@ def test_a_round_that_is_repeated_takes_the_last_ones_place(case: Any) -> None:
         return
     for repeated in (0, 1, 2):
         plain, again = run((0, 1, 2), -1), run((0, 1, 2), repeated)
-        pairs = [*((plain.workers[w], again.workers[w]) for w in range(n)), (plain.server, again.server)]
+        pairs = [
+            *((plain.workers[w], again.workers[w]) for w in range(n)),
+            (plain.server, again.server),
+        ]
         for one, other in pairs:
             assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
-# -- ranks that are not where the others are ----------------------------------------------------------------------------------
+# -- ranks that are not where the others are -------------------------------------------------------
 
 
 @processes
@@ -646,8 +746,17 @@ class Uneven(IterableDataset):
 
 @processes
 def test_uneven_numbers_of_batches_are_told_on_every_rank(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"uneven numbers of batches.*rank 0 at 'training step 2, the last one of its epoch, then"):
-        fit(tmp_path, Plain(), averaging(start_method="fork"), devices=RANKS, data=torch.utils.data.DataLoader(Uneven(), batch_size=8))
+    with pytest.raises(
+        Exception,
+        match=r"uneven numbers of batches.*rank 0 at 'training step 2, the last one of its epoch, then",
+    ):
+        fit(
+            tmp_path,
+            Plain(),
+            averaging(start_method="fork"),
+            devices=RANKS,
+            data=torch.utils.data.DataLoader(Uneven(), batch_size=8),
+        )
 
 
 @processes
@@ -663,7 +772,14 @@ def test_a_rank_without_a_batch_is_silent(tmp_path: Path) -> None:
             return torch.utils.data.DataLoader(data.dataset, batch_size=8, collate_fn=collate)
 
     silences = lambda trainer, _: trainer.strategy.report.silences  # noqa: E731
-    reports = fit(tmp_path, Plain(), averaging(start_method="fork"), devices=RANKS, data=Sometimes(), extra=silences)
+    reports = fit(
+        tmp_path,
+        Plain(),
+        averaging(start_method="fork"),
+        devices=RANKS,
+        data=Sometimes(),
+        extra=silences,
+    )
     for report in reports:
         assert_equal(reports[0], report)
         assert report["steps"] == 10
@@ -680,15 +796,27 @@ def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
 
     class Says(L.Callback):
         def on_exception(self, trainer: Any, module: Any, error: BaseException) -> None:
-            (tmp_path / f"error{trainer.global_rank}").write_text(f"{type(error).__name__}: {error}")
+            (tmp_path / f"error{trainer.global_rank}").write_text(
+                f"{type(error).__name__}: {error}"
+            )
 
     with pytest.raises(Exception, match="."):
-        fit(tmp_path, Dies(), averaging(start_method="fork"), devices=RANKS, data=loader(8), callbacks=[Says()])
+        fit(
+            tmp_path,
+            Dies(),
+            averaging(start_method="fork"),
+            devices=RANKS,
+            data=loader(8),
+            callbacks=[Says()],
+        )
     said = [path.read_text() for path in tmp_path.glob("error*")]
-    assert any("RankLostError" in text and "rank 1 did not answer" in text and "training step 3" in text for text in said), said
+    assert any(
+        "RankLostError" in text and "rank 1 did not answer" in text and "training step 3" in text
+        for text in said
+    ), said
 
 
-# -- random states ------------------------------------------------------------------------------------------------------------
+# -- random states ---------------------------------------------------------------------------------
 
 
 @processes
@@ -707,5 +835,12 @@ def test_ranks_begin_with_the_random_states_of_seed_everything(tmp_path: Path) -
     drawn = []
     for strategy in (forked_ddp(), averaging(start_method="fork")):
         L.seed_everything(5, verbose=False)
-        drawn += fit(tmp_path, Draws(), strategy, devices=RANKS, data=loader(8), extra=lambda _, module: module.drawn)
+        drawn += fit(
+            tmp_path,
+            Draws(),
+            strategy,
+            devices=RANKS,
+            data=loader(8),
+            extra=lambda _, module: module.drawn,
+        )
     assert all(report["extra"] == drawn[0]["extra"] for report in drawn)

@@ -1,4 +1,6 @@
-"""Grids of runs: what a file means, that cells are run once, apart from each other, and that tables and reports say what happened."""
+"""Grids of runs: what a file means, that cells are run once, apart from each other, and that tables
+and reports say what happened.
+"""
 
 import csv
 import functools
@@ -45,7 +47,12 @@ RUN = """
 
 
 def grid_file(folder, name="small", **axes):
-    content = {"rules": ["Mean", "CoordinateMedian"], "attacks": ["none", "SignFlip(scale=10.0)"], "f": [2], **axes}
+    content = {
+        "rules": ["Mean", "CoordinateMedian"],
+        "attacks": ["none", "SignFlip(scale=10.0)"],
+        "f": [2],
+        **axes,
+    }
     content = {key: value for key, value in content.items() if value is not None}
     content.setdefault("run", yaml.safe_load(RUN))
     path = folder / f"{name}.yaml"
@@ -58,7 +65,7 @@ def rows(path):
         return [*csv.DictReader(file)]
 
 
-# -- what a file means ----------------------------------------------------------------------------------------------------
+# -- what a file means -----------------------------------------------------------------------------
 
 
 def test_parts_are_written_like_calls():
@@ -71,14 +78,26 @@ def test_parts_are_written_like_calls():
             "inner": {"class_path": "lightning_byz.TopK", "init_args": {"ratio": 0.5}},
         },
     }
-    for wrong in ("Krum(", "MultiKrum(5)", "3", "Krum(m=f())(x=1)", "Krum(m=[x for x in y])", "Krum(**a)"):
+    for wrong in (
+        "Krum(",
+        "MultiKrum(5)",
+        "3",
+        "Krum(m=f())(x=1)",
+        "Krum(m=[x for x in y])",
+        "Krum(**a)",
+    ):
         with pytest.raises(GridError):
             part(wrong)
 
 
 def test_cells_are_the_product_and_the_baseline_runs_alone(tmp_path):
     grid = Grid.read(
-        grid_file(tmp_path, pre_aggregations=["none", "NNM"], heterogeneity=["IID", "Dirichlet(alpha=0.5)"], seeds=[0, 1])
+        grid_file(
+            tmp_path,
+            pre_aggregations=["none", "NNM"],
+            heterogeneity=["IID", "Dirichlet(alpha=0.5)"],
+            seeds=[0, 1],
+        )
     )
     cells = grid.cells()
     assert (
@@ -86,22 +105,32 @@ def test_cells_are_the_product_and_the_baseline_runs_alone(tmp_path):
     )  # seeds, partitions; attacks on Mean, and on the other rule's two forms
     assert {cell.pre_aggregation for cell in cells if cell.rule == "Mean"} == {"none"}
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    cell = Cell("as in run", "NNM", "CoordinateMedian", "SignFlip(scale=10.0)", 2, "Dirichlet(alpha=0.5)", 1)
+    cell = Cell(
+        "as in run", "NNM", "CoordinateMedian", "SignFlip(scale=10.0)", 2, "Dirichlet(alpha=0.5)", 1
+    )
     assert cell in cells
     config = grid.config(cell)
     strategy, (lies,) = config["trainer"]["strategy"]["init_args"], config["trainer"]["callbacks"]
     assert strategy["algorithm"]["init_args"]["aggregator"] == {
         "class_path": "lightning_byz.Chain",
-        "init_args": {"pre": [{"class_path": "lightning_byz.NNM"}], "rule": {"class_path": "lightning_byz.CoordinateMedian"}},
+        "init_args": {
+            "pre": [{"class_path": "lightning_byz.NNM"}],
+            "rule": {"class_path": "lightning_byz.CoordinateMedian"},
+        },
     }
-    assert (strategy["num_byzantine"], lies["init_args"]["count"], config["seed_everything"]) == (2, 2, 1)
+    assert (strategy["num_byzantine"], lies["init_args"]["count"], config["seed_everything"]) == (
+        2,
+        2,
+        1,
+    )
     assert config["data"]["init_args"] == {
         "batch_size": 4,
         "partition": {"class_path": "lightning_byz.Dirichlet", "init_args": {"alpha": 0.5}},
     }
     assert len({grid.identity(cell) for cell in cells}) == len(cells)
     baseline = grid.config(next(cell for cell in cells if cell.rule == "Mean"))
-    assert baseline["trainer"]["strategy"]["init_args"]["num_byzantine"] == 2  # of which it tolerates none, and trains all the same
+    # of which it tolerates none, and trains all the same
+    assert baseline["trainer"]["strategy"]["init_args"]["num_byzantine"] == 2
     assert baseline["trainer"]["callbacks"] == []  # attack: none
 
 
@@ -117,8 +146,14 @@ def test_cells_are_the_product_and_the_baseline_runs_alone(tmp_path):
         ({"f": [-1]}, "`f` should be a list of integers of at least 0"),
         ({"sedes": [1]}, "has a key 'sedes'. Did you mean seeds?"),
         ({"run": None}, "should have a key `run`"),
-        ({"run": {"trainer": {"strategy": "byzantine_robust"}}}, "it says how many workers there are"),
-        ({"run": {"trainer": {"strategy": {"class_path": "x", "init_args": {}}}}}, "should say which algorithm"),
+        (
+            {"run": {"trainer": {"strategy": "byzantine_robust"}}},
+            "it says how many workers there are",
+        ),
+        (
+            {"run": {"trainer": {"strategy": {"class_path": "x", "init_args": {}}}}},
+            "should say which algorithm",
+        ),
     ],
 )
 def test_a_mistake_in_a_grid_file_is_named(tmp_path, capsys, change, message):
@@ -143,13 +178,19 @@ def test_a_mistake_in_a_grid_file_is_named(tmp_path, capsys, change, message):
     ],
 )
 @pytest.mark.parametrize("dry", [False, True])
-def test_a_mistake_in_an_argument_is_named_once_before_the_first_cell(tmp_path, capsys, change, message, dry):
-    path = grid_file(tmp_path, seeds=[0, 1], **{key: value for key, value in change.items() if key != "trainer"})
+def test_a_mistake_in_an_argument_is_named_once_before_the_first_cell(
+    tmp_path, capsys, change, message, dry
+):
+    path = grid_file(
+        tmp_path, seeds=[0, 1], **{key: value for key, value in change.items() if key != "trainer"}
+    )
     content = yaml.safe_load(path.read_text())
     content["run"]["trainer"] |= change.get("trainer", {})
     path.write_text(yaml.safe_dump(content))
     output = tmp_path / "out"
-    assert cli.main(["grid", str(path), "--output", str(output), *(["--dry-run"] if dry else [])]) == 2
+    assert (
+        cli.main(["grid", str(path), "--output", str(output), *(["--dry-run"] if dry else [])]) == 2
+    )
     said = capsys.readouterr().err
     assert message in said
     assert said.count("the cell ") == 1
@@ -180,7 +221,9 @@ class MyRule(Krum):
 
 
 @pytest.mark.processes
-def test_a_cell_that_was_cut_short_is_run_again_with_a_logger_and_a_rule_of_this_folder(tmp_path, monkeypatch):
+def test_a_cell_that_was_cut_short_is_run_again_with_a_logger_and_a_rule_of_this_folder(
+    tmp_path, monkeypatch
+):
     (tmp_path / "rule_of_this_folder.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
@@ -209,7 +252,7 @@ def test_the_grids_in_the_repository_are_valid(path):
     assert all(grid.config(cell) for cell in cells)
 
 
-# -- runs -----------------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +261,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     run = yaml.safe_load(RUN)
     run["trainer"]["logger"] = {"class_path": "CSVLogger"}
-    path = grid_file(folder, rules=["Mean", "CoordinateMedian", "Bulyan"], attacks=["none", "Gaussian(std=1e+30)"], run=run)
+    path = grid_file(
+        folder,
+        rules=["Mean", "CoordinateMedian", "Bulyan"],
+        attacks=["none", "Gaussian(std=1e+30)"],
+        run=run,
+    )
     status = cli.main(["grid", str(path), "--jobs", "2", "--output", str(folder / "out")])
     return path, folder / "out", status
 
@@ -231,7 +279,9 @@ def test_every_cell_is_in_the_table_and_one_that_fails_says_why(finished):
     assert len(table) == 6
     failed = [row for row in table.values() if row["status"] == "failed"]
     assert [row["rule"] for row in failed] == ["Bulyan"] * 2
-    assert all("Bulyan tolerates at most f=1" in row["reason"] or "n=7" in row["reason"] for row in failed)
+    assert all(
+        "Bulyan tolerates at most f=1" in row["reason"] or "n=7" in row["reason"] for row in failed
+    )
     assert "Traceback" in (output / "log.txt").read_text()
     diverged = table["Mean", "Gaussian(std=1e+30)"]
     assert diverged["status"] in ("diverged", "finished")
@@ -258,11 +308,16 @@ def test_tables_are_written_as_parquet_too(finished):
 def test_each_cell_is_an_ordinary_run_with_a_logger_of_its_own(finished):
     path, output, _ = finished
     grid = Grid.read(path)
-    cell = next(cell for cell in grid.cells() if cell.rule == "CoordinateMedian" and cell.attack != "none")
+    cell = next(
+        cell for cell in grid.cells() if cell.rule == "CoordinateMedian" and cell.attack != "none"
+    )
     folder = output / "cells" / grid.identity(cell)
     assert "accuracy" in (folder / "metrics.csv").read_text().splitlines()[0]
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["trainer"]["callbacks"][0]["init_args"]["attack"]["class_path"] == "lightning_byz.Gaussian"
+    assert (
+        saved["trainer"]["callbacks"][0]["init_args"]["attack"]["class_path"]
+        == "lightning_byz.Gaussian"
+    )
 
 
 @pytest.mark.processes
@@ -284,11 +339,14 @@ def test_a_finished_cell_is_not_run_again_and_a_failed_one_is(finished, capsys):
     assert not {grid.identity(cell) for cell in grid.cells()} & {name for name, _ in before}
 
 
-@pytest.mark.filterwarnings("ignore:byzantine_robust. Mean tolerates no Byzantine worker")  # as a grid's own processes do
+# as a grid's own processes do
+@pytest.mark.filterwarnings("ignore:byzantine_robust. Mean tolerates no Byzantine worker")
 def test_a_cell_depends_on_nothing_that_ran_before_it(tmp_path):
     grid = Grid.read(grid_file(tmp_path))
     mean, _, median, _ = grid.cells()
-    first, *_, again = (grid_cells.run(grid.config(cell), grid.metric)["curve"] for cell in (median, mean, median))
+    first, *_, again = (
+        grid_cells.run(grid.config(cell), grid.metric)["curve"] for cell in (median, mean, median)
+    )
     assert first == again
     wrong = grid_cells.run(grid.config(mean), "acuracy")
     assert wrong["status"] == "failed"
@@ -322,11 +380,23 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path, monkeypatch):
 @pytest.mark.processes
 def test_an_interrupted_grid_keeps_what_is_done(tmp_path):
     path, output = grid_file(tmp_path, seeds=[*range(500)]), tmp_path / "out"
-    command = [sys.executable, "-m", "lightning_byz.cli", "grid", str(path), "--jobs", "2", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_byz.cli",
+        "grid",
+        str(path),
+        "--jobs",
+        "2",
+        "--output",
+        str(output),
+    ]
     heeds = functools.partial(
         signal.signal, signal.SIGINT, signal.SIG_DFL
     )  # whoever starts the tests in the background has it ignored
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heeds)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=heeds
+    )
     memory = output / "results.jsonl"
     while process.poll() is None and not (memory.exists() and memory.read_text().count("\n") >= 2):
         time.sleep(0.2)
@@ -340,7 +410,7 @@ def test_an_interrupted_grid_keeps_what_is_done(tmp_path):
     assert {row["status"] for row in done} == {"finished"}
 
 
-# -- reports --------------------------------------------------------------------------------------------------------------
+# -- reports ---------------------------------------------------------------------------------------
 
 
 def write_csv(path, lines):
@@ -350,19 +420,42 @@ def write_csv(path, lines):
         writer.writerows(lines)
 
 
-def invented_grid(folder, seeds=(0, 1), rules=("Mean", "Krum"), attacks=("none", "ALIE(z=1.5)"), fs=(2, 3)):
+def invented_grid(
+    folder, seeds=(0, 1), rules=("Mean", "Krum"), attacks=("none", "ALIE(z=1.5)"), fs=(2, 3)
+):
     """The tables of a grid that nobody ran."""
     lines, points = [], []
-    for i, (f, rule, pre, attack, seed) in enumerate(itertools.product(fs, rules, ("none", "NNM"), attacks, seeds)):
+    for i, (f, rule, pre, attack, seed) in enumerate(
+        itertools.product(fs, rules, ("none", "NNM"), attacks, seeds)
+    ):
         if rule == "Mean" and pre != "none":
             continue
         good = 0.9 if rule != "Mean" or attack == "none" else 0.1 * f
-        cell = {"algorithm": "as in run", "pre_aggregation": pre, "rule": rule, "attack": attack, "f": f}
+        cell = {
+            "algorithm": "as in run",
+            "pre_aggregation": pre,
+            "rule": rule,
+            "attack": attack,
+            "f": f,
+        }
         cell |= {"heterogeneity": "IID", "seed": seed}
-        curve = [{**cell, "step": s, "bytes_up": 4e5 * s, "accuracy": good * s / 30 + 0.01 * seed, "cell": i} for s in (10, 20, 30)]
-        curve = [{**point, "bytes_down": 1, "simulated_seconds": point["step"] * 1.5} for point in curve]
+        curve = [
+            {
+                **cell,
+                "step": s,
+                "bytes_up": 4e5 * s,
+                "accuracy": good * s / 30 + 0.01 * seed,
+                "cell": i,
+            }
+            for s in (10, 20, 30)
+        ]
+        curve = [
+            {**point, "bytes_down": 1, "simulated_seconds": point["step"] * 1.5} for point in curve
+        ]
         points += curve
-        lines.append({**curve[-1], "status": "finished", "wall_seconds": 1, "reason": "", "cell": i})
+        lines.append(
+            {**curve[-1], "status": "finished", "wall_seconds": 1, "reason": "", "cell": i}
+        )
     lines[-1] |= {"status": "failed", "reason": "ValueError: <Krum> & co", "accuracy": ""}
     lines[-2] |= {"status": "diverged", "reason": "nan"}
     folder.mkdir()
@@ -388,7 +481,13 @@ def test_the_report_of_a_grid(tmp_path, capsys):
     assert "index.html" in capsys.readouterr().out
     names, text = pictures(tmp_path / "grid" / "report" / "index.html")
     assert names[0] == "worst"
-    assert {"heatmap-f-2", "curves-f-2", "curves-f-3-nnm", "accuracy-bytes-up-f-2", "accuracy-simulated-seconds-f-3"} <= set(names)
+    assert {
+        "heatmap-f-2",
+        "curves-f-2",
+        "curves-f-3-nnm",
+        "accuracy-bytes-up-f-2",
+        "accuracy-simulated-seconds-f-3",
+    } <= set(names)
     assert "ValueError: &lt;Krum&gt; &amp; co" in text
     assert "NNM + Krum | ALIE(z=1.5) | f=3 | IID | seed 1: failed" in text
 
@@ -402,7 +501,10 @@ def test_the_report_of_a_grid_shows_suspicion_where_cells_logged_it(tmp_path):
         (folder / "cells" / cell["cell"]).mkdir(parents=True)
     (folder / "cells" / empty["cell"] / "metrics.csv").write_text("step,epoch\n")
     logs = folder / "cells" / row["cell"]
-    lines = [{"step": step, "epoch": 0, **{f"byz/suspicion/worker_{i}": float(i == 3) for i in range(5)}} for step in range(3)]
+    lines = [
+        {"step": step, "epoch": 0, **{f"byz/suspicion/worker_{i}": float(i == 3) for i in range(5)}}
+        for step in range(3)
+    ]
     write_csv(logs / "metrics.csv", lines)
     assert cli.main(["report", str(folder)]) == 0
     names, text = pictures(folder / "report" / "index.html")
@@ -419,7 +521,8 @@ def test_the_worst_case_is_the_lowest_mean_over_seeds(tmp_path):
     for row in table:
         row["aggregation"] = reports._aggregation(row)
     worst = reports._draw_setting(page, table, [], "accuracy", True, "")
-    assert worst == pytest.approx({"Mean": 0.205, "Krum": 0.905})  # of NNM + Krum, one seed has failed
+    # of NNM + Krum, one seed has failed
+    assert worst == pytest.approx({"Mean": 0.205, "Krum": 0.905})
 
 
 @pytest.mark.parametrize("unknown", ["failed", "not run"])
@@ -428,7 +531,11 @@ def test_a_rule_that_failed_under_an_attack_has_no_worst_case(tmp_path, monkeypa
 
     invented_grid(tmp_path / "grid", seeds=(0,))
     lines = rows(tmp_path / "grid" / "results.csv")
-    chosen = [row for row in lines if (row["rule"], row["attack"], row["f"]) == ("Mean", "ALIE(z=1.5)", "2")]
+    chosen = [
+        row
+        for row in lines
+        if (row["rule"], row["attack"], row["f"]) == ("Mean", "ALIE(z=1.5)", "2")
+    ]
     assert len(chosen) == 1
     for row in lines:
         row |= {"status": "finished", "accuracy": row["accuracy"] or "0.5"}
@@ -440,13 +547,22 @@ def test_a_rule_that_failed_under_an_attack_has_no_worst_case(tmp_path, monkeypa
     drawn, heatmap = {}, report_figures.heatmap
 
     def draws(values, names, columns, notes, title, percent):
-        drawn[title] = {name: (values[i, -1], notes.get((i, len(columns) - 1), "")) for i, name in enumerate(names)}
+        drawn[title] = {
+            name: (values[i, -1], notes.get((i, len(columns) - 1), ""))
+            for i, name in enumerate(names)
+        }
         return heatmap(values, names, columns, notes, title, percent)
 
     monkeypatch.setattr(report_figures, "heatmap", draws)
     reports.write_report(tmp_path / "grid")
-    of_setting, overall = drawn["Accuracy at the end, f = 2, in percent"], drawn["Worst accuracy over all attacks"]
-    assert of_setting["Mean"] == (pytest.approx(float("nan"), nan_ok=True), "failed" if unknown == "failed" else "?")
+    of_setting, overall = (
+        drawn["Accuracy at the end, f = 2, in percent"],
+        drawn["Worst accuracy over all attacks"],
+    )
+    assert of_setting["Mean"] == (
+        pytest.approx(float("nan"), nan_ok=True),
+        "failed" if unknown == "failed" else "?",
+    )
     assert overall["Mean"] == (pytest.approx(float("nan"), nan_ok=True), "no result")
     for name in ("Krum", "NNM + Krum"):
         assert of_setting[name] == (pytest.approx(0.9), "")
@@ -458,13 +574,29 @@ def test_the_report_of_a_run(tmp_path):
     folder.mkdir(parents=True)
     lines = []
     for step in range(0, 100, 10):
-        line = {"step": step, "epoch": 0, "train_loss": 1 / (1 + step), "byz/cosine": 0.9, "byz/bytes_up": 100, "byz/seconds": 2.0}
-        line |= {f"byz/suspicion/worker_{i}": 1.5 * step / 90 if i == 10 else 0.1 for i in range(12)}
+        line = {
+            "step": step,
+            "epoch": 0,
+            "train_loss": 1 / (1 + step),
+            "byz/cosine": 0.9,
+            "byz/bytes_up": 100,
+            "byz/seconds": 2.0,
+        }
+        line |= {
+            f"byz/suspicion/worker_{i}": 1.5 * step / 90 if i == 10 else 0.1 for i in range(12)
+        }
         lines += [line, {"step": step, "epoch": 0, "accuracy": step / 100}]
     write_csv(folder / "metrics.csv", lines)
     assert cli.main(["report", str(tmp_path / "logs")]) == 0
     names, text = pictures(tmp_path / "logs" / "report" / "index.html")
-    assert set(names) == {"scores", "losses", "aggregation", "accuracy-bytes-up", "accuracy-seconds", "suspicion"}
+    assert set(names) == {
+        "scores",
+        "losses",
+        "aggregation",
+        "accuracy-bytes-up",
+        "accuracy-seconds",
+        "suspicion",
+    }
     assert "Workers that were accused: 10." in text
 
 

@@ -40,7 +40,11 @@ def test_the_kit_for_algorithms_tells_broken_ones() -> None:
         ("grads.current])", "grads.current.neg_()])", "gradients are not modified"),
         ("encode(last.mean(0))", "encode(last.mean(0) + torch.rand(1))", "both halves are pure"),
         ("known.cpu())", "known.cpu()) + 1e20 * heard.abs().max()", "f liars that send junk"),
-        ("ServerState(heard, known)\n", "ServerState(heard[:, :1], known)\n", "states are NamedTuples"),
+        (
+            "ServerState(heard, known)\n",
+            "ServerState(heard[:, :1], known)\n",
+            "states are NamedTuples",
+        ),
     ):
         assert old in part
         scope: dict[str, object] = {}

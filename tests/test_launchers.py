@@ -1,4 +1,6 @@
-"""Every way of starting a run: popen, spawn, fork, torchrun, both Lightning packages in either import order."""
+"""Every way of starting a run: popen, spawn, fork, torchrun, both Lightning packages in either
+import order.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,17 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     clean = {
-        k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     }
     return {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -44,16 +50,30 @@ def assert_ranks_agree(folder: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("first", ["package", "lightning_byz"])
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
-def test_the_strategy_name_works_in_both_packages_and_import_orders(package: str, first: str, tmp_path: Path) -> None:
+def test_the_strategy_name_works_in_both_packages_and_import_orders(
+    package: str, first: str, tmp_path: Path
+) -> None:
     """With both packages installed, through the popen launcher."""
-    done = run(sys.executable, SCRIPT, str(tmp_path), "--package", package, "--first", first, "--devices", "3")
+    done = run(
+        sys.executable,
+        SCRIPT,
+        str(tmp_path),
+        "--package",
+        package,
+        "--first",
+        first,
+        "--devices",
+        "3",
+    )
     assert f"strategy: lightning_byz.{package.partition('.')[0]} " in done.stdout
     if first == "package":
         assert f"home: lightning_byz.{package.partition('.')[0]}" in done.stdout
     assert_ranks_agree(tmp_path, 3)
 
 
-@pytest.mark.parametrize("name", ["byz_ef21_sgdm", "dstar", "byz_vr_marina_pp", "signsgd_majority_vote"])
+@pytest.mark.parametrize(
+    "name", ["byz_ef21_sgdm", "dstar", "byz_vr_marina_pp", "signsgd_majority_vote"]
+)
 def test_the_four_systems_train_by_their_names_alone(name: str, tmp_path: Path) -> None:
     """``Trainer(strategy=NAME, devices=4)``, and the run goes through a checkpoint."""
     run(sys.executable, SCRIPT, str(tmp_path), "--strategy", name, "--devices", "4")
@@ -89,7 +109,13 @@ def test_start_methods(method: str, tmp_path: Path) -> None:
 
 def test_torchrun(tmp_path: Path) -> None:
     run(
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=4", f"--master_port={free_port()}"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=4",
+            f"--master_port={free_port()}",
+        ),
         *(SCRIPT, str(tmp_path), "--devices", "4"),
     )
     assert_ranks_agree(tmp_path, 4)
@@ -112,7 +138,9 @@ def test_two_nodes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_one_rank_alone_asks_for_starts_no_collective(tmp_path: Path) -> None:
-    """Rank 0 fails and saves on its way out, while the others wait in the next step's collective."""
+    """Rank 0 fails and saves on its way out, while the others wait in the next step's
+    collective.
+    """
     done = run(sys.executable, SCRIPT, str(tmp_path), "--fail-rank", "0", check=False)
     assert done.returncode != 0
     assert "planted" in done.stderr
@@ -123,12 +151,16 @@ def test_a_checkpoint_that_one_rank_alone_asks_for_starts_no_collective(tmp_path
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_guarded_save_on_one_rank_does_not_hang_the_run(rank: int, tmp_path: Path) -> None:
-    """``if trainer.is_global_zero: trainer.save_checkpoint(...)`` would leave DDP's ranks waiting for one another."""
+    """``if trainer.is_global_zero: trainer.save_checkpoint(...)`` would leave DDP's ranks waiting
+    for one another.
+    """
     done = run(sys.executable, SCRIPT, str(tmp_path), "--saves-alone", str(rank), "--devices", "3")
     assert f"Rank {rank} saves" in done.stderr
     assert_ranks_agree(tmp_path, 3)
     assert (tmp_path / "alone.ckpt").exists() == (rank == 0)
     if rank == 0:
-        assert list(torch.load(tmp_path / "alone.ckpt", weights_only=True)["lightning_byz"]["rng"]) == [0]
+        assert list(
+            torch.load(tmp_path / "alone.ckpt", weights_only=True)["lightning_byz"]["rng"]
+        ) == [0]
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["lightning_byz"]
     assert sorted(saved["rng"]) == sorted(saved["workers"][0]) == [0, 1, 2]

@@ -1,4 +1,6 @@
-"""Metrics and RobustnessMonitor: numbers worked out by hand, laws over the rules, and runs that log them."""
+"""Metrics and RobustnessMonitor: numbers worked out by hand, laws over the rules, and runs that log
+them.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,19 @@ from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, R
 
 
 def test_metrics_by_hand() -> None:
-    honest = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])  # mean (2, 1), spread (1 + 1 + 1 + 1 + 0 + 4) / 3
+    # mean (2, 1), spread (1 + 1 + 1 + 1 + 0 + 4) / 3
+    honest = torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 3.0]])
     aggregate = torch.tensor([2.0, 3.0])
     assert float(M.spread(honest)) == pytest.approx(8 / 3)
     assert float(M.aggregation_error(aggregate, honest)) == pytest.approx(2.0)
     assert float(M.relative_error(aggregate, honest)) == pytest.approx(2 / 5**0.5)
     assert float(M.cosine_to_honest_mean(aggregate, honest)) == pytest.approx(7 / 65**0.5)
     assert float(M.empirical_kappa(aggregate, honest)) == pytest.approx(4 / (8 / 3))
-    assert float(M.worst_relative_error(M.spread(honest), torch.tensor(5.0), 1.5)) == pytest.approx((4 / 5) ** 0.5)
-    weights = torch.tensor([0.5, 0.0, 0.4, 0.1, 0.0])  # 0.1 is half of an equal share of five, which is kept
+    assert float(M.worst_relative_error(M.spread(honest), torch.tensor(5.0), 1.5)) == pytest.approx(
+        (4 / 5) ** 0.5
+    )
+    # 0.1 is half of an equal share of five, which is kept
+    weights = torch.tensor([0.5, 0.0, 0.4, 0.1, 0.0])
     assert M.dropped(weights).tolist() == [False, True, False, False, True]
     assert M.filter_counts(weights, [0, 4]) == (1, 1, 1)
     assert float(M.filter_precision(weights, [0, 4])) == 0.5
@@ -75,13 +81,19 @@ def test_metrics_over_rounds() -> None:
     traffic = M.Traffic()
     traffic.update(10, 20, 0.5)
     traffic.update(1, 2)
-    assert {k: float(v) for k, v in traffic.compute().items()} == {"bytes_up": 11, "bytes_down": 22, "seconds": 0.5}
+    assert {k: float(v) for k, v in traffic.compute().items()} == {
+        "bytes_up": 11,
+        "bytes_down": 22,
+        "seconds": 0.5,
+    }
 
 
 PROVEN = [TrimmedMean(), CoordinateMedian(), GeometricMedian(), Krum(definition="byzfl")]
 
 
-@pytest.mark.parametrize("rule", [*PROVEN, *(Chain(pre=(NNM(),), rule=rule) for rule in PROVEN)], ids=repr)
+@pytest.mark.parametrize(
+    "rule", [*PROVEN, *(Chain(pre=(NNM(),), rule=rule) for rule in PROVEN)], ids=repr
+)
 def test_no_rule_needs_more_than_its_kappa(rule: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for n, f in ((5, 1), (7, 3), (10, 2), (11, 5)):
@@ -89,13 +101,15 @@ def test_no_rule_needs_more_than_its_kappa(rule: Any) -> None:
         kappa = fitted.kappa(n)
         assert kappa >= f / (n - 2 * f)  # which no rule can have less of
         for trial in range(60):
-            honest = torch.randn(n - f, 3, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(
-                -2, 3, (n - f, 1), generator=generator
-            )
+            honest = torch.randn(
+                n - f, 3, generator=generator, dtype=torch.float64
+            ) * 10.0 ** torch.randint(-2, 3, (n - f, 1), generator=generator)
             if trial % 3 == 0:  # most of them equal: the spread is due to few
                 honest[: n - 2 * f] = honest[0]
             direction = torch.randn(3, generator=generator, dtype=torch.float64)
-            liars = honest.mean(0) + direction * 10.0 ** (trial % 6 - 2) * torch.ones(f, 1, dtype=torch.float64)
+            liars = honest.mean(0) + direction * 10.0 ** (trial % 6 - 2) * torch.ones(
+                f, 1, dtype=torch.float64
+            )
             if trial % 2:
                 liars = honest[:f] + 0.01 * liars  # as far out as honest ones are
             result = fitted(torch.cat([honest, liars]))
@@ -119,16 +133,36 @@ class Keeps(L.Callback):
         self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")})
+        self.steps.append(
+            {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")}
+        )
 
 
-@pytest.mark.parametrize("transport", [None, *(pytest.param(t, marks=pytest.mark.processes) for t in (AllGather(), Sharded()))])
+@pytest.mark.parametrize(
+    "transport",
+    [None, *(pytest.param(t, marks=pytest.mark.processes) for t in (AllGather(), Sharded()))],
+)
 def test_the_monitor_knows_what_the_truth_says(transport: Any, tmp_path: Path) -> None:
     devices = 4 if transport else 1
-    strategy = averaging(transport=transport, start_method="fork") if transport else averaging(workers_per_process=4)
-    callbacks = [ByzantineWorkers(SignFlip(10.0), workers=[1], start=2), RobustnessMonitor(), Keeps()]
+    strategy = (
+        averaging(transport=transport, start_method="fork")
+        if transport
+        else averaging(workers_per_process=4)
+    )
+    callbacks = [
+        ByzantineWorkers(SignFlip(10.0), workers=[1], start=2),
+        RobustnessMonitor(),
+        Keeps(),
+    ]
     reports = fit(
-        tmp_path, Plain(), strategy, devices=devices, data=loader(24 // devices), callbacks=callbacks, extra=logged, max_steps=4
+        tmp_path,
+        Plain(),
+        strategy,
+        devices=devices,
+        data=loader(24 // devices),
+        callbacks=callbacks,
+        extra=logged,
+        max_steps=4,
     )
     for report in reports:
         before, after = report["extra"][1], report["extra"][2]
@@ -136,7 +170,9 @@ def test_the_monitor_knows_what_the_truth_says(transport: Any, tmp_path: Path) -
         assert before["byz/kappa"] == pytest.approx(0, abs=1e-9)
         assert before["byz/filter_recall"] == 1
         assert after["byz/relative_error"] == pytest.approx(11 / 4)
-        assert after["byz/kappa"] == pytest.approx(after["byz/aggregation_error"] ** 2 / after["byz/spread"], rel=1e-4)
+        assert after["byz/kappa"] == pytest.approx(
+            after["byz/aggregation_error"] ** 2 / after["byz/spread"], rel=1e-4
+        )
         assert after["byz/filter_recall"] == 0
         assert after["byz/filter_precision"] == 1
         assert [after[f"byz/weight/worker_{i}"] for i in range(4)] == [0.25] * 4
@@ -146,14 +182,29 @@ def test_the_monitor_knows_what_the_truth_says(transport: Any, tmp_path: Path) -
 
 
 def test_the_monitor_without_the_truth(tmp_path: Path) -> None:
-    strategy = ByzantineRobustStrategy(RobustSGD(aggregator=MultiKrum(definition="byzfl")), workers_per_process=5, num_byzantine=1)
+    strategy = ByzantineRobustStrategy(
+        RobustSGD(aggregator=MultiKrum(definition="byzfl")), workers_per_process=5, num_byzantine=1
+    )
     (report,) = fit(
-        tmp_path, Plain(), strategy, data=loader(25), callbacks=[RobustnessMonitor(every_n_steps=2), Keeps()], extra=logged
+        tmp_path,
+        Plain(),
+        strategy,
+        data=loader(25),
+        callbacks=[RobustnessMonitor(every_n_steps=2), Keeps()],
+        extra=logged,
     )
     steps = report["extra"]
-    assert {"byz/cosine", "byz/kappa", "byz/filter_recall", "byz/guarantee"}.isdisjoint(steps[-1])  # no truth, no proven kappa
-    assert sorted(steps[-1][f"byz/weight/worker_{i}"] for i in range(5)) == [0.0, 0.25, 0.25, 0.25, 0.25]
-    assert steps[1]["byz/total_bytes_up"] == steps[0]["byz/total_bytes_up"]  # the second round was not looked at
+    # no truth, no proven kappa
+    assert {"byz/cosine", "byz/kappa", "byz/filter_recall", "byz/guarantee"}.isdisjoint(steps[-1])
+    assert sorted(steps[-1][f"byz/weight/worker_{i}"] for i in range(5)) == [
+        0.0,
+        0.25,
+        0.25,
+        0.25,
+        0.25,
+    ]
+    # the second round was not looked at
+    assert steps[1]["byz/total_bytes_up"] == steps[0]["byz/total_bytes_up"]
     assert steps[2]["byz/total_bytes_up"] == 3 * steps[0]["byz/total_bytes_up"]  # but it counts
 
 
@@ -166,17 +217,24 @@ def test_the_guarantee_meter(known: bool, tmp_path: Path) -> None:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             x = torch.ones(1, 10)
-            loss = self.net(x).sum() + self.apart * batch_idx * float(batch[0].sum()) * self.net(x).square().sum()
+            loss = (
+                self.net(x).sum()
+                + self.apart * batch_idx * float(batch[0].sum()) * self.net(x).square().sum()
+            )
             self.log("loss", loss)
             return loss
 
     model = Still(lr=0.0)
     model.apart = 1.0
-    strategy = ByzantineRobustStrategy(RobustSGD(aggregator=TrimmedMean()), workers_per_process=6, num_byzantine=1)
+    strategy = ByzantineRobustStrategy(
+        RobustSGD(aggregator=TrimmedMean()), workers_per_process=6, num_byzantine=1
+    )
     callbacks: list[Any] = [RobustnessMonitor(), Keeps()]
     if known:
         callbacks.insert(0, ByzantineWorkers(IPM(1000.0), workers=[5]))
-    (report,) = fit(tmp_path, model, strategy, data=loader(24), callbacks=callbacks, extra=logged, max_steps=3)
+    (report,) = fit(
+        tmp_path, model, strategy, data=loader(24), callbacks=callbacks, extra=logged, max_steps=3
+    )
     first, later = report["extra"][0], report["extra"][2]
     assert first["byz/guarantee"] == 1
     assert first["byz/guarantee_ratio"] < 1e-3
@@ -195,9 +253,18 @@ def test_what_was_sent_before_a_restart_is_not_forgotten(tmp_path: Path) -> None
         callbacks = [RobustnessMonitor(), Keeps(), Saves()]
         strategy = ByzantineRobustStrategy(workers_per_process=4)
         (report,) = fit(
-            tmp_path / "run", Plain(), strategy, callbacks=callbacks, extra=logged, max_steps=steps, max_epochs=9, ckpt_path=start
+            tmp_path / "run",
+            Plain(),
+            strategy,
+            callbacks=callbacks,
+            extra=logged,
+            max_steps=steps,
+            max_epochs=9,
+            ckpt_path=start,
         )
-        totals.append(report["extra"][-1]["byz/total_bytes_up"] / report["extra"][-1]["byz/bytes_up"])
+        totals.append(
+            report["extra"][-1]["byz/total_bytes_up"] / report["extra"][-1]["byz/bytes_up"]
+        )
     assert totals == [3, 5]
 
 
@@ -205,6 +272,11 @@ def test_what_the_monitor_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="looks at the rounds of"):
         fit(tmp_path, Plain(), "auto", callbacks=[RobustnessMonitor()])
     with pytest.raises(ValueError, match=r"indices in 0 .. n - 1 = 3. Found \[7\]"):
-        fit(tmp_path, Plain(), ByzantineRobustStrategy(workers_per_process=4), callbacks=[RobustnessMonitor(byzantine=[1, 7])])
+        fit(
+            tmp_path,
+            Plain(),
+            ByzantineRobustStrategy(workers_per_process=4),
+            callbacks=[RobustnessMonitor(byzantine=[1, 7])],
+        )
     with pytest.raises(ValueError, match="should be at least 1"):
         RobustnessMonitor(every_n_steps=0)

@@ -1,4 +1,6 @@
-"""Messages that leave during backward give what messages after it give, bit for bit, whatever backward does."""
+"""Messages that leave during backward give what messages after it give, bit for bit, whatever
+backward does.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ from lightning_byz import (
     SignSGDMajorityVote,
     TrimmedMean,
 )
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, RobustnessMonitor, SuspicionMonitor
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+    RobustnessMonitor,
+    SuspicionMonitor,
+)
 from lightning_byz.strategies.overlap import Overlap
 from lightning_byz.transports import Transport
 
@@ -87,8 +94,12 @@ class BackwardTwice(Plain):
         (loss / 2).backward()
 
 
-def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Transport, **trainer: Any) -> list[dict[str, Any]]:
-    """Every rank's report; its extra is how many buckets were gone when backward ended, by step, and what the log said."""
+def run(
+    folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Transport, **trainer: Any
+) -> list[dict[str, Any]]:
+    """Every rank's report; its extra is how many buckets were gone when backward ended, by step,
+    and what the log said.
+    """
     gone: list[int] = []
     said: list[str] = []
     log = logging.getLogger("lightning_byz")
@@ -116,16 +127,37 @@ def run(folder: Path, make: Callable[[], Plain], algorithm: Any, transport: Tran
 
 
 CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
-    # the model, the algorithm, arguments of the Trainer, and whether all of a step's buckets but the last should be gone before backward ends
+    # the model, the algorithm, arguments of the Trainer, and whether all of a step's buckets but
+    # the last should be gone before backward ends
     "median": (Plain, MEDIAN, {}, True),
     "adam": (lambda: Plain(optimizer="adam"), MEDIAN, {}, True),
-    "momenta": (Plain, RobustSGD(TrimmedMean(), worker_momentum=0.9, undo_worker_momentum=True), {}, True),
+    "momenta": (
+        Plain,
+        RobustSGD(TrimmedMean(), worker_momentum=0.9, undo_worker_momentum=True),
+        {},
+        True,
+    ),
     "server momentum": (Plain, RobustSGD(CoordinateMedian(), server_momentum=0.9), {}, True),
-    "a rule that needs distances": (Plain, RobustSGD(Chain(pre=(NNM(),), rule=TrimmedMean()), worker_momentum=0.5), {}, True),
-    "the default": (Plain, RobustSGD(CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True), {}, True),
+    "a rule that needs distances": (
+        Plain,
+        RobustSGD(Chain(pre=(NNM(),), rule=TrimmedMean()), worker_momentum=0.5),
+        {},
+        True,
+    ),
+    "the default": (
+        Plain,
+        RobustSGD(CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True),
+        {},
+        True,
+    ),
     "votes": (Plain, SignSGDMajorityVote(), {}, True),
     "accumulation": (Plain, MEDIAN, {"accumulate_grad_batches": 2}, True),
-    "a gradient from an earlier micro-batch": (FirstHalfOnly, MEDIAN, {"accumulate_grad_batches": 2}, False),
+    "a gradient from an earlier micro-batch": (
+        FirstHalfOnly,
+        MEDIAN,
+        {"accumulate_grad_batches": 2},
+        False,
+    ),
     "clipping": (Plain, MEDIAN, {"gradient_clip_val": 0.1}, True),
     "batch norm": (lambda: Plain(norm=True), MEDIAN, {}, True),
     "frozen": (lambda: Plain(frozen=True), MEDIAN, {}, True),
@@ -136,7 +168,12 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
     "checkpointing": (lambda: Plain(checkpointing=True), MEDIAN, {}, True),
     "lbfgs": (lambda: Plain(optimizer="lbfgs"), MEDIAN, {}, True),
     "a hook that changes gradients": (Halves, MEDIAN, {}, True),
-    "a callback that changes gradients": (Plain, MEDIAN, {"callbacks": [HalvesFromOutside()]}, True),
+    "a callback that changes gradients": (
+        Plain,
+        MEDIAN,
+        {"callbacks": [HalvesFromOutside()]},
+        True,
+    ),
     "compiled": (Compiled, MEDIAN, {}, False),  # gradients may come all at once
 }
 
@@ -148,7 +185,8 @@ def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path)
     during = run(tmp_path / "during", make, algorithm, Sharded(bucket_size=1), **trainer)
     for a, b in zip(after, during, strict=True):
         assert a["extra"][0] == []
-        assert_close(a, b, tolerance=1e-6) if name == "the default" else assert_equal(a, b)  # its sums are added up shard by shard
+        # its sums are added up shard by shard
+        assert_close(a, b, tolerance=1e-6) if name == "the default" else assert_equal(a, b)
     counts, said = during[0]["extra"]
     assert "byzantine_robust: gradients are exchanged while backward runs." in said
     assert len(counts) > 4 if name == "lbfgs" else len(counts) == 4
@@ -184,8 +222,17 @@ def test_what_needs_the_whole_gradient_waits_and_says_so(
 
 def test_an_attack_sees_whole_messages(tmp_path: Path) -> None:
     found = [
-        run(tmp_path / name, Plain, MEDIAN, transport, callbacks=[ByzantineWorkers(NotANumber(), workers=[2])])
-        for name, transport in (("after", Sharded(overlap=False)), ("during", Sharded(bucket_size=1)))
+        run(
+            tmp_path / name,
+            Plain,
+            MEDIAN,
+            transport,
+            callbacks=[ByzantineWorkers(NotANumber(), workers=[2])],
+        )
+        for name, transport in (
+            ("after", Sharded(overlap=False)),
+            ("during", Sharded(bucket_size=1)),
+        )
     ]
     assert found[1][0]["extra"][0] == []
     assert_equal(found[0][0], found[1][0])
@@ -199,18 +246,32 @@ def test_monitors_see_the_same_rows(tmp_path: Path) -> None:
     (whole, *_), (during, *_) = found
     assert_equal(whole, during)
     assert len(during["extra"][0]) == 4
-    assert {name for name in during["metrics"] if name.startswith("byz/")} == {n for n in whole["metrics"] if n.startswith("byz/")}
+    assert {name for name in during["metrics"] if name.startswith("byz/")} == {
+        n for n in whole["metrics"] if n.startswith("byz/")
+    }
     for name, value in whole["metrics"].items():
         if "bytes" not in name:
             assert during["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_a_gradient_that_comes_twice_costs_a_step_and_no_more(tmp_path: Path) -> None:
-    """What was sent of it is wrong, so that everybody is silent in the first step; then nobody sends during backward any more."""
+    """What was sent of it is wrong, so that everybody is silent in the first step; then nobody
+    sends during backward any more.
+    """
     after = run(tmp_path / "after", Twice, MEDIAN, Sharded(overlap=False), max_steps=3)
-    during = run(tmp_path / "during", Twice, MEDIAN, Sharded(bucket_size=1), max_steps=4, limit_train_batches=4)
+    during = run(
+        tmp_path / "during",
+        Twice,
+        MEDIAN,
+        Sharded(bucket_size=1),
+        max_steps=4,
+        limit_train_batches=4,
+    )
     assert len(during[0]["extra"][0]) == 1
-    assert all(torch.equal(during[0]["weights"][name], during[1]["weights"][name]) for name in during[0]["weights"])
+    assert all(
+        torch.equal(during[0]["weights"][name], during[1]["weights"][name])
+        for name in during[0]["weights"]
+    )
     assert after[0]["steps"] == 3
 
 
@@ -221,7 +282,9 @@ def test_a_module_keeps_no_hook_of_a_run_that_is_over(tmp_path: Path) -> None:
         def on_fit_end(self) -> None:
             self.trainer.strategy.teardown()
             self.net(torch.ones(2, 10)).sum().backward()
-            kept = [p.grad is not None and not p._post_accumulate_grad_hooks for p in self.parameters()]
+            kept = [
+                p.grad is not None and not p._post_accumulate_grad_hooks for p in self.parameters()
+            ]
             torch.save(kept, tmp_path / f"kept{self.trainer.global_rank}.pt")
 
     found = run(tmp_path / "during", Afterwards, MEDIAN, Sharded(bucket_size=1))

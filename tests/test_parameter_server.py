@@ -1,4 +1,6 @@
-"""The parameter server in real processes: the same results as in one, and runs that outlive their workers."""
+"""The parameter server in real processes: the same results as in one, and runs that outlive their
+workers.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from models import GAN, Plain, blobs, loader
 from ranks import Ranks
 from zoo import ALGORITHMS, rows_for
 
-from lightning_byz import ByzEF21SGDM, CoordinateMedian, DStar, ParameterServer, RobustSGD, TrimmedMean
+from lightning_byz import (
+    ByzEF21SGDM,
+    CoordinateMedian,
+    DStar,
+    ParameterServer,
+    RobustSGD,
+    TrimmedMean,
+)
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
 from lightning_byz.lightning import ByzantineRobustStrategy, Stragglers
@@ -53,7 +62,10 @@ def job(
     def run(folder: Path) -> None:
         torch.manual_seed(0)
         strategy = make(
-            transport=ParameterServer(keys=folder / "keys", **{"lost_after": 5.0, "start_timeout": 300.0, **(server or {})})
+            transport=ParameterServer(
+                keys=folder / "keys",
+                **{"lost_after": 5.0, "start_timeout": 300.0, **(server or {})},
+            )
         )
         settings = {name: value() if name == "logger" else value for name, value in trainer.items()}
         fitted = L.Trainer(
@@ -106,7 +118,12 @@ class Dies(L.Callback):
     def _perhaps(self, trainer: L.Trainer, moment: str) -> None:
         for rank, when, step in self.deaths:
             mark = self.folder / f"died{rank}"
-            if trainer.global_rank == rank and when == moment and trainer.global_step >= step and not mark.exists():
+            if (
+                trainer.global_rank == rank
+                and when == moment
+                and trainer.global_step >= step
+                and not mark.exists()
+            ):
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -139,14 +156,20 @@ class Dies(L.Callback):
         self._perhaps(trainer, "end of the epoch")
 
 
-@pytest.mark.parametrize("module", [Plain, functools.partial(Plain, norm=True), GAN], ids=["plain", "buffers", "two_optimizers"])
+@pytest.mark.parametrize(
+    "module",
+    [Plain, functools.partial(Plain, norm=True), GAN],
+    ids=["plain", "buffers", "two_optimizers"],
+)
 def test_a_mean_is_what_collectives_compute(module: Any, tmp_path: Path) -> None:
     """Weights, buffers and logged values; automatic and manual optimization."""
     with Ranks(tmp_path / "served", 3, job(3, module=module)) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
     served = reports(tmp_path / "served", 0, 1, 2)
     torch.manual_seed(0)
-    gathered = fit(tmp_path / "gathered", module(), averaging(start_method="fork"), devices=3, data=loader())
+    gathered = fit(
+        tmp_path / "gathered", module(), averaging(start_method="fork"), devices=3, data=loader()
+    )
     for report in served:
         assert_equal(report, served[0])
         assert_close(report, gathered[0])
@@ -154,7 +177,9 @@ def test_a_mean_is_what_collectives_compute(module: Any, tmp_path: Path) -> None
 
 
 def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> None:
-    """Bit for bit: three processes of three workers each, the worker's half there and the server's here."""
+    """Bit for bit: three processes of three workers each, the worker's half there and the server's
+    here.
+    """
     n, d, rounds = 9, 8, 4
     like = torch.zeros(d, dtype=torch.float64)
     used = torch.ones(2, dtype=torch.bool)
@@ -163,9 +188,13 @@ def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> N
         made: list[Any] = []
         for step in range(rounds):
             grads = rows_for(n, d, seed=step)
-            rows = [Contribution(Gradients(grads[w], grads[w].flip(0)), used) for w in exchange.transport.workers]
+            rows = [
+                Contribution(Gradients(grads[w], grads[w].flip(0)), used)
+                for w in exchange.transport.workers
+            ]
             outcome = exchange.run(rows, like + step)
-            made.append((outcome.estimate.clone(), outcome.round.present, outcome.used))  # its memory is used again
+            # its memory is used again
+            made.append((outcome.estimate.clone(), outcome.round.present, outcome.used))
         return made
 
     def every_algorithm(folder: Path) -> None:
@@ -190,30 +219,55 @@ def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> N
         expected = estimates(Exchange(case.algorithm, alone, seed=3))
         for step in range(rounds):
             for rank in range(3):
-                (estimate, here, uses), (server, server_here, _) = made[rank][case.name][step], made[0][case.name][step]
-                assert torch.equal(estimate, server) and torch.equal(here, server_here) and bool(uses.all()), case.name
+                (estimate, here, uses), (server, server_here, _) = (
+                    made[rank][case.name][step],
+                    made[0][case.name][step],
+                )
+                assert (
+                    torch.equal(estimate, server)
+                    and torch.equal(here, server_here)
+                    and bool(uses.all())
+                ), case.name
                 if isinstance(case.algorithm, DStar):  # the first k that really arrive
                     assert int(here.sum()) == case.algorithm.count(n), case.name
                     continue
                 assert torch.equal(here, expected[step][1])
-                if "low_rank" in case.name:  # a matrix product's last bits depend on where in memory its factors lie
+                # a matrix product's last bits depend on where in memory its factors lie
+                if "low_rank" in case.name:
                     torch.testing.assert_close(estimate, expected[step][0], rtol=1e-12, atol=1e-12)
                 else:
                     assert torch.equal(estimate, expected[step][0]), (case.name, step)
 
 
 def test_workers_killed_at_any_moment(tmp_path: Path) -> None:
-    """Each in another one, until the server is alone; Lightning's own collectives go on with those that are left."""
-    deaths = [(1, "forward", 2), (2, "exchange", 4), (3, "validation", 5), (4, "checkpoint", 5), (5, "end of the epoch", 5)]
+    """Each in another one, until the server is alone; Lightning's own collectives go on with those
+    that are left.
+    """
+    deaths = [
+        (1, "forward", 2),
+        (2, "exchange", 4),
+        (3, "validation", 5),
+        (4, "checkpoint", 5),
+        (5, "end of the epoch", 5),
+    ]
 
     def callbacks(folder: Path) -> list[Any]:
         checkpoints = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")
         return [Watch(), Dies(folder, *deaths), checkpoints]
 
     settings = {"enable_checkpointing": True, "max_epochs": 2, "num_sanity_val_steps": 1}
-    run = job(6, callbacks=callbacks, val=loader, data=lambda: loader(8), extra=present_and_why, **settings)
+    run = job(
+        6,
+        callbacks=callbacks,
+        val=loader,
+        data=lambda: loader(8),
+        extra=present_and_why,
+        **settings,
+    )
     with Ranks(tmp_path, 6, run) as ranks:
-        assert ranks.wait() == {0: 0, **dict.fromkeys(range(1, 6), -signal.SIGKILL)}, ranks.everything()
+        assert ranks.wait() == {0: 0, **dict.fromkeys(range(1, 6), -signal.SIGKILL)}, (
+            ranks.everything()
+        )
     (report,) = reports(tmp_path, 0)
     heard, why = report["extra"]
     assert report["steps"] == len(heard) == 10
@@ -232,7 +286,9 @@ def appears(file: Path) -> None:
 
 
 class ComesBack(L.Callback):
-    """At the server: waits in a batch until this rank, which has died, asks to join again, and in the next one until it is there."""
+    """At the server: waits in a batch until this rank, which has died, asks to join again, and in
+    the next one until it is there.
+    """
 
     def __init__(self, folder: Path, step: int, rank: int) -> None:
         self.folder, self.step, self.rank = folder, step, rank
@@ -248,19 +304,40 @@ class ComesBack(L.Callback):
             time.sleep(0.01)
 
 
-@pytest.mark.parametrize("algorithm", [RobustSGD(CoordinateMedian()), ByzEF21SGDM(TrimmedMean())], ids=["momentum", "mirrors"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [RobustSGD(CoordinateMedian()), ByzEF21SGDM(TrimmedMean())],
+    ids=["momentum", "mirrors"],
+)
 def test_a_worker_that_is_started_again_contributes(algorithm: Any, tmp_path: Path) -> None:
-    """It comes with a fresh process from a snapshot, in the middle of an epoch, and ends with the same weights as everybody."""
+    """It comes with a fresh process from a snapshot, in the middle of an epoch, and ends with the
+    same weights as everybody.
+    """
 
     def make(transport: ParameterServer) -> Any:
         return ByzantineRobustStrategy(algorithm, transport, num_byzantine=1)
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Dies(folder, (2, "forward", 3)), ComesBack(folder, 6, 2), ModelCheckpoint(folder, filename="{epoch}")]
+        return [
+            Watch(),
+            Dies(folder, (2, "forward", 3)),
+            ComesBack(folder, 6, 2),
+            ModelCheckpoint(folder, filename="{epoch}"),
+        ]
 
     settings = {"enable_checkpointing": True, "max_epochs": 2}
     with Ranks(
-        tmp_path, 4, job(4, make, callbacks=callbacks, val=loader, data=lambda: loader(6), extra=present, **settings)
+        tmp_path,
+        4,
+        job(
+            4,
+            make,
+            callbacks=callbacks,
+            val=loader,
+            data=lambda: loader(6),
+            extra=present,
+            **settings,
+        ),
     ) as ranks:
         assert ranks.wait([2]) == {2: -signal.SIGKILL}, ranks.everything()
         appears(tmp_path / "waits")  # not before: it would join an earlier step
@@ -280,7 +357,9 @@ def test_a_worker_that_is_started_again_contributes(algorithm: Any, tmp_path: Pa
         "server" in saved and "g" in saved["server"][0]["server"]
     ):  # what the server believes of a worker is what the worker believes
         for worker in range(4):
-            assert torch.equal(saved["server"][0]["server"]["g"][worker], saved["workers"][0][worker]["g"])
+            assert torch.equal(
+                saved["server"][0]["server"]["g"][worker], saved["workers"][0][worker]["g"]
+            )
 
 
 def test_the_servers_death_is_the_end_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
@@ -289,7 +368,9 @@ def test_the_servers_death_is_the_end_and_the_last_checkpoint_resumes(tmp_path: 
 
     settings = {"enable_checkpointing": True, "max_epochs": 2, "data": lambda: loader(16)}
     began = time.monotonic()
-    with Ranks(tmp_path, 3, job(3, callbacks=callbacks, server={"lost_after": 2.0}, **settings)) as ranks:
+    with Ranks(
+        tmp_path, 3, job(3, callbacks=callbacks, server={"lost_after": 2.0}, **settings)
+    ) as ranks:
         assert ranks.wait() == {0: -signal.SIGKILL, 1: 1, 2: 1}, ranks.everything()
         assert all("ServerLostError: The server" in ranks.output(rank) for rank in (1, 2))
     resumed = job(3, ckpt_path=str(tmp_path / "epoch=0.ckpt"), **settings)
@@ -298,7 +379,10 @@ def test_the_servers_death_is_the_end_and_the_last_checkpoint_resumes(tmp_path: 
     assert time.monotonic() - began < 60
     with Ranks(tmp_path / "whole", 3, job(3, **settings)) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
-    resumed_reports, whole = reports(tmp_path / "resumed", 0, 1, 2), reports(tmp_path / "whole", 0, 1, 2)
+    resumed_reports, whole = (
+        reports(tmp_path / "resumed", 0, 1, 2),
+        reports(tmp_path / "whole", 0, 1, 2),
+    )
     for report in resumed_reports:
         assert_equal(report, whole[0])
 
@@ -321,7 +405,11 @@ def test_who_is_left_behind_goes_on_from_a_snapshot(tmp_path: Path) -> None:
         return [Watch(), Sleeps(), ComesBack(folder, 12, 2)]
 
     server = {"first_k": 2, "backlog": 4}
-    with Ranks(tmp_path, 3, job(3, callbacks=callbacks, server=server, data=lambda: loader(4), extra=present)) as ranks:
+    with Ranks(
+        tmp_path,
+        3,
+        job(3, callbacks=callbacks, server=server, data=lambda: loader(4), extra=present),
+    ) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
         assert "goes on from a snapshot" in ranks.output(2)
     for report in reports(tmp_path, 0, 1):
@@ -348,7 +436,8 @@ def test_a_late_worker_skips_to_the_current_step(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
             step, rank = trainer.global_step, trainer.global_rank
             (tmp_path / f"rank {rank} begins {step}").touch()
-            if rank == 0:  # rank 1 is never late, and rank 2 not before step 3, however busy the machine is
+            # rank 1 is never late, and rank 2 not before step 3, however busy the machine is
+            if rank == 0:
                 appears(tmp_path / f"rank 1 begins {step}")
                 appears(tmp_path / f"rank 2 begins {min(step, 3)}")
             if rank == 2 and step == 3:
@@ -358,11 +447,20 @@ def test_a_late_worker_skips_to_the_current_step(tmp_path: Path) -> None:
             if rank == 0 and step == 9:
                 (tmp_path / "awake").touch()
                 deadline = time.monotonic() + 300
-                while len(trainer.strategy.transport._server.desk.late) == 0 and time.monotonic() < deadline:
+                while (
+                    len(trainer.strategy.transport._server.desk.late) == 0
+                    and time.monotonic() < deadline
+                ):
                     time.sleep(0.01)
 
-    settings = {"server": {"first_k": 2, "backlog": 100}, "data": lambda: loader(4), "extra": computed}
-    with Ranks(tmp_path, 3, job(3, callbacks=lambda folder: [Sleeps()], module=Counts, **settings)) as ranks:
+    settings = {
+        "server": {"first_k": 2, "backlog": 100},
+        "data": lambda: loader(4),
+        "extra": computed,
+    }
+    with Ranks(
+        tmp_path, 3, job(3, callbacks=lambda folder: [Sleeps()], module=Counts, **settings)
+    ) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
     made = reports(tmp_path, 0, 1, 2)
     assert made[0]["extra"] == made[1]["extra"] == list(range(20))
@@ -372,7 +470,9 @@ def test_a_late_worker_skips_to_the_current_step(tmp_path: Path) -> None:
 
 
 class Measured(Plain):
-    """Validates with metrics of torchmetrics: sums, and a list of all predictions of uneven length."""
+    """Validates with metrics of torchmetrics: sums, and a list of all predictions of uneven
+    length.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +515,11 @@ def test_torchmetrics_are_ddps_and_validation_says_how_much_it_covered(tmp_path:
     def logged(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         return [logger.logged for logger in trainer.loggers]
 
-    with Ranks(tmp_path / "served", 3, job(3, module=Measured, val=val, logger=lambda: [Samples()], extra=logged)) as ranks:
+    with Ranks(
+        tmp_path / "served",
+        3,
+        job(3, module=Measured, val=val, logger=lambda: [Samples()], extra=logged),
+    ) as ranks:
         assert ranks.wait() == {0: 0, 1: 0, 2: 0}, ranks.everything()
     torch.manual_seed(0)
     ddp = fit(tmp_path / "ddp", Measured(), forked_ddp(), devices=3, data=loader(), val=val())
@@ -425,12 +529,18 @@ def test_torchmetrics_are_ddps_and_validation_says_how_much_it_covered(tmp_path:
     assert reports(tmp_path / "served", 0)[0]["extra"] == [[60.0]]
 
 
-def test_dstar_takes_who_really_arrives_first_and_stragglers_really_sleep_or_die(tmp_path: Path) -> None:
+def test_dstar_takes_who_really_arrives_first_and_stragglers_really_sleep_or_die(
+    tmp_path: Path,
+) -> None:
     def make(transport: ParameterServer) -> Any:
         return ByzantineRobustStrategy(DStar(k=3), transport, num_byzantine=1)
 
     def callbacks(folder: Path) -> list[Any]:
-        return [Watch(), Stragglers(0.4, workers=[2], start=2), Stragglers(workers=[3], kind="dead", start=4)]
+        return [
+            Watch(),
+            Stragglers(0.4, workers=[2], start=2),
+            Stragglers(workers=[3], kind="dead", start=4),
+        ]
 
     settings = {"data": lambda: loader(10), "server": {"backlog": 100}}
     with Ranks(tmp_path, 4, job(4, make, callbacks=callbacks, extra=present, **settings)) as ranks:
@@ -440,11 +550,15 @@ def test_dstar_takes_who_really_arrives_first_and_stragglers_really_sleep_or_die
         assert_equal(report, made[0])
     rounds = made[0]["extra"]
     assert rounds[2] == rounds[3] == [0, 1, 3], "the late one is not among the first three"
-    assert all(heard == [0, 1, 2] for heard in rounds[4:]), "with one dead the late one is waited for"
+    assert all(heard == [0, 1, 2] for heard in rounds[4:]), (
+        "with one dead the late one is waited for"
+    )
 
 
 def test_one_command_on_one_machine(tmp_path: Path) -> None:
-    """The launcher starts the ranks, makes their keys, and does not kill everybody when one dies; fit, then validate, then test."""
+    """The launcher starts the ranks, makes their keys, and does not kill everybody when one dies;
+    fit, then validate, then test.
+    """
     script = tmp_path / "script.py"
     script.write_text("""
 import os, signal, sys
@@ -470,10 +584,17 @@ if __name__ == "__main__":
     print("tested", trainer.global_rank, trainer.validate(module, loader(), verbose=False) == trainer.test(module, loader(), verbose=False))
 """)
     clean = {
-        k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     }
     command = [sys.executable, str(script), str(Path(__file__).parent)]
-    settings = {"env": {**clean, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 500}
+    settings = {
+        "env": {**clean, "OMP_NUM_THREADS": "1"},
+        "capture_output": True,
+        "text": True,
+        "timeout": 500,
+    }
     done = subprocess.run(command, check=False, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     words = next(line for line in done.stdout.splitlines() if line.startswith("keys ")).split()
@@ -483,7 +604,15 @@ if __name__ == "__main__":
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedSetupError, match="popen"):
-        L.Trainer(**{**QUIET, "devices": 3, "strategy": ByzantineRobustStrategy(transport=ParameterServer(), start_method="fork")})
+        L.Trainer(
+            **{
+                **QUIET,
+                "devices": 3,
+                "strategy": ByzantineRobustStrategy(
+                    transport=ParameterServer(), start_method="fork"
+                ),
+            }
+        )
     strategy = ByzantineRobustStrategy(transport=ParameterServer())
     assert isinstance(strategy.processes, ServerProcesses)
     with pytest.raises(UnsupportedSetupError, match="src=1"):

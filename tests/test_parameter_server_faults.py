@@ -1,4 +1,6 @@
-"""What the parameter server is sent, and must not care about: the faults are data, and the server keeps serving."""
+"""What the parameter server is sent, and must not care about: the faults are data, and the server
+keeps serving.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def token(rank: int) -> bytes:
     return bytes([rank]) * 16
 
 
-def entered(position: int = 1, name: str = "round#1", need: int = 4, now: float = 0.0, **settings: Any) -> Call:
+def entered(
+    position: int = 1, name: str = "round#1", need: int = 4, now: float = 0.0, **settings: Any
+) -> Call:
     ranks = dict.fromkeys(range(4), 1)
     times = {"deadline": 1e9, "give_up": 1e9, **settings}
     return Call((position, name), LAYOUT, (SIZE, SIZE), ranks, need, 1, opened=now, **times)
@@ -46,7 +50,12 @@ def a_desk(**settings: Any) -> Desk:
     """Four ranks, all there; the server is at batch 1, in a collective that waits for all."""
     desk = Desk(4, SESSION, 0, 2)
     for rank in (1, 2, 3):
-        desk.receive(b"route%d" % rank, [Head(Kind.HELLO, token=token(rank), rank=rank).pack(), b""], rank, 0.0)
+        desk.receive(
+            b"route%d" % rank,
+            [Head(Kind.HELLO, token=token(rank), rank=rank).pack(), b""],
+            rank,
+            0.0,
+        )
     desk.begun = True
     desk.advance(1)
     desk.enter(entered(**settings), GOOD)
@@ -55,12 +64,22 @@ def a_desk(**settings: Any) -> Desk:
 
 
 def message(rank: int = 1, **changes: Any) -> list[bytes]:
-    fields = {"session": SESSION, "token": token(rank), "rank": rank, "position": 1, "layout": LAYOUT, "name": "round#1", **changes}
+    fields = {
+        "session": SESSION,
+        "token": token(rank),
+        "rank": rank,
+        "position": 1,
+        "layout": LAYOUT,
+        "name": "round#1",
+        **changes,
+    }
     return [Head(fields.pop("kind", Kind.CALL), **fields).pack(), GOOD]
 
 
 class Fault(NamedTuple):
-    """Something that rank 1 sends, and the reason by which it is counted; "" if it is no fault by itself."""
+    """Something that rank 1 sends, and the reason by which it is counted; "" if it is no fault by
+    itself.
+    """
 
     name: str
     frames: list[bytes]
@@ -77,7 +96,11 @@ FAULTS = [
     Fault("another_protocol", [b"HTTP" + message()[0][4:], GOOD], "no head of this protocol"),
     Fault("longer_head", [message()[0] + b"x", GOOD], "length of the head"),
     Fault("oversized_head", [message()[0] + b"x" * 100_000, GOOD], "length of the head"),
-    Fault("unknown_kind", [message()[0][:4] + b"\xff" + message()[0][5:], GOOD], "unknown kind or name"),
+    Fault(
+        "unknown_kind",
+        [message()[0][:4] + b"\xff" + message()[0][5:], GOOD],
+        "unknown kind or name",
+    ),
     Fault("a_name_of_bytes", [message()[0][:-1] + b"\xff", GOOD], "unknown kind or name"),
     Fault("the_servers_kind", message(kind=Kind.RESULT), "not for a server"),
     Fault("no_such_rank", message(rank=9), "no such rank", 9),
@@ -87,7 +110,11 @@ FAULTS = [
     Fault("another_session", message(session=b"t" * 16), "another session"),
     Fault("another_process", message(token=b"t" * 16), "another process of this rank"),
     Fault("taken_rank", [Head(Kind.HELLO, token=b"t" * 16, rank=1).pack(), b""], "rank is taken"),
-    Fault("talkative_hello", [Head(Kind.HELLO, token=token(1), rank=1).pack(), GOOD], "body of a hello"),
+    Fault(
+        "talkative_hello",
+        [Head(Kind.HELLO, token=token(1), rank=1).pack(), GOOD],
+        "body of a hello",
+    ),
     Fault("step_of_the_future", message(position=3), "step of the future"),
     Fault("step_of_the_far_future", message(position=2**64 - 1), "step of the future"),
     Fault("truncated", [message()[0], GOOD[:-1]], "size"),
@@ -114,13 +141,17 @@ def test_a_fault_is_counted_and_nothing_else(fault: Fault) -> None:
 
 
 def test_whom_a_rank_is_refused_learns_that_the_run_is_over() -> None:
-    """A process that was started again, and the server does not know yet that the one before it is dead."""
+    """A process that was started again, and the server does not know yet that the one before it is
+    dead.
+    """
     desk = a_desk()
     hello = Head(Kind.HELLO, token=b"t" * 16, rank=1)
     desk.receive(b"again", [hello.pack(), b""], 1, 0.0)
     desk.outbox.clear()
     desk.shut("over")
-    assert [(route, parse([head, body])[0].kind, body) for route, head, body in desk.outbox] == [(b"again", Kind.CLOSED, b"over")]
+    assert [(route, parse([head, body])[0].kind, body) for route, head, body in desk.outbox] == [
+        (b"again", Kind.CLOSED, b"over")
+    ]
 
 
 def test_dtypes_and_shapes_have_other_fingerprints() -> None:
@@ -149,7 +180,9 @@ def test_duplicates_replays_and_late_messages() -> None:
     desk.outbox.clear()
     desk.receive(b"route1", other, 1, 0.0)  # a replay of a round that is over
     desk.receive(b"route3", message(3), 3, 0.0)
-    assert desk.late == {1: 1, 3: 1} and [bytes(body) for _, _, body in desk.outbox] == [b"result"] * 2
+    assert (
+        desk.late == {1: 1, 3: 1} and [bytes(body) for _, _, body in desk.outbox] == [b"result"] * 2
+    )
     desk.advance(2)
     desk.advance(4)
     desk.outbox.clear()
@@ -169,7 +202,8 @@ def test_who_is_waited_for() -> None:
     assert not desk.is_done(9.0) and desk.is_done(10.0)
     desk.gone(b"route2", 0.0)
     assert not desk.is_done(0.0)
-    desk.receive(b"route3", message(3, name="another"), 3, 0.0)  # it waits elsewhere, so it will not come here
+    # it waits elsewhere, so it will not come here
+    desk.receive(b"route3", message(3, name="another"), 3, 0.0)
     assert desk.is_done(0.0)
     desk.receive(b"new route", message(2), 2, 0.0)  # its connection was made anew
     assert set(desk.call.bodies) == {0, 1, 2}
@@ -359,7 +393,9 @@ def fuzzed(generator: random.Random) -> tuple[list[bytes], int]:
 
 
 def test_a_hundred_thousand_random_messages(caplog: pytest.LogCaptureFixture) -> None:
-    """None is taken that is not as it should be, memory stays bounded, and each reason is logged once a second."""
+    """None is taken that is not as it should be, memory stays bounded, and each reason is logged
+    once a second.
+    """
     caplog.set_level(logging.WARNING, logger="lightning_byz")
     generator, desk, number = random.Random(0), a_desk(), 100_000
     taken = 0
@@ -368,10 +404,16 @@ def test_a_hundred_thousand_random_messages(caplog: pytest.LogCaptureFixture) ->
         now = i / 10_000
         desk.receive(b"route%d" % generator.randrange(6), frames, owner, now)
         if i % 100 == 0:
-            held = sum(len(member.waiting.body) for member in desk.members.values() if member.waiting is not None)
+            held = sum(
+                len(member.waiting.body)
+                for member in desk.members.values()
+                if member.waiting is not None
+            )
             assert held <= 3 * 5000 and len(desk.results) <= 4 and len(desk.rejected) < 20
             call = desk.close()
-            assert all(bytes(body) == GOOD for body in call.bodies.values()) and set(call.bodies) <= {0, 1, 2, 3}
+            assert all(bytes(body) == GOOD for body in call.bodies.values()) and set(
+                call.bodies
+            ) <= {0, 1, 2, 3}
             taken += len(call.bodies) - 1
             desk.publish(call.key, b"result")
             desk.enter(entered(now=now), GOOD)
@@ -382,7 +424,7 @@ def test_a_hundred_thousand_random_messages(caplog: pytest.LogCaptureFixture) ->
     assert len(desk.rejected) <= len(logged) <= 11 * len(desk.rejected)
 
 
-# -- real sockets ---------------------------------------------------------------------------------------------------------
+# -- real sockets ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -391,7 +433,9 @@ def served(tmp_path: Path) -> Iterator[Any]:
     keys, port = make_keys(tmp_path / "keys", 4), free_port()
     desk = Desk(4, SESSION, 0, 2)
     publics = {rank: load_key(keys, f"rank{rank}", secret=False).public for rank in (1, 2, 3)}
-    server = Server(desk, f"tcp://127.0.0.1:{port}", load_key(keys, "server", secret=True), publics, 1 << 20)
+    server = Server(
+        desk, f"tcp://127.0.0.1:{port}", load_key(keys, "server", secret=True), publics, 1 << 20
+    )
 
     class Served(NamedTuple):
         server: Server
@@ -403,7 +447,14 @@ def served(tmp_path: Path) -> Iterator[Any]:
     def client(rank: int, mark: int | None = None, key: str | None = None) -> Client:
         pair = load_key(keys, key or f"rank{rank}", secret=True)
         public = load_key(keys, "server", secret=False).public
-        return Client(f"tcp://127.0.0.1:{port}", rank, token(rank if mark is None else mark), pair, public, 2.0)
+        return Client(
+            f"tcp://127.0.0.1:{port}",
+            rank,
+            token(rank if mark is None else mark),
+            pair,
+            public,
+            2.0,
+        )
 
     yield Served(server, desk, port, keys, client)
     server.close("over", 0.1)
@@ -548,7 +599,13 @@ def test_a_run_that_is_over(served: Any) -> None:
 
 
 def test_settings(tmp_path: Path) -> None:
-    for settings in ({"deadline": 0}, {"first_k": 0}, {"backlog": True}, {"lost_after": float("inf")}, {"max_message_bytes": 0}):
+    for settings in (
+        {"deadline": 0},
+        {"first_k": 0},
+        {"backlog": True},
+        {"lost_after": float("inf")},
+        {"max_message_bytes": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             ParameterServer(**settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Use Trainer\\(devices=n\\)"):

@@ -24,7 +24,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "accumulate": (Plain, {}, lambda: {"accumulate_grad_batches": 2}),
     "accumulate 16-mixed": (Plain, {}, lambda: {"accumulate_grad_batches": 2, **cpu_amp()}),
     "clip norm": (Plain, {}, lambda: {"gradient_clip_val": 0.05}),
-    "clip value": (Plain, {}, lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "clip value": (
+        Plain,
+        {},
+        lambda: {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ),
     "clip norm 16-mixed": (Plain, {}, lambda: {"gradient_clip_val": 0.05, **cpu_amp()}),
     "manual": (Manual, {}, dict),
     "manual clip": (Manual, {"clip": 0.05}, dict),
@@ -32,8 +36,19 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "unused": (Plain, {"unused": True}, dict),
     "frozen": (Plain, {"frozen": True}, dict),
     "gradient checkpointing": (Plain, {"checkpointing": True}, dict),
-    "swa": (Plain, {}, lambda: {"max_epochs": 3, "callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.05, 1)]}),
-    "early stopping": (Plain, {}, lambda: {"max_epochs": 4, "callbacks": [L.pytorch.callbacks.EarlyStopping("loss", 9, 0)]}),
+    "swa": (
+        Plain,
+        {},
+        lambda: {
+            "max_epochs": 3,
+            "callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.05, 1)],
+        },
+    ),
+    "early stopping": (
+        Plain,
+        {},
+        lambda: {"max_epochs": 4, "callbacks": [L.pytorch.callbacks.EarlyStopping("loss", 9, 0)]},
+    ),
 }
 
 
@@ -47,14 +62,24 @@ def test_mean_is_ddp(case: str, tmp_path: Path) -> None:
     ):
         torch.manual_seed(1)
         model = module(**options)
-        runs[name] = fit(tmp_path / name, model, strategy, devices=RANKS, data=Plain().train_dataloader(), **trainer())
+        runs[name] = fit(
+            tmp_path / name,
+            model,
+            strategy,
+            devices=RANKS,
+            data=Plain().train_dataloader(),
+            **trainer(),
+        )
     for rank in range(1, RANKS):
         assert_equal(runs["byz"][0], runs["byz"][rank])
     assert runs["ddp"][0]["steps"] == runs["byz"][0]["steps"] > 0
     assert_close(runs["ddp"][0], runs["byz"][0], 2e-3 if "16" in case else 1e-5)
     torch.manual_seed(1)
     start = module(**options).state_dict()
-    assert any(not torch.equal(start[name], value.float()) for name, value in runs["byz"][0]["weights"].items()), "it did not train"
+    assert any(
+        not torch.equal(start[name], value.float())
+        for name, value in runs["byz"][0]["weights"].items()
+    ), "it did not train"
 
 
 def test_samples_of_ranks_are_disjoint(tmp_path: Path) -> None:
@@ -64,7 +89,9 @@ def test_samples_of_ranks_are_disjoint(tmp_path: Path) -> None:
 
 
 def test_batchnorm_in_training_mode(tmp_path: Path) -> None:
-    """Parameters are DDP's; running statistics are the median of the ranks', the same everywhere."""
+    """Parameters are DDP's; running statistics are the median of the ranks', the same
+    everywhere.
+    """
     runs = {}
     for name, strategy in (("ddp", forked_ddp()), ("byz", averaging(start_method="fork"))):
         torch.manual_seed(1)
@@ -78,11 +105,16 @@ def test_batchnorm_in_training_mode(tmp_path: Path) -> None:
 
 
 def test_lbfgs_takes_the_same_branches_on_every_rank(tmp_path: Path) -> None:
-    """Its closure returns the aggregated loss; rank-local losses would make ranks stop at different evaluations and hang."""
+    """Its closure returns the aggregated loss; rank-local losses would make ranks stop at different
+    evaluations and hang.
+    """
     runs = []
     for strategy, devices in ((averaging(start_method="fork"), RANKS), ("auto", 1)):
         torch.manual_seed(1)
-        model = Plain(optimizer="lbfgs", batch_size=240 // devices)  # whole epochs, because ranks' samples are shuffled
-        runs.append(fit(tmp_path, model, strategy, devices=devices, max_epochs=4, precision="64-true"))
+        # whole epochs, because ranks' samples are shuffled
+        model = Plain(optimizer="lbfgs", batch_size=240 // devices)
+        runs.append(
+            fit(tmp_path, model, strategy, devices=devices, max_epochs=4, precision="64-true")
+        )
     for report in runs[0]:
         assert_close(runs[1][0], report, 1e-7)

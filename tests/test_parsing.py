@@ -1,4 +1,6 @@
-"""What other processes say is read with suspicion: honest messages as they are, all others refused, whatever the bytes."""
+"""What other processes say is read with suspicion: honest messages as they are, all others refused,
+whatever the bytes.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,17 @@ from lightning_byz.transports.parsing import (
     text,
 )
 
-# -- honest messages ------------------------------------------------------------------------------------------------------
+# -- honest messages -------------------------------------------------------------------------------
 
 
 @laws
 @given(st.data(), st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=4))
-def test_described_tensors_are_read_as_they_were(data: Any, dtype: torch.dtype, shape: list[int]) -> None:
-    raw = torch.tensor(data.draw(st.lists(st.integers(0, 255), min_size=64, max_size=64)), dtype=torch.uint8)
+def test_described_tensors_are_read_as_they_were(
+    data: Any, dtype: torch.dtype, shape: list[int]
+) -> None:
+    raw = torch.tensor(
+        data.draw(st.lists(st.integers(0, 255), min_size=64, max_size=64)), dtype=torch.uint8
+    )
     numel = math.prod(shape)
     tensor = (raw.repeat(1 + numel * dtype.itemsize // 64)[: numel * dtype.itemsize]).clone()
     tensor = ((tensor % 2).bool() if dtype == torch.bool else tensor.view(dtype)).view(shape)
@@ -45,7 +51,10 @@ def test_described_tensors_are_read_as_they_were(data: Any, dtype: torch.dtype, 
         again = read_tensor(described(tensor), tensor, same_shape)
         assert again.dtype == dtype
         assert again.shape == tensor.shape
-        assert torch.equal(again.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))  # nan is kept too
+        # nan is kept too
+        assert torch.equal(
+            again.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
 
 
 def test_other_ranks_tensors_may_have_another_first_size() -> None:
@@ -115,10 +124,25 @@ def test_the_leaves_of_a_batch() -> None:
     assert read_leaves(header, 1000) == [Leaf(leaf.dtype, tuple(leaf.shape)) for leaf in leaves]
     with pytest.raises(RefusedError, match="at most 40 bytes"):
         read_leaves(header, 40)
-    for odd in ([], leaves * 2, [torch.zeros([1] * (DIMENSIONS + 1))], [torch.zeros(1, dtype=torch.uint16)]):
+    for odd in (
+        [],
+        leaves * 2,
+        [torch.zeros([1] * (DIMENSIONS + 1))],
+        [torch.zeros(1, dtype=torch.uint16)],
+    ):
         with pytest.raises(RefusedError, match="should hold 1 .. 4 tensors"):
             read_leaves(leaf_header(odd, 4).tolist(), 1000)
-    for place, number in ((0, 5), (0, -7), (1, 9), (1, -1), (2, 99), (2, -1), (3, -4), (3, 2**62), (3, 2**40)):
+    for place, number in (
+        (0, 5),
+        (0, -7),
+        (1, 9),
+        (1, -1),
+        (2, 99),
+        (2, -1),
+        (3, -4),
+        (3, 2**62),
+        (3, 2**40),
+    ):
         changed = [*header]
         changed[place] = number
         with pytest.raises(RefusedError):
@@ -130,7 +154,13 @@ def test_the_leaves_of_a_batch() -> None:
 
 
 NAMES: dict[str, dict[str, Any]] = {
-    "loss": {"prog_bar": True, "on_step": None, "on_epoch": True, "reduce_fx": "mean", "float64": True},
+    "loss": {
+        "prog_bar": True,
+        "on_step": None,
+        "on_epoch": True,
+        "reduce_fx": "mean",
+        "float64": True,
+    },
     "Größe / Ω": {"reduce_fx": "max", "metric_attribute": "metric", "add_dataloader_idx": True},
     "a/dataloader_idx_0": {"add_dataloader_idx": False, "reduce_fx": "sum"},
 }
@@ -188,7 +218,7 @@ def test_texts_are_printable() -> None:
     assert text(b"abc", 2) == "ab"
 
 
-# -- any message ----------------------------------------------------------------------------------------------------------
+# -- any message -----------------------------------------------------------------------------------
 
 
 def mutated(rng: random.Random, message: bytes) -> bytes:
@@ -204,9 +234,13 @@ def mutated(rng: random.Random, message: bytes) -> bytes:
         elif kind == 2:
             data[place:place] = rng.randbytes(rng.randrange(1, 9))
         elif kind == 3:
-            data[place : place + 8] = struct.pack("<q", rng.choice((0, -1, 1, 2**62, -(2**63), 2**40, 2**31)))
+            data[place : place + 8] = struct.pack(
+                "<q", rng.choice((0, -1, 1, 2**62, -(2**63), 2**40, 2**31))
+            )
         else:
-            data[place : place + 8] = struct.pack("<d", rng.choice((math.nan, math.inf, -math.inf, -1e9, 1e308, 5e-324, -0.0)))
+            data[place : place + 8] = struct.pack(
+                "<d", rng.choice((math.nan, math.inf, -math.inf, -1e9, 1e308, 5e-324, -0.0))
+            )
     return bytes(data)
 
 
@@ -220,19 +254,27 @@ def integers(data: bytes) -> list[int]:
 
 LIKE, FLAGS_LIKE = torch.arange(6.0).view(2, 3), torch.tensor([True, False])
 KINDS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
-    "row": (struct.pack("<7d", 1.0, 8.0, 0.5, 1.0, 2.0, 8.0, 4.0), lambda data: step_row(doubles(data))),
+    "row": (
+        struct.pack("<7d", 1.0, 8.0, 0.5, 1.0, 2.0, 8.0, 4.0),
+        lambda data: step_row(doubles(data)),
+    ),
     "names": (json.dumps(NAMES).encode(), logged_names),
     "tensor": (described(LIKE), lambda data: read_tensor(data, LIKE, True)),
     "tensor of any length": (described(LIKE), lambda data: read_tensor(data, LIKE, False)),
     "flags": (described(FLAGS_LIKE), lambda data: read_tensor(data, FLAGS_LIKE, False)),
-    "leaves": (leaf_header([LIKE, FLAGS_LIKE], 4).numpy().tobytes(), lambda data: read_leaves(integers(data), 1 << 20)),
+    "leaves": (
+        leaf_header([LIKE, FLAGS_LIKE], 4).numpy().tobytes(),
+        lambda data: read_leaves(integers(data), 1 << 20),
+    ),
     "text": (b"host\ncuda:0 GPU", lambda data: text(data, 256)),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_message_makes_an_exception_leave_the_parser(kind: str) -> None:
-    """100,000 messages over all kinds: each is refused by name, or what it gives can be worked with."""
+    """100,000 messages over all kinds: each is refused by name, or what it gives can be worked
+    with.
+    """
     honest, parse = KINDS[kind]
     rng, refused = random.Random(kind), 0
     for _ in range(100_000 // len(KINDS) + 1):
@@ -255,10 +297,12 @@ def test_no_message_makes_an_exception_leave_the_parser(kind: str) -> None:
     assert kind == "text" or refused > 1000
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
-def test_a_refusal_is_logged_the_first_tenth_and_hundredth_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_is_logged_the_first_tenth_and_hundredth_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     refusals = Refusals("logged values", "rank")
     with caplog.at_level(logging.WARNING, logger="lightning_byz"):
         for _ in range(120):
@@ -266,6 +310,7 @@ def test_a_refusal_is_logged_the_first_tenth_and_hundredth_time(caplog: pytest.L
             assert refusals.read(0, step_row, [1.0, 4.0, 0.5]) == (True, 4, 0.5, [], [])
     said = [record.getMessage() for record in caplog.records]
     assert [line.split(".")[0] for line in said] == [
-        f"byzantine_robust: logged values of rank 3 are left out, time {count}" for count in (1, 10, 100)
+        f"byzantine_robust: logged values of rank 3 are left out, time {count}"
+        for count in (1, 10, 100)
     ]
     assert refusals.counts == {3: 120}

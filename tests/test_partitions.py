@@ -10,7 +10,16 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from zoo import laws
 
 from lightning_byz import DigitsDataModule, data
-from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Partition, Replicated, WorkerSampler, labels_of
+from lightning_byz.data import (
+    IID,
+    ByLabel,
+    Dirichlet,
+    GammaSimilarity,
+    Partition,
+    Replicated,
+    WorkerSampler,
+    labels_of,
+)
 from lightning_byz.data.batches import split_batch
 
 EQUAL = [IID(), ByLabel(), GammaSimilarity(0.0), GammaSimilarity(0.3), GammaSimilarity(1.0)]
@@ -24,13 +33,23 @@ def labels(samples, classes, seed=0):
 
 @each_partition
 @laws
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 8), samples=st.integers(60, 200), classes=st.integers(1, 5))
-def test_every_sample_goes_to_one_worker_and_every_worker_has_some(partition, seed, n, samples, classes):
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 8),
+    samples=st.integers(60, 200),
+    classes=st.integers(1, 5),
+)
+def test_every_sample_goes_to_one_worker_and_every_worker_has_some(
+    partition, seed, n, samples, classes
+):
     y = labels(samples, classes, seed)
     before, state = y.clone(), torch.get_rng_state()
     parts = partition(y, n, seed)
     assert len(parts) == n
-    assert all(part.dtype == torch.int64 and len(part) >= getattr(partition, "min_samples", 1) for part in parts)
+    assert all(
+        part.dtype == torch.int64 and len(part) >= getattr(partition, "min_samples", 1)
+        for part in parts
+    )
     assert all((part[1:] > part[:-1]).all() for part in parts)
     if partition == Replicated():
         assert all(torch.equal(part, torch.arange(samples)) for part in parts)
@@ -65,13 +84,17 @@ def test_by_label_cuts_the_sorted_samples(n):
 
 
 def test_a_share_gamma_is_drawn_at_random():
-    """Ten classes, ten workers: a worker of its own class alone would have 200 of it; with gamma it has 200 (1 - gamma) + 20 gamma."""
+    """Ten classes, ten workers: a worker of its own class alone would have 200 of it; with gamma it
+    has 200 (1 - gamma) + 20 gamma.
+    """
     y = torch.arange(2000) % 10
     for gamma in (0.0, 0.25, 0.75, 1.0):
         parts = GammaSimilarity(gamma)(y, 10, 1)
         own = [int(y[part].bincount(minlength=10).max()) for part in parts]
         assert sum(own) / 10 == pytest.approx(200 * (1 - gamma) + 20 * gamma, abs=9)
-    assert [part.tolist() for part in GammaSimilarity(1.0)(y, 10, 1)] == [part.tolist() for part in IID()(y, 10, 1)]
+    assert [part.tolist() for part in GammaSimilarity(1.0)(y, 10, 1)] == [
+        part.tolist() for part in IID()(y, 10, 1)
+    ]
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 10.0])
@@ -79,7 +102,10 @@ def test_the_shares_of_a_class_have_the_moments_of_the_dirichlet_distribution(al
     n, members, times = 4, 400, 400
     y = torch.arange(2).repeat_interleave(members)
     shares = torch.stack(
-        [torch.stack([(y[part] == 1).sum() for part in Dirichlet(alpha)(y, n, seed)]) for seed in range(times)]
+        [
+            torch.stack([(y[part] == 1).sum() for part in Dirichlet(alpha)(y, n, seed)])
+            for seed in range(times)
+        ]
     ).double()
     shares /= members
     variance = (1 / n) * (1 - 1 / n) / (n * alpha + 1)
@@ -90,21 +116,29 @@ def test_the_shares_of_a_class_have_the_moments_of_the_dirichlet_distribution(al
 def test_classes_are_divided_independently():
     y = torch.arange(2).repeat_interleave(300)
     pairs = torch.tensor(
-        [[int((y[part] == label).sum()) for label in (0, 1)] for seed in range(300) for part in Dirichlet(0.5)(y, 3, seed)[:1]]
+        [
+            [int((y[part] == label).sum()) for label in (0, 1)]
+            for seed in range(300)
+            for part in Dirichlet(0.5)(y, 3, seed)[:1]
+        ]
     )
     assert abs(float(torch.corrcoef(pairs.T.double())[0, 1])) < 0.2
 
 
-# -- in the sampler -------------------------------------------------------------------------------------------------------
+# -- in the sampler --------------------------------------------------------------------------------
 
 
 def streams(dataset, partition, n, processes, epoch=0):
     """What each of the n workers sees in each step."""
     local, seen = n // processes, []
     for rank in range(processes):
-        sampler = WorkerSampler(dataset, 3, local, num_replicas=processes, rank=rank, seed=5, partition=partition)
+        sampler = WorkerSampler(
+            dataset, 3, local, num_replicas=processes, rank=rank, seed=5, partition=partition
+        )
         sampler.set_epoch(epoch)
-        loader = DataLoader(torch.arange(len(dataset)), sampler.batch_size_per_process, sampler=sampler)
+        loader = DataLoader(
+            torch.arange(len(dataset)), sampler.batch_size_per_process, sampler=sampler
+        )
         steps = [[part.tolist() for part in split_batch(batch, local)] for batch in loader]
         seen += [[step[i] for step in steps] for i in range(local)]
     return seen
@@ -135,14 +169,16 @@ def test_labels_are_found_where_datasets_keep_them():
     assert torch.equal(labels_of(TensorDataset(torch.zeros(12), y)), y)
     assert torch.equal(labels_of(Targets()), y)
     assert torch.equal(labels_of(Subset(Targets(), [3, 1])), y[[3, 1]])
-    with pytest.raises(ValueError, match=r"one label for each sample.*Found a range with none.*parts=Dirichlet"):
+    with pytest.raises(
+        ValueError, match=r"one label for each sample.*Found a range with none.*parts=Dirichlet"
+    ):
         WorkerSampler(range(8), 2, partition=Dirichlet(0.1))
     with pytest.raises(ValueError, match=r"labels of shape \[4, 2\]"):
         labels_of(TensorDataset(torch.zeros(4, 2)))
     assert len(WorkerSampler(range(8), 2, 2, partition=IID())) == 8
 
 
-# -- mistakes -------------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +196,10 @@ def test_labels_are_found_where_datasets_keep_them():
             lambda: Dirichlet(0.01)(labels(40, 2), 20),
             r"min_samples=1 samples. Found 0.*Dirichlet\(alpha=0.01\).*n=20.*larger alpha",
         ),
-        (lambda: WorkerSampler(range(4), 1, 2, parts=[[1], [2]], partition=IID()), "At most one of `parts` and `partition`"),
+        (
+            lambda: WorkerSampler(range(4), 1, 2, parts=[[1], [2]], partition=IID()),
+            "At most one of `parts` and `partition`",
+        ),
         (lambda: Nobody()(labels(9, 2), 3), r"Nobody.* leaves none to worker 1 of n=3"),
     ],
 )

@@ -1,7 +1,8 @@
-"""Agreement with ByzFL wherever the definitions agree, on random asymmetric rows; runs where ``byzfl`` is installed (dev extra).
+"""Agreement with ByzFL wherever the definitions agree, on random asymmetric rows; runs where
+``byzfl`` is installed (dev extra).
 
-CAF is not here: ByzFL takes one step of a power iteration from a random start for the direction of largest variance, and two calls on the
-same rows differ.
+CAF is not here: ByzFL takes one step of a power iteration from a random start for the direction of
+largest variance, and two calls on the same rows differ.
 """
 
 import itertools
@@ -37,10 +38,16 @@ RULES = {
     "Average": (Mean(), lambda: byzfl.Average()),
     "Median": (CoordinateMedian(f=F), lambda: byzfl.Median()),
     "TrMean": (TrimmedMean(f=F), lambda: byzfl.TrMean(f=F)),
-    "GeometricMedian": (GeometricMedian(f=F, definition="byzfl"), lambda: byzfl.GeometricMedian(nu=0.1, T=3)),
+    "GeometricMedian": (
+        GeometricMedian(f=F, definition="byzfl"),
+        lambda: byzfl.GeometricMedian(nu=0.1, T=3),
+    ),
     "Krum": (Krum(f=F, definition="byzfl"), lambda: byzfl.Krum(f=F)),
     "MultiKrum": (MultiKrum(f=F, definition="byzfl"), lambda: byzfl.MultiKrum(f=F)),
-    "CenteredClipping": (CenteredClip(f=F, tau=3.0, iterations=2), lambda: byzfl.CenteredClipping(m=None, L=2, tau=3.0)),
+    "CenteredClipping": (
+        CenteredClip(f=F, tau=3.0, iterations=2),
+        lambda: byzfl.CenteredClipping(m=None, L=2, tau=3.0),
+    ),
     "MDA": (MDA(f=F), lambda: byzfl.MDA(f=F)),
     "MoNNA": (MoNNA(f=F, trusted=2), lambda: byzfl.MoNNA(f=F, idx=2)),
     "Meamed": (MeaMed(f=F), lambda: byzfl.Meamed(f=F)),
@@ -73,12 +80,16 @@ def test_rules_agree_with_byzfl(name, seed):
 def test_pre_aggregations_agree_with_byzfl(name, seed):
     ours, theirs = PRE[name]
     x = rows(seed)
-    torch.testing.assert_close(ours(Rows(x)).dense(), torch.as_tensor(theirs()(x.clone())).to(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours(Rows(x)).dense(), torch.as_tensor(theirs()(x.clone())).to(x), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_smea_finds_a_subset_at_least_as_good_as_byzfls(seed):
-    """ByzFL estimates the eigenvalue by one random step, so it may pick another subset; never a better one."""
+    """ByzFL estimates the eigenvalue by one random step, so it may pick another subset; never a
+    better one.
+    """
     x = rows(seed)
 
     def spread(mean):
@@ -94,7 +105,12 @@ def test_smea_finds_a_subset_at_least_as_good_as_byzfls(seed):
 def test_a_chain_agrees_with_byzfls_pipeline():
     x = rows(7)
     theirs = byzfl.TrMean(f=F)(byzfl.NNM(f=F)(x.clone()))
-    torch.testing.assert_close(Chain(pre=(NNM(),), rule=TrimmedMean(), f=F)(x), torch.as_tensor(theirs).to(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        Chain(pre=(NNM(),), rule=TrimmedMean(), f=F)(x),
+        torch.as_tensor(theirs).to(x),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,5 +125,8 @@ def test_a_chain_agrees_with_byzfls_pipeline():
 def test_attacks_agree_with_byzfl(ours, theirs):
     honest = rows(1)
     torch.testing.assert_close(
-        ours(honest, honest[:2])[0], torch.as_tensor(theirs()(honest.clone())).to(honest), rtol=1e-6, atol=1e-6
+        ours(honest, honest[:2])[0],
+        torch.as_tensor(theirs()(honest.clone())).to(honest),
+        rtol=1e-6,
+        atol=1e-6,
     )

@@ -1,4 +1,6 @@
-"""The list of planted bugs fits the source: each has its place, once. ``python tests/plant_bugs.py`` plants them."""
+"""The list of planted bugs fits the source: each has its place, once.
+``python tests/plant_bugs.py`` plants them.
+"""
 
 import pytest
 from plant_bugs import BUGS, ROOT

@@ -1,4 +1,6 @@
-"""Previous, full and trusted gradients, and cohorts, in real Trainer runs: they are right, and nobody notices that they were computed."""
+"""Previous, full and trusted gradients, and cohorts, in real Trainer runs: they are right, and
+nobody notices that they were computed.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ BOTH = [pytest.param(1, id="in-process"), pytest.param(N, id="ranks", marks=pyte
 
 def strategy(algorithm: Any, devices: int = 1, **kwargs: Any) -> ByzantineRobustStrategy:
     return ByzantineRobustStrategy(
-        algorithm=algorithm, workers_per_process=N // devices, start_method="fork", seed=7, num_byzantine=0, **kwargs
+        algorithm=algorithm,
+        workers_per_process=N // devices,
+        start_method="fork",
+        seed=7,
+        num_byzantine=0,
+        **kwargs,
     )
 
 
@@ -53,7 +60,9 @@ def parts_sampler(local: int, ranks: int, rank: int, batch: int = 6) -> WorkerSa
 
 
 class Restless(Plain):
-    """Everything that a second pass could disturb: dropout, BatchNorm, logs, a metric, and draws from all random states."""
+    """Everything that a second pass could disturb: dropout, BatchNorm, logs, a metric, and draws
+    from all random states.
+    """
 
     def __init__(self, lr: float = 0.1, workers_data: bool = False, **kwargs: Any) -> None:
         super().__init__(**{"norm": True, "dropout": 0.3, "lr": lr, **kwargs})
@@ -85,7 +94,12 @@ class Restless(Plain):
 
 
 def states_of(trainer: L.Trainer, module: Any) -> Any:
-    return float(module.accuracy.compute()), float(module.total.compute()), torch.rand(3), np.random.rand(3).tolist()
+    return (
+        float(module.accuracy.compute()),
+        float(module.total.compute()),
+        torch.rand(3),
+        np.random.rand(3).tolist(),
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Full(RobustSGD):
         return True
 
 
-# -- nobody notices -------------------------------------------------------------------------------------------------------
+# -- nobody notices --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
@@ -121,10 +135,22 @@ def test_a_pass_at_the_previous_parameters_and_one_on_trusted_data_change_nothin
     runs = []
     for algorithm in (RobustSGD(Mean()), Watching(Mean())):
         L.seed_everything(1)
-        trusted = {"trusted_data": loader(10, blobs(50, seed=9))} if isinstance(algorithm, Watching) else {}
+        trusted = (
+            {"trusted_data": loader(10, blobs(50, seed=9))}
+            if isinstance(algorithm, Watching)
+            else {}
+        )
         model = Restless()
         runs.append(
-            fit(tmp_path, model, strategy(algorithm, devices, **trusted), devices=devices, max_epochs=2, extra=states_of, **options)
+            fit(
+                tmp_path,
+                model,
+                strategy(algorithm, devices, **trusted),
+                devices=devices,
+                max_epochs=2,
+                extra=states_of,
+                **options,
+            )
         )
     for plain, watched in zip(*runs, strict=True):
         assert_equal(plain, watched)
@@ -134,20 +160,31 @@ def test_a_pass_at_the_previous_parameters_and_one_on_trusted_data_change_nothin
 
 @pytest.mark.parametrize("workers_data", [False, True])
 @pytest.mark.parametrize("devices", BOTH)
-def test_a_pass_over_all_data_changes_nothing_but_the_gradient(devices: int, workers_data: bool, tmp_path: Path) -> None:
+def test_a_pass_over_all_data_changes_nothing_but_the_gradient(
+    devices: int, workers_data: bool, tmp_path: Path
+) -> None:
     """With learning rate 0, all that can differ is what a pass leaves behind."""
     runs = []
     for algorithm in (RobustSGD(Mean()), Full(Mean())):
         L.seed_everything(1)
         model = Restless(lr=0.0, workers_data=workers_data)
-        runs.append(fit(tmp_path, model, strategy(algorithm, devices), devices=devices, max_epochs=2, extra=states_of))
+        runs.append(
+            fit(
+                tmp_path,
+                model,
+                strategy(algorithm, devices),
+                devices=devices,
+                max_epochs=2,
+                extra=states_of,
+            )
+        )
     for plain, full in zip(*runs, strict=True):
         assert_equal(plain, full)
         assert plain["metrics"] == full["metrics"]
         assert str(plain["extra"]) == str(full["extra"])
 
 
-# -- they are right -------------------------------------------------------------------------------------------------------
+# -- they are right --------------------------------------------------------------------------------
 
 RECORDS: list[Any] = []
 
@@ -156,22 +193,36 @@ RECORDS: list[Any] = []
 class Spy(Watching):
     def worker(self, grads: Any, state: Any, round: Any) -> Any:
         RECORDS.append(
-            (round.step, round.worker, grads.current.clone(), None if grads.previous is None else grads.previous.clone())
+            (
+                round.step,
+                round.worker,
+                grads.current.clone(),
+                None if grads.previous is None else grads.previous.clone(),
+            )
         )
         return super().worker(grads, state, round)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_where_nothing_moved_the_previous_gradient_is_the_current_one_bit_for_bit(precision: str, tmp_path: Path) -> None:
+def test_where_nothing_moved_the_previous_gradient_is_the_current_one_bit_for_bit(
+    precision: str, tmp_path: Path
+) -> None:
     """The same dropout masks, BatchNorm statistics and numpy draws."""
     RECORDS.clear()
     options = cpu_amp() if precision == "16-mixed" else {"precision": precision}
     if precision == "16-mixed":
-        options["plugins"][0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # nobody overflows
+        # nobody overflows
+        options["plugins"][0].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     fit(tmp_path, Restless(lr=0.0), strategy(Spy(Mean())), **options)
-    assert [(step, worker) for step, worker, *_ in RECORDS] == [(step, worker) for step in range(10) for worker in range(N)]
+    assert [(step, worker) for step, worker, *_ in RECORDS] == [
+        (step, worker) for step in range(10) for worker in range(N)
+    ]
     assert all(previous is None for step, _, _, previous in RECORDS if step == 0)
-    assert all(torch.equal(current, previous) and bool(current.any()) for step, _, current, previous in RECORDS if step)
+    assert all(
+        torch.equal(current, previous) and bool(current.any())
+        for step, _, current, previous in RECORDS
+        if step
+    )
 
 
 class Linear(L.LightningModule):
@@ -192,7 +243,9 @@ class Linear(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         local = self.trainer.strategy.workers_per_process
-        sampler = parts_sampler(local, self.trainer.world_size, self.trainer.strategy.global_rank, self.batch)
+        sampler = parts_sampler(
+            local, self.trainer.world_size, self.trainer.strategy.global_rank, self.batch
+        )
         return DataLoader(blobs(), sampler.batch_size_per_process, sampler=sampler)
 
 
@@ -204,11 +257,16 @@ def least_squares_gradient(w: np.ndarray, b: float, index: Any) -> tuple[np.ndar
 
 @pytest.mark.parametrize("devices", BOTH)
 def test_marina_is_marina_step_for_step(devices: int, tmp_path: Path) -> None:
-    """f = 0, a mean and no compression, against MARINA in numpy, with full gradients over each worker's own part."""
+    """f = 0, a mean and no compression, against MARINA in numpy, with full gradients over each
+    worker's own part.
+    """
     p, lr, steps, batch = 0.3, 0.05, 18, 7  # parts of 60 samples: the last batch is smaller
     torch.manual_seed(1)
     model = Linear(lr, batch)
-    w, b = model.layer.weight.detach().double().numpy()[0].copy(), float(model.layer.bias.detach()[0])
+    w, b = (
+        model.layer.weight.detach().double().numpy()[0].copy(),
+        float(model.layer.bias.detach()[0]),
+    )
     algorithm = ByzVRMarinaPP(Mean(), p=p, clipping=None)
     report = fit(tmp_path, model, strategy(algorithm, devices), devices=devices, max_epochs=2)[0]
     assert report["steps"] == steps
@@ -217,7 +275,10 @@ def test_marina_is_marina_step_for_step(devices: int, tmp_path: Path) -> None:
     g_w, g_b, old, coins = None, None, None, []
     for step in range(steps):
         sampler.set_epoch(step // 9)
-        coin = float(torch.rand((), generator=keyed_generator("coin", 7, step), dtype=torch.float64)) < p
+        coin = (
+            float(torch.rand((), generator=keyed_generator("coin", 7, step), dtype=torch.float64))
+            < p
+        )
         coins.append(coin)
         if coin or old is None:
             grads = [least_squares_gradient(w, b, list(sampler.parts[i])) for i in range(N)]
@@ -225,7 +286,10 @@ def test_marina_is_marina_step_for_step(devices: int, tmp_path: Path) -> None:
         else:
             for i in range(N):
                 index = sampler.indices_of(i)[(step % 9) * batch : (step % 9 + 1) * batch]
-                (new_w, new_b), (old_w, old_b) = least_squares_gradient(w, b, index), least_squares_gradient(*old, index)
+                (new_w, new_b), (old_w, old_b) = (
+                    least_squares_gradient(w, b, index),
+                    least_squares_gradient(*old, index),
+                )
                 g_w, g_b = g_w + (new_w - old_w) / N, g_b + (new_b - old_b) / N
         old = (w, b)
         w, b = w - lr * g_w, b - lr * g_b
@@ -244,7 +308,9 @@ def test_a_full_gradient_of_some_batches_takes_so_many(tmp_path: Path) -> None:
 
 
 class TimeFirst(Plain):
-    """Batches ``[time, sample, ...]``, which nobody can tell from others, cut by the module itself."""
+    """Batches ``[time, sample, ...]``, which nobody can tell from others, cut by the module
+    itself.
+    """
 
     def __init__(self, by_hand: bool = True) -> None:
         super().__init__()
@@ -275,7 +341,8 @@ def test_samples_in_lists_are_counted_and_logged_as_samples(tmp_path: Path) -> N
     samples = [torch.randn(5 + i % 3, 10) for i in range(20)]
     data = DataLoader(samples, batch_size=12, collate_fn=list)  # type: ignore[arg-type]
     (report,) = fit(tmp_path, Lists(), strategy(RobustSGD()), data=data)
-    assert report["metrics"]["count"] == pytest.approx((3 * 12 + 2 * 8) / 20)  # per sample: parts of 3, then of 2
+    # per sample: parts of 3, then of 2
+    assert report["metrics"]["count"] == pytest.approx((3 * 12 + 2 * 8) / 20)
 
 
 def test_a_users_limit_of_batches_limits_the_full_gradient_too(tmp_path: Path) -> None:
@@ -285,7 +352,9 @@ def test_a_users_limit_of_batches_limits_the_full_gradient_too(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_the_trusted_gradient_is_the_trusted_datas_and_every_ranks(devices: int, tmp_path: Path) -> None:
+def test_the_trusted_gradient_is_the_trusted_datas_and_every_ranks(
+    devices: int, tmp_path: Path
+) -> None:
     """With learning rate 0, a batch of trusted samples, in training mode, by hand."""
     trusted = blobs(30, seed=5)
     torch.manual_seed(1)
@@ -300,7 +369,12 @@ def test_the_trusted_gradient_is_the_trusted_datas_and_every_ranks(devices: int,
 
     OUTCOMES.clear()
     for report in fit(
-        tmp_path, model, strategy(DStar(k=4), devices, trusted_data=trusted), devices=devices, callbacks=[Watch()], extra=recorded
+        tmp_path,
+        model,
+        strategy(DStar(k=4), devices, trusted_data=trusted),
+        devices=devices,
+        callbacks=[Watch()],
+        extra=recorded,
     ):
         assert len(report["extra"]) == 10
         for gradient in report["extra"]:
@@ -331,41 +405,60 @@ def test_a_trusted_gradient_that_is_not_finite_is_none(tmp_path: Path) -> None:
     OUTCOMES.clear()
     bad = [torch.full((4, 10), torch.nan), torch.zeros(4)]
     (report,) = fit(tmp_path, Linear(), strategy(DStar(k=4), trusted_data=bad), callbacks=[Watch()])
-    assert all(outcome.round.trusted is None and outcome.estimate is not None for outcome in OUTCOMES)
+    assert all(
+        outcome.round.trusted is None and outcome.estimate is not None for outcome in OUTCOMES
+    )
     assert all(torch.isfinite(v).all() for v in report["weights"].values())
 
 
-# -- cohorts --------------------------------------------------------------------------------------------------------------
+# -- cohorts ---------------------------------------------------------------------------------------
 
 COHORTS = {
     "dstar": DStar(k=3),
     "marina_pp": ByzVRMarinaPP(CoordinateMedian(), p=0.2, cohort_size=2, full_batches=1),
-    "clipped": ClippedDifferences(RobustSGD(CoordinateMedian(), worker_momentum=0.5), cohort_size=1),
+    "clipped": ClippedDifferences(
+        RobustSGD(CoordinateMedian(), worker_momentum=0.5), cohort_size=1
+    ),
 }
 
 
 @pytest.mark.parametrize("devices", BOTH)
 @pytest.mark.parametrize("name", COHORTS)
-def test_workers_that_are_not_sampled_do_no_work_and_are_not_called_silent(name: str, devices: int, tmp_path: Path) -> None:
+def test_workers_that_are_not_sampled_do_no_work_and_are_not_called_silent(
+    name: str, devices: int, tmp_path: Path
+) -> None:
     OUTCOMES.clear()
 
     def seen(trainer: L.Trainer, module: Any) -> Any:
         local = list(trainer.strategy.exchanges[0].transport.workers)
         cohorts = [outcome.round.cohort.tolist() for outcome in OUTCOMES]
-        return module.calls, local, cohorts, trainer.strategy.report.silences, [outcome.silent for outcome in OUTCOMES]
+        return (
+            module.calls,
+            local,
+            cohorts,
+            trainer.strategy.report.silences,
+            [outcome.silent for outcome in OUTCOMES],
+        )
 
     algorithm = COHORTS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         reports = fit(
-            tmp_path, Linear(0.01), strategy(algorithm, devices), devices=devices, callbacks=[Watch()], extra=seen, max_epochs=2
+            tmp_path,
+            Linear(0.01),
+            strategy(algorithm, devices),
+            devices=devices,
+            callbacks=[Watch()],
+            extra=seen,
+            max_epochs=2,
         )
     for report in reports:
         assert_equal(reports[0], report)
         calls, local, cohorts, silences, silent = report["extra"]
         assert silences == {}
         assert silent == [[]] * 20
-        passes = 2 if name == "marina_pp" else 1  # at the previous parameters, or over a batch of all data
+        # at the previous parameters, or over a batch of all data
+        passes = 2 if name == "marina_pp" else 1
         assert len(calls) == passes * sum(cohort[worker] for cohort in cohorts for worker in local)
         sizes = {sum(cohort) for cohort in cohorts}
         assert sizes == {"dstar": {3}, "marina_pp": {2, 4}, "clipped": {1, 4}}[name]
@@ -395,7 +488,9 @@ def test_a_cohort_of_liars_alone_still_logs(tmp_path: Path) -> None:
 
     delays = ShiftedExponential(slow=(0, 1), slowdown=1e6)
     lie = ByzantineWorkers(LabelFlip(num_classes=3), workers=[2, 3])
-    (report,) = fit(tmp_path, Logs(0.01), strategy(DStar(Mean(), k=2, delays=delays)), callbacks=[lie])
+    (report,) = fit(
+        tmp_path, Logs(0.01), strategy(DStar(Mean(), k=2, delays=delays)), callbacks=[lie]
+    )
     assert np.isfinite(report["metrics"]["loss"])
 
 
@@ -403,19 +498,23 @@ def test_the_weight_of_liars_is_that_of_the_rounds_rule(tmp_path: Path) -> None:
     """The filter with this round's trusted gradient, not without."""
     trusted = DStar(DeviationFilter(reading="trusted"), k=4)
     lie = ByzantineWorkers(IPM(1000.0), workers=[1])
-    (report,) = fit(tmp_path, Linear(0.01), strategy(trusted, trusted_data=blobs(20)), callbacks=[lie])
+    (report,) = fit(
+        tmp_path, Linear(0.01), strategy(trusted, trusted_data=blobs(20)), callbacks=[lie]
+    )
     assert report["metrics"]["byz/byzantine_weight"] == 0
 
 
 def test_what_an_attack_did_to_a_cohort_is_logged(tmp_path: Path) -> None:
-    algorithm = ByzVRMarinaPP(CoordinateMedian(), p=0.2, cohort_size=3, full_batches=1, clipping=1.0)
+    algorithm = ByzVRMarinaPP(
+        CoordinateMedian(), p=0.2, cohort_size=3, full_batches=1, clipping=1.0
+    )
     lie = ByzantineWorkers(IPM(3.0), workers=[1])
     (report,) = fit(tmp_path, Linear(0.01), strategy(replace(algorithm)), callbacks=[lie])
     assert 0.5 < report["metrics"]["byz/cosine"] <= 1.0
     assert report["metrics"]["byz/silent"] == 0
 
 
-# -- refusals -------------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 class Endless(IterableDataset):
@@ -444,7 +543,9 @@ def test_refused_with_a_way_out(case: str, tmp_path: Path) -> None:
 
 
 def test_trusted_data_that_nobody_uses_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"`trusted_data`.*Found RobustSGD.*Leave it out, or use DStar"):
+    with pytest.raises(
+        ValueError, match=r"`trusted_data`.*Found RobustSGD.*Leave it out, or use DStar"
+    ):
         fit(tmp_path, Plain(), strategy(RobustSGD(), trusted_data=blobs(8)))
     with pytest.raises(ValueError, match=r"`trusted_data` should be.*over Endless"):
         strategy(DStar(), trusted_data=DataLoader(Endless(), 4))
@@ -454,18 +555,26 @@ def test_trusted_data_that_nobody_uses_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("algorithm", "options", "message"),
     [
-        (ByzVRDM21(compressor=Identity()), {}, "ByzVRDM21.*two iterates. Found manual optimization"),
+        (
+            ByzVRDM21(compressor=Identity()),
+            {},
+            "ByzVRDM21.*two iterates. Found manual optimization",
+        ),
         (DStar(), {"trusted_data": blobs(8)}, "`trusted_data` needs automatic optimization"),
     ],
 )
-def test_manual_optimization_is_refused(algorithm: Any, options: Any, message: str, tmp_path: Path) -> None:
+def test_manual_optimization_is_refused(
+    algorithm: Any, options: Any, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(Exception, match=f"(?s){message}"):
         fit(tmp_path, Manual(), strategy(algorithm, N, **options), devices=N)
 
 
 @pytest.mark.processes
 def test_cohorts_and_manual_optimization(tmp_path: Path) -> None:
-    """There, workers that are not sampled work for nothing, and the run is that of automatic optimization."""
+    """There, workers that are not sampled work for nothing, and the run is that of automatic
+    optimization.
+    """
     runs = []
     for module in (Plain, Manual):
         torch.manual_seed(1)
@@ -475,17 +584,28 @@ def test_cohorts_and_manual_optimization(tmp_path: Path) -> None:
 
 def test_accumulation_that_is_switched_on_later_is_refused(tmp_path: Path) -> None:
     later = L.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
-    with pytest.raises(ValueError, match="ByzVRMarinaPP needs one minibatch per optimizer step.*GradientAccumulationScheduler"):
-        fit(tmp_path, Linear(0.01), strategy(ByzVRMarinaPP(CoordinateMedian(), p=0.1)), max_epochs=2, callbacks=[later])
+    with pytest.raises(
+        ValueError,
+        match="ByzVRMarinaPP needs one minibatch per optimizer step.*GradientAccumulationScheduler",
+    ):
+        fit(
+            tmp_path,
+            Linear(0.01),
+            strategy(ByzVRMarinaPP(CoordinateMedian(), p=0.1)),
+            max_epochs=2,
+            callbacks=[later],
+        )
 
 
 def test_one_worker_is_told_that_its_algorithm_has_nothing_to_do() -> None:
     alone = ByzantineRobustStrategy(algorithm=SignSGDMajorityVote())
-    with pytest.warns(UserWarning, match="plain Lightning, without SignSGDMajorityVote. Use several"):
+    with pytest.warns(
+        UserWarning, match="plain Lightning, without SignSGDMajorityVote. Use several"
+    ):
         L.Trainer(**QUIET, devices=1, max_steps=1, strategy=alone).fit(Plain())
 
 
-# -- names ----------------------------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 NAMES = {
     "byz_ef21_sgdm": "ByzEF21SGDM",
@@ -508,5 +628,10 @@ def test_signsgd_with_two_workers_still_sends_signs(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Linear(lr=0.01)
     before = model.layer.weight.detach().clone()
-    fit(tmp_path, model, ByzantineRobustStrategy(algorithm=SignSGDMajorityVote(momentum=0), workers_per_process=2), max_steps=1)
+    fit(
+        tmp_path,
+        model,
+        ByzantineRobustStrategy(algorithm=SignSGDMajorityVote(momentum=0), workers_per_process=2),
+        max_steps=1,
+    )
     torch.testing.assert_close((model.layer.weight - before).abs(), torch.full_like(before, 0.01))

@@ -1,4 +1,6 @@
-"""ReplicaCheck and DuplicateBatchCheck, in real processes: the rank that differs is named, and nobody else notices."""
+"""ReplicaCheck and DuplicateBatchCheck, in real processes: the rank that differs is named, and
+nobody else notices.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,13 @@ def test_a_rank_that_differs_is_named(what: str, tmp_path: Path, log: Any) -> No
     model = Drifts()
     model.what = what
     callbacks = [ReplicaCheck(every_n_steps=2, action="warn")]
-    kwargs: dict[str, Any] = {"devices": 4, "data": loader(6), "callbacks": callbacks, "max_steps": 4, "extra": lambda t, m: None}
+    kwargs: dict[str, Any] = {
+        "devices": 4,
+        "data": loader(6),
+        "callbacks": callbacks,
+        "max_steps": 4,
+        "extra": lambda t, m: None,
+    }
     fit(tmp_path / "run", model, forked_ddp(), **kwargs)
     assert log().count("After step 4, ranks should hold the same ") == log().count(DIVERGED) == 1
     assert what in log()
@@ -78,7 +86,14 @@ def test_equal_replicas_pass(which: int, tmp_path: Path, log: Any) -> None:
 @pytest.mark.processes
 def test_it_raises_on_all_ranks(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="ranks should hold the same parameters"):
-        fit(tmp_path, Drifts(), forked_ddp(), devices=3, data=loader(8), callbacks=[ReplicaCheck(every_n_steps=1)])
+        fit(
+            tmp_path,
+            Drifts(),
+            forked_ddp(),
+            devices=3,
+            data=loader(8),
+            callbacks=[ReplicaCheck(every_n_steps=1)],
+        )
 
 
 def test_checksums() -> None:
@@ -97,7 +112,10 @@ def test_checksums() -> None:
         other[i].view(torch.uint8)[..., 0] ^= 1
         changes.append(checksum(other))
     swapped = [tensors[0].flip(0), *tensors[1:]]
-    assert len({same, *changes, checksum(swapped), checksum(tensors[::-1]), checksum(tensors[:-1])}) == len(tensors) + 4
+    assert (
+        len({same, *changes, checksum(swapped), checksum(tensors[::-1]), checksum(tensors[:-1])})
+        == len(tensors) + 4
+    )
     assert checksum([torch.tensor([0.0])]) != checksum([torch.tensor([-0.0])])
 
 
@@ -108,7 +126,7 @@ def test_who_is_in_the_minority() -> None:
     assert minority([(1, 2), (1, 2), (3, 2), (3, 2)]) == ([0, 1, 2, 3], "parameters")
 
 
-# -- the same micro-batch -------------------------------------------------------------------------------------------------
+# -- the same micro-batch --------------------------------------------------------------------------
 
 
 class Miscomputes(Plain):
@@ -123,7 +141,14 @@ class Miscomputes(Plain):
 @pytest.mark.parametrize("which", [0, 1], ids=["ddp", "byzantine_robust"])
 def test_a_device_that_miscomputes_is_named(which: int, tmp_path: Path, log: Any) -> None:
     callbacks = [DuplicateBatchCheck(every_n_steps=2)]
-    fit(tmp_path / "run", Miscomputes(dropout=0.5), strategies()[which], devices=4, data=loader(6), callbacks=callbacks)
+    fit(
+        tmp_path / "run",
+        Miscomputes(dropout=0.5),
+        strategies()[which],
+        devices=4,
+        data=loader(6),
+        callbacks=callbacks,
+    )
     assert log().count(DIVERGED) == 1
     assert "Batch 2: all ranks computed the gradient of rank 0's micro-batch" in log()
 
@@ -131,7 +156,9 @@ def test_a_device_that_miscomputes_is_named(which: int, tmp_path: Path, log: Any
 @pytest.mark.processes
 @pytest.mark.parametrize("which", [0, 1], ids=["ddp", "byzantine_robust"])
 def test_nobody_notices(which: int, tmp_path: Path, log: Any) -> None:
-    """Weights, BatchNorm's statistics, logs and random numbers are those of a run without; also within an accumulation window."""
+    """Weights, BatchNorm's statistics, logs and random numbers are those of a run without; also
+    within an accumulation window.
+    """
 
     class Draws(Plain):
         def on_train_batch_end(self, *args: Any) -> None:
@@ -140,8 +167,15 @@ def test_nobody_notices(which: int, tmp_path: Path, log: Any) -> None:
     runs = []
     for callbacks in ([], [DuplicateBatchCheck(every_n_steps=1, tolerance=0.0)]):
         torch.manual_seed(3)
-        kwargs: dict[str, Any] = {"devices": 3, "data": loader(7), "callbacks": callbacks, "accumulate_grad_batches": 2}
-        runs.append(fit(tmp_path / "run", Draws(norm=True, dropout=0.5), strategies()[which], **kwargs))
+        kwargs: dict[str, Any] = {
+            "devices": 3,
+            "data": loader(7),
+            "callbacks": callbacks,
+            "accumulate_grad_batches": 2,
+        }
+        runs.append(
+            fit(tmp_path / "run", Draws(norm=True, dropout=0.5), strategies()[which], **kwargs)
+        )
     for without, with_it in zip(*runs, strict=True):
         assert_equal(without, with_it)
         assert without["metrics"] == with_it["metrics"]
@@ -172,8 +206,16 @@ def test_batches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             return super().training_step(batch[:2], batch_idx)
 
     with pytest.raises(Exception, match=r"Found \[2, 3\] tensors"):
-        fit(tmp_path, Odd(), forked_ddp(), devices=2, data=loader(8), callbacks=[DuplicateBatchCheck(every_n_steps=1)])
-    check = DuplicateBatchCheck(every_n_steps=1, action="raise")  # of three, the odd one is left out, and not accused
+        fit(
+            tmp_path,
+            Odd(),
+            forked_ddp(),
+            devices=2,
+            data=loader(8),
+            callbacks=[DuplicateBatchCheck(every_n_steps=1)],
+        )
+    # of three, the odd one is left out, and not accused
+    check = DuplicateBatchCheck(every_n_steps=1, action="raise")
     fit(tmp_path, Odd(), forked_ddp(), devices=3, data=loader(20), callbacks=[check])
 
 
@@ -205,13 +247,22 @@ def test_what_they_refuse(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_manual_optimization_has_no_step_without_its_optimizer(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="manual optimization does not allow"):
-        fit(tmp_path, Manual(), forked_ddp(), devices=2, data=loader(8), callbacks=[DuplicateBatchCheck()])
+        fit(
+            tmp_path,
+            Manual(),
+            forked_ddp(),
+            devices=2,
+            data=loader(8),
+            callbacks=[DuplicateBatchCheck()],
+        )
 
 
 class Header:
     """Stands in for what ranks gather: the honest header of each, and a liar's."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, lie: list[int] | None, ranks: int = 4) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, lie: list[int] | None, ranks: int = 4
+    ) -> None:
         self.lie, self.ranks, self.sent = lie, ranks, 0
         module = "lightning_byz.callbacks.duplicate_batch_check"
         monkeypatch.setattr(f"{module}.gathered", self.gathered)
@@ -244,8 +295,12 @@ class Header:
         [2, 99, 0, 4, 3],
     ],
 )
-def test_a_rank_that_lies_about_its_batch_is_left_out(lie: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for its tensors, nor makes room for them; the other ranks' batches are compared as before."""
+def test_a_rank_that_lies_about_its_batch_is_left_out(
+    lie: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for its tensors, nor makes room for them; the other ranks' batches are compared
+    as before.
+    """
     batch, cpu = {"x": torch.zeros(4, 3), "y": torch.zeros(4)}, torch.device("cpu")
     header, refusals = Header(monkeypatch, lie), Refusals("batches")
     assert shared_batch(batch, 3, cpu, refusals) == (None, {0, 1, 2})
@@ -260,7 +315,9 @@ def test_a_rank_that_lies_about_its_batch_is_left_out(lie: list[int], monkeypatc
 
 def test_a_batch_of_another_length_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     Header(monkeypatch, [2, 2, 0, 9, 3])
-    shared, alike = shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 3, torch.device("cpu"), Refusals("batches"))
+    shared, alike = shared_batch(
+        {"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 3, torch.device("cpu"), Refusals("batches")
+    )
     assert alike == {0, 1, 2, 3}
     assert shared["x"].shape == (9, 3)
 
@@ -268,4 +325,9 @@ def test_a_batch_of_another_length_is_shared(monkeypatch: pytest.MonkeyPatch) ->
 def test_ranks_without_a_common_form_of_batch_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     Header(monkeypatch, [2, 3, 0, 4, 3, 1], ranks=2)
     with pytest.raises(ValueError, match="most ranks' should hold the same number of tensors"):
-        shared_batch({"x": torch.zeros(4, 3), "y": torch.zeros(4)}, 1, torch.device("cpu"), Refusals("batches"))
+        shared_batch(
+            {"x": torch.zeros(4, 3), "y": torch.zeros(4)},
+            1,
+            torch.device("cpu"),
+            Refusals("batches"),
+        )

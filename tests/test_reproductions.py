@@ -1,4 +1,6 @@
-"""The reproductions drive algorithms without a Trainer; a Trainer with the same setting takes the same steps."""
+"""The reproductions drive algorithms without a Trainer; a Trainer with the same setting takes the
+same steps.
+"""
 
 import importlib
 import sys
@@ -14,7 +16,9 @@ from lightning_byz import Replicated, WorkerSampler
 from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="benchmarks are not part of a source distribution")
+pytestmark = pytest.mark.skipif(
+    not FOLDER.exists(), reason="benchmarks are not part of a source distribution"
+)
 sys.path[:0] = [str(FOLDER), str(FOLDER / "reproduce")]
 
 
@@ -51,7 +55,13 @@ class Module(L.LightningModule):
 def gaps_of_a_trainer(logistic, best, run, algorithm, attack, n, liars, partition):
     data = TensorDataset(logistic.x, logistic.y)
     sampler = WorkerSampler(
-        data, run["batch"], workers_per_process=n, num_replicas=1, rank=0, seed=run["seed"], partition=partition
+        data,
+        run["batch"],
+        workers_per_process=n,
+        num_replicas=1,
+        rank=0,
+        seed=run["seed"],
+        partition=partition,
     )
     module = Module(logistic, best, run["lr"])
     strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=n, seed=run["seed"])
@@ -87,14 +97,22 @@ def test_ef21_is_what_a_trainer_does(monkeypatch, method, attack):
     run = ef21.MAIN | {"method": method, "attack": attack, "rounds": 10, "seed": 2}
     gaps = ef21.train(run, "")["gap"]
     theirs = gaps_of_a_trainer(
-        *found, run, ef21.algorithm(run), ef21.ATTACKS[attack], ef21.N, ef21.LIARS, ef21.HonestSplit(ef21.LIARS)
+        *found,
+        run,
+        ef21.algorithm(run),
+        ef21.ATTACKS[attack],
+        ef21.N,
+        ef21.LIARS,
+        ef21.HonestSplit(ef21.LIARS),
     )
     assert gaps[1:] == pytest.approx(theirs, rel=1e-9, abs=1e-12)
 
 
 def test_the_gradients_are_those_of_the_loss():
     logistic, best = problem(0.01)
-    w = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    w = torch.randn(
+        7, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    ).requires_grad_()
     s = 2.0 * logistic.y - 1
     loss = torch.nn.functional.softplus(-s * (logistic.x @ w)).mean() + 0.005 * w @ w
     (gradient,) = torch.autograd.grad(loss, w)
@@ -117,16 +135,28 @@ def test_the_classifier_is_the_network_that_it_says_it_is(flat):
     made.flat, made.sizes = flat, [784, 5, 10]
     made.shapes = [(16, 3, 5, 5), (16,), (32, 16, 3, 3), (32,), (10, 2048), (10,)]
     generator = torch.Generator().manual_seed(4)
-    made.x = torch.randn(12, 784, generator=generator) if flat else torch.randn(12, 3, 32, 32, generator=generator)
+    made.x = (
+        torch.randn(12, 784, generator=generator)
+        if flat
+        else torch.randn(12, 3, 32, 32, generator=generator)
+    )
     made.y = torch.randint(10, (12,), generator=generator)
     made.x_test, made.y_test = made.x, made.y
     relu, linear, convolution = torch.nn.ReLU(), torch.nn.Linear, torch.nn.Conv2d
     layers = [linear(784, 5), relu, linear(5, 10)]
     if not flat:
-        layers = [convolution(3, 16, 5, 2, 2), relu, convolution(16, 32, 3, 2, 1), relu, torch.nn.Flatten(), linear(2048, 10)]
+        layers = [
+            convolution(3, 16, 5, 2, 2),
+            relu,
+            convolution(16, 32, 3, 2, 1),
+            relu,
+            torch.nn.Flatten(),
+            linear(2048, 10),
+        ]
     net = torch.nn.Sequential(*layers)
     w = made.start(seed=3)
-    turned = [part.T if flat and part.ndim == 2 else part for part in net.parameters()]  # the MLP keeps [inputs, outputs]
+    # the MLP keeps [inputs, outputs]
+    turned = [part.T if flat and part.ndim == 2 else part for part in net.parameters()]
     for part, numbers in zip(turned, w.split([p.numel() for p in net.parameters()]), strict=True):
         part.data.copy_(numbers.view(part.shape))
     assert len(w) == sum(p.numel() for p in net.parameters()) == (3985 if flat else 26_346)
@@ -134,18 +164,26 @@ def test_the_classifier_is_the_network_that_it_says_it_is(flat):
     index, flip = torch.arange(12).view(3, 4), torch.tensor([False, True, False])
     for row, mine, flipped in zip(made.gradients(w, index, flip), index, flip, strict=True):
         labels = 9 - made.y[mine] if flipped else made.y[mine]
-        found = torch.autograd.grad(torch.nn.functional.cross_entropy(net(made.x[mine]), labels), list(net.parameters()))
+        found = torch.autograd.grad(
+            torch.nn.functional.cross_entropy(net(made.x[mine]), labels), list(net.parameters())
+        )
         theirs = torch.cat([(g.T if flat and g.ndim == 2 else g).flatten() for g in found])
         torch.testing.assert_close(row, theirs)
     loss, accuracy = made.test(w)
-    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(net(made.x), made.y)), rel=1e-5)
+    assert loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(net(made.x), made.y)), rel=1e-5
+    )
     assert accuracy == pytest.approx(100 * float((net(made.x).argmax(1) == made.y).float().mean()))
 
 
 @pytest.mark.parametrize("name", ["marina_pp", "signsgd", "ef21", "ef21_images", "dstar"])
 def test_what_has_not_been_run_is_not_judged(name):
     script = importlib.import_module(name)
-    arguments = {"marina_pp": [script.__dict__.get("MAIN")], "ef21": [[0.02]], "ef21_images": [[0.5, 0.05]]}.get(name, [])
+    arguments = {
+        "marina_pp": [script.__dict__.get("MAIN")],
+        "ef21": [[0.02]],
+        "ef21_images": [[0.5, 0.05]],
+    }.get(name, [])
     page = script.report([], *arguments)
     assert "not run" in page
     assert "holds**" not in page

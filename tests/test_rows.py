@@ -1,4 +1,6 @@
-"""Rows: honest distances survive whatever f others send, lazy operations equal dense ones, and networks sort."""
+"""Rows: honest distances survive whatever f others send, lazy operations equal dense ones, and
+networks sort.
+"""
 
 import itertools
 import threading
@@ -28,11 +30,12 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(rows_module, name, columns)
 
 
-# -- distances ------------------------------------------------------------------------------------------------------------
+# -- distances -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("junk", [name for name in JUNK if "nan" not in name and "inf" not in name])  # the border removes those
+# the border removes those
+@pytest.mark.parametrize("junk", [name for name in JUNK if "nan" not in name and "inf" not in name])
 @pytest.mark.parametrize("n", [5, 26, 100])
 def test_honest_distances_are_right_whatever_the_others_hold(n, junk, dtype):
     f, d = (n - 1) // 2, 40
@@ -55,12 +58,19 @@ def test_honest_distances_survive_huge_float64_rows(huge):
 @pytest.mark.parametrize("junk", ["+1e30", "1e6, all the same", "+3e38", "a different size each"])
 def test_distances_of_mixed_honest_rows_are_right_whatever_the_others_hold(junk):
     n, f, d = 11, 5, 20
-    x = torch.cat([JUNK[junk](f, d, torch.float32), rows_for(n - f, d, mean=100.0, scale=0.1, dtype=torch.float32)])
+    x = torch.cat(
+        [
+            JUNK[junk](f, d, torch.float32),
+            rows_for(n - f, d, mean=100.0, scale=0.1, dtype=torch.float32),
+        ]
+    )
     weights = torch.zeros(n, n, dtype=torch.float64)
     weights[:f, 0] = 1
     weights[f:, f:] = torch.softmax(rows_for(n - f, n - f, seed=3), 1)
     found = Rows(x).mix(weights).squared_distances()[f:, f:]
-    torch.testing.assert_close(found, true_squared_distances(weights[f:, f:] @ x[f:].double()), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        found, true_squared_distances(weights[f:, f:] @ x[f:].double()), rtol=1e-3, atol=0
+    )
 
 
 def test_distances_of_clipped_rows_are_those_of_the_clipped_rows():
@@ -69,37 +79,58 @@ def test_distances_of_clipped_rows_are_those_of_the_clipped_rows():
     clipped = (1 / torch.linalg.vector_norm(x.double(), dim=1)).clamp_max(1)[:, None] * x.double()
     factors = (1 / torch.linalg.vector_norm(x.double(), dim=1)).clamp_max(1)
     torch.testing.assert_close(
-        Rows(x).mix(factors.diag()).squared_distances(), true_squared_distances(clipped), rtol=1e-5, atol=1e-9
+        Rows(x).mix(factors.diag()).squared_distances(),
+        true_squared_distances(clipped),
+        rtol=1e-5,
+        atol=1e-9,
     )
     halves = torch.tensor([1, 1, 1, 0.5, 1, 1, 1], dtype=torch.float64)
     found = Rows(x).mix(halves.diag()).squared_distances()
-    torch.testing.assert_close(found, true_squared_distances(halves[:, None] * x.double()), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        found, true_squared_distances(halves[:, None] * x.double()), rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_clipped_rows_that_come_close_keep_their_distances():
-    """Rows that point almost the same way and differ in length are far from each other, until they are clipped to one length."""
+    """Rows that point almost the same way and differ in length are far from each other, until they
+    are clipped to one length.
+    """
     x = rows_for(9, 40, dtype=torch.float32)
     for i in range(1, 5):
         x[i] = (1 + i) * (x[0] + 1e-4 * x[i])
     factors = 1 / torch.linalg.vector_norm(x.double(), dim=1)
     clipped = factors[:, None] * x.double()
-    torch.testing.assert_close(Rows(x).mix(factors.diag()).squared_distances(), true_squared_distances(clipped), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        Rows(x).mix(factors.diag()).squared_distances(),
+        true_squared_distances(clipped),
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 def test_nearly_equal_float32_rows_keep_their_distances():
     x = rows_for(9, 50, mean=1e3, scale=1e-2, dtype=torch.float32)
-    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0
+    )
 
 
 def test_nearly_equal_float64_rows_keep_their_distances():
     x = rows_for(9, 50, mean=1e8, scale=1e-2)
-    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("n", [3, 27])
 def test_colluding_rows_have_distance_zero_and_none_is_negative(n):
-    x = torch.cat([rows_for(1, 1000, scale=1e3, dtype=torch.float32).expand(n, -1), rows_for(2, 1000, dtype=torch.float32)])
+    x = torch.cat(
+        [
+            rows_for(1, 1000, scale=1e3, dtype=torch.float32).expand(n, -1),
+            rows_for(2, 1000, dtype=torch.float32),
+        ]
+    )
     distances = Rows(x).squared_distances()
     assert (distances >= 0).all()
     assert distances[:n, :n].max() <= 1e-9 * distances.max()
@@ -119,7 +150,10 @@ def test_norms_and_distances_to_a_center_are_float64_and_do_not_overflow():
     center = rows_for(1, 20, seed=5, dtype=torch.float32)[0]
     torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(
-        Rows(x).squared_distances_to(center), ((x.double() - center.double()) ** 2).sum(1), rtol=1e-6, atol=0
+        Rows(x).squared_distances_to(center),
+        ((x.double() - center.double()) ** 2).sum(1),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -132,7 +166,9 @@ def test_products_and_norms_in_float32_are_right_over_all_of_its_range(scale):
     x[2] *= 1e-3
     x[3] *= 1e3
     x *= scale
-    torch.testing.assert_close(Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        Rows(x).squared_distances(), true_squared_distances(x), rtol=1e-4, atol=0
+    )
     torch.testing.assert_close(Rows(x).squared_norms(), (x.double() ** 2).sum(1), rtol=1e-6, atol=0)
 
 
@@ -148,7 +184,9 @@ def test_products_are_float64_where_the_user_allows_coarse_ones():
     x, before = rows_for(5, 300, dtype=torch.float32), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        torch.testing.assert_close(Rows(x).gram(), x.double() @ x.double().T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            Rows(x).gram(), x.double() @ x.double().T, rtol=1e-12, atol=1e-12
+        )
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -162,22 +200,34 @@ def test_decisions_go_through_agree():
     assert torch.equal(rows.select(torch.tensor([0, 1, 2])).squared_distances(), rank_0)
 
 
-# -- lazy operations ------------------------------------------------------------------------------------------------------
+# -- lazy operations -------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("small_blocks")
 @laws
 @given(st.data())
 def test_lazy_selecting_and_mixing_equal_dense_matrices(data):
-    n, d, seed = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 20)), data.draw(st.integers(0, 10**6))
+    n, d, seed = (
+        data.draw(st.integers(1, 8)),
+        data.draw(st.integers(1, 20)),
+        data.draw(st.integers(0, 10**6)),
+    )
     dense = rows_for(n, d, seed)
     lazy = Rows(dense.clone())
     for kind in data.draw(st.lists(st.sampled_from(["mask", "index", "mix"]), max_size=4)):
         if kind == "mask":
-            keep = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(dense), max_size=len(dense)).filter(any)))
+            keep = torch.tensor(
+                data.draw(
+                    st.lists(st.booleans(), min_size=len(dense), max_size=len(dense)).filter(any)
+                )
+            )
             lazy, dense = lazy.select(keep), dense[keep]
         elif kind == "index":
-            keep = torch.tensor(data.draw(st.lists(st.integers(0, len(dense) - 1), min_size=1, max_size=6, unique=True)))
+            keep = torch.tensor(
+                data.draw(
+                    st.lists(st.integers(0, len(dense) - 1), min_size=1, max_size=6, unique=True)
+                )
+            )
             lazy, dense = lazy.select(keep), dense[keep]
         else:
             weights = rows_for(data.draw(st.integers(1, 6)), len(dense), seed + 1)
@@ -190,9 +240,13 @@ def test_lazy_selecting_and_mixing_equal_dense_matrices(data):
     torch.testing.assert_close(lazy.dense(), dense, **close)
     torch.testing.assert_close(lazy.columns(columns).dense(), dense[:, columns], **close)
     torch.testing.assert_close(lazy.combine(weights), weights @ dense, **close)
-    torch.testing.assert_close(lazy.map(lambda block: block.max(0).values), dense.max(0).values, **close)
+    torch.testing.assert_close(
+        lazy.map(lambda block: block.max(0).values), dense.max(0).values, **close
+    )
     torch.testing.assert_close(lazy.squared_norms(), (dense**2).sum(1), **close)
-    torch.testing.assert_close(lazy.squared_distances_to(dense[0]), ((dense - dense[0]) ** 2).sum(1), **close)
+    torch.testing.assert_close(
+        lazy.squared_distances_to(dense[0]), ((dense - dense[0]) ** 2).sum(1), **close
+    )
     torch.testing.assert_close(lazy.squared_distances(), true_squared_distances(dense), **close)
     assert lazy.finite().all()
 
@@ -204,7 +258,8 @@ def test_a_lazy_row_that_needs_a_nan_is_not_finite():
     assert Rows(x).select(torch.tensor([2, 0])).finite().tolist() == [True, True]
 
 
-@pytest.mark.parametrize("weight", [1.0, 3.0])  # means, whose rows tell, and sums, which are looked at themselves
+# means, whose rows tell, and sums, which are looked at themselves
+@pytest.mark.parametrize("weight", [1.0, 3.0])
 def test_a_mixture_is_finite_if_all_of_its_blocks_are(small_blocks, weight):
     x = rows_for(3, 30)
     x[1, 4] = torch.nan
@@ -229,12 +284,20 @@ def test_operations_leave_the_values_alone():
     x = rows_for(5, 30, dtype=torch.float32)
     before = x.clone()
     rows = Rows(x).select(torch.tensor([4, 2, 0])).mix(torch.full((2, 3), 1 / 3))
-    rows.squared_distances(), rows.dense(), rows.combine(torch.ones(2)), rows.map(median_of_rows), rows.finite()
+    (
+        rows.squared_distances(),
+        rows.dense(),
+        rows.combine(torch.ones(2)),
+        rows.map(median_of_rows),
+        rows.finite(),
+    )
     Rows(x).map(median_of_rows), Rows(x).squared_distances(), Rows(x.double()).squared_distances()
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3), torch.zeros(2, 2, 2), torch.zeros(2, 2, dtype=torch.int64)]
+)
 def test_only_floating_point_matrices_are_rows(bad):
     with pytest.raises(ValueError, match=r"matrix \[n, d\]"):
         Rows(bad)
@@ -245,7 +308,8 @@ def test_only_floating_point_matrices_are_rows(bad):
 def test_the_kth_largest_number_is_that_of_a_sort(data):
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     numbers = data.draw(st.lists(st.floats(0, 2.0**127, width=32), min_size=1, max_size=40))
-    x = torch.tensor(numbers * data.draw(st.integers(1, 3)), dtype=torch.float64).to(dtype)  # with equal ones
+    # with equal ones
+    x = torch.tensor(numbers * data.draw(st.integers(1, 3)), dtype=torch.float64).to(dtype)
     cut, k = data.draw(st.integers(0, len(x))), data.draw(st.integers(1, len(x) + 2))
     expected = x.sort(descending=True).values[min(k, len(x)) - 1]
     assert torch.equal(Rows(x[None]).kth_largest(x, k), expected)
@@ -281,7 +345,7 @@ def test_no_example_has_a_deadline(number):
     assert settings().deadline is None
 
 
-# -- what is taken for rows ----------------------------------------------------------------------------------------------
+# -- what is taken for rows ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -290,19 +354,31 @@ def test_lists_and_arrays_are_rows(dtype):
     read_only = array.copy()
     read_only.flags.writeable = False
     expected = torch.tensor(array)
-    several = [list(expected), tuple(expected), array, read_only, list(array), np.ascontiguousarray(array[::-1])[::-1]]
+    several = [
+        list(expected),
+        tuple(expected),
+        array,
+        read_only,
+        list(array),
+        np.ascontiguousarray(array[::-1])[::-1],
+    ]
     for rows in [*several, [expected[0], *array[1:]]]:
         found = Rows.of(rows).values
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
     assert Rows.of(expected).values is expected
-    assert torch.equal(Rows.of([[1.0, 2.0], [3.0, 4.0]]).values, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert torch.equal(
+        Rows.of([[1.0, 2.0], [3.0, 4.0]]).values, torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([torch.zeros(2), torch.zeros(3)], r"one length, dtype and device. Found \[2\] of torch.float32 on cpu, \[3\]"),
+        (
+            [torch.zeros(2), torch.zeros(3)],
+            r"one length, dtype and device. Found \[2\] of torch.float32 on cpu, \[3\]",
+        ),
         ([torch.zeros(2), torch.zeros(2).double()], "one length, dtype and device"),
         ([], "Found none"),
         (np.zeros((2, 2), dtype=int), r"matrix \[n, d\].*torch.int64"),
@@ -318,7 +394,7 @@ def test_what_is_no_matrix_of_numbers_is_refused(rows, match):
         Rows.of(rows)
 
 
-# -- order statistics -----------------------------------------------------------------------------------------------------
+# -- order statistics ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", range(1, 34))
@@ -330,7 +406,10 @@ def test_the_sorting_network_is_a_sort(n):
     for first, last in {(0, 1), (n - 1, n), (n // 2, n // 2 + 1), (n // 3, n - n // 3)}:
         assert torch.equal(torch.stack(sorted_rows(x, first, last)), expected[first:last])
     for first in range(n - 1):  # a pair in either order
-        assert torch.equal(torch.stack(sorted_rows(x, first, first + 2, ordered=False)).sort(0).values, expected[first : first + 2])
+        assert torch.equal(
+            torch.stack(sorted_rows(x, first, first + 2, ordered=False)).sort(0).values,
+            expected[first : first + 2],
+        )
 
 
 @pytest.mark.parametrize("n", range(1, 13))
@@ -365,7 +444,9 @@ def test_the_median_of_the_largest_numbers_does_not_overflow():
 
 @pytest.mark.parametrize("d", [187, 1000, 8192, 70_000])
 def test_where_rows_lie_in_memory_changes_no_bit(d):
-    """Matrix products of some libraries depend on it; transports and simulations keep rows in different places."""
+    """Matrix products of some libraries depend on it; transports and simulations keep rows in
+    different places.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weights, mixing = (
         torch.randn(4, d, generator=generator),
@@ -397,13 +478,16 @@ def test_mixed_rows_are_the_product_of_weights_and_rows(d, threads, aligned):
         mixed = Rows(rows).mix(weights).dense()
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(mixed.double(), weights.double() @ rows.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        mixed.double(), weights.double() @ rows.double(), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("d", [8 * 8192 + 10, 9 * 8192, 32 * 8192 + 1, 40 * 8192 + 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_last_batch_with_fewer_matrices_than_threads_adds_nothing_of_an_earlier_one(d, threads):
-    x = torch.randn(5, d + 1, generator=torch.Generator().manual_seed(1))[:, 1:]  # copied, for its rows begin anywhere
+    # copied, for its rows begin anywhere
+    x = torch.randn(5, d + 1, generator=torch.Generator().manual_seed(1))[:, 1:]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)

@@ -45,7 +45,7 @@ def honest_and(bad, n=11, d=13, **kwargs):
     return torch.cat([rows_for(n - len(bad), d, **kwargs), bad])
 
 
-# -- definitions by name --------------------------------------------------------------------------------------------------
+# -- definitions by name ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,30 @@ def test_the_lower_median_is_torchs():
         CoordinateMedian(middle="upper")
 
 
-# -- searches over subsets ------------------------------------------------------------------------------------------------
+# -- searches over subsets -------------------------------------------------------------------------
 
 
 @laws
 @given(st.data())
 def test_mda_and_bulyan_do_not_depend_on_the_order_of_rows_that_tie(data):
-    """Small integers: many distances are equal. The answer may be any of those that tie, but is the same for every order."""
+    """Small integers: many distances are equal. The answer may be any of those that tie, but is the
+    same for every order.
+    """
     n = data.draw(st.integers(7, 9))
-    x = torch.tensor(data.draw(st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=n, max_size=n))).double()
+    x = torch.tensor(
+        data.draw(
+            st.lists(st.lists(st.integers(-3, 3), min_size=3, max_size=3), min_size=n, max_size=n)
+        )
+    ).double()
     kept = MDA(f=2).weights(Rows(x)).nonzero().flatten().tolist()
     diameter = {
-        pair: oracles.squared_distance(x[pair[0]].tolist(), x[pair[1]].tolist()) for pair in itertools.combinations(range(n), 2)
+        pair: oracles.squared_distance(x[pair[0]].tolist(), x[pair[1]].tolist())
+        for pair in itertools.combinations(range(n), 2)
     }
-    smallest = min(max(diameter[pair] for pair in itertools.combinations(s, 2)) for s in itertools.combinations(range(n), n - 2))
+    smallest = min(
+        max(diameter[pair] for pair in itertools.combinations(s, 2))
+        for s in itertools.combinations(range(n), n - 2)
+    )
     assert len(kept) == n - 2
     assert max(diameter[pair] for pair in itertools.combinations(kept, 2)) == smallest
 
@@ -143,12 +153,18 @@ def test_smea_refuses_more_than_a_million_subsets():
 
 def test_mda_prefers_the_smaller_diameter_to_rows_that_are_nearer_on_the_whole():
     x = torch.tensor([[1.0, 1], [-6, 2], [-7, 5], [-6, 9], [1, 1], [4, 1]], dtype=torch.float64)
-    torch.testing.assert_close(MDA(f=2)(x), torch.tensor(oracles.mda(x.tolist(), 2), dtype=torch.float64))
+    torch.testing.assert_close(
+        MDA(f=2)(x), torch.tensor(oracles.mda(x.tolist(), 2), dtype=torch.float64)
+    )
 
 
 def test_caf_gives_the_mean_of_smallest_variance_which_may_not_be_the_last():
-    x = torch.tensor([[-9.0, 4], [7, 2], [-1, -9], [-5, -6], [3, 0], [-1, 9], [-6, -8]], dtype=torch.float64)
-    torch.testing.assert_close(CAF(f=3)(x), torch.tensor(oracles.caf(x.tolist(), 3), dtype=torch.float64))
+    x = torch.tensor(
+        [[-9.0, 4], [7, 2], [-1, -9], [-5, -6], [3, 0], [-1, 9], [-6, -8]], dtype=torch.float64
+    )
+    torch.testing.assert_close(
+        CAF(f=3)(x), torch.tensor(oracles.caf(x.tolist(), 3), dtype=torch.float64)
+    )
 
 
 def test_caf_keeps_more_weight_than_a_search_drops():
@@ -160,7 +176,9 @@ def test_caf_keeps_more_weight_than_a_search_drops():
 
 
 def test_caf_s_floor_takes_the_short_rows_out_of_the_noise():
-    """Six equal lies of a tenth of the mean among fourteen rows of noise: as published, the filter ends on them."""
+    """Six equal lies of a tenth of the mean among fourteen rows of noise: as published, the filter
+    ends on them.
+    """
     generator = torch.Generator().manual_seed(0)
     mean = torch.nn.functional.normalize(torch.randn(2000, generator=generator), dim=0)
     honest = mean + 3 * torch.randn(14, 2000, generator=generator) / 2000**0.5
@@ -172,7 +190,9 @@ def test_caf_s_floor_takes_the_short_rows_out_of_the_noise():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_caf_s_floor_leaves_the_mean_of_the_rest(seed):
-    """Of four workers one sends a short lie: the filter does not go on until one honest row is left, whose variance is 0."""
+    """Of four workers one sends a short lie: the filter does not go on until one honest row is
+    left, whose variance is 0.
+    """
     honest = 1 + torch.randn(3, 500, generator=torch.Generator().manual_seed(seed))
     x = torch.cat([honest, -0.1 * honest.mean(0, keepdim=True)])
     torch.testing.assert_close(CAF(f=1, norm_floor=0.3)(x), honest.mean(0))
@@ -189,7 +209,7 @@ def test_caf_s_floor_takes_f_rows_at_most_and_none_without_liars():
         CAF(norm_floor=1)
 
 
-# -- rules that sample ----------------------------------------------------------------------------------------------------
+# -- rules that sample -----------------------------------------------------------------------------
 
 
 def test_dnc_draws_its_coordinates_from_the_rounds_stream():
@@ -204,11 +224,18 @@ def test_dnc_draws_its_coordinates_from_the_rounds_stream():
     assert len({tuple(rule(seed, coordinates=20).tolist()) for seed in range(8)}) > 1
     assert (rule(0, coordinates=1000)[:3] == 0).all()
     assert (rule(0, coordinates=300, iterations=5)[:3] == 0).all()
-    assert int((rule(0, coordinates=20, iterations=5) > 0).sum()) <= 8  # the intersection of five sets of 8
+    # the intersection of five sets of 8
+    assert int((rule(0, coordinates=20, iterations=5) > 0).sum()) <= 8
 
 
 @pytest.mark.parametrize(
-    "rule", [DnC(f=3, coordinates=10), DnC(f=3, coordinates=30, iterations=3), SignGuard(f=3), MajorityVote(f=3, tie="random")]
+    "rule",
+    [
+        DnC(f=3, coordinates=10),
+        DnC(f=3, coordinates=30, iterations=3),
+        SignGuard(f=3),
+        MajorityVote(f=3, tie="random"),
+    ],
 )
 def test_slices_draw_what_the_whole_draws(rule):
     from test_aggregators import on_slices
@@ -230,7 +257,9 @@ def test_clusters_are_scikit_learns(seed):
     points = rows_for(n, 3, seed, mean=0.0) + 4.0 * (torch.arange(n) % 3 == 0)[:, None]
     found = largest_cluster(points)
     bandwidth = sklearn_cluster.estimate_bandwidth(points.numpy(), quantile=0.5)
-    labels = torch.tensor(sklearn_cluster.MeanShift(bandwidth=bandwidth).fit(points.numpy()).labels_).long()
+    labels = torch.tensor(
+        sklearn_cluster.MeanShift(bandwidth=bandwidth).fit(points.numpy()).labels_
+    ).long()
     counts = torch.bincount(labels)
     if int((counts == counts.max()).sum()) == 1:
         assert torch.equal(found, labels == counts.argmax())
@@ -251,7 +280,7 @@ def test_sign_guard_refuses_what_makes_no_sense(arguments):
         SignGuard(**arguments)
 
 
-# -- single rules ---------------------------------------------------------------------------------------------------------
+# -- single rules ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("junk", [1e30, -1e30, 3e38, 20.0])
@@ -259,7 +288,9 @@ def test_sign_guard_refuses_what_makes_no_sense(arguments):
 def test_no_f_rows_move_centered_clip_farther_than_its_bound(junk, dtype):
     x, tau, f = rows_for(11, 13, dtype=dtype), 3.0, 3
     moved = torch.cat([x[:-f], torch.full((f, 13), junk, dtype=dtype)])
-    distance = torch.linalg.vector_norm((CenteredClip(f=f, tau=tau)(moved) - CenteredClip(f=f, tau=tau)(x)).double())
+    distance = torch.linalg.vector_norm(
+        (CenteredClip(f=f, tau=tau)(moved) - CenteredClip(f=f, tau=tau)(x)).double()
+    )
     assert distance <= 2 * f * tau / 11 * (1 + 1e-5)
     assert distance > 0.1
 
@@ -288,7 +319,8 @@ def test_monna_needs_the_row_it_trusts():
     assert (MoNNA(f=2, trusted=2).weights(Rows(x)) > 0)[2]
     silent = x.clone()
     silent[0] = torch.nan
-    after = MoNNA(f=2, trusted=2)(silent)  # one silent row: f shrinks only where it has to, and row 2 is found by its index
+    # one silent row: f shrinks only where it has to, and row 2 is found by its index
+    after = MoNNA(f=2, trusted=2)(silent)
     torch.testing.assert_close(after, MoNNA(f=2, trusted=1)(x[1:]))
     silent[2] = torch.nan
     with pytest.raises(TooFewRowsError, match="worker 2, whose row is silent"):
@@ -297,11 +329,14 @@ def test_monna_needs_the_row_it_trusts():
         MoNNA(f=2, trusted=7)(x)
 
 
-@pytest.mark.parametrize(("tie", "expected"), [("plus_one", {1.0}), ("zero", {0.0}), ("random", {1.0, -1.0})])
+@pytest.mark.parametrize(
+    ("tie", "expected"), [("plus_one", {1.0}), ("zero", {0.0}), ("random", {1.0, -1.0})]
+)
 def test_ties_of_a_vote(tie, expected):
     x = torch.cat([torch.ones(2, 50), -torch.ones(2, 50)])
     assert set(MajorityVote(f=1, tie=tie)(x).tolist()) == expected
-    assert MajorityVote(f=1, tie=tie)(torch.cat([x, torch.zeros(1, 50)])).eq(1).all()  # a zero votes +1
+    # a zero votes +1
+    assert MajorityVote(f=1, tie=tie)(torch.cat([x, torch.zeros(1, 50)])).eq(1).all()
 
 
 @pytest.mark.parametrize("f", [0, 3, 4])
@@ -322,10 +357,13 @@ def test_auto_gm_gives_weight_to_near_rows_only():
         AutoGM(regularization=0.0)
 
 
-# -- unequal shares of the data -------------------------------------------------------------------------------------------
+# -- unequal shares of the data --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", [Mean(), CoordinateMedian(f=1), CoordinateMedian(f=1, middle="lower"), GeometricMedian(f=1)])
+@pytest.mark.parametrize(
+    "rule",
+    [Mean(), CoordinateMedian(f=1), CoordinateMedian(f=1, middle="lower"), GeometricMedian(f=1)],
+)
 def test_a_share_of_k_counts_as_k_rows(rule):
     x, shares = rows_for(6, 8), torch.tensor([1.0, 2, 1, 3, 1, 1])
     repeated = x.repeat_interleave(shares.long(), dim=0)
@@ -340,12 +378,18 @@ def test_shares_go_with_their_rows():
     x[1] = torch.nan
     keep = torch.arange(6) != 1
     for rule in (Mean(), CoordinateMedian(f=1)):
-        torch.testing.assert_close(rule(Rows(x, shares=shares)), rule(Rows(x[keep], shares=shares[keep])))
+        torch.testing.assert_close(
+            rule(Rows(x, shares=shares)), rule(Rows(x[keep], shares=shares[keep]))
+        )
 
 
-@pytest.mark.parametrize("rule", [Krum(f=1), TrimmedMean(f=1), Chain(pre=(NNM(),), rule=CoordinateMedian(f=1)), CAF(f=1)])
+@pytest.mark.parametrize(
+    "rule", [Krum(f=1), TrimmedMean(f=1), Chain(pre=(NNM(),), rule=CoordinateMedian(f=1)), CAF(f=1)]
+)
 def test_a_rule_that_cannot_weigh_says_so(rule):
-    with pytest.raises(ValueError, match=r"counts every row alike.*CoordinateMedian, GeometricMedian or Mean"):
+    with pytest.raises(
+        ValueError, match=r"counts every row alike.*CoordinateMedian, GeometricMedian or Mean"
+    ):
         rule(Rows(rows_for(6, 8), shares=torch.ones(6).double()))
 
 
@@ -356,12 +400,18 @@ def test_f_rows_with_half_of_the_data_are_refused():
     CoordinateMedian(f=1)(Rows(rows_for(6, 8), shares=shares - torch.tensor([0.1, 0, 0, 0, 0, 0])))
 
 
-# -- torch.compile --------------------------------------------------------------------------------------------------------
+# -- torch.compile ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "rule",
-    [CoordinateMedian(f=2), MultiKrum(f=2), CenteredClip(f=2), CAF(f=2), Chain(pre=(NNM(),), rule=TrimmedMean(f=2))],
+    [
+        CoordinateMedian(f=2),
+        MultiKrum(f=2),
+        CenteredClip(f=2),
+        CAF(f=2),
+        Chain(pre=(NNM(),), rule=TrimmedMean(f=2)),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 @apart
@@ -384,7 +434,9 @@ def test_rules_work_under_torch_compile(rule):
 @pytest.mark.parametrize("silent", [False, True])
 @apart
 def test_a_compiled_chain_gives_what_it_gives_uncompiled(chain, silent, monkeypatch):
-    """Whole rows, selected ones and mixed ones, in several blocks. Captured as graphs, without generating code."""
+    """Whole rows, selected ones and mixed ones, in several blocks. Captured as graphs, without
+    generating code.
+    """
     compile, compiled = torch.compile, []
 
     def capture(function, **options):
@@ -419,7 +471,8 @@ def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
     def with_default(number):
         return lambda block, factor=number: factor * block[0]
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # who is told apart is the question
+    # who is told apart is the question
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(rows_module, "_COMPILED", {})
     x = rows_for(3, 50)
     for make in (lambda k: Times(k).rule, closure, with_default):
@@ -428,7 +481,10 @@ def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
     assert len(rows_module._COMPILED) == 2
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPUs")
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="torch.compile needs a C++ compiler on CPUs",
+)
 @apart
 def test_a_compiled_median_runs_as_generated_code():
     x = rows_for(4, 1000)

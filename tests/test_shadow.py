@@ -1,4 +1,6 @@
-"""ShadowMode under plain DDP, in real processes: it sees each rank's own gradient, changes nothing, and names the rank that is wrong."""
+"""ShadowMode under plain DDP, in real processes: it sees each rank's own gradient, changes nothing,
+and names the rank that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +38,39 @@ def launch(folder: Path, *arguments: str, shadow: str | None = "1") -> str:
         group=f"{groups[0]}.callbacks_factory", name="lightning_byz"
     ):  # an installation from before them
         factories = zip(groups, ("lightning", "pytorch_lightning"), strict=True)
-        lines = [f"[{group}.callbacks_factory]\nlightning_byz = lightning_byz_shadow:{name}\n" for group, name in factories]
+        lines = [
+            f"[{group}.callbacks_factory]\nlightning_byz = lightning_byz_shadow:{name}\n"
+            for group, name in factories
+        ]
         (info / "entry_points.txt").write_text("".join(lines))
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shadow-entry-points\nVersion: 0\n")
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", lightning_byz_shadow.VARIABLE)}
+        (info / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: shadow-entry-points\nVersion: 0\n"
+        )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MASTER_PORT", lightning_byz_shadow.VARIABLE)
+    }
     environment |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
     environment |= {} if shadow is None else {lightning_byz_shadow.VARIABLE: shadow}
     command = [sys.executable, str(HERE / "ddp_script.py"), str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def test_the_entry_points_are_those_of_the_project() -> None:
     text = (HERE.parent / "pyproject.toml").read_text()
-    for group, name in (("lightning.pytorch", "lightning"), ("pytorch_lightning", "pytorch_lightning")):
-        assert f'[project.entry-points."{group}.callbacks_factory"]\nlightning_byz = "lightning_byz_shadow:{name}"' in text
+    for group, name in (
+        ("lightning.pytorch", "lightning"),
+        ("pytorch_lightning", "pytorch_lightning"),
+    ):
+        assert (
+            f'[project.entry-points."{group}.callbacks_factory"]\nlightning_byz = "lightning_byz_shadow:{name}"'
+            in text
+        )
 
 
 @pytest.mark.processes
@@ -62,14 +81,18 @@ def test_one_variable_names_the_faulty_rank(tmp_path: Path) -> None:
     assert f"rank 2 on host {os.uname().nodename}, device cpu" in accusation
     assert "would have dropped it in" in accusation
     assert "at most 0.01" in accusation
-    assert "rank 2 on host" in next(line for line in output.splitlines() if line.endswith("(SUSPECT)"))
+    assert "rank 2 on host" in next(
+        line for line in output.splitlines() if line.endswith("(SUSPECT)")
+    )
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     last = rows[-1]
     assert float(last["byz/suspicion/worker_2"]) > 1
     assert max(float(last[f"byz/suspicion/worker_{i}"]) for i in (0, 1, 3)) < 1
     assert [int(row["step"]) for row in rows[:4]] == [0, 1, 10, 11]
-    shares = [sum(float(row[f"byz/dropped/worker_{i}"]) for row in rows) / len(rows) for i in range(4)]
+    shares = [
+        sum(float(row[f"byz/dropped/worker_{i}"]) for row in rows) / len(rows) for i in range(4)
+    ]
     assert max(range(4), key=shares.__getitem__) == 2
 
 
@@ -81,8 +104,13 @@ def test_without_the_variable_there_is_no_callback(tmp_path: Path) -> None:
 
 
 def test_the_factory(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import lightning_byz_shadow as s, sys; assert s.lightning() == [] == s.pytorch_lightning(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent, env={"LIGHTNING_BYZ_SHADOW": "0"})
+    code = (
+        "import lightning_byz_shadow as s, sys; assert s.lightning() == [] == "
+        "s.pytorch_lightning(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=HERE.parent, env={"LIGHTNING_BYZ_SHADOW": "0"}
+    )
     monkeypatch.setenv("LIGHTNING_BYZ_SHADOW", "1")
     (callback,) = lightning_byz_shadow.lightning()
     assert type(callback) is ShadowMode
@@ -93,7 +121,7 @@ def test_the_factory(monkeypatch: pytest.MonkeyPatch) -> None:
         lightning_byz_shadow.lightning()
 
 
-# -- what it sees ---------------------------------------------------------------------------------------------------------
+# -- what it sees ----------------------------------------------------------------------------------
 
 
 class Watches(ShadowMode):
@@ -135,7 +163,13 @@ class Remembers(Plain):
         ({"unused": True}, {"find_unused_parameters": True}, {}),
         ({"norm": True, "dropout": 0.5}, {"bucket_cap_mb": 1e-4}, {"precision": "bf16-mixed"}),
     ],
-    ids=["accumulation", "bucket views, accumulation", "static graph", "unused parameters", "buckets, bf16"],
+    ids=[
+        "accumulation",
+        "bucket views, accumulation",
+        "static graph",
+        "unused parameters",
+        "buckets, bf16",
+    ],
 )
 def test_it_sees_what_ddp_averages(model: Any, strategy: Any, trainer: Any, tmp_path: Path) -> None:
     runs = []
@@ -159,7 +193,9 @@ def test_it_sees_what_ddp_averages(model: Any, strategy: Any, trainer: Any, tmp_
         rows, means = runs[1][rank]["extra"]
         assert len(rows) == len(means) == runs[1][rank]["steps"]
         for row, mean in zip(rows, means, strict=True):
-            torch.testing.assert_close(row.mean(0), mean, rtol=1e-4, atol=1e-5 if "precision" not in trainer else 1e-3)
+            torch.testing.assert_close(
+                row.mean(0), mean, rtol=1e-4, atol=1e-5 if "precision" not in trainer else 1e-3
+            )
             assert float(torch.pdist(row).min()) > 0  # every rank's own
 
 
@@ -171,10 +207,21 @@ def test_manual_optimization(module: Any, tmp_path: Path) -> None:
         torch.manual_seed(1)
         extra = watched if callbacks else None
         strategy = forked_ddp(find_unused_parameters=True)
-        runs.append(fit(tmp_path, module(), strategy, devices=3, data=loader(8), callbacks=callbacks, extra=extra))
+        runs.append(
+            fit(
+                tmp_path,
+                module(),
+                strategy,
+                devices=3,
+                data=loader(8),
+                callbacks=callbacks,
+                extra=extra,
+            )
+        )
     assert_equal(runs[0][0], runs[1][0])
     rows, _ = runs[1][0]["extra"]
-    assert len(rows) == 7 * (2 if module is GAN else 1)  # batches 0, 1, 3, 4, ..., 9, and a GAN's two backward passes
+    # batches 0, 1, 3, 4, ..., 9, and a GAN's two backward passes
+    assert len(rows) == 7 * (2 if module is GAN else 1)
     assert all(float(torch.pdist(row).min()) > 0 for row in rows)
 
 
@@ -185,15 +232,28 @@ def test_what_it_knows_survives_a_checkpoint(tmp_path: Path) -> None:
             trainer.save_checkpoint(tmp_path / "saved.ckpt")
 
     def known(trainer: L.Trainer, module: L.LightningModule) -> Any:
-        callback = next(callback for callback in trainer.callbacks if isinstance(callback, ShadowMode))
+        callback = next(
+            callback for callback in trainer.callbacks if isinstance(callback, ShadowMode)
+        )
         return callback.looks, callback.test.pairs.tolist(), callback.state_dict()
 
     seen = []
     for steps, start in ((4, None), (8, tmp_path / "saved.ckpt")):
         callbacks = [ShadowMode(every_n_steps=2), Saves()]
-        kwargs = {"max_steps": steps, "max_epochs": 9, "ckpt_path": start, "callbacks": callbacks, "extra": known}
+        kwargs = {
+            "max_steps": steps,
+            "max_epochs": 9,
+            "ckpt_path": start,
+            "callbacks": callbacks,
+            "extra": known,
+        }
         seen.append(
-            [report["extra"] for report in fit(tmp_path / "run", Plain(), forked_ddp(), devices=3, data=loader(8), **kwargs)]
+            [
+                report["extra"]
+                for report in fit(
+                    tmp_path / "run", Plain(), forked_ddp(), devices=3, data=loader(8), **kwargs
+                )
+            ]
         )
     assert [rank[:2] for rank in seen[0]] == [(4, [2, 2, 2])] * 3
     assert [rank[:2] for rank in seen[1]] == [(8, [4, 4, 4])] * 3
@@ -206,19 +266,33 @@ class Wrong(Plain):
     factor = 65536.0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return super().training_step(batch, batch_idx) * (self.factor if self.global_rank == 1 else 1.0)
+        return super().training_step(batch, batch_idx) * (
+            self.factor if self.global_rank == 1 else 1.0
+        )
 
 
 def told(trainer: L.Trainer, module: L.LightningModule) -> Any:
     callback = next(callback for callback in trainer.callbacks if isinstance(callback, ShadowMode))
-    return [(suspect.worker, suspect.rank, suspect.step, suspect.reason) for suspect in callback.on_suspect.__self__]
+    return [
+        (suspect.worker, suspect.rank, suspect.step, suspect.reason)
+        for suspect in callback.on_suspect.__self__
+    ]
 
 
 @pytest.mark.processes
 def test_gross_faults_are_found_at_once(tmp_path: Path) -> None:
     suspects: list[Any] = []
     callbacks = [ShadowMode(on_suspect=suspects.append)]
-    reports = fit(tmp_path, Wrong(lr=0.0), forked_ddp(), devices=4, data=loader(8), callbacks=callbacks, extra=told, max_steps=4)
+    reports = fit(
+        tmp_path,
+        Wrong(lr=0.0),
+        forked_ddp(),
+        devices=4,
+        data=loader(8),
+        callbacks=callbacks,
+        extra=told,
+        max_steps=4,
+    )
     assert [report["extra"] for report in reports[1:]] == [[]] * 3  # rank 0 tells
     ((worker, rank, step, reason),) = reports[0]["extra"]
     assert (worker, rank, step) == (1, 1, 1)
@@ -231,12 +305,20 @@ def test_who_spreads_nan_is_named_before_all_have_it(tmp_path: Path) -> None:
     logging.getLogger("lightning.pytorch.lightning_byz").addHandler(handler)
     model = Wrong()
     model.factor = float("nan")
-    fit(tmp_path / "run", model, forked_ddp(), devices=4, data=loader(8), callbacks=[ShadowMode()], max_steps=6)
+    fit(
+        tmp_path / "run",
+        model,
+        forked_ddp(),
+        devices=4,
+        data=loader(8),
+        callbacks=[ShadowMode()],
+        max_steps=6,
+    )
     logging.getLogger("lightning.pytorch.lightning_byz").removeHandler(handler)
     assert (tmp_path / "log").read_text().count("Step 0: the gradient of rank 1 on host") == 1
 
 
-# -- where it cannot look -------------------------------------------------------------------------------------------------
+# -- where it cannot look --------------------------------------------------------------------------
 
 
 def test_what_it_refuses(tmp_path: Path) -> None:
@@ -244,14 +326,30 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         ShadowMode(aggregator=CoordinateMedian())
     with pytest.raises(ValueError, match="`every_n_steps` should be at least 2"):
         ShadowMode(every_n_steps=1)
-    with pytest.raises(ValueError, match=r"watches the ranks of Trainer\(strategy='ddp'\). Found SingleDeviceStrategy"):
+    with pytest.raises(
+        ValueError,
+        match=r"watches the ranks of Trainer\(strategy='ddp'\). Found SingleDeviceStrategy",
+    ):
         fit(tmp_path, Plain(), "auto", callbacks=[ShadowMode()])
     with pytest.raises(ValueError, match="Found ByzantineRobustStrategy"):
-        fit(tmp_path, Plain(), ByzantineRobustStrategy(workers_per_process=4), callbacks=[ShadowMode()])
-    fit(tmp_path, Plain(), "auto", callbacks=[ShadowMode(strict=False)])  # as the variable loads it: it must not stop anybody's run
+        fit(
+            tmp_path,
+            Plain(),
+            ByzantineRobustStrategy(workers_per_process=4),
+            callbacks=[ShadowMode()],
+        )
+    # as the variable loads it: it must not stop anybody's run
+    fit(tmp_path, Plain(), "auto", callbacks=[ShadowMode(strict=False)])
 
 
 @pytest.mark.processes
 def test_two_ranks_cannot_outvote_each_other(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="takes three ranks or more. Found 2"):
-        fit(tmp_path, Plain(), DDPStrategy(start_method="fork"), devices=2, data=loader(8), callbacks=[ShadowMode()])
+        fit(
+            tmp_path,
+            Plain(),
+            DDPStrategy(start_method="fork"),
+            devices=2,
+            data=loader(8),
+            callbacks=[ShadowMode()],
+        )

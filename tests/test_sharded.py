@@ -1,4 +1,6 @@
-"""Sharded in three real processes gives what one process gives: every rule, algorithm, compressor and attack of the zoo."""
+"""Sharded in three real processes gives what one process gives: every rule, algorithm, compressor
+and attack of the zoo.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ from lightning_byz.types import Gradients, Round
 
 RANKS, N, D, P = 3, 12, 200, 2
 CPU = torch.device("cpu")
-pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore:ALIE.. is no attack with 2 of n=12 workers")]
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:ALIE.. is no attack with 2 of n=12 workers"),
+]
 
 
 class Case(NamedTuple):
@@ -66,7 +71,9 @@ class Case(NamedTuple):
 
 
 class Averages(NamedTuple):
-    """``[2, d]`` a worker's fast and slow average; or ``[n, d]`` what the server keeps of each worker, and a count of rounds."""
+    """``[2, d]`` a worker's fast and slow average; or ``[n, d]`` what the server keeps of each
+    worker, and a count of rounds.
+    """
 
     rows: torch.Tensor
     rounds: torch.Tensor
@@ -84,7 +91,12 @@ class ManyRows(RobustSGD):
         return Averages(x.new_zeros(2, len(x)), x.new_zeros(1))
 
     def worker(self, grads: Gradients, state: Any, round: Round) -> Any:
-        rows = torch.stack([torch.lerp(state.rows[0], grads.current, 0.5), torch.lerp(state.rows[1], grads.current, 0.1)])
+        rows = torch.stack(
+            [
+                torch.lerp(state.rows[0], grads.current, 0.5),
+                torch.lerp(state.rows[1], grads.current, 0.1),
+            ]
+        )
         return (rows.sum(0),), Averages(rows, state.rounds + 1)
 
     def init_server(self, x: torch.Tensor, n: int) -> Any:
@@ -92,18 +104,29 @@ class ManyRows(RobustSGD):
 
     def server(self, rows: Any, state: Any, round: Round) -> Any:
         kept = torch.lerp(state.rows, rows.values, 0.5)
-        return self.aggregator(replace(rows, values=kept), round.present), Averages(kept, state.rounds + 1)
+        return self.aggregator(replace(rows, values=kept), round.present), Averages(
+            kept, state.rounds + 1
+        )
 
 
 COORDINATE_WISE = ("mean", "median", "trimmed_mean", "meamed", "phocas", "majority_vote")
 CASES: dict[str, Case] = {
-    **{f"rule {c.name}": Case(RobustSGD(c.rule), c.name in COORDINATE_WISE, dtype=torch.float32) for c in RULES},
-    **{f"algorithm {c.name}": Case(c.algorithm) for c in ALGORITHMS},
-    **{f"compressor {c.name}": Case(RobustSGD(Mean(), c.of(D)), True, dtype=torch.float32) for c in COMPRESSORS},
     **{
-        # MinMax is as far from one honest row as two of these are from each other: who is nearer, for NNM, is a matter of rounding
+        f"rule {c.name}": Case(RobustSGD(c.rule), c.name in COORDINATE_WISE, dtype=torch.float32)
+        for c in RULES
+    },
+    **{f"algorithm {c.name}": Case(c.algorithm) for c in ALGORITHMS},
+    **{
+        f"compressor {c.name}": Case(RobustSGD(Mean(), c.of(D)), True, dtype=torch.float32)
+        for c in COMPRESSORS
+    },
+    **{
+        # MinMax is as far from one honest row as two of these are from each other: who is nearer,
+        # for NNM, is a matter of rounding
         f"attack {c.name}": Case(
-            RobustSGD(CoordinateMedian(f=2) if isinstance(c.attack, MinMax) else robust()), attack=c.attack, dtype=torch.float32
+            RobustSGD(CoordinateMedian(f=2) if isinstance(c.attack, MinMax) else robust()),
+            attack=c.attack,
+            dtype=torch.float32,
         )
         for c in ATTACKS
     },
@@ -111,9 +134,15 @@ CASES: dict[str, Case] = {
     "attacked median": Case(RobustSGD(CoordinateMedian(f=2)), True, ALIE(1.5)),
     "states of several rows": Case(ManyRows(CoordinateMedian(f=2)), True, dtype=torch.float32),
     "few coordinates change": Case(ByzEF21SGDM(Mean(), TopK(k=5)), True, dim=2000),
-    "few coordinates change, per tensor": Case(ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000),
-    "largest changes": Case(ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=200), 0.1, TopK(k=30)), True, dim=2000),
-    "largest changes, fewer than ranks": Case(ByzEF21SGDMBC(robust(), TopK(k=200), 0.1, TopK(k=2)), dim=2000),
+    "few coordinates change, per tensor": Case(
+        ByzEF21SGDM(TrimmedMean(f=2), PerTensor(TopK(k=2), (900, 1100))), True, dim=2000
+    ),
+    "largest changes": Case(
+        ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=200), 0.1, TopK(k=30)), True, dim=2000
+    ),
+    "largest changes, fewer than ranks": Case(
+        ByzEF21SGDMBC(robust(), TopK(k=200), 0.1, TopK(k=2)), dim=2000
+    ),
     "fewer numbers than ranks": Case(ByzEF21SGDM(CoordinateMedian(f=2), TopK(k=2)), True, dim=8),
     "one word": Case(SignSGDMajorityVote(), True, dim=32),
 }
@@ -125,7 +154,10 @@ def contributions(step: int, case: Case, workers: range) -> list[Contribution]:
     grads[5, -1] = torch.nan if step == 1 else grads[5, -1]
     used = torch.ones(N, P, dtype=torch.bool)
     used[::2, 1] = False
-    everybody = [Contribution(None if step == 2 and w == 3 else Gradients(g, g.flip(0)), used[w]) for w, g in enumerate(grads)]
+    everybody = [
+        Contribution(None if step == 2 and w == 3 else Gradients(g, g.flip(0)), used[w])
+        for w, g in enumerate(grads)
+    ]
     return [everybody[worker] for worker in workers]
 
 
@@ -147,15 +179,19 @@ def quietly(make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def play(case: Case, transport: Transport, early: int | None = None) -> dict[str, Any]:
-    """What a rank sees of a run; in its middle, its state goes through a checkpoint into another exchange.
+    """What a rank sees of a run; in its middle, its state goes through a checkpoint into another
+    exchange.
 
-    ``early``: how many buckets of its messages leave before a round is run; None: it is not opened before.
+    ``early``: how many buckets of its messages leave before a round is run; None: it is not opened
+    before.
     """
     like = torch.zeros(case.dim, dtype=case.dtype)
 
     @quietly  # the paper's formula of ALIE is no attack with 2 of 12 workers, and says so
     def made() -> Exchange:
-        exchange = Exchange(case.algorithm.with_f(case.algorithm.aggregator.f or 0), transport, seed=3)
+        exchange = Exchange(
+            case.algorithm.with_f(case.algorithm.aggregator.f or 0), transport, seed=3
+        )
         if case.attack is not None:
             lied_to(exchange, case.attack, [1, 7], lambda step: step < 3, lambda index: like + 1)
         return exchange
@@ -166,7 +202,9 @@ def play(case: Case, transport: Transport, early: int | None = None) -> dict[str
         upload = None if early is None else exchange.open(like + step**2)
         if upload is not None:
             for first, last in upload.left[:early]:
-                upload.send([None if c.grads is None else c.grads.current[first:last] for c in mine])
+                upload.send(
+                    [None if c.grads is None else c.grads.current[first:last] for c in mine]
+                )
         outcome = exchange.run(mine, like + step**2, trusted=like + 1)
         outcomes.append(
             {
@@ -195,7 +233,9 @@ def rank_main(rank: int, folder: Path, work: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     try:
         meet = f"file://{folder}/meet"
-        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
+        dist.init_process_group(
+            "gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5)
+        )
         torch.save(work(rank), folder / f"{rank}.pt")
         dist.barrier()
         dist.destroy_process_group()
@@ -230,7 +270,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str,
 
 @pytest.fixture(scope="module")
 def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """All cases, by rank, in buckets of 96 float32 coordinates, of which some have left before the round is run, by other ranks more than by this."""
+    """All cases, by rank, in buckets of 96 float32 coordinates, of which some have left before the
+    round is run, by other ranks more than by this.
+    """
 
     def work(rank: int) -> dict[str, Any]:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
@@ -241,13 +283,17 @@ def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str
 
 @pytest.mark.parametrize("way", ["sharded", "bucketed"])
 @pytest.mark.parametrize("name", CASES)
-def test_shards_give_what_the_whole_gives(name: str, way: str, request: pytest.FixtureRequest) -> None:
+def test_shards_give_what_the_whole_gives(
+    name: str, way: str, request: pytest.FixtureRequest
+) -> None:
     case, sharded = CASES[name], request.getfixturevalue(way)
     whole = play(case, connected(InProcess()))
     exact = {"rtol": 0, "atol": 0} if case.exact else {}
     for rank in range(RANKS):
         found = sharded[rank][name]
-        for a, b, first in zip(whole["outcomes"], found["outcomes"], sharded[0][name]["outcomes"], strict=True):
+        for a, b, first in zip(
+            whole["outcomes"], found["outcomes"], sharded[0][name]["outcomes"], strict=True
+        ):
             torch.testing.assert_close(b["estimate"], a["estimate"], **exact)
             torch.testing.assert_close(b["seen"], a["seen"], **exact)
             assert torch.equal(b["estimate"], first["estimate"]), "ranks differ"
@@ -258,23 +304,30 @@ def test_shards_give_what_the_whole_gives(name: str, way: str, request: pytest.F
 
 
 def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, Any]]) -> None:
-    """At most K of each of n workers, as a number and its index; all of them, once, after the checkpoint in the middle."""
+    """At most K of each of n workers, as a number and its index; all of them, once, after the
+    checkpoint in the middle.
+    """
     outcomes = sharded[0]["few coordinates change"]["outcomes"]
     assert [outcomes[step]["down"] == 8 * 2000 for step in range(4)] == [True, False, True, False]
     assert all(0 < outcomes[step]["down"] <= N * 5 * (8 + 4) for step in (1, 3))
 
 
-def test_only_the_largest_changes_travel_down_whatever_the_rule(sharded: list[dict[str, Any]]) -> None:
+def test_only_the_largest_changes_travel_down_whatever_the_rule(
+    sharded: list[dict[str, Any]],
+) -> None:
     for name, k in {"largest changes": 30, "largest changes, fewer than ranks": 2}.items():
         outcomes = sharded[0][name]["outcomes"]
         assert [outcomes[step]["down"] for step in (1, 3)] == [k * (8 + 4)] * 2
         assert [outcomes[step]["down"] for step in (0, 2)] == [8 * 2000] * 2
 
 
-# -- the border -----------------------------------------------------------------------------------------------------------
+# -- the border ------------------------------------------------------------------------------------
 
 DAMAGE: dict[str, Callable[..., Any]] = {
-    "nan in the last shard": lambda values, index: (torch.cat([values[:-1], values[:1] * torch.nan]), index),
+    "nan in the last shard": lambda values, index: (
+        torch.cat([values[:-1], values[:1] * torch.nan]),
+        index,
+    ),
     "unsorted": lambda values, index: (values, index.flip(0)),
     "two of a kind": lambda values, index: (values, torch.cat([index[:1], index[:-1]])),
     "outside": lambda values, index: (values, torch.cat([index[:-1], index[-1:] + D])),
@@ -292,19 +345,29 @@ def test_a_broken_message_is_silence_on_every_rank_and_hurts_no_other(tmp_path: 
         ((first, last),) = transport.spans(D)
         for name, damage in DAMAGE.items():
             messages = [
-                Message(torch.ones(3, dtype=torch.uint8), damage(*payload) if worker == 5 else payload)
+                Message(
+                    torch.ones(3, dtype=torch.uint8), damage(*payload) if worker == 5 else payload
+                )
                 for worker, payload in enumerate(payloads)
                 if worker in transport.workers
             ]
             received = transport.exchange(messages, codec, D, torch.float32, None)
-            rows = [received.format.decode(m.payload, last - first) for w, m in enumerate(received.messages) if w != 5]
+            rows = [
+                received.format.decode(m.payload, last - first)
+                for w, m in enumerate(received.messages)
+                if w != 5
+            ]
             found[name] = received.valid.tolist(), torch.stack(rows)
         return found
 
     everybody = in_ranks(tmp_path, work)
     for name in DAMAGE:
-        assert all(found[name][0] == [worker != 5 for worker in range(N)] for found in everybody), name
-        whole = torch.stack([codec.decode(payload, D) for worker, payload in enumerate(payloads) if worker != 5])
+        assert all(found[name][0] == [worker != 5 for worker in range(N)] for found in everybody), (
+            name
+        )
+        whole = torch.stack(
+            [codec.decode(payload, D) for worker, payload in enumerate(payloads) if worker != 5]
+        )
         assert torch.equal(torch.cat([found[name][1] for found in everybody], 1), whole)
 
 
@@ -316,14 +379,21 @@ def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
     def work(rank: int) -> Any:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
         transport.cut(Identity())
-        messages = [Message(torch.ones(3, dtype=torch.uint8), (grads[worker],)) for worker in transport.workers]
+        messages = [
+            Message(torch.ones(3, dtype=torch.uint8), (grads[worker],))
+            for worker in transport.workers
+        ]
         received = transport.exchange(messages, Identity(), D, torch.float32, Round(step=0, n=N))
         mine = transport.columns(grads)
         return received.valid.tolist(), [
-            torch.equal(m.payload[0].nan_to_num(), g.nan_to_num()) for m, g in zip(received.messages, mine, strict=True)
+            torch.equal(m.payload[0].nan_to_num(), g.nan_to_num())
+            for m, g in zip(received.messages, mine, strict=True)
         ]
 
-    assert in_ranks(tmp_path, work) == [([worker not in (5, 7) for worker in range(N)], [True] * N)] * RANKS
+    assert (
+        in_ranks(tmp_path, work)
+        == [([worker not in (5, 7) for worker in range(N)], [True] * N)] * RANKS
+    )
 
 
 def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> None:
@@ -336,7 +406,12 @@ def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> N
         exchange.run(contributions(0, case, transport.workers), torch.zeros(D).double())
         state = exchange.server_state(alone=True)
         resumed.load(state, exchange.worker_states(), torch.zeros(D).double())
-        return state["server"], resumed.step, resumed.server.g.any().item(), any(w.g.any() for w in resumed.workers.values())
+        return (
+            state["server"],
+            resumed.step,
+            resumed.server.g.any().item(),
+            any(w.g.any() for w in resumed.workers.values()),
+        )
 
     assert in_ranks(tmp_path, work) == [(None, 1, False, False)] * RANKS
 
@@ -347,11 +422,17 @@ def test_what_a_checkpoint_was_given_does_not_change_afterwards(tmp_path: Path) 
 
     def work(rank: int) -> Any:
         transport = connected(Sharded(bucket_size=96), rank, RANKS)
-        exchange, like, kept = Exchange(case.algorithm, transport, seed=3), torch.zeros(D).double(), []
+        exchange, like, kept = (
+            Exchange(case.algorithm, transport, seed=3),
+            torch.zeros(D).double(),
+            [],
+        )
         for step in range(4):
             exchange.run(contributions(step, case, transport.workers), like)
             states = {**exchange.worker_states(), -1: exchange.server_state()["server"]}
-            kept += [(tensor, tensor.clone()) for state in states.values() for tensor in state.values()]
+            kept += [
+                (tensor, tensor.clone()) for state in states.values() for tensor in state.values()
+            ]
         return all(torch.equal(tensor, before) for tensor, before in kept), len(kept)
 
     assert in_ranks(tmp_path, work) == [(True, 4 * (N // RANKS * 2 + 4))] * RANKS
@@ -366,7 +447,8 @@ def test_buckets_are_cut_into_everybodys_shares() -> None:
     assert transport.bounds(200) == [0, 32, 64, 96, 128, 160, 192, 200, 200, 200]
     assert transport.spans(200) == ((32, 64), (128, 160), (200, 200))
     assert len(transport.bounds(96 * 1000)) - 1 <= 64 * 3
-    transport.cut(Sign())  # 32 times as many for so many bytes; no more coordinates than bytes, though
+    # 32 times as many for so many bytes; no more coordinates than bytes, though
+    transport.cut(Sign())
     assert transport.bounds(1000)[::3] == [0, 384, 768, 1000]
     transport.cut(None)
     assert transport.bounds(96 * 1000) == [0, 32_000, 64_000, 96_000]
@@ -382,13 +464,15 @@ def test_shards_are_equal_words_that_cover_everything_once(dim: int, shards: int
     assert max(b - a for a, b in pairwise(bounds)) < dim / shards + 32
 
 
-@pytest.mark.parametrize("transport", [AllGather(), Sharded()], ids=lambda transport: type(transport).__name__)
+@pytest.mark.parametrize(
+    "transport", [AllGather(), Sharded()], ids=lambda transport: type(transport).__name__
+)
 def test_one_process_has_nobody_to_connect_with(transport: Transport) -> None:
     with pytest.raises(ValueError, match=r"connects several processes. Found one"):
         transport.connect(0, 1, 4, CPU)
 
 
-# -- which transport a run has that names none ------------------------------------------------------------------------------
+# -- which transport a run has that names none -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -396,10 +480,19 @@ def test_one_process_has_nobody_to_connect_with(transport: Transport) -> None:
     [
         (byz.RobustSGD(), 1, 10**9, InProcess),
         (byz.RobustSGD(), 4, 10**9, Sharded),
-        (byz.RobustSGD(), 4, 10**5, AllGather),  # so few bytes that the number of collectives counts
+        # so few bytes that the number of collectives counts
+        (byz.RobustSGD(), 4, 10**5, AllGather),
         (byz.SignSGDMajorityVote(), 4, 10**9, Sharded),
-        (byz.ByzEF21SGDM(byz.CoordinateMedian(), byz.TopK(ratio=0.01)), 4, 10**9, Sharded),  # few coordinates both ways
-        (byz.ByzEF21SGDM(byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean()), byz.TopK(ratio=0.01)), 4, 10**9, AllGather),
+        # few coordinates both ways
+        (byz.ByzEF21SGDM(byz.CoordinateMedian(), byz.TopK(ratio=0.01)), 4, 10**9, Sharded),
+        (
+            byz.ByzEF21SGDM(
+                byz.Chain(pre=(byz.NNM(),), rule=byz.TrimmedMean()), byz.TopK(ratio=0.01)
+            ),
+            4,
+            10**9,
+            AllGather,
+        ),
         (byz.ByzEF21SGDMBC(), 4, 10**9, Sharded),
         (byz.ByzDIANA(), 4, 10**9, AllGather),
     ],

@@ -1,4 +1,6 @@
-"""Stragglers: who is late, by how much, and what that does to every algorithm on the virtual clock."""
+"""Stragglers: who is late, by how much, and what that does to every algorithm on the virtual
+clock.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, S
 INF = math.inf
 
 
-def outcomes_of(folder: Path, strategy: ByzantineRobustStrategy, *callbacks: Any, steps: int = 4) -> tuple[list[Any], Any]:
+def outcomes_of(
+    folder: Path, strategy: ByzantineRobustStrategy, *callbacks: Any, steps: int = 4
+) -> tuple[list[Any], Any]:
     """Every round's outcome of an in-process run, and its report."""
     outcomes: list[Any] = []
 
@@ -26,7 +30,9 @@ def outcomes_of(folder: Path, strategy: ByzantineRobustStrategy, *callbacks: Any
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             trainer.strategy.exchanges[0].observers.append(outcomes.append)
 
-    (report,) = fit(folder, Plain(), strategy, data=loader(), callbacks=[*callbacks, Watch()], max_steps=steps)
+    (report,) = fit(
+        folder, Plain(), strategy, data=loader(), callbacks=[*callbacks, Watch()], max_steps=steps
+    )
     return outcomes, report
 
 
@@ -43,7 +49,9 @@ def test_delays() -> None:
         assert float(drawn[:, 1].median()) == pytest.approx(
             2 * math.log(2) if kind == "exponential" else 2 / 3 * 2 ** (2 / 3), rel=0.05
         )
-        assert float((drawn[:, [1, 4]] > 20).double().mean()) == pytest.approx(ten_times, rel=0.5, abs=5e-4)
+        assert float((drawn[:, [1, 4]] > 20).double().mean()) == pytest.approx(
+            ten_times, rel=0.5, abs=5e-4
+        )
     assert Stragglers(workers=[0], kind="dead", start=1).delays(2, 1).tolist() == [INF, 0]
 
 
@@ -80,19 +88,47 @@ def test_refused_settings(kwargs: Any, message: str) -> None:
 def test_refused_runs(tmp_path: Path) -> None:
     strategy = ByzantineRobustStrategy(workers_per_process=4)
     with pytest.raises(ValueError, match="in 0 .. n - 1 = 3"):
-        fit(tmp_path, Plain(), strategy, data=loader(), callbacks=[Stragglers(1.0, workers=[4])], max_steps=1)
-    both = [Stragglers(workers=[0, 1], kind="dead"), Stragglers(workers=[2, 3], kind="dead", start=9)]
+        fit(
+            tmp_path,
+            Plain(),
+            strategy,
+            data=loader(),
+            callbacks=[Stragglers(1.0, workers=[4])],
+            max_steps=1,
+        )
+    both = [
+        Stragglers(workers=[0, 1], kind="dead"),
+        Stragglers(workers=[2, 3], kind="dead", start=9),
+    ]
     with pytest.raises(ValueError, match="one worker should stay alive"):
-        fit(tmp_path, Plain(), ByzantineRobustStrategy(workers_per_process=4), data=loader(), callbacks=both, max_steps=1)
+        fit(
+            tmp_path,
+            Plain(),
+            ByzantineRobustStrategy(workers_per_process=4),
+            data=loader(),
+            callbacks=both,
+            max_steps=1,
+        )
     with pytest.raises(ValueError, match="byzantine_robust"):
-        fit(tmp_path, Plain(), "auto", data=loader(), callbacks=[Stragglers(1.0, workers=[0])], max_steps=1)
+        fit(
+            tmp_path,
+            Plain(),
+            "auto",
+            data=loader(),
+            callbacks=[Stragglers(1.0, workers=[0])],
+            max_steps=1,
+        )
 
 
 @each(ALGORITHMS)
 def test_every_algorithm_waits_and_survives_the_dead(case: Any, tmp_path: Path) -> None:
-    """Two seconds for a late one; a dead one is silent from its step on, and nobody waits for it."""
+    """Two seconds for a late one; a dead one is silent from its step on, and nobody waits for
+    it.
+    """
     n, algorithm = 10, case.algorithm
-    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=n, num_byzantine=algorithm.aggregator.f)
+    strategy = ByzantineRobustStrategy(
+        algorithm=algorithm, workers_per_process=n, num_byzantine=algorithm.aggregator.f
+    )
     late = [Stragglers(2.0, workers=[2]), Stragglers(workers=[5], kind="dead", start=2)]
     outcomes, report = outcomes_of(tmp_path, strategy, *late)
     assert report["steps"] == len(outcomes) == 4
@@ -105,16 +141,26 @@ def test_every_algorithm_waits_and_survives_the_dead(case: Any, tmp_path: Path) 
 
 
 def test_dstar_takes_the_first_k_to_arrive(tmp_path: Path) -> None:
-    """The callback's times take the place of its own; liars come first; the round lasts until the k-th message."""
+    """The callback's times take the place of its own; liars come first; the round lasts until the
+    k-th message.
+    """
     own = ShiftedExponential(base=100.0)
-    strategy = ByzantineRobustStrategy(algorithm=DStar(Mean(), k=4, delays=own), workers_per_process=6)
-    late = [Stragglers(3.0, workers=[0, 1]), Stragglers(2.0, workers=[1, 2, 3, 4])]  # 3, 5, 2, 2, 2 seconds, and 0
+    strategy = ByzantineRobustStrategy(
+        algorithm=DStar(Mean(), k=4, delays=own), workers_per_process=6
+    )
+    # 3, 5, 2, 2, 2 seconds, and 0
+    late = [Stragglers(3.0, workers=[0, 1]), Stragglers(2.0, workers=[1, 2, 3, 4])]
     outcomes, _ = outcomes_of(tmp_path / "late", strategy, *late)
-    assert all(outcome.round.cohort.tolist() == [False, False, True, True, True, True] for outcome in outcomes)
+    assert all(
+        outcome.round.cohort.tolist() == [False, False, True, True, True, True]
+        for outcome in outcomes
+    )
     assert [outcome.seconds for outcome in outcomes] == [2.0] * 4
     assert outcomes[0].round.present.tolist() == outcomes[0].round.cohort.tolist()
 
-    strategy = ByzantineRobustStrategy(algorithm=DStar(Mean(), k=4, delays=own), workers_per_process=6)
+    strategy = ByzantineRobustStrategy(
+        algorithm=DStar(Mean(), k=4, delays=own), workers_per_process=6
+    )
     lie = ByzantineWorkers(SignFlip(), workers=[1], start=2)
     outcomes, _ = outcomes_of(tmp_path / "lie", strategy, lie, *late)
     assert [bool(outcome.round.cohort[1]) for outcome in outcomes] == [False, False, True, True]

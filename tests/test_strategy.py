@@ -63,7 +63,7 @@ def strategy_for(devices: int, **kwargs: Any) -> ByzantineRobustStrategy:
     return in_process(4, **kwargs) if devices == 1 else on_ranks(**kwargs)
 
 
-# -- a worker that fails ----------------------------------------------------------------------------------------------
+# -- a worker that fails ---------------------------------------------------------------------------
 
 
 class Faulty(Plain):
@@ -71,11 +71,15 @@ class Faulty(Plain):
 
     def __init__(self, fault: str, bad: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.fault, self.bad, self.calls = fault, bad, itertools.count()  # which all workers of a process share
+        # which all workers of a process share
+        self.fault, self.bad, self.calls = fault, bad, itertools.count()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         strategy = self.trainer.strategy
-        worker = strategy.global_rank * strategy.workers_per_process + next(self.calls) % strategy.workers_per_process
+        worker = (
+            strategy.global_rank * strategy.workers_per_process
+            + next(self.calls) % strategy.workers_per_process
+        )
         loss = F.cross_entropy(self(batch[0]), batch[1])
         if worker == self.bad and batch_idx % 2:
             if self.fault == "none":
@@ -84,7 +88,9 @@ class Faulty(Plain):
                 loss = loss * torch.nan
             if self.fault == "inf weights":
                 loss = loss + torch.inf * self.net[0].weight.sum()
-        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
+        self.log(
+            "loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(batch[0])
+        )
         if not (worker == self.bad and self.fault == "silent log"):
             self.log("extra", float(worker), sync_dist=True)
         return loss
@@ -92,8 +98,12 @@ class Faulty(Plain):
 
 @pytest.mark.parametrize("devices", BOTH)
 @pytest.mark.parametrize("fault", ["none", "nan", "inf weights", "silent log"])
-def test_a_failing_worker_is_absent_and_hurts_nobody(fault: str, devices: int, tmp_path: Path) -> None:
-    stop = EarlyStopping("loss_epoch", patience=50, check_finite=True, check_on_train_epoch_end=True)
+def test_a_failing_worker_is_absent_and_hurts_nobody(
+    fault: str, devices: int, tmp_path: Path
+) -> None:
+    stop = EarlyStopping(
+        "loss_epoch", patience=50, check_finite=True, check_on_train_epoch_end=True
+    )
     silences = lambda trainer, module: trainer.strategy.report.silences  # noqa: E731
     reports = fit(
         tmp_path, Faulty(fault), strategy_for(devices), devices=devices, data=loader(24 if devices == 1 else 6),
@@ -104,14 +114,18 @@ def test_a_failing_worker_is_absent_and_hurts_nobody(fault: str, devices: int, t
         assert report["steps"] == 30
         assert all(torch.isfinite(v).all() for v in report["weights"].values())
         assert report["metrics"]["loss_epoch"] < 1.0
-        assert report["metrics"]["extra"] == pytest.approx({"silent log": (0 + 1 + 3) / 3, "none": (0 + 1 + 3) / 3}.get(fault, 1.5))
+        assert report["metrics"]["extra"] == pytest.approx(
+            {"silent log": (0 + 1 + 3) / 3, "none": (0 + 1 + 3) / 3}.get(fault, 1.5)
+        )
         assert report["extra"] == ({} if fault == "silent log" else {2: 15})
 
 
 @pytest.mark.parametrize("devices", BOTH)
 def test_silence_is_named_in_the_log(devices: int, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="worker 2 gave no finite gradient in step 1"):
-        L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process()).fit(Faulty("nan"), loader())
+        L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process()).fit(
+            Faulty("nan"), loader()
+        )
 
 
 class AlwaysNan(Plain):
@@ -120,8 +134,12 @@ class AlwaysNan(Plain):
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_steps_without_enough_workers_are_skipped_then_stop_the_run(devices: int, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"4 steps in a row had too few finite gradients \(max_skipped_steps=3\)"):
+def test_steps_without_enough_workers_are_skipped_then_stop_the_run(
+    devices: int, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        Exception, match=r"4 steps in a row had too few finite gradients \(max_skipped_steps=3\)"
+    ):
         fit(
             tmp_path,
             AlwaysNan(),
@@ -132,8 +150,12 @@ def test_steps_without_enough_workers_are_skipped_then_stop_the_run(devices: int
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_steps_without_a_loss_are_left_out_as_long_as_there_is_none(devices: int, tmp_path: Path) -> None:
-    """A replay buffer that fills, say: nothing diverges, and nothing moves. A liar that claims a nan changes nothing about it."""
+def test_steps_without_a_loss_are_left_out_as_long_as_there_is_none(
+    devices: int, tmp_path: Path
+) -> None:
+    """A replay buffer that fills, say: nothing diverges, and nothing moves. A liar that claims a
+    nan changes nothing about it.
+    """
 
     class Fills(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -142,7 +164,9 @@ def test_steps_without_a_loss_are_left_out_as_long_as_there_is_none(devices: int
     moved: list[bool] = []
 
     class Watches(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             moved.append(bool(module.net[0].weight.grad is not None))
 
     reports = fit(
@@ -155,7 +179,9 @@ def test_steps_without_a_loss_are_left_out_as_long_as_there_is_none(devices: int
 
 
 def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
-    (short,) = fit(tmp_path, AlwaysNan(optimizer="adamw"), in_process(max_skipped_steps=20), max_steps=2)
+    (short,) = fit(
+        tmp_path, AlwaysNan(optimizer="adamw"), in_process(max_skipped_steps=20), max_steps=2
+    )
     torch.manual_seed(0)
     start = AlwaysNan(optimizer="adamw")
     runs = []
@@ -169,16 +195,20 @@ def test_a_skipped_step_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_overflow_of_most_workers_backs_the_loss_scale_off(tmp_path: Path) -> None:
-    """The scaler starts far too high; every worker overflows until it has come down, and nothing is counted as skipped."""
+    """The scaler starts far too high; every worker overflows until it has come down, and nothing is
+    counted as skipped.
+    """
     plugin = cpu_amp()["plugins"][0]
     plugin.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    (report,) = fit(tmp_path, Plain(), in_process(max_skipped_steps=0), plugins=[plugin], max_epochs=6)
+    (report,) = fit(
+        tmp_path, Plain(), in_process(max_skipped_steps=0), plugins=[plugin], max_epochs=6
+    )
     assert plugin.scaler.get_scale() < 2.0**30
     assert report["metrics"]["loss_epoch"] < 1.05
     assert all(torch.isfinite(v).all() for v in report["weights"].values())
 
 
-# -- what is logged ---------------------------------------------------------------------------------------------------
+# -- what is logged --------------------------------------------------------------------------------
 
 
 class LogsWorker(Plain):
@@ -190,7 +220,10 @@ class LogsWorker(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         strategy = self.trainer.strategy
-        worker = strategy.global_rank * strategy.workers_per_process + next(self.calls) % strategy.workers_per_process
+        worker = (
+            strategy.global_rank * strategy.workers_per_process
+            + next(self.calls) % strategy.workers_per_process
+        )
         self.log("worker", float(worker), on_step=True, on_epoch=True)
         self.log_dict({"most": float(worker), "all": 1.0}, reduce_fx="max")
         self.log("count", 1.0, reduce_fx="sum", on_step=True, on_epoch=False)
@@ -198,9 +231,13 @@ class LogsWorker(Plain):
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_a_logged_value_is_the_honest_workers_mean_once_a_step(devices: int, tmp_path: Path) -> None:
+def test_a_logged_value_is_the_honest_workers_mean_once_a_step(
+    devices: int, tmp_path: Path
+) -> None:
     lie = ByzantineWorkers(IPM(0.1), workers=[0])
-    for report in fit(tmp_path, LogsWorker(), strategy_for(devices), devices=devices, callbacks=[lie]):
+    for report in fit(
+        tmp_path, LogsWorker(), strategy_for(devices), devices=devices, callbacks=[lie]
+    ):
         assert report["metrics"]["worker_step"] == report["metrics"]["worker_epoch"] == 2.0
         assert report["metrics"]["most"] == 3.0
         assert report["metrics"]["count"] == 3.0
@@ -212,8 +249,12 @@ def test_what_an_attack_did_is_logged(devices: int, tmp_path: Path) -> None:
     steps: list[dict[str, float]] = []
 
     class Seen(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            steps.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")})
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            steps.append(
+                {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")}
+            )
 
     reports = fit(
         tmp_path, Plain(), strategy_for(devices, algorithm=RobustSGD(aggregator=Mean())), devices=devices, data=loader(24),
@@ -230,7 +271,7 @@ def test_what_an_attack_did_is_logged(devices: int, tmp_path: Path) -> None:
         assert seen[2]["byz/bytes_down"] == 4 * parameters * (1 if devices == 1 else 3)
 
 
-# -- buffers ----------------------------------------------------------------------------------------------------------
+# -- buffers ---------------------------------------------------------------------------------------
 
 
 class Garbage(LabelFlip):
@@ -241,13 +282,24 @@ class Garbage(LabelFlip):
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_garbage_in_one_worker_leaves_batchnorm_statistics_sane(devices: int, tmp_path: Path) -> None:
+def test_garbage_in_one_worker_leaves_batchnorm_statistics_sane(
+    devices: int, tmp_path: Path
+) -> None:
     attack = ByzantineWorkers(Garbage(num_classes=3), workers=[0])
     runs = []
     for callbacks in ([], [attack]):
         torch.manual_seed(1)
         data = loader(24 if devices == 1 else 6)
-        runs.append(fit(tmp_path, Plain(norm=True), strategy_for(devices), devices=devices, data=data, callbacks=callbacks))
+        runs.append(
+            fit(
+                tmp_path,
+                Plain(norm=True),
+                strategy_for(devices),
+                devices=devices,
+                data=data,
+                callbacks=callbacks,
+            )
+        )
         for report in runs[-1]:
             assert_equal(runs[-1][0], report)
             assert int(report["weights"]["net.1.num_batches_tracked"]) == report["steps"] == 10
@@ -257,21 +309,37 @@ def test_garbage_in_one_worker_leaves_batchnorm_statistics_sane(devices: int, tm
     assert abs(float(attacked["net.1.running_mean"].abs().max())) < 10
 
 
-# -- f ----------------------------------------------------------------------------------------------------------------
+# -- f ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "f"), [(3, 1), (4, 1), (7, 2), (10, 3), (20, 6)])
-def test_f_defaults_to_the_most_up_to_a_third(n: int, f: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_f_defaults_to_the_most_up_to_a_third(
+    n: int, f: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "lightning_byz")
-    fs = fit(tmp_path, Plain(), in_process(n), extra=lambda trainer, _: trainer.strategy.exchanges[0].algorithm.aggregator.f)
+    fs = fit(
+        tmp_path,
+        Plain(),
+        in_process(n),
+        extra=lambda trainer, _: trainer.strategy.exchanges[0].algorithm.aggregator.f,
+    )
     assert fs[0]["extra"] == f
-    said = [record.message for record in caplog.records if f"n={n} workers, tolerating f={f}" in record.message]
+    said = [
+        record.message
+        for record in caplog.records
+        if f"n={n} workers, tolerating f={f}" in record.message
+    ]
     assert len(said) == 1
 
 
 def test_f_defaults_to_what_the_rule_allows(tmp_path: Path) -> None:
     strategy = in_process(5, algorithm=RobustSGD(aggregator=Krum()))
-    (report,) = fit(tmp_path, Plain(), strategy, extra=lambda t, _: t.strategy.exchanges[0].algorithm.aggregator.f)
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        strategy,
+        extra=lambda t, _: t.strategy.exchanges[0].algorithm.aggregator.f,
+    )
     assert report["extra"] == 1
 
 
@@ -288,7 +356,7 @@ def test_two_workers_run_as_ddp_and_warn(n: int, tmp_path: Path) -> None:
             L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process(2)).fit(Plain())
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -403,14 +471,25 @@ def test_bad_arguments_are_refused(make: Any, message: str) -> None:
 
 
 def test_byzantine_workers_needs_the_strategy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs Trainer\\(strategy='byzantine_robust'\\). Found SingleDeviceStrategy"):
+    with pytest.raises(
+        ValueError,
+        match="needs Trainer\\(strategy='byzantine_robust'\\). Found SingleDeviceStrategy",
+    ):
         fit(tmp_path, Plain(), "auto", callbacks=[ByzantineWorkers(SignFlip(), count=1)])
 
 
 def test_a_later_short_batch_leaves_some_workers_absent(tmp_path: Path) -> None:
-    """The last batch has two samples for four workers: two of them are absent, and too few are left to be sure of."""
+    """The last batch has two samples for four workers: two of them are absent, and too few are left
+    to be sure of.
+    """
     data = loader(24, blobs(24 * 3 + 3))
-    (report,) = fit(tmp_path, Plain(), in_process(4), data=data, extra=lambda trainer, _: trainer.strategy.report.silences)
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        in_process(4),
+        data=data,
+        extra=lambda trainer, _: trainer.strategy.report.silences,
+    )
     assert report["steps"] == 4
     assert report["extra"] == {3: 1}
 
@@ -423,11 +502,18 @@ def test_a_batch_that_cannot_be_split_says_so(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.zeros(8, 10), torch.zeros(5)
 
-    with pytest.raises(ValueError, match="same first dimension. Found shapes starting with 8 and 5"):
-        fit(tmp_path, Plain(), in_process(4), data=torch.utils.data.DataLoader(Ragged(), batch_size=None))
+    with pytest.raises(
+        ValueError, match="same first dimension. Found shapes starting with 8 and 5"
+    ):
+        fit(
+            tmp_path,
+            Plain(),
+            in_process(4),
+            data=torch.utils.data.DataLoader(Ragged(), batch_size=None),
+        )
 
 
-# -- the rest of Lightning --------------------------------------------------------------------------------------------
+# -- the rest of Lightning -------------------------------------------------------------------------
 
 
 @pytest.mark.processes
@@ -479,10 +565,23 @@ def test_batch_size_finder_is_refused_on_ranks(tmp_path: Path) -> None:
 def test_torch_compile(devices: int, tmp_path: Path) -> None:
     def check() -> None:
         runs = []
-        for wrap in (lambda module: module, lambda module: torch.compile(module, backend="aot_eager")):
+        for wrap in (
+            lambda module: module,
+            lambda module: torch.compile(module, backend="aot_eager"),
+        ):
             torch.manual_seed(1)
-            runs.append(fit(tmp_path, wrap(Plain(norm=True)), strategy_for(devices), devices=devices, max_steps=3)[0])
-        for (name, a), b in zip(runs[0]["weights"].items(), runs[1]["weights"].values(), strict=True):
+            runs.append(
+                fit(
+                    tmp_path,
+                    wrap(Plain(norm=True)),
+                    strategy_for(devices),
+                    devices=devices,
+                    max_steps=3,
+                )[0]
+            )
+        for (name, a), b in zip(
+            runs[0]["weights"].items(), runs[1]["weights"].values(), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
     (check if devices > 1 else apart(check))()
@@ -495,7 +594,9 @@ class Thaws(Plain):
         self.net[0].requires_grad_(batch_idx >= 3)
 
 
-def test_state_starts_afresh_when_other_parameters_are_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_state_starts_afresh_when_other_parameters_are_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fit(tmp_path, Thaws(), in_process(4, algorithm=ByzEF21SGDM()))
     assert "set of trained parameters has changed" in caplog.text
 
@@ -508,7 +609,9 @@ def test_the_names_that_are_registered() -> None:
 
 
 def test_lightnings_private_names_that_we_use_are_where_we_expect_them() -> None:
-    """If this fails, Lightning has moved them: change `lightning_byz.lightning`, `.pytorch_lightning` and RobustStrategy."""
+    """If this fails, Lightning has moved them: change `lightning_byz.lightning`,
+    `.pytorch_lightning` and RobustStrategy.
+    """
     import pytorch_lightning as pl
 
     for package in (launchers, pl.strategies.launchers):
@@ -521,7 +624,7 @@ def test_lightnings_private_names_that_we_use_are_where_we_expect_them() -> None
         assert hasattr(strategy, "_launcher")
 
 
-# -- defects that were found by review -----------------------------------------------------------------------------------
+# -- defects that were found by review -------------------------------------------------------------
 
 
 @pytest.mark.processes
@@ -529,7 +632,15 @@ def test_lightnings_private_names_that_we_use_are_where_we_expect_them() -> None
 def test_manual_optimization_aggregates_outside_of_autocast(precision: str, tmp_path: Path) -> None:
     """In bfloat16 the mixing matrix times 3.4e38 would be inf, and 0 * inf nan."""
     lie = ByzantineWorkers(Huge(3.4e38), workers=[1])
-    for report in fit(tmp_path, Manual(), on_ranks(), devices=3, data=loader(8), callbacks=[lie], precision=precision):
+    for report in fit(
+        tmp_path,
+        Manual(),
+        on_ranks(),
+        devices=3,
+        data=loader(8),
+        callbacks=[lie],
+        precision=precision,
+    ):
         assert all(torch.isfinite(v).all() for v in report["weights"].values())
         assert report["metrics"]["loss"] < 1.3
 
@@ -564,7 +675,9 @@ def test_buffers_changed_between_steps_stay_changed_in_process(tmp_path: Path) -
     assert report["weights"]["temperature"].item() == 0.5**4
 
 
-def test_a_nan_in_a_buffer_does_not_undo_what_others_learn_between_micro_batches(tmp_path: Path) -> None:
+def test_a_nan_in_a_buffer_does_not_undo_what_others_learn_between_micro_batches(
+    tmp_path: Path,
+) -> None:
     class Counts(Plain):
         def __init__(self) -> None:
             super().__init__()
@@ -584,7 +697,8 @@ def test_an_optimizer_in_a_wrapper_of_the_users_own_is_stepped(tmp_path: Path) -
     class Wrapper(torch.optim.SGD):
         def __init__(self, parameters: Any) -> None:
             super().__init__(parameters, 0.1)
-            self.optimizer = torch.optim.Adam(self.param_groups[0]["params"])  # as lookahead wrappers have
+            # as lookahead wrappers have
+            self.optimizer = torch.optim.Adam(self.param_groups[0]["params"])
 
     class Wraps(Plain):
         def configure_optimizers(self) -> Any:
@@ -596,7 +710,13 @@ def test_an_optimizer_in_a_wrapper_of_the_users_own_is_stepped(tmp_path: Path) -
 
 def test_a_second_fit_does_not_attack_twice(tmp_path: Path) -> None:
     strategy = in_process(4)
-    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=strategy, callbacks=[ByzantineWorkers(LabelFlip(3), count=1)])
+    trainer = L.Trainer(
+        **QUIET,
+        devices=1,
+        max_epochs=1,
+        strategy=strategy,
+        callbacks=[ByzantineWorkers(LabelFlip(3), count=1)],
+    )
     for _ in range(2):
         trainer.fit(Plain(), loader())
         assert len(strategy.simulation.data_attacks) == len(strategy.simulation.liars) == 1
@@ -607,19 +727,25 @@ def test_nan_under_a_loss_scaler_stops_the_run_too(tmp_path: Path) -> None:
         fit(tmp_path, AlwaysNan(), in_process(max_skipped_steps=3), max_epochs=20, **cpu_amp())
 
 
-# -- what is logged --------------------------------------------------------------------------------------------------------
+# -- what is logged --------------------------------------------------------------------------------
 
 
 class LogsMuch(Plain):
     """All that ``self.log`` can do, of values that are the same for every worker."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        values = {"double": torch.tensor(1 + 1e-10, dtype=torch.float64), "number": 1 + 1e-10, "half": torch.tensor(0.1).half()}
+        values = {
+            "double": torch.tensor(1 + 1e-10, dtype=torch.float64),
+            "number": 1 + 1e-10,
+            "half": torch.tensor(0.1).half(),
+        }
         for name, value in values.items():
             self.log(name, value, on_step=True, on_epoch=True, prog_bar=name == "half")
             self.log(f"{name} on epoch", value * (batch_idx + 1), on_step=False, on_epoch=True)
             self.log(f"{name} on step", value, prog_bar=True)
-        self.log("weighed", float(batch_idx), on_step=False, on_epoch=True, batch_size=batch_idx + 1)
+        self.log(
+            "weighed", float(batch_idx), on_step=False, on_epoch=True, batch_size=batch_idx + 1
+        )
         self.log("largest", float(batch_idx), on_step=False, on_epoch=True, reduce_fx="MAX")
         self.log("quiet", 1.0, logger=False)
         return super().training_step(batch, batch_idx)
@@ -627,18 +753,24 @@ class LogsMuch(Plain):
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_what_is_logged_is_what_plain_lightning_logs(precision: Any) -> None:
-    """Names, forks, precision and values, beside a run without this package; workers' values are alike."""
+    """Names, forks, precision and values, beside a run without this package; workers' values are
+    alike.
+    """
     seen = []
     for strategy in ("auto", in_process(4)):
         trainer = L.Trainer(**QUIET, max_epochs=1, precision=precision, strategy=strategy)
         trainer.fit(LogsMuch(), loader(12))
-        seen.append((trainer.callback_metrics, trainer.progress_bar_metrics, trainer.logged_metrics))
+        seen.append(
+            (trainer.callback_metrics, trainer.progress_bar_metrics, trainer.logged_metrics)
+        )
     for plain, ours in zip(*seen, strict=True):
         names = {name for name in plain if not name.startswith("loss")}
         assert names == {name for name in ours if not name.startswith("loss")}
         for name in names:
             assert getattr(plain[name], "dtype", float) == getattr(ours[name], "dtype", float), name
-            assert float(plain[name]) == pytest.approx(float(ours[name]), rel=1e-15 if "double" in name else 1e-6), name
+            assert float(plain[name]) == pytest.approx(
+                float(ours[name]), rel=1e-15 if "double" in name else 1e-6
+            ), name
     assert float(seen[1][0]["double on step"]) == 1 + 1e-10
 
 
@@ -663,17 +795,27 @@ class Validates(Plain):
         rank = self.global_rank
         loss = torch.tensor(torch.nan if rank == self.bad and batch_idx == 1 else float(rank + 1))
         for fx in ("mean", "SUM", "max", torch.min):
-            self.log(f"val_{getattr(fx, '__name__', fx)}", loss, sync_dist=True, reduce_fx=fx, batch_size=self.sizes[rank])
+            self.log(
+                f"val_{getattr(fx, '__name__', fx)}",
+                loss,
+                sync_dist=True,
+                reduce_fx=fx,
+                batch_size=self.sizes[rank],
+            )
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("bad", [2, None])
-def test_the_weight_of_a_rank_whose_value_is_not_finite_does_not_count(bad: int | None, tmp_path: Path) -> None:
+def test_the_weight_of_a_rank_whose_value_is_not_finite_does_not_count(
+    bad: int | None, tmp_path: Path
+) -> None:
     model = Validates()
     model.bad = -1 if bad is None else bad
     for report in fit(tmp_path, model, on_ranks(), devices=4, data=loader(24), val=loader(6)):
         good = [rank for rank in range(4) if rank != bad]
-        mean = sum((rank + 1) * Validates.sizes[rank] for rank in good) / sum(Validates.sizes[rank] for rank in good)
+        mean = sum((rank + 1) * Validates.sizes[rank] for rank in good) / sum(
+            Validates.sizes[rank] for rank in good
+        )
         assert report["metrics"]["val_mean"] == pytest.approx(mean, rel=1e-6)
         assert report["metrics"]["val_SUM"] == 10 * sum(rank + 1 for rank in good)
         assert report["metrics"]["val_max"] == 4
@@ -681,7 +823,9 @@ def test_the_weight_of_a_rank_whose_value_is_not_finite_does_not_count(bad: int 
 
 def test_a_worker_in_quarantine_is_not_logged(tmp_path: Path) -> None:
     class Quarantine(L.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
             trainer.strategy.exchanges[0].quarantined.add(2)
 
     class Worker(Plain):
@@ -696,7 +840,7 @@ def test_a_worker_in_quarantine_is_not_logged(tmp_path: Path) -> None:
     assert report["metrics"]["value_step"] == report["metrics"]["value_epoch"] == 0.25
 
 
-# -- robustness, end to end -------------------------------------------------------------------------------------------
+# -- robustness, end to end ------------------------------------------------------------------------
 
 ATTACKS = [
     SignFlip(5.0),
@@ -721,21 +865,38 @@ def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path)
         torch.manual_seed(1)
         model = Plain()
         data = loader(40 if devices == 1 else 10, blobs(480), shuffle=True)
-        report = fit(tmp_path, model, strategy_for(devices), devices=devices, data=data, max_epochs=15, callbacks=callbacks)[0]
+        report = fit(
+            tmp_path,
+            model,
+            strategy_for(devices),
+            devices=devices,
+            data=data,
+            max_epochs=15,
+            callbacks=callbacks,
+        )[0]
         model.load_state_dict(report["weights"])
         accuracy.append(float((model(x).argmax(1) == y).float().mean()))
     assert accuracy[0] > 0.9
     assert accuracy[1] > accuracy[0] - 0.04
 
 
-@pytest.mark.parametrize("attack", [SignFlip(10.0), IPM(10.0), Gaussian(std=100.0), NotANumber()], ids=repr)
+@pytest.mark.parametrize(
+    "attack", [SignFlip(10.0), IPM(10.0), Gaussian(std=100.0), NotANumber()], ids=repr
+)
 def test_averaging_does_not(attack: Any, tmp_path: Path) -> None:
     x, y = blobs(600, seed=5).tensors
     torch.manual_seed(1)
     model = Plain()
     strategy = averaging(workers_per_process=4)
     callbacks = [ByzantineWorkers(attack, count=1)]
-    (report,) = fit(tmp_path, model, strategy, data=loader(40, blobs(480), shuffle=True), max_epochs=15, callbacks=callbacks)
+    (report,) = fit(
+        tmp_path,
+        model,
+        strategy,
+        data=loader(40, blobs(480), shuffle=True),
+        max_epochs=15,
+        callbacks=callbacks,
+    )
     model.load_state_dict(report["weights"])
     accuracy = float((model(x).argmax(1) == y).float().mean())
     if isinstance(attack, NotANumber):  # the border stops it, whatever the rule

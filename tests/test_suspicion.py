@@ -1,4 +1,6 @@
-"""The sequential test of suspicion: its false-alarm rate, how soon it finds faults, and the sketches that it looks at."""
+"""The sequential test of suspicion: its false-alarm rate, how soon it finds faults, and the
+sketches that it looks at.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def draw(n: int, d: int, generator: torch.Generator, noise: float = 1.0) -> Tens
     return torch.full((n, d), d**-0.5) + noise * torch.randn(n, d, generator=generator) * d**-0.5
 
 
-# -- sketches -------------------------------------------------------------------------------------------------------------
+# -- sketches --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dim", [50, 64, 5000, 64 * 70 + 3])
@@ -61,7 +63,7 @@ def test_a_sketch_is_linear_and_sees_a_single_number() -> None:
     assert float(of(x).double().norm()) == pytest.approx(1e30)
 
 
-# -- honest workers -------------------------------------------------------------------------------------------------------
+# -- honest workers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.01])
@@ -102,8 +104,12 @@ def test_a_liar_cannot_frame_an_honest_worker() -> None:
 
 @pytest.mark.parametrize("kappa", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize(("n", "f"), [(5, 1), (7, 3), (10, 3)])
-def test_colluders_that_know_everybodys_rows_cannot_frame_an_honest_worker(n: int, f: int, kappa: float) -> None:
-    """They subtract a part of its noise from what an honest worker would send, or add it, or sit next to everybody else."""
+def test_colluders_that_know_everybodys_rows_cannot_frame_an_honest_worker(
+    n: int, f: int, kappa: float
+) -> None:
+    """They subtract a part of its noise from what an honest worker would send, or add it, or sit
+    next to everybody else.
+    """
     framed, runs = 0, 4
     for seed in range(runs):
         generator = torch.Generator().manual_seed(seed)
@@ -111,14 +117,18 @@ def test_colluders_that_know_everybodys_rows_cannot_frame_an_honest_worker(n: in
         for _ in range(60):
             rows = draw(n, 256, generator)
             noise = rows[0] - rows[: n - f].mean(0)
-            rows[n - f :] = rows[n - f :] * (1 - kappa**2) ** 0.5 + kappa * ((-1) ** seed * noise if seed < 2 else rows[1] - noise)
+            rows[n - f :] = rows[n - f :] * (1 - kappa**2) ** 0.5 + kappa * (
+                (-1) ** seed * noise if seed < 2 else rows[1] - noise
+            )
             test.observe(rows)
         framed += bool(test.accused & set(range(n - f)))
     assert framed <= runs * 0.1 + 2 * math.sqrt(runs * 0.1 * 0.9)
 
 
 def lies(honest: Tensor, f: int, kind: int, generator: torch.Generator) -> Tensor:
-    """f rows ``[f, d]`` of workers that know the honest ones ``[h, d]``, and want worker 0 to look odd."""
+    """f rows ``[f, d]`` of workers that know the honest ones ``[h, d]``, and want worker 0 to look
+    odd.
+    """
     noise = honest[0] - honest.mean(0)
     if kind == 0:
         return honest[1:].mean(0) - 3 * noise + torch.randn(f, len(noise), generator=generator)
@@ -134,9 +144,18 @@ def lies(honest: Tensor, f: int, kind: int, generator: torch.Generator) -> Tenso
 
 
 @laws
-@given(st.integers(0, 10**6), st.sampled_from([(4, 1), (5, 2), (7, 2), (9, 4)]), st.integers(0, 5), st.sampled_from([1, 3, 40]))
-def test_who_is_surely_extreme_is_extreme_among_the_honest(seed: int, sizes: tuple[int, int], kind: int, d: int) -> None:
-    """What the false-alarm rate rests on: whatever f rows hold, a won bet is won among the honest workers alone."""
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(4, 1), (5, 2), (7, 2), (9, 4)]),
+    st.integers(0, 5),
+    st.sampled_from([1, 3, 40]),
+)
+def test_who_is_surely_extreme_is_extreme_among_the_honest(
+    seed: int, sizes: tuple[int, int], kind: int, d: int
+) -> None:
+    """What the false-alarm rate rests on: whatever f rows hold, a won bet is won among the honest
+    workers alone.
+    """
     n, f = sizes
     generator = torch.Generator().manual_seed(seed)
     pair = []
@@ -149,23 +168,33 @@ def test_who_is_surely_extreme_is_extreme_among_the_honest(seed: int, sizes: tup
     if not test._shown:
         return
     _, won = test._shown[-1]
-    table = torch.zeros(n - f, 4, dtype=torch.float64)  # the honest workers' numbers, without the others
+    # the honest workers' numbers, without the others
+    table = torch.zeros(n - f, 4, dtype=torch.float64)
     a, b = (rows[: n - f].double() for rows in pair)
     for i in range(n - f):
         partners = [k for k in range(n - f) if k != i]
         for rows in (a, b):
             for k in partners:
-                apart, sides = float((rows[i] - rows[k]).norm()), float(rows[i].norm() * rows[k].norm())
+                apart, sides = (
+                    float((rows[i] - rows[k]).norm()),
+                    float(rows[i].norm() * rows[k].norm()),
+                )
                 table[i, 0] += math.log(apart) if apart > 1e-6 else -1e6
                 table[i, 1] += float(rows[i] @ rows[k]) / sides if sides else 0.0
             table[i, 2] += math.log(float(rows[i].norm())) if float(rows[i].norm()) else -1e6
         table[i, 3] = float((a[i] - b[i]).norm())
     for statistic in range(4):
         column = table[:, statistic]
-        for side, ahead in enumerate((column[None, :] >= column[:, None] - 1e-9, column[None, :] <= column[:, None] + 1e-9)):
+        for side, ahead in enumerate(
+            (column[None, :] >= column[:, None] - 1e-9, column[None, :] <= column[:, None] + 1e-9)
+        ):
             place = ahead.sum(1)  # with itself
             for size in range(f):
-                assert bool((place[won[: n - f, statistic, side, size]] <= size + 1).all()), (statistic, side, size)
+                assert bool((place[won[: n - f, statistic, side, size]] <= size + 1).all()), (
+                    statistic,
+                    side,
+                    size,
+                )
 
 
 def test_of_three_workers_directions_accuse_nobody() -> None:
@@ -190,7 +219,9 @@ def test_two_that_copy_a_third_do_not_make_the_others_gross() -> None:
 
 
 def test_rows_of_the_same_bits_accuse_nobody_and_another_direction_is_found() -> None:
-    """Replicated data: distances are rounding errors, and a liar with a usual norm is infinitely farther."""
+    """Replicated data: distances are rounding errors, and a liar with a usual norm is infinitely
+    farther.
+    """
     generator, found = torch.Generator().manual_seed(0), []
     test = SuspicionTest(6, 2)
     for step in range(60):
@@ -204,8 +235,12 @@ def test_rows_of_the_same_bits_accuse_nobody_and_another_direction_is_found() ->
 
 
 @pytest.mark.parametrize("compare", ["others", "own_past"])
-@pytest.mark.parametrize(("scale", "word"), [(0.5, ("shorter", "less", "closer")), (2.0, ("longer", "more", "farther"))])
-def test_an_accusation_shows_what_decided_it(compare: str, scale: float, word: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("scale", "word"), [(0.5, ("shorter", "less", "closer")), (2.0, ("longer", "more", "farther"))]
+)
+def test_an_accusation_shows_what_decided_it(
+    compare: str, scale: float, word: tuple[str, ...]
+) -> None:
     """Also if the worker's last row was as the others'."""
     generator = torch.Generator().manual_seed(0)
     test = SuspicionTest(8, 2, compare=compare)  # type: ignore[arg-type]
@@ -217,7 +252,11 @@ def test_an_accusation_shows_what_decided_it(compare: str, scale: float, word: t
     assert test.accused == {5}
     shown = test.evidence_shown(5)
     size = float(shown.split(" on average ")[1].split(" times")[0])
-    assert min(scale, 1.0) <= size <= max(scale, 1.0) if "distance" not in shown and "change" not in shown else size > 1.0
+    assert (
+        min(scale, 1.0) <= size <= max(scale, 1.0)
+        if "distance" not in shown and "change" not in shown
+        else size > 1.0
+    )
     assert "the median worker's" in shown if compare == "others" else "its own past" in shown
     if "norm" in shown:
         assert any(each in test.reason(5) for each in word)
@@ -241,11 +280,13 @@ def test_different_data_need_a_past_of_their_own() -> None:
     assert accused("own_past", True) == {2}
 
 
-# -- faults ---------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 
 
 def pairs_to_find(fault: str, onset: int, n: int = 8, f: int = 2, seed: int = 0) -> int | None:
-    """How many pairs of rounds after its onset worker 1 is accused; None: never, or somebody else is."""
+    """How many pairs of rounds after its onset worker 1 is accused; None: never, or somebody else
+    is.
+    """
     generator = torch.Generator().manual_seed(seed)
     test, held = SuspicionTest(n, f), torch.zeros(32)
     for step in range(2 * (onset + 40)):
@@ -271,7 +312,10 @@ def pairs_to_find(fault: str, onset: int, n: int = 8, f: int = 2, seed: int = 0)
 
 
 @pytest.mark.parametrize("onset", [1, 30])
-@pytest.mark.parametrize(("fault", "within"), [("scale", 2), ("nan", 2), ("bit", 2), ("stuck", 15), ("labels", 15), ("half", 15)])
+@pytest.mark.parametrize(
+    ("fault", "within"),
+    [("scale", 2), ("nan", 2), ("bit", 2), ("stuck", 15), ("labels", 15), ("half", 15)],
+)
 def test_faults_are_found_soon(fault: str, within: int, onset: int) -> None:
     found = pairs_to_find(fault, onset)
     assert found is not None
@@ -297,7 +341,7 @@ def test_equal_rows_accuse_nobody() -> None:
     assert test.accused == set()
 
 
-# -- what users decide, and checkpoints -----------------------------------------------------------------------------------
+# -- what users decide, and checkpoints ------------------------------------------------------------
 
 
 def test_quarantine_and_back() -> None:
@@ -334,7 +378,9 @@ def test_what_it_knows_survives_a_checkpoint(compare: str) -> None:
         straight.observe(rows)
         resumed.observe(rows)
     assert torch.equal(straight.evidence, resumed.evidence)
-    assert [straight.evidence_shown(worker) for worker in range(5)] == [resumed.evidence_shown(worker) for worker in range(5)]
+    assert [straight.evidence_shown(worker) for worker in range(5)] == [
+        resumed.evidence_shown(worker) for worker in range(5)
+    ]
     fresh = SuspicionTest(5, 1, compare=compare)  # type: ignore[arg-type]
     for rows in rounds[40:]:
         fresh.observe(rows)

@@ -1,4 +1,6 @@
-"""SuspicionMonitor on the strategy's rounds: whom it accuses, what it tells whom, quarantine, and checkpoints."""
+"""SuspicionMonitor on the strategy's rounds: whom it accuses, what it tells whom, quarantine, and
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,23 @@ import torch
 from harness import averaging, fit
 from models import GAN, Plain, blobs, loader
 
-from lightning_byz import AllGather, ByzEF21SGDM, LabelFlip, Mean, NotANumber, RobustSGD, Sharded, SignFlip, WrongScale
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, RobustnessMonitor, SuspicionMonitor
+from lightning_byz import (
+    AllGather,
+    ByzEF21SGDM,
+    LabelFlip,
+    Mean,
+    NotANumber,
+    RobustSGD,
+    Sharded,
+    SignFlip,
+    WrongScale,
+)
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+    RobustnessMonitor,
+    SuspicionMonitor,
+)
 
 
 def plain_momentum_free(n: int = 5, **kwargs: Any) -> ByzantineRobustStrategy:
@@ -25,7 +42,9 @@ def data(devices: int = 1) -> Any:
 
 
 def suspicions(trainer: L.Trainer, module: L.LightningModule) -> Any:
-    monitor = next(callback for callback in trainer.callbacks if isinstance(callback, SuspicionMonitor))
+    monitor = next(
+        callback for callback in trainer.callbacks if isinstance(callback, SuspicionMonitor)
+    )
     return {
         "accused": [sorted(test.accused) for test in monitor.tests],
         "quarantined": monitor.quarantined,
@@ -68,11 +87,18 @@ class KeepsAlerts(L.pytorch.loggers.WandbLogger):
         self.alerts.append(kwargs)
 
 
-@pytest.mark.parametrize(("fault", "within"), [(WrongScale(), 2), (SignFlip(), 60), (LabelFlip(3), 100)], ids=repr)
-def test_it_finds_the_worker_and_tells_everybody(fault: Any, within: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("fault", "within"), [(WrongScale(), 2), (SignFlip(), 60), (LabelFlip(3), 100)], ids=repr
+)
+def test_it_finds_the_worker_and_tells_everybody(
+    fault: Any, within: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     suspects: list[Any] = []
     logger = KeepsAlerts()
-    callbacks = [ByzantineWorkers(fault, workers=[3], start=10), SuspicionMonitor(on_suspect=suspects.append)]
+    callbacks = [
+        ByzantineWorkers(fault, workers=[3], start=10),
+        SuspicionMonitor(on_suspect=suspects.append),
+    ]
     with caplog.at_level(logging.WARNING):
         (report,) = fit(
             tmp_path,
@@ -88,8 +114,13 @@ def test_it_finds_the_worker_and_tells_everybody(fault: Any, within: int, tmp_pa
     (suspect,) = suspects
     assert (suspect.worker, suspect.rank, suspect.device) == (3, 0, "cpu")
     assert 10 <= suspect.step < 10 + within
-    assert [record.message for record in caplog.records if "Suspect" in record.message] == [suspect.message]
-    assert f"Suspect: worker 3, rank 0 on host {suspect.host}, device cpu. Step {suspect.step}: " in suspect.message
+    assert [record.message for record in caplog.records if "Suspect" in record.message] == [
+        suspect.message
+    ]
+    assert (
+        f"Suspect: worker 3, rank 0 on host {suspect.host}, device cpu. Step {suspect.step}: "
+        in suspect.message
+    )
     assert [alert["text"] for alert in logger.alerts] == [suspect.message]
     looks = [(step, row) for step, row in logger.rows if "byz/suspicion/worker_3" in row]
     assert [step for step, _ in looks[:4]] == [0, 1, 2, 3]
@@ -100,7 +131,13 @@ def test_it_finds_the_worker_and_tells_everybody(fault: Any, within: int, tmp_pa
 
 def test_an_honest_run_accuses_nobody(tmp_path: Path) -> None:
     (report,) = fit(
-        tmp_path, Plain(), plain_momentum_free(), data=data(), callbacks=[SuspicionMonitor()], extra=suspicions, max_epochs=3
+        tmp_path,
+        Plain(),
+        plain_momentum_free(),
+        data=data(),
+        callbacks=[SuspicionMonitor()],
+        extra=suspicions,
+        max_epochs=3,
     )
     assert report["extra"]["accused"] == [[]]
 
@@ -109,13 +146,31 @@ def test_an_honest_run_accuses_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize("transport", [AllGather(), Sharded()], ids=lambda t: type(t).__name__)
 def test_on_ranks_all_agree(transport: Any, tmp_path: Path) -> None:
     strategy = ByzantineRobustStrategy(RobustSGD(), transport, start_method="fork", num_byzantine=1)
-    callbacks = [ByzantineWorkers(WrongScale(), workers=[2], start=4), SuspicionMonitor(quarantine=True)]
-    reports = fit(tmp_path, Plain(), strategy, devices=4, data=data(4), callbacks=callbacks, extra=suspicions, max_steps=12)
+    callbacks = [
+        ByzantineWorkers(WrongScale(), workers=[2], start=4),
+        SuspicionMonitor(quarantine=True),
+    ]
+    reports = fit(
+        tmp_path,
+        Plain(),
+        strategy,
+        devices=4,
+        data=data(4),
+        callbacks=callbacks,
+        extra=suspicions,
+        max_steps=12,
+    )
     for report in reports:
         assert report["extra"]["accused"] == [[2]]
         assert report["extra"]["quarantined"] == {2: 5}
-        assert torch.equal(report["extra"]["state"]["tests"][0]["wealth"], reports[0]["extra"]["state"]["tests"][0]["wealth"])
-        assert all(torch.equal(report["weights"][name], value) for name, value in reports[0]["weights"].items())
+        assert torch.equal(
+            report["extra"]["state"]["tests"][0]["wealth"],
+            reports[0]["extra"]["state"]["tests"][0]["wealth"],
+        )
+        assert all(
+            torch.equal(report["weights"][name], value)
+            for name, value in reports[0]["weights"].items()
+        )
 
 
 def test_quarantine_leaves_the_messages_out(tmp_path: Path) -> None:
@@ -126,13 +181,26 @@ def test_quarantine_leaves_the_messages_out(tmp_path: Path) -> None:
             self.steps: list[dict[str, float]] = []
 
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-            self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")})
+            self.steps.append(
+                {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("byz/")}
+            )
 
     keeps, model = Keeps(), Plain(lr=0.0)
     monitor = SuspicionMonitor(quarantine=True, probation=6)
-    callbacks = [ByzantineWorkers(WrongScale(-1e6), workers=[1], start=2, stop=8), RobustnessMonitor(), keeps, monitor]
+    callbacks = [
+        ByzantineWorkers(WrongScale(-1e6), workers=[1], start=2, stop=8),
+        RobustnessMonitor(),
+        keeps,
+        monitor,
+    ]
     (report,) = fit(
-        tmp_path, model, averaging(workers_per_process=5), data=data(), callbacks=callbacks, extra=suspicions, max_steps=14
+        tmp_path,
+        model,
+        averaging(workers_per_process=5),
+        data=data(),
+        callbacks=callbacks,
+        extra=suspicions,
+        max_steps=14,
     )
     weights = [step["byz/weight/worker_1"] for step in keeps.steps]
     assert weights[:4] == pytest.approx([0.2] * 4)
@@ -145,7 +213,9 @@ def test_quarantine_leaves_the_messages_out(tmp_path: Path) -> None:
     assert report["extra"]["quarantined"] == {}
 
 
-def test_two_faulty_workers_one_after_the_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_faulty_workers_one_after_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     logger = Keeps()
     callbacks = [
         ByzantineWorkers(WrongScale(), workers=[1]),
@@ -160,7 +230,8 @@ def test_two_faulty_workers_one_after_the_other(tmp_path: Path, caplog: pytest.L
     last = report["extra"]["quarantined"][2]
     assert 21 <= last <= 23
     looks = {step: row["byz/quarantined"] for step, row in logger.rows if "byz/quarantined" in row}
-    assert [looks[step] for step in (0, 1, 2, 20, last, last + 1)] == [0, 0, 1, 1, 1, 2]  # of the round's beginning
+    # of the round's beginning
+    assert [looks[step] for step in (0, 1, 2, 20, last, last + 1)] == [0, 0, 1, 1, 1, 2]
     said = [record.getMessage() for record in caplog.records]
     (first, second) = (message for message in said if message.startswith("Suspect"))
     assert "the rule goes on with 6 rows and f=2" in first
@@ -168,15 +239,28 @@ def test_two_faulty_workers_one_after_the_other(tmp_path: Path, caplog: pytest.L
     (summary,) = (message for message in said if "at the end (suspicion 1 accuses)" in message)
     lines = summary.splitlines()[1:]
     assert len(lines) == 7
-    quarantined = {1: "(SUSPECT), in quarantine since step 1", 2: f"(SUSPECT), in quarantine since step {last}"}
+    quarantined = {
+        1: "(SUSPECT), in quarantine since step 1",
+        2: f"(SUSPECT), in quarantine since step {last}",
+    }
     for worker, line in enumerate(lines):
         assert "rank 0 on host " in line
-        assert line.endswith(quarantined.get(worker, "")) and ("SUSPECT" in line) == (worker in quarantined)
+        assert line.endswith(quarantined.get(worker, "")) and ("SUSPECT" in line) == (
+            worker in quarantined
+        )
 
 
 def test_silence_is_suspicious_if_it_goes_on(tmp_path: Path) -> None:
     callbacks = [ByzantineWorkers(NotANumber(), workers=[0], start=6), SuspicionMonitor()]
-    (report,) = fit(tmp_path, Plain(), plain_momentum_free(), data=data(), callbacks=callbacks, extra=suspicions, max_steps=12)
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        plain_momentum_free(),
+        data=data(),
+        callbacks=callbacks,
+        extra=suspicions,
+        max_steps=12,
+    )
     assert report["extra"]["accused"] == [[0]]
 
 
@@ -193,7 +277,13 @@ def test_what_it_knows_survives_a_checkpoint(tmp_path: Path) -> None:
             SuspicionMonitor(quarantine=True, on_suspect=suspects.append),
             Saves(),
         ]
-        kwargs = {"max_steps": steps, "max_epochs": 9, "ckpt_path": start, "callbacks": callbacks, "extra": suspicions}
+        kwargs = {
+            "max_steps": steps,
+            "max_epochs": 9,
+            "ckpt_path": start,
+            "callbacks": callbacks,
+            "extra": suspicions,
+        }
         strategy = ByzantineRobustStrategy(RobustSGD(), workers_per_process=7, num_byzantine=2)
         reports += fit(tmp_path / "run", Plain(), strategy, data=data(), **kwargs)
     assert len(suspects) == 1  # it is not accused a second time
@@ -204,9 +294,19 @@ def test_what_it_knows_survives_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_every_optimizer_has_a_test(tmp_path: Path) -> None:
     strategy = averaging(start_method="fork")
-    (report, *_) = fit(tmp_path, GAN(), strategy, devices=3, data=loader(8), callbacks=[SuspicionMonitor()], extra=suspicions)
+    (report, *_) = fit(
+        tmp_path,
+        GAN(),
+        strategy,
+        devices=3,
+        data=loader(8),
+        callbacks=[SuspicionMonitor()],
+        extra=suspicions,
+    )
     assert report["extra"]["accused"] == [[], []]
-    assert [state["pairs"].tolist() for state in report["extra"]["state"]["tests"]] == [[5, 5, 5]] * 2
+    assert [state["pairs"].tolist() for state in report["extra"]["state"]["tests"]] == [
+        [5, 5, 5]
+    ] * 2
 
 
 def test_momentum_spreads_the_looks() -> None:

@@ -1,4 +1,6 @@
-"""The conformance kit says yes to what this package has, and names what is wrong with what is not right."""
+"""The conformance kit says yes to what this package has, and names what is wrong with what is not
+right.
+"""
 
 import dataclasses
 
@@ -22,7 +24,14 @@ from lightning_byz.testing import (
 @each(RULES)
 def test_every_rule_passes(case):
     claims = {
-        name: getattr(case, name) for name in ("robust", "symmetric", "unanimous", "translation_equivariant", "scale_equivariant")
+        name: getattr(case, name)
+        for name in (
+            "robust",
+            "symmetric",
+            "unanimous",
+            "translation_equivariant",
+            "scale_equivariant",
+        )
     }
     check_aggregator(case.rule, n=11, f=min(2, max(0, case.rule.most_f(11))), **claims)
 
@@ -43,7 +52,9 @@ def broken(laws):
 
 def subtracting_trimmed_mean(rows):
     """The trimmed mean of two libraries: the sum, less the extremes."""
-    return (rows.sum(0) - rows.topk(2, 0).values.sum(0) - rows.topk(2, 0, largest=False).values.sum(0)) / (len(rows) - 4)
+    return (
+        rows.sum(0) - rows.topk(2, 0).values.sum(0) - rows.topk(2, 0, largest=False).values.sum(0)
+    ) / (len(rows) - 4)
 
 
 def in_place(rows):
@@ -54,13 +65,32 @@ def in_place(rows):
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        (lambda rows: rows.mean(0), {"f rows of nan", "f rows of 1e20", "one nan in a row", "f rows of -1e30"}),
+        (
+            lambda rows: rows.mean(0),
+            {"f rows of nan", "f rows of 1e20", "one nan in a row", "f rows of -1e30"},
+        ),
         (lambda rows: rows.median(0).values, {"f rows of nan", "one nan in a row"}),
         (subtracting_trimmed_mean, {"f rows of 1e20", "f rows of 1e38"}),
-        (in_place, {"the input is not modified", "equal rows give that row", "it moves with the rows"}),
-        (lambda rows: rows[0], {"the order of the rows does not matter", "f rows of inf", "the result has memory of its own"}),
-        (lambda rows: CoordinateMedian(f=2)(rows.float()), {"float64 rows give such a result", "bfloat16 rows give such a result"}),
-        (lambda rows: CoordinateMedian(f=2)(rows) + torch.rand(()), {"same input, same bits", "equal rows give that row"}),
+        (
+            in_place,
+            {"the input is not modified", "equal rows give that row", "it moves with the rows"},
+        ),
+        (
+            lambda rows: rows[0],
+            {
+                "the order of the rows does not matter",
+                "f rows of inf",
+                "the result has memory of its own",
+            },
+        ),
+        (
+            lambda rows: CoordinateMedian(f=2)(rows.float()),
+            {"float64 rows give such a result", "bfloat16 rows give such a result"},
+        ),
+        (
+            lambda rows: CoordinateMedian(f=2)(rows) + torch.rand(()),
+            {"same input, same bits", "equal rows give that row"},
+        ),
         (lambda rows: CoordinateMedian(f=2)(rows).abs(), {"it scales with the rows"}),
     ],
 )
@@ -86,7 +116,10 @@ def test_claims_that_are_not_made_are_not_checked():
     assert not {"it moves with the rows"} & {
         law.name for law in aggregator_laws(lambda rows: rows[0], translation_equivariant=False)
     }
-    assert not any(law.name.startswith("f rows") for law in aggregator_laws(lambda rows: rows.mean(0), robust=False))
+    assert not any(
+        law.name.startswith("f rows")
+        for law in aggregator_laws(lambda rows: rows.mean(0), robust=False)
+    )
 
 
 class Unscaled(RandK):
@@ -159,4 +192,6 @@ def test_memory_that_is_given_is_written_to():
         def added(self, x, payload):
             return x.add_(payload[0])
 
-    assert "d = 40: decoded into given memory, and added, it is what it decodes to" in broken(compressor_laws(Forgets()))
+    assert "d = 40: decoded into given memory, and added, it is what it decodes to" in broken(
+        compressor_laws(Forgets())
+    )

@@ -1,4 +1,6 @@
-"""What a training step leaves behind: attributes, outputs and buffers, of in-process workers and of ranks."""
+"""What a training step leaves behind: attributes, outputs and buffers, of in-process workers and of
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,13 @@ processes = pytest.mark.processes
 BOTH = [pytest.param(1, id="in-process"), pytest.param(N, id="ranks", marks=processes)]
 
 
-# -- attributes ---------------------------------------------------------------------------------------------------------
+# -- attributes ------------------------------------------------------------------------------------
 
 
 class Recurrent(L.LightningModule):
-    """Truncated backpropagation through time: the hidden state goes from batch to batch in an attribute."""
+    """Truncated backpropagation through time: the hidden state goes from batch to batch in an
+    attribute.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,14 +68,24 @@ def test_an_rnns_state_is_each_workers_own_as_on_ranks(tmp_path: Path) -> None:
         def train_dataloader(self) -> DataLoader:
             ranks, rank = self.trainer.world_size, self.trainer.global_rank
             share = slice(8 * rank // ranks, 8 * (rank + 1) // ranks)
-            return DataLoader(TensorDataset(x[:, share].flatten(0, 1), y[:, share].flatten(0, 1)), batch_size=8 // ranks)
+            return DataLoader(
+                TensorDataset(x[:, share].flatten(0, 1), y[:, share].flatten(0, 1)),
+                batch_size=8 // ranks,
+            )
 
     runs = []
     for devices, strategy in ((1, averaging(workers_per_process=N)), (N, forked_ddp())):
         torch.manual_seed(1)
         extra = lambda _, module: (module.steps, module._private)  # noqa: E731
         runs += fit(
-            tmp_path, Recurrent(), strategy, devices=devices, data=Data(), max_epochs=2, use_distributed_sampler=False, extra=extra
+            tmp_path,
+            Recurrent(),
+            strategy,
+            devices=devices,
+            data=Data(),
+            max_epochs=2,
+            use_distributed_sampler=False,
+            extra=extra,
         )[:1]
     assert_close(*runs)
     assert runs[0]["extra"] == runs[1]["extra"] == (20_000, 9)
@@ -120,7 +134,9 @@ def test_what_a_step_changes_by_hand_is_named_once(tmp_path: Path) -> None:
             self.losses.append(0.0)
             return loss_of(self.net, batch)
 
-    with pytest.warns(UserWarning, match=r"training_step changes teacher.0.weight, .* and \d+ more by hand") as said:
+    with pytest.warns(
+        UserWarning, match=r"training_step changes teacher.0.weight, .* and \d+ more by hand"
+    ) as said:
         L.Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
             devices=1, max_epochs=1, strategy=averaging(workers_per_process=N),
@@ -132,7 +148,7 @@ def test_what_a_step_changes_by_hand_is_named_once(tmp_path: Path) -> None:
     assert changes.names() == ["seen"]
 
 
-# -- outputs ------------------------------------------------------------------------------------------------------------
+# -- outputs ---------------------------------------------------------------------------------------
 
 
 def test_outputs_of_workers_are_those_of_the_whole_batch(tmp_path: Path) -> None:
@@ -140,7 +156,12 @@ def test_outputs_of_workers_are_those_of_the_whole_batch(tmp_path: Path) -> None
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             logits = self.net(batch[0])
             loss = F.cross_entropy(logits, batch[1])
-            return {"loss": loss, "logits": logits.detach(), "mean": logits.detach().mean(), "names": ["a"] * len(logits)}
+            return {
+                "loss": loss,
+                "logits": logits.detach(),
+                "mean": logits.detach().mean(),
+                "names": ["a"] * len(logits),
+            }
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             assert len(outputs["logits"]) == len(outputs["names"]) == len(batch[0])
@@ -165,7 +186,7 @@ def test_joined() -> None:
     assert joined([torch.tensor(1), torch.tensor(2)]) == 1.5
 
 
-# -- gradients past the rule ----------------------------------------------------------------------------------------------
+# -- gradients past the rule -----------------------------------------------------------------------
 
 
 class Gathers(Plain):
@@ -188,7 +209,9 @@ def test_gathering_with_gradients_is_refused(devices: int, tmp_path: Path) -> No
 
 
 def test_gathering_in_a_step_of_in_process_workers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"self.all_gather in training_step.*workers_per_process=4.*devices=n"):
+    with pytest.raises(
+        ValueError, match=r"self.all_gather in training_step.*workers_per_process=4.*devices=n"
+    ):
         fit(tmp_path, GathersConstants(), averaging(workers_per_process=N))
 
 
@@ -211,11 +234,13 @@ def test_synchronized_batchnorm_in_the_module_is_refused(tmp_path: Path) -> None
         fit(tmp_path, Synced(), averaging(workers_per_process=N))
 
 
-# -- buffers --------------------------------------------------------------------------------------------------------------
+# -- buffers ---------------------------------------------------------------------------------------
 
 
 class Queue(Plain):
-    """Keeps the last keys, of unit length, in a buffer that the loss looks at, and an average in another one."""
+    """Keeps the last keys, of unit length, in a buffer that the loss looks at, and an average in
+    another one.
+    """
 
     def __init__(self, bad: int | None = None) -> None:
         super().__init__()
@@ -235,12 +260,18 @@ class Queue(Plain):
 
 
 @pytest.mark.parametrize("devices", BOTH)
-def test_data_in_buffers_are_one_workers_and_statistics_are_aggregated(devices: int, tmp_path: Path) -> None:
+def test_data_in_buffers_are_one_workers_and_statistics_are_aggregated(
+    devices: int, tmp_path: Path
+) -> None:
     common = {"aggregated_buffers": ["aver*"]}
     strategy = (
-        ByzantineRobustStrategy(workers_per_process=N, **common) if devices == 1 else ByzantineRobustStrategy(start_method="fork", **common)
+        ByzantineRobustStrategy(workers_per_process=N, **common)
+        if devices == 1
+        else ByzantineRobustStrategy(start_method="fork", **common)
     )
-    reports = fit(tmp_path, Queue(), strategy, devices=devices, data=loader(24 if devices == 1 else 6))
+    reports = fit(
+        tmp_path, Queue(), strategy, devices=devices, data=loader(24 if devices == 1 else 6)
+    )
     for report in reports:
         assert_equal(reports[0], report)
         assert report["weights"]["queue"].norm(dim=1) == pytest.approx(torch.ones(12), abs=1e-5)
@@ -249,12 +280,19 @@ def test_data_in_buffers_are_one_workers_and_statistics_are_aggregated(devices: 
 
 @processes
 @pytest.mark.parametrize("bad", [0, 1])
-def test_data_of_the_next_worker_where_the_first_ones_are_not_finite(bad: int, tmp_path: Path) -> None:
+def test_data_of_the_next_worker_where_the_first_ones_are_not_finite(
+    bad: int, tmp_path: Path
+) -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(logging.getLogger("lightning_byz"), "info", said.append)
         reports = fit(
-            tmp_path, Queue(bad), ByzantineRobustStrategy(start_method="fork"), devices=N, data=loader(6), extra=lambda *_: list(said)
+            tmp_path,
+            Queue(bad),
+            ByzantineRobustStrategy(start_method="fork"),
+            devices=N,
+            data=loader(6),
+            extra=lambda *_: list(said),
         )
     for report in reports:
         assert_equal(reports[0], report)
@@ -265,7 +303,11 @@ def test_data_of_the_next_worker_where_the_first_ones_are_not_finite(bad: int, t
 
 def test_buffers_that_should_be_aggregated_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`aggregated_buffers`.*'nothing\*'.*queue, at, average"):
-        fit(tmp_path, Queue(), ByzantineRobustStrategy(workers_per_process=N, aggregated_buffers=["nothing*"]))
+        fit(
+            tmp_path,
+            Queue(),
+            ByzantineRobustStrategy(workers_per_process=N, aggregated_buffers=["nothing*"]),
+        )
 
 
 @processes
@@ -323,16 +365,22 @@ def test_buffers_may_come_go_and_be_sparse(devices: int, tmp_path: Path) -> None
             return torch.optim.SGD(self.net[3].parameters(), 0.1)
 
         def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return {k: v for k, v in super().state_dict(*args, **kwargs).items() if v is not None and not v.is_sparse}
+            return {
+                k: v
+                for k, v in super().state_dict(*args, **kwargs).items()
+                if v is not None and not v.is_sparse
+            }
 
     strategy = averaging(workers_per_process=N) if devices == 1 else averaging(start_method="fork")
-    reports = fit(tmp_path, Prunes(), strategy, devices=devices, data=loader(24 if devices == 1 else 6))
+    reports = fit(
+        tmp_path, Prunes(), strategy, devices=devices, data=loader(24 if devices == 1 else 6)
+    )
     for report in reports:
         assert_equal(reports[0], report)
         assert report["weights"]["later"].tolist() == [6.0] * 3
 
 
-# -- what is never sent ---------------------------------------------------------------------------------------------------
+# -- what is never sent ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("devices", BOTH)
@@ -340,7 +388,9 @@ def test_frozen_parameters_may_be_anything(devices: int, tmp_path: Path) -> None
     class Quantized(Plain):
         def __init__(self) -> None:
             super().__init__()
-            self.base = nn.Parameter(torch.randint(0, 255, (10, 10), dtype=torch.uint8), requires_grad=False)
+            self.base = nn.Parameter(
+                torch.randint(0, 255, (10, 10), dtype=torch.uint8), requires_grad=False
+            )
             self.small = nn.Parameter(torch.ones(10, dtype=torch.int8), requires_grad=False)
             self.phase = nn.Parameter(torch.ones(10, dtype=torch.complex64), requires_grad=False)
 
@@ -348,18 +398,26 @@ def test_frozen_parameters_may_be_anything(devices: int, tmp_path: Path) -> None
             return self.net(x @ (self.base.float() / 128 - 1) * self.small * self.phase.real)
 
     runs = []
-    others = ("auto", averaging(workers_per_process=N)) if devices == 1 else (forked_ddp(), averaging(start_method="fork"))
+    others = (
+        ("auto", averaging(workers_per_process=N))
+        if devices == 1
+        else (forked_ddp(), averaging(start_method="fork"))
+    )
     for strategy in others:
         L.seed_everything(1, verbose=False)
-        runs += fit(tmp_path, Quantized(), strategy, devices=devices, data=loader(24 if devices == 1 else 6))[:1]
+        runs += fit(
+            tmp_path, Quantized(), strategy, devices=devices, data=loader(24 if devices == 1 else 6)
+        )[:1]
     assert_close(*runs)
 
 
-# -- processes that somebody else started -----------------------------------------------------------------------------------
+# -- processes that somebody else started ----------------------------------------------------------
 
 
 class Theirs(LightningEnvironment):
-    """What Ray's trainer hands to Lightning: it knows the ranks, and takes no other numbers for them."""
+    """What Ray's trainer hands to Lightning: it knows the ranks, and takes no other numbers for
+    them.
+    """
 
     creates_processes_externally = True
 
@@ -383,7 +441,9 @@ class Theirs(LightningEnvironment):
 
 
 def train_as_told(rank: int, size: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+    )
 
     class OnTheirDevice(ByzantineRobustStrategy):
         @property
@@ -392,7 +452,9 @@ def train_as_told(rank: int, size: int, folder: Path) -> None:
 
     L.seed_everything(1, verbose=False)
     model = Plain()
-    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=OnTheirDevice(), plugins=[Theirs(rank, size)])
+    trainer = L.Trainer(
+        **QUIET, devices=1, max_epochs=1, strategy=OnTheirDevice(), plugins=[Theirs(rank, size)]
+    )
     trainer.fit(model, loader(8))
     torch.save((trainer.world_size, model.seen, model.state_dict()), folder / f"told{rank}.pt")
 
@@ -400,7 +462,9 @@ def train_as_told(rank: int, size: int, folder: Path) -> None:
 @processes
 def test_processes_that_somebody_else_started_are_one_run(tmp_path: Path) -> None:
     start_processes(train_as_told, args=(3, tmp_path), nprocs=3, start_method="fork")
-    worlds, seen, weights = zip(*(torch.load(tmp_path / f"told{rank}.pt") for rank in range(3)), strict=True)
+    worlds, seen, weights = zip(
+        *(torch.load(tmp_path / f"told{rank}.pt") for rank in range(3)), strict=True
+    )
     assert worlds == (3, 3, 3)
     assert sum(map(len, seen)) == len(set().union(*seen)) == 240
     for other in weights[1:]:
@@ -426,14 +490,20 @@ def test_a_group_that_is_larger_than_the_run_is_an_error(tmp_path: Path) -> None
 
 
 def test_arguments_of_ddp_are_taken_and_answered() -> None:
-    with pytest.warns(UserWarning, match=r"not needed.*find_unused_parameters: .*static_graph: ") as said:
-        ByzantineRobustStrategy(SignSGDMajorityVote(), find_unused_parameters=True, static_graph=False)
+    with pytest.warns(
+        UserWarning, match=r"not needed.*find_unused_parameters: .*static_graph: "
+    ) as said:
+        ByzantineRobustStrategy(
+            SignSGDMajorityVote(), find_unused_parameters=True, static_graph=False
+        )
     assert len(said) == 1
     with pytest.raises(TypeError, match="no argument 'num_byzantin'"):
         ByzantineRobustStrategy(num_byzantin=1)
 
 
-@pytest.mark.parametrize(("samples", "words"), [(6, "at least two samples for each worker"), (24, None)])
+@pytest.mark.parametrize(
+    ("samples", "words"), [(6, "at least two samples for each worker"), (24, None)]
+)
 def test_batch_normalization_with_one_sample_says_so_in_words_about_workers(
     tmp_path: Path, samples: int, words: str | None
 ) -> None:

@@ -59,8 +59,17 @@ PARITY: dict[str, tuple[dict[str, Any], Any]] = {
     "unused": ({"unused": True}, dict),
     "frozen": ({"frozen": True}, dict),
     "gradient checkpointing": ({"checkpointing": True}, dict),
-    "swa": ({}, lambda: {"max_epochs": 3, "callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.05, 1)]}),
-    "early stopping": ({}, lambda: {"max_epochs": 4, "callbacks": [L.pytorch.callbacks.EarlyStopping("loss", 9, 0)]}),
+    "swa": (
+        {},
+        lambda: {
+            "max_epochs": 3,
+            "callbacks": [L.pytorch.callbacks.StochasticWeightAveraging(0.05, 1)],
+        },
+    ),
+    "early stopping": (
+        {},
+        lambda: {"max_epochs": 4, "callbacks": [L.pytorch.callbacks.EarlyStopping("loss", 9, 0)]},
+    ),
 }
 
 
@@ -73,20 +82,28 @@ def test_mean_of_in_process_workers_is_plain_lightning(case: str, tmp_path: Path
         runs += fit(tmp_path, Plain(**options), strategy, **trainer())
     assert runs[0]["steps"] == runs[1]["steps"] > 0
     assert_close(*runs, 2e-3 if "16" in case else 1e-5)
-    assert runs[0]["metrics"]["loss_step"] == pytest.approx(runs[1]["metrics"]["loss_step"], rel=2e-2 if "16" in case else 1e-4)
+    assert runs[0]["metrics"]["loss_step"] == pytest.approx(
+        runs[1]["metrics"]["loss_step"], rel=2e-2 if "16" in case else 1e-4
+    )
 
 
 ALGORITHMS = {
     "default": None,
     "momentum": RobustSGD(aggregator=TrimmedMean(), worker_momentum=0.9, server_momentum=0.5),
-    "rand-k": RobustSGD(aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()), compressor=RandK(ratio=0.3), worker_momentum=0.9),
+    "rand-k": RobustSGD(
+        aggregator=Chain(pre=(NNM(),), rule=TrimmedMean()),
+        compressor=RandK(ratio=0.3),
+        worker_momentum=0.9,
+    ),
     "krum": RobustSGD(aggregator=Krum(f=0)),
     "ef21": ByzEF21SGDM(compressor=TopK(ratio=0.1)),
     "ef14": EF14(compressor=PerTensor(TopK(ratio=0.1))),
     "vr-dm21": ByzVRDM21(compressor=TopK(ratio=0.3)),
     "dstar": DStar(),
     "marina": ByzVRMarinaPP(TrimmedMean(), compressor=RandK(ratio=0.5), p=0.3, clipping=None),
-    "marina-pp": ByzVRMarinaPP(CoordinateMedian(), p=0.3, cohort_size=2, full_cohort_size=3, full_batches=2),
+    "marina-pp": ByzVRMarinaPP(
+        CoordinateMedian(), p=0.3, cohort_size=2, full_cohort_size=3, full_batches=2
+    ),
     "clipped": ClippedDifferences(RobustSGD(TrimmedMean(), worker_momentum=0.5), cohort_size=2),
     "signum": SignSGDMajorityVote(),
 }
@@ -98,7 +115,9 @@ class Streams(Plain):
     def train_dataloader(self) -> DataLoader:
         strategy = self.trainer.strategy
         local, ranks = strategy.workers_per_process, self.trainer.world_size
-        sampler = WorkerSampler(blobs(), 6, local, num_replicas=ranks, rank=strategy.global_rank, seed=3)
+        sampler = WorkerSampler(
+            blobs(), 6, local, num_replicas=ranks, rank=strategy.global_rank, seed=3
+        )
         return DataLoader(blobs(), batch_size=6 * local, sampler=sampler)
 
 
@@ -119,16 +138,30 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
     for devices in (1, 2, 4):
         torch.manual_seed(1)
         strategy = ByzantineRobustStrategy(
-            algorithm=ALGORITHMS[name], workers_per_process=N // devices, start_method="fork", seed=7
+            algorithm=ALGORITHMS[name],
+            workers_per_process=N // devices,
+            start_method="fork",
+            seed=7,
         )
         callbacks = [] if attack is None else [ByzantineWorkers(attack, workers=[1])]
         options = {"norm": True, "dropout": 0.2}
-        runs.append(fit(tmp_path, Streams(**options), strategy, devices=devices, callbacks=callbacks, max_epochs=2))
+        runs.append(
+            fit(
+                tmp_path,
+                Streams(**options),
+                strategy,
+                devices=devices,
+                callbacks=callbacks,
+                max_epochs=2,
+            )
+        )
     for run in runs:
         for report in run:
             assert_equal(runs[0][0], report)
             for metric in ("loss", "byz/cosine", "byz/relative_error", "byz/byzantine_weight"):
-                assert report["metrics"].get(metric) == pytest.approx(runs[0][0]["metrics"].get(metric), nan_ok=True)
+                assert report["metrics"].get(metric) == pytest.approx(
+                    runs[0][0]["metrics"].get(metric), nan_ok=True
+                )
     assert runs[0][0]["steps"] == 20
 
 
@@ -144,15 +177,27 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
     ids=repr,
 )
 def test_shards_are_in_process(algorithm: Any, attack: Any, exact: bool, tmp_path: Path) -> None:
-    """The same seed with all workers in one process, and with a shard of the coordinates in each of two."""
+    """The same seed with all workers in one process, and with a shard of the coordinates in each of
+    two.
+    """
     runs = []
     for devices, transport in ((1, None), (2, Sharded())):
         torch.manual_seed(1)
         strategy = ByzantineRobustStrategy(
-            algorithm=algorithm, transport=transport, workers_per_process=6 // devices, start_method="fork", seed=7
+            algorithm=algorithm,
+            transport=transport,
+            workers_per_process=6 // devices,
+            start_method="fork",
+            seed=7,
         )
         callbacks = [ByzantineWorkers(attack, workers=[1])]
-        runs += fit(tmp_path, Streams(norm=True, dropout=0.2), strategy, devices=devices, callbacks=callbacks)
+        runs += fit(
+            tmp_path,
+            Streams(norm=True, dropout=0.2),
+            strategy,
+            devices=devices,
+            callbacks=callbacks,
+        )
     for report in runs[1:]:
         (assert_equal if exact else assert_close)(runs[0], report)
         assert_equal(runs[1], report)
@@ -163,19 +208,33 @@ def test_shards_are_in_process(algorithm: Any, attack: Any, exact: bool, tmp_pat
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "attack", [Mixture((OptimizedALIE(), Mimic(warmup=3))), Mixture((Stuck(), FlippedBit())), ShuffledLabels()], ids=repr
+    "attack",
+    [
+        Mixture((OptimizedALIE(), Mimic(warmup=3))),
+        Mixture((Stuck(), FlippedBit())),
+        ShuffledLabels(),
+    ],
+    ids=repr,
 )
-def test_omniscient_attacks_and_faults_are_the_same_across_processes(attack: Any, tmp_path: Path) -> None:
+def test_omniscient_attacks_and_faults_are_the_same_across_processes(
+    attack: Any, tmp_path: Path
+) -> None:
     runs = []
     for devices in (1, 2):
         torch.manual_seed(1)
-        strategy = ByzantineRobustStrategy(workers_per_process=6 // devices, num_byzantine=2, start_method="fork", seed=7)
+        strategy = ByzantineRobustStrategy(
+            workers_per_process=6 // devices, num_byzantine=2, start_method="fork", seed=7
+        )
         callbacks = [ByzantineWorkers(attack, workers=[1, 4], probability=0.8)]
         remembered = lambda _trainer, _, callbacks=callbacks: callbacks[0].state_dict()  # noqa: E731
-        runs += fit(tmp_path, Streams(), strategy, devices=devices, callbacks=callbacks, extra=remembered)
+        runs += fit(
+            tmp_path, Streams(), strategy, devices=devices, callbacks=callbacks, extra=remembered
+        )
     for report in runs:
         assert_equal(runs[0], report)
-        for a, b in zip(runs[0]["extra"].get("attack", []), report["extra"].get("attack", []), strict=True):
+        for a, b in zip(
+            runs[0]["extra"].get("attack", []), report["extra"].get("attack", []), strict=True
+        ):
             assert a["memory"].keys() == b["memory"].keys()
             assert all(torch.equal(value, b["memory"][key]) for key, value in a["memory"].items())
 
@@ -185,7 +244,9 @@ def test_the_strategy_tells_a_compressor_the_tensors_sizes(tmp_path: Path) -> No
     strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=N)
 
     def seen(trainer: Any, module: Any) -> Any:
-        return trainer.strategy.exchanges[0].algorithm.compressor.sizes, [p.numel() for p in module.parameters()]
+        return trainer.strategy.exchanges[0].algorithm.compressor.sizes, [
+            p.numel() for p in module.parameters()
+        ]
 
     (report,) = fit(tmp_path, Plain(), strategy, extra=seen)
     found, sizes = report["extra"]
@@ -195,16 +256,22 @@ def test_the_strategy_tells_a_compressor_the_tensors_sizes(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("module", [Manual], ids=["manual"])
 def test_manual_optimization_is_refused_in_process(module: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"workers_per_process=4.*manual.*Use one worker per process"):
+    with pytest.raises(
+        ValueError, match=r"workers_per_process=4.*manual.*Use one worker per process"
+    ):
         fit(tmp_path, module(), averaging(workers_per_process=N))
 
 
 def test_workers_that_hold_more_data_weigh_more(tmp_path: Path) -> None:
-    """A mean weighted 3:1:1:1 is the step that the weighted mean of the workers' gradients makes; equal weights are no weights."""
+    """A mean weighted 3:1:1:1 is the step that the weighted mean of the workers' gradients makes;
+    equal weights are no weights.
+    """
     reports = []
     for weights in (None, [2, 2, 2, 2], [3, 1, 1, 1]):
         torch.manual_seed(1)
-        strategy = ByzantineRobustStrategy(RobustSGD(Mean()), workers_per_process=N, num_byzantine=0, worker_weights=weights)
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(Mean()), workers_per_process=N, num_byzantine=0, worker_weights=weights
+        )
         reports += fit(tmp_path, Plain(), strategy)
     assert_close(reports[0], reports[1])
     with pytest.raises(AssertionError):
@@ -223,7 +290,10 @@ def test_weights_that_cannot_work_are_refused_before_the_first_step(
     weights: list[float], rule: Any, message: str, tmp_path: Path
 ) -> None:
     strategy = ByzantineRobustStrategy(
-        RobustSGD(rule), workers_per_process=N, worker_weights=weights, num_byzantine=0 if isinstance(rule, Krum) else 1
+        RobustSGD(rule),
+        workers_per_process=N,
+        worker_weights=weights,
+        num_byzantine=0 if isinstance(rule, Krum) else 1,
     )
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, Plain(), strategy)

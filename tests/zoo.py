@@ -1,4 +1,5 @@
-"""One instance of everything, one line each, with the properties that it claims; the laws in ``test_*.py`` run over all of them.
+"""One instance of everything, one line each, with the properties that it claims; the laws in
+``test_*.py`` run over all of them.
 
 A new rule, compressor, attack or algorithm adds its line here and is tested by every law.
 """
@@ -111,7 +112,11 @@ from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.simulation import Simulation
 
 laws = settings(
-    derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 """Hypothesis without chance: the same examples in every run."""
 
@@ -130,7 +135,7 @@ def lied_to(
     return exchange
 
 
-# -- rules ----------------------------------------------------------------------------------------------------------------
+# -- rules -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,13 @@ class RuleCase:
 
     Attributes:
         robust: f arbitrary rows move it by no more than a constant of the honest spread.
-        exact_ties: equal rows and equal distances are told apart as in the definition (the first row wins), also after rounding.
+        exact_ties: equal rows and equal distances are told apart as in the definition (the first
+            row wins), also after rounding.
         unanimous: equal rows give that row.
         symmetric: the order of the rows does not matter.
         unique_from: the number of rows and columns from which its definition has one solution.
-        tolerance: how closely it and the slow loop, both exact to rounding unless they iterate, agree.
+        tolerance: how closely it and the slow loop, both exact to rounding unless they iterate,
+            agree.
         frozen: its value on `FROZEN_ROWS`, with f = 2.
         frozen_tolerance: how closely it gives that on every machine.
     """
@@ -176,10 +183,29 @@ RULES = [
     RuleCase("multi_krum_of_2", MultiKrum(f=2, m=2), oracles.multi_krum(2), (1.125, -1.875, 1.625)),
     RuleCase("meamed", MeaMed(f=2), oracles.meamed, (17 / 14, -17 / 14, 19 / 7)),
     RuleCase("phocas", Phocas(f=2), oracles.phocas, (17 / 14, -17 / 14, 19 / 7), exact_ties=False),
-    RuleCase("cge", CGE(f=2), oracles.cge, (17 / 14, -17 / 14, 25 / 14), translation_equivariant=False, exact_ties=False),
+    RuleCase(
+        "cge",
+        CGE(f=2),
+        oracles.cge,
+        (17 / 14, -17 / 14, 25 / 14),
+        translation_equivariant=False,
+        exact_ties=False,
+    ),
     RuleCase("faba", FABA(f=2), oracles.faba, (17 / 14, -17 / 14, 25 / 14), exact_ties=False),
-    RuleCase("aksel", Aksel(f=2), oracles.aksel(half=False), (17 / 14, -17 / 14, 25 / 14), exact_ties=False),
-    RuleCase("aksel_half", Aksel(f=2, half=True), oracles.aksel(half=True), (31 / 20, -9 / 5, 12 / 5), exact_ties=False),
+    RuleCase(
+        "aksel",
+        Aksel(f=2),
+        oracles.aksel(half=False),
+        (17 / 14, -17 / 14, 25 / 14),
+        exact_ties=False,
+    ),
+    RuleCase(
+        "aksel_half",
+        Aksel(f=2, half=True),
+        oracles.aksel(half=True),
+        (31 / 20, -9 / 5, 12 / 5),
+        exact_ties=False,
+    ),
     RuleCase(
         "geometric_median",
         GeometricMedian(f=2),
@@ -198,8 +224,20 @@ RULES = [
         translation_equivariant=False,
         scale_equivariant=False,
     ),
-    RuleCase("krum_byzfl", Krum(f=2, definition="byzfl"), oracles.krum_of(1, 2), (0.5, -1.25, 2.0), exact_ties=False),
-    RuleCase("krum_4th_powers", Krum(f=2, definition="vr_byzantine"), oracles.krum_of(2, 4), (0.5, -1.25, 2.0), exact_ties=False),
+    RuleCase(
+        "krum_byzfl",
+        Krum(f=2, definition="byzfl"),
+        oracles.krum_of(1, 2),
+        (0.5, -1.25, 2.0),
+        exact_ties=False,
+    ),
+    RuleCase(
+        "krum_4th_powers",
+        Krum(f=2, definition="vr_byzantine"),
+        oracles.krum_of(2, 4),
+        (0.5, -1.25, 2.0),
+        exact_ties=False,
+    ),
     RuleCase(
         "multi_krum_byzfl",
         MultiKrum(f=2, definition="byzfl"),
@@ -222,7 +260,13 @@ RULES = [
         robust=False,
     ),
     RuleCase("bulyan", Bulyan(f=1), oracles.bulyan, (1.25, -1.2, 2.0), exact_ties=False),
-    RuleCase("mda", MDA(f=2), oracles.mda, (1.214285714285714, -1.214285714285714, 1.785714285714286), exact_ties=False),
+    RuleCase(
+        "mda",
+        MDA(f=2),
+        oracles.mda,
+        (1.214285714285714, -1.214285714285714, 1.785714285714286),
+        exact_ties=False,
+    ),
     RuleCase(
         "smea",
         SMEA(f=2),
@@ -328,7 +372,9 @@ RULES = [
     RuleCase(
         "arc+nnm+trimmed_mean",
         Chain(pre=(ARC(f=2), NNM(f=2)), rule=TrimmedMean(f=2)),
-        oracles.chain(oracles.clipped_to(oracles.arc_limit), oracles.nnm, rule=oracles.trimmed_mean),
+        oracles.chain(
+            oracles.clipped_to(oracles.arc_limit), oracles.nnm, rule=oracles.trimmed_mean
+        ),
         (1.3091214176444004, -1.4341704148954237, 1.6990528186842682),
         translation_equivariant=False,
         exact_ties=False,
@@ -341,7 +387,10 @@ RULES = [
         symmetric=False,
     ),
     RuleCase(
-        "nnm+median", nnm(CoordinateMedian(f=2)), oracles.chain(oracles.nnm, rule=oracles.median), (17 / 14, -17 / 14, 25 / 14)
+        "nnm+median",
+        nnm(CoordinateMedian(f=2)),
+        oracles.chain(oracles.nnm, rule=oracles.median),
+        (17 / 14, -17 / 14, 25 / 14),
     ),
     RuleCase(
         "nnm+trimmed_mean",
@@ -350,7 +399,11 @@ RULES = [
         (37 / 35, -79 / 70, 69 / 35),
     ),
     RuleCase(
-        "nnm+krum", nnm(Krum(f=2)), oracles.chain(oracles.nnm, rule=oracles.krum), (17 / 14, -17 / 14, 25 / 14), exact_ties=False
+        "nnm+krum",
+        nnm(Krum(f=2)),
+        oracles.chain(oracles.nnm, rule=oracles.krum),
+        (17 / 14, -17 / 14, 25 / 14),
+        exact_ties=False,
     ),
     RuleCase(
         "nnm+multi_krum",
@@ -368,7 +421,9 @@ RULES = [
     ),
 ]
 ROBUST_RULES = [case for case in RULES if case.robust]
-PRE_AGGREGATORS: list[tuple[str, PreAggregator, Callable[[oracles.Matrix, int], oracles.Matrix]]] = [("nnm", NNM(f=2), oracles.nnm)]
+PRE_AGGREGATORS: list[
+    tuple[str, PreAggregator, Callable[[oracles.Matrix, int], oracles.Matrix]]
+] = [("nnm", NNM(f=2), oracles.nnm)]
 
 FROZEN_ROWS = (
     (0.5, -1.25, 2.0),
@@ -383,7 +438,14 @@ FROZEN_ROWS = (
 )
 
 
-def rows_for(n: int, d: int, seed: int = 0, mean: float = 1.0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def rows_for(
+    n: int,
+    d: int,
+    seed: int = 0,
+    mean: float = 1.0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """Honest-looking rows ``[n, d]``: a common mean and a spread."""
     generator = torch.Generator().manual_seed(seed)
     return (mean + scale * torch.randn(n, d, generator=generator, dtype=torch.float64)).to(dtype)
@@ -395,26 +457,35 @@ JUNK: dict[str, Callable[[int, int, torch.dtype], Tensor]] = {
     "+inf": lambda f, d, dtype: torch.full((f, d), torch.inf, dtype=dtype),
     "-inf": lambda f, d, dtype: torch.full((f, d), -torch.inf, dtype=dtype),
     "nan": lambda f, d, dtype: torch.full((f, d), torch.nan, dtype=dtype),
-    "one nan": lambda f, d, dtype: torch.cat([torch.zeros(f, d - 1), torch.full((f, 1), torch.nan)], 1).to(dtype),
+    "one nan": lambda f, d, dtype: torch.cat(
+        [torch.zeros(f, d - 1), torch.full((f, 1), torch.nan)], 1
+    ).to(dtype),
     "+3e38": lambda f, d, dtype: torch.full((f, d), 3e38, dtype=dtype),
     "-3e38": lambda f, d, dtype: torch.full((f, d), -3e38, dtype=dtype),
-    "3e38, signs alternate": lambda f, d, dtype: (3e38 * (-1.0) ** torch.arange(f)[:, None].expand(f, d)).to(dtype),
+    "3e38, signs alternate": lambda f, d, dtype: (
+        3e38 * (-1.0) ** torch.arange(f)[:, None].expand(f, d)
+    ).to(dtype),
     "the largest numbers": lambda f, d, dtype: (
-        torch.finfo(dtype).max * (-1.0) ** torch.arange(f, dtype=torch.float64)[:, None].expand(f, d)
+        torch.finfo(dtype).max
+        * (-1.0) ** torch.arange(f, dtype=torch.float64)[:, None].expand(f, d)
     ).to(dtype),
     "1e20": lambda f, d, dtype: torch.full((f, d), 1e20, dtype=dtype),
     "1e6, all the same": lambda f, d, dtype: rows_for(1, d, 99, 0.0, 1e6, dtype).expand(f, d),
     "30, all the same": lambda f, d, dtype: rows_for(1, d, 98, 0.0, 30.0, dtype).expand(f, d),
     "zeros": lambda f, d, dtype: torch.zeros(f, d, dtype=dtype),
-    "one large coordinate": lambda f, d, dtype: torch.cat([torch.full((f, 1), 1e15), torch.ones(f, d - 1)], 1).to(dtype),
+    "one large coordinate": lambda f, d, dtype: torch.cat(
+        [torch.full((f, 1), 1e15), torch.ones(f, d - 1)], 1
+    ).to(dtype),
     "a different size each": lambda f, d, dtype: (
         (10.0 ** (5 * torch.arange(f, dtype=torch.float64) - 2))[:, None].expand(f, d).to(dtype)
     ),
-    "nan and 1e30": lambda f, d, dtype: torch.where(torch.arange(f)[:, None] % 2 == 0, torch.nan, 1e30).expand(f, d).to(dtype),
+    "nan and 1e30": lambda f, d, dtype: (
+        torch.where(torch.arange(f)[:, None] % 2 == 0, torch.nan, 1e30).expand(f, d).to(dtype)
+    ),
 }
 
 
-# -- compressors ----------------------------------------------------------------------------------------------------------
+# -- compressors -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -426,7 +497,9 @@ class CompressorCase:
     tight: bool = True  # its variance is what it declares, not only bounded by it
 
     def of(self, dim: int) -> Compressor:
-        """The compressor for vectors ``[dim]`` that are made of three tensors, one of them empty."""
+        """The compressor for vectors ``[dim]`` that are made of three tensors, one of them
+        empty.
+        """
         return self.compressor.for_sizes((dim // 3, 0, dim - dim // 3))
 
 
@@ -434,8 +507,10 @@ COMPRESSORS = [
     CompressorCase("identity", Identity()),
     CompressorCase("top_k_ratio", TopK(ratio=0.2), sparse=True),
     CompressorCase("top_3", TopK(k=3), sparse=True),
-    CompressorCase("rand_k_ratio", RandK(ratio=0.4), sparse=True, random=True),  # drawn from a permutation
-    CompressorCase("rand_3", RandK(k=3), sparse=True, random=True),  # drawn one by one where d >= 12
+    # drawn from a permutation
+    CompressorCase("rand_k_ratio", RandK(ratio=0.4), sparse=True, random=True),
+    # drawn one by one where d >= 12
+    CompressorCase("rand_3", RandK(k=3), sparse=True, random=True),
     CompressorCase("rand_3_contractive", ContractiveRandK(k=3), sparse=True, random=True),
     CompressorCase("rand_k_everything", RandK(ratio=1.0), sparse=True, random=True),
     CompressorCase("sign", Sign()),
@@ -455,21 +530,24 @@ COMPRESSORS = [
     CompressorCase("rand_k_per_tensor", PerTensor(RandK(k=2)), random=True, tight=False),
     CompressorCase("low_rank_per_tensor", PerTensor(LowRank(rank=1)), random=True),
     CompressorCase("top_k_per_shard", PerShard(TopK(ratio=0.2), shards=3)),
-    CompressorCase("contractive_qsgd_per_shard", Contractive(PerShard(QSGD(levels=7), shards=3)), random=True),
+    CompressorCase(
+        "contractive_qsgd_per_shard", Contractive(PerShard(QSGD(levels=7), shards=3)), random=True
+    ),
 ]
 
 
-# -- attacks --------------------------------------------------------------------------------------------------------------
+# -- attacks ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A rule and a setting that an attack must damage: b of n workers, honest rows of mean 1 and the given spread.
+    """A rule and a setting that an attack must damage: b of n workers, honest rows of mean 1 and
+    the given spread.
 
     Attributes:
         error: ``||result - honest mean|| / ||honest mean||`` is at least this.
-        reverses: the result points away from the honest mean, and along it if nobody lies. If False, the error is twice what it is if
-            nobody lies, or more.
+        reverses: the result points away from the honest mean, and along it if nobody lies. If
+            False, the error is twice what it is if nobody lies, or more.
     """
 
     rule: Callable[[Tensor], Tensor]
@@ -485,13 +563,23 @@ class AttackCase:
     name: str
     attack: Attack
     damage: Damage
-    formula: Callable[[Tensor], Tensor] | None = None  # the common message, from the honest rows; None: see the tests
+    # the common message, from the honest rows; None: see the tests
+    formula: Callable[[Tensor], Tensor] | None = None
     random: bool = False
-    memory: Callable[[Tensor], dict[str, Tensor]] = lambda own: {}  # what it remembers of rounds before
+    # what it remembers of rounds before
+    memory: Callable[[Tensor], dict[str, Tensor]] = lambda own: {}
 
 
-def scene_of(case: AttackCase, honest: Tensor, own: Tensor, seed: int = 0, rule: Callable[[Tensor], Tensor] | None = None) -> Scene:
-    """What the attackers see: the server's rule (a mean), and a model that gradients of mean 1 have brought from 0 to -10."""
+def scene_of(
+    case: AttackCase,
+    honest: Tensor,
+    own: Tensor,
+    seed: int = 0,
+    rule: Callable[[Tensor], Tensor] | None = None,
+) -> Scene:
+    """What the attackers see: the server's rule (a mean), and a model that gradients of mean 1 have
+    brought from 0 to -10.
+    """
     rule = rule or without_border
     return Scene(
         generator=torch.Generator().manual_seed(seed),
@@ -508,17 +596,39 @@ def without_border(rows: Tensor) -> Tensor:
 
 ATTACKS = [
     AttackCase("sign_flip", SignFlip(), Damage(Mean(), 10, 3, 0.5, 0.5), lambda h: -h.mean(0)),
-    AttackCase("sign_flip_x10", SignFlip(scale=10), Damage(Mean(), 10, 3, 0.5, 3.0, True), lambda h: -10 * h.mean(0)),
-    AttackCase("ipm_0.1", IPM(), Damage(Krum(f=8), 20, 8, 2.0, 1.05, True), lambda h: -0.1 * h.mean(0)),
-    AttackCase("ipm_0.1_median", IPM(0.1), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5), lambda h: -0.1 * h.mean(0)),
-    AttackCase("ipm_3", IPM(3.0), Damage(Mean(), 10, 3, 0.5, 1.1, True), lambda h: -3 * h.mean(0)),
-    AttackCase("alie_1.5", ALIE(z=1.5), Damage(Krum(f=8), 20, 8, 4.0, 3.5, True), lambda h: h.mean(0) - 1.5 * h.std(0)),
     AttackCase(
-        "alie_1.5_median", ALIE(z=1.5), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.8), lambda h: h.mean(0) - 1.5 * h.std(0)
+        "sign_flip_x10",
+        SignFlip(scale=10),
+        Damage(Mean(), 10, 3, 0.5, 3.0, True),
+        lambda h: -10 * h.mean(0),
+    ),
+    AttackCase(
+        "ipm_0.1", IPM(), Damage(Krum(f=8), 20, 8, 2.0, 1.05, True), lambda h: -0.1 * h.mean(0)
+    ),
+    AttackCase(
+        "ipm_0.1_median",
+        IPM(0.1),
+        Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5),
+        lambda h: -0.1 * h.mean(0),
+    ),
+    AttackCase("ipm_3", IPM(3.0), Damage(Mean(), 10, 3, 0.5, 1.1, True), lambda h: -3 * h.mean(0)),
+    AttackCase(
+        "alie_1.5",
+        ALIE(z=1.5),
+        Damage(Krum(f=8), 20, 8, 4.0, 3.5, True),
+        lambda h: h.mean(0) - 1.5 * h.std(0),
+    ),
+    AttackCase(
+        "alie_1.5_median",
+        ALIE(z=1.5),
+        Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.8),
+        lambda h: h.mean(0) - 1.5 * h.std(0),
     ),
     AttackCase("alie_formula", ALIE(), Damage(CoordinateMedian(f=9), 20, 9, 1.0, 0.6)),
     AttackCase("gaussian", Gaussian(std=100.0), Damage(Mean(), 10, 3, 0.5, 5.0), random=True),
-    AttackCase("gaussian_shifted", Gaussian(mean=-10.0), Damage(Mean(), 10, 3, 0.5, 2.0, True), random=True),
+    AttackCase(
+        "gaussian_shifted", Gaussian(mean=-10.0), Damage(Mean(), 10, 3, 0.5, 2.0, True), random=True
+    ),
     AttackCase("zero", Zero(), Damage(Mean(), 10, 3, 0.5, 0.28), lambda h: 0 * h[0]),
     AttackCase("bit_flip", BitFlip(), Damage(Mean(), 10, 3, 0.5, 0.5)),
     AttackCase("random_sign", RandomSign(), Damage(Mean(), 10, 3, 0.5, 0.3), random=True),
@@ -527,16 +637,26 @@ ATTACKS = [
     AttackCase("min_max_unit", MinMax("unit"), Damage(Krum(f=8), 20, 8, 2.0, 1.6, True)),
     AttackCase("min_sum_std", MinSum(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.2, True)),
     AttackCase("min_sum_unit", MinSum("unit"), Damage(Krum(f=8), 20, 8, 2.0, 1.3, True)),
-    AttackCase("min_sum_max", MinSum("unit", bound="max"), Damage(TrimmedMean(f=8), 20, 8, 2.0, 1.0, True)),
+    AttackCase(
+        "min_sum_max", MinSum("unit", bound="max"), Damage(TrimmedMean(f=8), 20, 8, 2.0, 1.0, True)
+    ),
     AttackCase("huge", Huge(), Damage(without_border, 10, 1, 0.5, 1e28), lambda h: 0 * h[0] + 1e30),
     AttackCase("infinity", Infinity(), Damage(without_border, 10, 1, 0.5, 1e300)),
-    AttackCase("minus_infinity", Infinity(negative=True), Damage(without_border, 10, 1, 0.5, 1e300)),
+    AttackCase(
+        "minus_infinity", Infinity(negative=True), Damage(without_border, 10, 1, 0.5, 1e300)
+    ),
     AttackCase("not_a_number", NotANumber(), Damage(without_border, 10, 1, 0.5, torch.inf)),
     AttackCase("anti_cge", AntiCGE(), Damage(CGE(f=8), 20, 8, 1.0, 1.0, True)),
     AttackCase("foe", FoE(), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5)),
     AttackCase("optimized_ipm", OptimizedIPM(), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5)),
-    AttackCase("optimized_alie", OptimizedALIE(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.0, True)),
-    AttackCase("optimized_alie_nnm", OptimizedALIE(LineSearch(), negative=False), Damage(nnm(TrimmedMean(f=8)), 20, 8, 1.0, 0.5)),
+    AttackCase(
+        "optimized_alie", OptimizedALIE(), Damage(CoordinateMedian(f=8), 20, 8, 2.0, 1.0, True)
+    ),
+    AttackCase(
+        "optimized_alie_nnm",
+        OptimizedALIE(LineSearch(), negative=False),
+        Damage(nnm(TrimmedMean(f=8)), 20, 8, 1.0, 0.5),
+    ),
     AttackCase("mimic", Mimic(), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),
     AttackCase("mimic_the_third", Mimic(target=2), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),
     AttackCase(
@@ -545,7 +665,9 @@ ATTACKS = [
         Damage(CoordinateMedian(f=2), 5, 3, 0.5, 5.0, True),
         memory=lambda own: {"x_0": torch.zeros_like(own.new_empty(own.shape[1]))},
     ),
-    AttackCase("mixture", Mixture((SignFlip(scale=10), Zero())), Damage(Mean(), 10, 3, 0.5, 2.0, True)),
+    AttackCase(
+        "mixture", Mixture((SignFlip(scale=10), Zero())), Damage(Mean(), 10, 3, 0.5, 2.0, True)
+    ),
     AttackCase(
         "mixture_of_mixtures",
         Mixture((Mixture((OptimizedALIE(),)), Gaussian(std=100.0))),
@@ -564,7 +686,7 @@ ATTACKS = [
 ]
 
 
-# -- algorithms -----------------------------------------------------------------------------------------------------------
+# -- algorithms ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -572,7 +694,8 @@ class AlgorithmCase:
     """An algorithm for 9 workers.
 
     Attributes:
-        tolerates: the attacks, by name, of 2 of 9 workers under which it reaches the optimum of a quadratic; None: all.
+        tolerates: the attacks, by name, of 2 of 9 workers under which it reaches the optimum of a
+            quadratic; None: all.
         lr: its learning rate there, and by what it shrinks in every step.
     """
 
@@ -594,19 +717,28 @@ ALGORITHMS = [
     AlgorithmCase("robust_sgd_worker_momentum", RobustSGD(robust(), worker_momentum=0.9)),
     AlgorithmCase("robust_sgd_server_momentum", RobustSGD(robust(), server_momentum=0.9)),
     AlgorithmCase("robust_sgd_both", RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5)),
-    AlgorithmCase("robust_sgd_undone", RobustSGD(robust(), worker_momentum=0.9, undo_worker_momentum=True)),
     AlgorithmCase(
-        "robust_sgd_undone_then_server", RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5, undo_worker_momentum=True)
+        "robust_sgd_undone", RobustSGD(robust(), worker_momentum=0.9, undo_worker_momentum=True)
+    ),
+    AlgorithmCase(
+        "robust_sgd_undone_then_server",
+        RobustSGD(robust(), worker_momentum=0.5, server_momentum=0.5, undo_worker_momentum=True),
     ),
     AlgorithmCase("robust_sgd_rand_k", RobustSGD(robust(), RandK(ratio=0.5)), tolerates=()),
     AlgorithmCase("ef21_identity", ByzEF21SGDM(robust(), Identity(), eta=0.2)),
     AlgorithmCase("ef21_top_k", ByzEF21SGDM(robust(), TopK(ratio=0.3), eta=0.2)),
-    AlgorithmCase("ef21_top_1_no_momentum", ByzEF21SGDM(robust(), TopK(k=1), eta=1.0), tolerates=()),
+    AlgorithmCase(
+        "ef21_top_1_no_momentum", ByzEF21SGDM(robust(), TopK(k=1), eta=1.0), tolerates=()
+    ),
     AlgorithmCase("ef21_rand_k", ByzEF21SGDM(robust(), ContractiveRandK(ratio=0.5), eta=0.2)),
     AlgorithmCase("ef21_scaled_sign", ByzEF21SGDM(robust(), ScaledSign(), eta=0.2), tolerates=()),
     AlgorithmCase("ef21_low_rank", ByzEF21SGDM(robust(), LowRank(rank=2), eta=0.2), tolerates=()),
     AlgorithmCase("ef21_bc", ByzEF21SGDMBC(robust(), TopK(ratio=0.3), 0.2, TopK(ratio=0.4))),
-    AlgorithmCase("ef21_bc_median", ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=4), 0.2, TopK(k=2)), tolerates=()),
+    AlgorithmCase(
+        "ef21_bc_median",
+        ByzEF21SGDMBC(CoordinateMedian(f=2), TopK(k=4), 0.2, TopK(k=2)),
+        tolerates=(),
+    ),
     AlgorithmCase("ef21_bc_down_only", ByzEF21SGDMBC(robust(), Identity(), 0.2, TopK(ratio=0.5))),
     AlgorithmCase("ef14_top_k", EF14(robust(), TopK(ratio=0.3)), tolerates=()),
     AlgorithmCase("ef14_mean", EF14(Mean(), ScaledSign()), tolerates=()),
@@ -618,30 +750,54 @@ ALGORITHMS = [
     AlgorithmCase("dm21_top_k", ByzDM21(robust(), TopK(ratio=0.3), eta=0.5)),
     AlgorithmCase("vr_dm21_top_k", ByzVRDM21(robust(), TopK(ratio=0.3), eta=0.3)),
     AlgorithmCase("dstar", DStar(DeviationFilter(f=2))),
-    AlgorithmCase("dstar_5_geometric_median", DStar(DeviationFilter(f=2, center="geometric_median"), k=5)),
+    AlgorithmCase(
+        "dstar_5_geometric_median", DStar(DeviationFilter(f=2, center="geometric_median"), k=5)
+    ),
     AlgorithmCase("dstar_all", DStar(DeviationFilter(f=2, tolerance=1.0), k=9)),
     AlgorithmCase("dstar_krum", DStar(Krum(f=2), k=8)),
     AlgorithmCase("marina", ByzVRMarinaPP(robust(), p=0.3, clipping=None)),
-    AlgorithmCase("marina_qsgd", ByzVRMarinaPP(robust(), compressor=QSGD(levels=7), p=0.3, clipping=None)),
-    AlgorithmCase("marina_pp", ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0)),
-    AlgorithmCase("marina_pp_plus", ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0, average_differences=True)),
-    AlgorithmCase("marina_pp_rand_k", ByzVRMarinaPP(robust(), CoordinateMedian(f=2), RandK(ratio=0.5), 0.3, 6, 8, 1.0)),
     AlgorithmCase(
-        "marina_pp_estimate", ByzVRMarinaPP(robust(), p=0.3, cohort_size=5, clipping=0.15, clipping_unit="estimate", full_batches=2)
+        "marina_qsgd", ByzVRMarinaPP(robust(), compressor=QSGD(levels=7), p=0.3, clipping=None)
     ),
-    AlgorithmCase("clipped_differences", ClippedDifferences(RobustSGD(robust(), worker_momentum=0.5), cohort_size=6)),
+    AlgorithmCase("marina_pp", ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0)),
+    AlgorithmCase(
+        "marina_pp_plus",
+        ByzVRMarinaPP(robust(), p=0.3, cohort_size=4, clipping=1.0, average_differences=True),
+    ),
+    AlgorithmCase(
+        "marina_pp_rand_k",
+        ByzVRMarinaPP(robust(), CoordinateMedian(f=2), RandK(ratio=0.5), 0.3, 6, 8, 1.0),
+    ),
+    AlgorithmCase(
+        "marina_pp_estimate",
+        ByzVRMarinaPP(
+            robust(), p=0.3, cohort_size=5, clipping=0.15, clipping_unit="estimate", full_batches=2
+        ),
+    ),
+    AlgorithmCase(
+        "clipped_differences",
+        ClippedDifferences(RobustSGD(robust(), worker_momentum=0.5), cohort_size=6),
+    ),
     AlgorithmCase(
         "clipped_differences_by_drift",
-        ClippedDifferences(RobustSGD(robust(), worker_momentum=0.5), CoordinateMedian(f=2), 6, 3.0, "drift"),
+        ClippedDifferences(
+            RobustSGD(robust(), worker_momentum=0.5), CoordinateMedian(f=2), 6, 3.0, "drift"
+        ),
     ),
     AlgorithmCase("signsgd", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.0), lr=(0.4, 0.95)),
     AlgorithmCase("signum", SignSGDMajorityVote(MajorityVote(f=2), momentum=0.5), lr=(0.4, 0.95)),
-    AlgorithmCase("signum_abstain", SignSGDMajorityVote(MajorityVote(f=2), 0.5, "abstain"), lr=(0.4, 0.95)),
-    AlgorithmCase("signum_ties", SignSGDMajorityVote(MajorityVote(f=2, tie="zero"), 0.5, "random"), lr=(0.4, 0.95)),
+    AlgorithmCase(
+        "signum_abstain", SignSGDMajorityVote(MajorityVote(f=2), 0.5, "abstain"), lr=(0.4, 0.95)
+    ),
+    AlgorithmCase(
+        "signum_ties",
+        SignSGDMajorityVote(MajorityVote(f=2, tie="zero"), 0.5, "random"),
+        lr=(0.4, 0.95),
+    ),
 ]
 
 
-# -- for parametrize ------------------------------------------------------------------------------------------------------
+# -- for parametrize -------------------------------------------------------------------------------
 
 
 def each(cases: Sequence[Any]) -> pytest.MarkDecorator:

@@ -16,9 +16,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(
-    command: Sequence[str], ranks: int, tree: Path, keys: Path | None = None
-) -> None:
+def run_ranks(command: Sequence[str], ranks: int, tree: Path, keys: Path | None = None) -> None:
     """Runs a command once for each rank, and waits for all.
 
     Args:

@@ -2,9 +2,9 @@
 
     python tools/same_bits.py BASE [HEAD]
 
-trains a zoo at both commits (HEAD: the files as they lie here): each algorithm in process, over every
-transport, with an attack, a checkpoint, and a resume from it. Compared are the weights and the
-algorithm's state. Hashes are not stored: they differ by processor and by version of torch.
+trains a zoo at both commits (HEAD: the files as they lie here): each algorithm in process, over
+every transport, with an attack, a checkpoint, and a resume from it. Compared are the weights and
+the algorithm's state. Hashes are not stored: they differ by processor and by version of torch.
 Exits 0 if all are equal. Only the public API is used, so that both commits understand it.
 """
 
@@ -25,10 +25,11 @@ ROOT = Path(__file__).parents[1]
 RANKS = 3
 WORLDS = ("in_process", "ranks", "server")
 AT_SERVER = ("default", "momenta", "ef21_sgdm", "dstar", "signsgd")
-"""Algorithms that are tried at a parameter server, each in processes of its own, without a resume."""
+"""Algorithms that are tried at a parameter server, each in processes of its own, without a resume.
+"""
 
 
-# -- one world of runs, in a process that has one commit's package ----------------------------------
+# -- one world of runs, in a process that has one commit's package ---------------------------------
 
 
 def cells(world: str, folder: Path) -> dict[str, Any]:
@@ -77,7 +78,9 @@ def cells(world: str, folder: Path) -> dict[str, Any]:
 
 
 def train(world: str, folder: Path, algorithm: Any, transport: Any, attack: Any) -> dict[str, str]:
-    """Trains for some steps, goes on from the checkpoint in a new Trainer, and hashes what is left."""
+    """Trains for some steps, goes on from the checkpoint in a new Trainer, and hashes what is
+    left.
+    """
     import lightning as L
     import torch
     from torch import nn
@@ -168,7 +171,8 @@ def digest(value: Any) -> str:
 
 
 def run(world: str, folder: Path, only: str | None) -> None:
-    """Runs the cells of a world in this process, which is one of its ranks, and writes their hashes.
+    """Runs the cells of a world in this process, which is one of its ranks, and writes their
+    hashes.
 
     Args:
         world: one of `WORLDS`.
@@ -195,7 +199,7 @@ def run(world: str, folder: Path, only: str | None) -> None:
     (folder / f"{world}{rank}.json").write_text(json.dumps(results))
 
 
-# -- both commits -----------------------------------------------------------------------------------
+# -- both commits ----------------------------------------------------------------------------------
 
 
 def results_of(tree: Path, world: str, only: str | None = None) -> dict[str, dict[str, str]]:
@@ -211,7 +215,11 @@ def results_of(tree: Path, world: str, only: str | None = None) -> dict[str, dic
         run_ranks(command, ranks, tree, folder / "keys" if world == "server" else None)
         files = [folder / f"{world}{rank}.json" for rank in range(ranks)]
         loaded = [json.loads(file.read_text()) for file in files]
-    return {f"{name}, rank {r}": hashes for r, all_ in enumerate(loaded) for name, hashes in all_.items()}
+    return {
+        f"{name}, rank {r}": hashes
+        for r, all_ in enumerate(loaded)
+        for name, hashes in all_.items()
+    }
 
 
 def main() -> int:
@@ -235,7 +243,11 @@ def main() -> int:
         for commit in (arguments.base, arguments.head):
             tree = ROOT if commit is None else Path(name) / commit.replace("/", "_")
             if commit is not None:
-                subprocess.run(["git", "worktree", "add", "-q", "--detach", str(tree), commit], cwd=ROOT, check=True)
+                subprocess.run(
+                    ["git", "worktree", "add", "-q", "--detach", str(tree), commit],
+                    cwd=ROOT,
+                    check=True,
+                )
             trees.append(tree)
         try:
             for world in arguments.worlds:
@@ -243,7 +255,9 @@ def main() -> int:
                 total += len(base)
                 for cell in sorted({*base, *head}):
                     before, after = base.get(cell, {}), head.get(cell, {})
-                    names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+                    names = [
+                        key for key in {**before, **after} if before.get(key) != after.get(key)
+                    ]
                     if names:
                         different += 1
                         print(f"DIFFERENT {world}: {cell}: {', '.join(names[:6])}")
@@ -255,7 +269,9 @@ def main() -> int:
         finally:
             for tree in trees:
                 if tree != ROOT:
-                    subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
+                    subprocess.run(
+                        ["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True
+                    )
     print(f"{total - different} of {total} the same")
     if refused_runs > total // 4:
         raise SystemExit("Most runs were refused: this compares nothing.")

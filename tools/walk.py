@@ -2,10 +2,10 @@
 
     python tools/walk.py [--list]
 
-trains a small model for some steps in three ways, and counts in the last one what of this package is
-called between the beginning and the end of `Strategy.backward`, in all threads. A change of file is a
-call, or a return, that leads from one file to another. Files of the rule, the codec and the method are
-counted apart. ``--list`` prints the functions.
+trains a small model for some steps in three ways, and counts in the last one what of this package
+is called between the beginning and the end of `Strategy.backward`, in all threads. A change of file
+is a call, or a return, that leads from one file to another. Files of the rule, the codec and the
+method are counted apart. ``--list`` prints the functions.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class Walk:
         file = frame.f_code.co_filename[len(self._root) :]
         stack = self._stacks.setdefault(threading.get_ident(), [])
         if event == "call":
-            name = f"{file}:{frame.f_code.co_qualname}" if sys.version_info >= (3, 11) else frame.f_code.co_name
+            name = (
+                f"{file}:{frame.f_code.co_qualname}"
+                if sys.version_info >= (3, 11)
+                else frame.f_code.co_name
+            )
             self.functions[name] = self.functions.get(name, 0) + 1
             self.changes += bool(stack) and stack[-1] != file
             stack.append(file)

@@ -1,4 +1,6 @@
-"""What the reproductions share: rounds without a Trainer, logistic regression, and how results are written down and drawn."""
+"""What the reproductions share: rounds without a Trainer, logistic regression, and how results are
+written down and drawn.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,12 @@ from lightning_byz.types import Gradients, Round
 Labelled = tuple[Tensor, Tensor]
 
 
-# -- rounds ---------------------------------------------------------------------------------------------------------------
+# -- rounds ----------------------------------------------------------------------------------------
 
 
 class Simulation:
-    """Plain SGD on one vector by n in-process workers, of whom the last ``liars`` are Byzantine: what a Trainer does, without one.
+    """Plain SGD on one vector by n in-process workers, of whom the last ``liars`` are Byzantine:
+    what a Trainer does, without one.
 
     Args:
         algorithm: with its f.
@@ -73,8 +76,14 @@ class Simulation:
         self.bytes_up = self.bytes_down = 0  # of one worker that takes part in every round
         self.seconds = 0.0
 
-    def step(self, gradients: Callable[[Round, Tensor], Sequence[Gradients | None]], trusted: Tensor | None = None) -> Outcome:
-        """One round. ``gradients``: round, cohort ``[n]`` bool -> what each worker computes; None for those that do not take part."""
+    def step(
+        self,
+        gradients: Callable[[Round, Tensor], Sequence[Gradients | None]],
+        trusted: Tensor | None = None,
+    ) -> Outcome:
+        """One round. ``gradients``: round, cohort ``[n]`` bool -> what each worker computes; None
+        for those that do not take part.
+        """
         round = self.exchange.next_round(self.w)
         assert round.cohort is not None
         contributions = [Contribution(found, self.used) for found in gradients(round, round.cohort)]
@@ -88,10 +97,16 @@ class Simulation:
         return outcome
 
 
-def batches(labels: Tensor, n: int, batch: int, seed: int, partition: Partition) -> Iterator[Tensor]:
-    """The samples of every round, ``[n, batch]``, as `WorkerSampler` gives them to n in-process workers, epoch after epoch."""
+def batches(
+    labels: Tensor, n: int, batch: int, seed: int, partition: Partition
+) -> Iterator[Tensor]:
+    """The samples of every round, ``[n, batch]``, as `WorkerSampler` gives them to n in-process
+    workers, epoch after epoch.
+    """
     data = torch.utils.data.TensorDataset(labels)
-    sampler = WorkerSampler(data, batch, workers_per_process=n, num_replicas=1, rank=0, seed=seed, partition=partition)
+    sampler = WorkerSampler(
+        data, batch, workers_per_process=n, num_replicas=1, rank=0, seed=seed, partition=partition
+    )
     for epoch in count():
         sampler.set_epoch(epoch)
         epoch = torch.tensor([sampler.indices_of(worker) for worker in range(n)])
@@ -100,7 +115,8 @@ def batches(labels: Tensor, n: int, batch: int, seed: int, partition: Partition)
 
 
 class Logistic:
-    """Logistic regression without bias, ``mean log(1 + exp(-s w.x)) + (l2 / 2) ||w||^2``, in float64.
+    """Logistic regression without bias, ``mean log(1 + exp(-s w.x)) + (l2 / 2) ||w||^2``, in
+    float64.
 
     Args:
         x: ``[m, d]``.
@@ -121,10 +137,14 @@ class Logistic:
         return -(s * torch.sigmoid(-s * (self.x @ w))) @ self.x / len(s) + self.l2 * w
 
     def gradients(self, w: Tensor, index: Tensor, flip: Tensor) -> Tensor:
-        """``[n, d]``, of n batches ``index [n, b]``; ``flip [n]`` bool: the workers that take the other labels."""
+        """``[n, d]``, of n batches ``index [n, b]``; ``flip [n]`` bool: the workers that take the
+        other labels.
+        """
         x = self.x[index]
         s = torch.where(flip[:, None], -self.s[index], self.s[index])
-        return ((-s * torch.sigmoid(-s * (x @ w))).unsqueeze(1) @ x).squeeze(1) / index.shape[1] + self.l2 * w
+        return ((-s * torch.sigmoid(-s * (x @ w))).unsqueeze(1) @ x).squeeze(1) / index.shape[
+            1
+        ] + self.l2 * w
 
     def optimum(self) -> tuple[Tensor, float]:
         """The best parameters and their loss, by Newton's method with halved steps."""
@@ -134,7 +154,9 @@ class Logistic:
             if g.norm() < 1e-13:
                 break
             q = torch.sigmoid(self.x @ w)
-            hessian = (self.x * (q * (1 - q))[:, None]).T @ self.x / len(q) + self.l2 * torch.eye(len(w), dtype=w.dtype)
+            hessian = (self.x * (q * (1 - q))[:, None]).T @ self.x / len(q) + self.l2 * torch.eye(
+                len(w), dtype=w.dtype
+            )
             step, size, here = torch.linalg.solve(hessian, g), 1.0, self.loss(w)
             while size > 1e-6 and self.loss(w - size * step) > here:
                 size /= 2
@@ -153,9 +175,11 @@ def libsvm(name: str, data: str, normalize: bool) -> Labelled:
 
 
 class Classifier:
-    """A small network and the images that it learns: ``"fashion_mnist"`` with an MLP, 784 - hidden - 10, or ``"cifar10"`` with two convolutions.
+    """A small network and the images that it learns: ``"fashion_mnist"`` with an MLP, 784 - hidden
+    - 10, or ``"cifar10"`` with two convolutions.
 
-    The convolutions: 16 of 5 x 5 and 32 of 3 x 3, both with stride 2 and ReLU, then a linear layer; 26,346 parameters.
+    The convolutions: 16 of 5 x 5 and 32 of 3 x 3, both with stride 2 and ReLU, then a linear layer;
+    26,346 parameters.
 
     Args:
         name: which.
@@ -169,8 +193,12 @@ class Classifier:
 
         module = {"fashion_mnist": FashionMNISTDataModule, "cifar10": CIFAR10DataModule}[name](data)
         module.setup("fit")
-        parts = [images.__getitems__(range(len(images))) for images in (module.training, module.held_out)]
-        (self.x, self.y), (self.x_test, self.y_test) = ([tensor.to(device) for tensor in part] for part in parts)
+        parts = [
+            images.__getitems__(range(len(images))) for images in (module.training, module.held_out)
+        ]
+        (self.x, self.y), (self.x_test, self.y_test) = (
+            [tensor.to(device) for tensor in part] for part in parts
+        )
         self.sizes = [784, hidden, 10]
         self.flat = name == "fashion_mnist"
         if self.flat:
@@ -184,7 +212,10 @@ class Classifier:
             return initial(self.sizes).to(self.x)
         fans = [math.prod(shape[1:]) for shape in self.shapes[::2] for _ in range(2)]
         return torch.cat(
-            [torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5).flatten() for shape, fan in zip(self.shapes, fans, strict=True)]
+            [
+                torch.empty(shape).uniform_(-(fan**-0.5), fan**-0.5).flatten()
+                for shape, fan in zip(self.shapes, fans, strict=True)
+            ]
         ).to(self.x)
 
     def logits(self, w: Tensor, x: Tensor) -> Tensor:
@@ -192,27 +223,41 @@ class Classifier:
         if self.flat:
             return mlp(w, x, self.sizes)
         parts = w.split([math.prod(shape) for shape in self.shapes])
-        k1, b1, k2, b2, k3, b3 = (part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+        k1, b1, k2, b2, k3, b3 = (
+            part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)
+        )
         x = functional.conv2d(x, k1, b1, stride=2, padding=2).relu()
         x = functional.conv2d(x, k2, b2, stride=2, padding=1).relu()
         return functional.linear(x.flatten(1), k3, b3)
 
     def gradients(self, w: Tensor, index: Tensor, flip: Tensor | None = None) -> Tensor:
-        """``[n, d]``: of the mean cross-entropy of n batches ``index [n, b]``; ``flip [n]`` bool: the workers that take 9 - y for y."""
+        """``[n, d]``: of the mean cross-entropy of n batches ``index [n, b]``; ``flip [n]`` bool:
+        the workers that take 9 - y for y.
+        """
         index = index.to(self.x.device)
         x, y = self.x[index], self.y[index]
         if flip is not None:
             y = torch.where(flip[:, None].to(y.device), 9 - y, y)
         if self.flat:  # all workers in one pass
             copies = w.expand(len(x), -1).clone().requires_grad_()
-            loss = functional.cross_entropy(mlp(copies, x, self.sizes).flatten(0, 1), y.flatten(), reduction="sum") / x.shape[1]
+            loss = (
+                functional.cross_entropy(
+                    mlp(copies, x, self.sizes).flatten(0, 1), y.flatten(), reduction="sum"
+                )
+                / x.shape[1]
+            )
             return torch.autograd.grad(loss, copies)[0]
         w = w.detach().requires_grad_()
-        losses = (functional.cross_entropy(self.logits(w, images), labels) for images, labels in zip(x, y, strict=True))
+        losses = (
+            functional.cross_entropy(self.logits(w, images), labels)
+            for images, labels in zip(x, y, strict=True)
+        )
         return torch.stack([torch.autograd.grad(loss, w)[0] for loss in losses])
 
     def whole_gradient(self, w: Tensor, samples: Tensor, flip: bool = False) -> Tensor:
-        """``[d]``: of the mean cross-entropy of all these samples, a few thousand at a time; ``flip``: with 9 - y for y."""
+        """``[d]``: of the mean cross-entropy of all these samples, a few thousand at a time;
+        ``flip``: with 9 - y for y.
+        """
         total = torch.zeros_like(w)
         for index in samples.split(5000):
             total += len(index) * self.gradients(w, index[None], torch.tensor([flip]))[0]
@@ -226,28 +271,53 @@ class Classifier:
         return loss, 100 * float((logits.argmax(1) == self.y_test).double().mean())
 
 
-# -- results ---------------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def parser(description: str | None, name: str) -> argparse.ArgumentParser:
-    """``--data``, ``--full``, ``--output`` and ``--jobs``; ``description``: the script's docstring."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data", required=True, help="folder of data sets: libsvm, FashionMNIST/raw, cifar-10-batches-py")
-    made.add_argument("--full", action="store_true", help="the paper's size instead of the reduced grid")
+    """``--data``, ``--full``, ``--output`` and ``--jobs``; ``description``: the script's
+    docstring.
+    """
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument(
-        "--output", type=Path, default=Path("runs/reproduce") / name, help="where results are kept; a rerun goes on there"
+        "--data",
+        required=True,
+        help="folder of data sets: libsvm, FashionMNIST/raw, cifar-10-batches-py",
+    )
+    made.add_argument(
+        "--full", action="store_true", help="the paper's size instead of the reduced grid"
+    )
+    made.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/reproduce") / name,
+        help="where results are kept; a rerun goes on there",
     )
     made.add_argument("--jobs", type=int, default=1, help="processes")
-    made.add_argument("--device", default="cpu", help="where images, parameters and gradients are: cpu, or cuda")
-    made.add_argument("--known", action="store_true", help="run nothing: write the page from the results that are there")
+    made.add_argument(
+        "--device", default="cpu", help="where images, parameters and gradients are: cpu, or cuda"
+    )
+    made.add_argument(
+        "--known",
+        action="store_true",
+        help="run nothing: write the page from the results that are there",
+    )
     return made
 
 
-def measure(runs: Sequence[Run], work: Callable[[Run], Run], arguments: argparse.Namespace) -> list[tuple[Run, Run]]:
+def measure(
+    runs: Sequence[Run], work: Callable[[Run], Run], arguments: argparse.Namespace
+) -> list[tuple[Run, Run]]:
     """The results of these runs; with ``--known``, of those that have any."""
     cache = arguments.output / "results.jsonl"
     if arguments.known and cache.exists():
-        known = {_key(json.loads(line)[0]) for line in cache.read_text().splitlines() if line.endswith("]")}
+        known = {
+            _key(json.loads(line)[0])
+            for line in cache.read_text().splitlines()
+            if line.endswith("]")
+        }
         runs = [run for run in runs if _key(run) in known]
     return run_all(runs, work, arguments.output, arguments.jobs)
 
@@ -263,7 +333,9 @@ def all_of(values: Sequence[Tensor], condition: Callable[[Tensor], Tensor]) -> b
 
 
 def write_csv(results: Iterable[tuple[Run, Run]], path: Path) -> None:
-    """One line for each point of each run's curves: a result is a dict of lists of the same length."""
+    """One line for each point of each run's curves: a result is a dict of lists of the same
+    length.
+    """
     results = list(results)
     fields = {name: None for run, result in results for name in (*run, *result)}
     with path.open("w", newline="") as file:
@@ -276,7 +348,11 @@ def write_csv(results: Iterable[tuple[Run, Run]], path: Path) -> None:
 
 def pick(results: Iterable[tuple[Run, Run]], **fields: Any) -> list[Run]:
     """The results of all runs, such as one for each seed, that have these fields."""
-    return [result for run, result in results if all(run.get(name) == value for name, value in fields.items())]
+    return [
+        result
+        for run, result in results
+        if all(run.get(name) == value for name, value in fields.items())
+    ]
 
 
 def last(results: Sequence[Run], value: str) -> Tensor:
@@ -291,21 +367,34 @@ def spread(values: Tensor, digits: str = ".1e") -> str:
     return f"{values.mean():{digits}} ({values.min():{digits}} to {values.max():{digits}})"
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito's
+# Okabe and Ito's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)))
 
 
 def band(axes: Any, results: Sequence[Run], x: str, y: str, label: str, place: int) -> None:
-    """The mean of the seeds' curves, and their range as a band; ``place`` chooses colour and line style."""
+    """The mean of the seeds' curves, and their range as a band; ``place`` chooses colour and line
+    style.
+    """
     if not results:
         return
     at = min((result[x] for result in results), key=lambda points: points[-1])
     logarithmic = axes.get_yscale() == "log"  # between a curve's points, and for the mean
     curves = torch.tensor(
-        np.array([np.interp(at, result[x], np.log(result[y]) if logarithmic else result[y]) for result in results])
+        np.array(
+            [
+                np.interp(at, result[x], np.log(result[y]) if logarithmic else result[y])
+                for result in results
+            ]
+        )
     )
-    curves, middle = (curves.exp(), curves.mean(0).exp()) if logarithmic else (curves, curves.mean(0))
-    colour, style = COLOURS[place % len(COLOURS)], STYLES[(place + place // len(COLOURS)) % len(STYLES)]
+    curves, middle = (
+        (curves.exp(), curves.mean(0).exp()) if logarithmic else (curves, curves.mean(0))
+    )
+    colour, style = (
+        COLOURS[place % len(COLOURS)],
+        STYLES[(place + place // len(COLOURS)) % len(STYLES)],
+    )
     axes.plot(at, middle, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.fill_between(at, curves.amin(0), curves.amax(0), color=colour, alpha=0.18, linewidth=0)
 
@@ -318,9 +407,17 @@ def figure(columns: int, rows: int = 1, height: float = 3.6) -> tuple[Any, Any]:
     from matplotlib import pyplot
 
     pyplot.rcParams.update(
-        {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+        {
+            "font.size": 9,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
     )
-    return pyplot.subplots(rows, columns, figsize=(4.2 * columns, height * rows), squeeze=False, layout="constrained")
+    return pyplot.subplots(
+        rows, columns, figsize=(4.2 * columns, height * rows), squeeze=False, layout="constrained"
+    )
 
 
 def publish(text: str, results: list[tuple[Run, Run]], drawing: Any, output: Path) -> None:

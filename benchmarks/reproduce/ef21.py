@@ -1,9 +1,12 @@
-"""Byz-EF21-SGDM on a9a: logistic regression, 20 workers of which 9 are Byzantine, Top-1 of 123 coordinates, batch 1.
+"""Byz-EF21-SGDM on a9a: logistic regression, 20 workers of which 9 are Byzantine, Top-1 of 123
+coordinates, batch 1.
 
-    python benchmarks/reproduce/ef21.py --data DIR [--full] [--output runs/reproduce/ef21] [--jobs 2]
+    python benchmarks/reproduce/ef21.py --data DIR [--full] [--output runs/reproduce/ef21] [--jobs
+    2]
 
-DIR holds libsvm/a9a.bz2 and a9a.t.bz2. Rounds are the package's own `Exchange` over in-process workers, with the gradients of logistic
-regression in closed form; tests/test_reproductions.py checks that a Trainer takes the same steps.
+DIR holds libsvm/a9a.bz2 and a9a.t.bz2. Rounds are the package's own `Exchange` over in-process
+workers, with the gradients of logistic regression in closed form; tests/test_reproductions.py
+checks that a Trainer takes the same steps.
 """
 
 from __future__ import annotations
@@ -34,7 +37,14 @@ from _shared import (
 )
 from torch import Tensor
 
-from lightning_byz.aggregators import NNM, Aggregator, Chain, CoordinateMedian, GeometricMedian, TrimmedMean
+from lightning_byz.aggregators import (
+    NNM,
+    Aggregator,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import Algorithm, ByzDIANA, ByzEF21SGDM, ByzVRMarinaPP, RobustSGD
 from lightning_byz.attacks import ALIE, IPM, LabelFlip, SignFlip
 from lightning_byz.compressors import RandK, TopK
@@ -67,11 +77,15 @@ GOOD = 0.073  # a fifth of the gap at the start
 
 @dataclass(frozen=True)
 class HonestSplit(Partition):
-    """The honest workers divide the samples among them, at random; each Byzantine one, at the end, holds all of them."""
+    """The honest workers divide the samples among them, at random; each Byzantine one, at the end,
+    holds all of them.
+    """
 
     liars: int
 
-    def split(self, labels: np.ndarray[Any, Any], n: int, rng: np.random.Generator) -> Sequence[np.ndarray[Any, Any]]:
+    def split(
+        self, labels: np.ndarray[Any, Any], n: int, rng: np.random.Generator
+    ) -> Sequence[np.ndarray[Any, Any]]:
         return [*IID().split(labels, n - self.liars, rng), *[np.arange(len(labels))] * self.liars]
 
 
@@ -80,7 +94,8 @@ def algorithm(run: Run) -> Algorithm:
     if run["method"] == "compressed SGD":
         return RobustSGD(rule, RandK(k=1))
     if run["method"] == "Byz-DIANA":
-        return ByzDIANA(rule, RandK(k=1), alpha=0.01)  # the authors' 1 / 100, near 1 / (1 + omega) = 1 / 123
+        # the authors' 1 / 100, near 1 / (1 + omega) = 1 / 123
+        return ByzDIANA(rule, RandK(k=1), alpha=0.01)
     if run["method"] == "Byz-VR-MARINA":
         return ByzVRMarinaPP(rule, compressor=RandK(k=1), p=1 / 123, clipping=None)
     return ByzEF21SGDM(rule, TopK(k=1), eta=METHODS[run["method"]]["eta"])
@@ -99,7 +114,9 @@ def liars_flip(run: Run) -> Tensor:
 
 def simulation(run: Run, d: int) -> Simulation:
     start = torch.zeros(d, dtype=torch.float64)
-    return Simulation(algorithm(run), start, N, run["seed"], run["lr"], LIARS, ATTACKS[run["attack"]])
+    return Simulation(
+        algorithm(run), start, N, run["seed"], run["lr"], LIARS, ATTACKS[run["attack"]]
+    )
 
 
 def train(run: Run, data: str) -> Run:
@@ -120,13 +137,20 @@ def train(run: Run, data: str) -> Run:
         now = logistic.gradients(made.w, index, flip)
         if not made.exchange.algorithm.needs_previous:
             return [Gradients(row) for row in now]
-        return [Gradients(*rows) for rows in zip(now, logistic.gradients(made.before, index, flip), strict=True)]
+        return [
+            Gradients(*rows)
+            for rows in zip(now, logistic.gradients(made.before, index, flip), strict=True)
+        ]
 
     curves: Run = {"round": [], "kilobytes": [], "gap": []}
     for step in range(run["rounds"] + 1):
         if step % (run["rounds"] // POINTS) == 0:
             gap = logistic.loss(made.w) - best
-            for name, value in (("round", step), ("kilobytes", made.bytes_up / 1e3), ("gap", max(gap, 1e-16))):
+            for name, value in (
+                ("round", step),
+                ("kilobytes", made.bytes_up / 1e3),
+                ("gap", max(gap, 1e-16)),
+            ):
                 curves[name].append(value)
             if not gap < 1e6:  # it diverges
                 break
@@ -148,14 +172,23 @@ def all_runs(full: bool) -> dict[str, list[Run]]:
                 for m in METHODS
             ]
         }
-    main = [MAIN | {"method": m, "attack": a, "seed": seed} for seed in range(2) for a in ATTACKS for m in METHODS]
+    main = [
+        MAIN | {"method": m, "attack": a, "seed": seed}
+        for seed in range(2)
+        for a in ATTACKS
+        for m in METHODS
+    ]
     rules = [
         MAIN | {"method": OURS, "attack": a, "rule": r, "seed": seed}
         for seed in range(2)
         for r in ("RFA", "CM")
         for a in ("SF", "LF")
     ]
-    smaller = [MAIN | {"method": m, "attack": "SF", "lr": 0.005, "seed": seed} for seed in range(2) for m in (OURS, NO_MOMENTUM)]
+    smaller = [
+        MAIN | {"method": m, "attack": "SF", "lr": 0.005, "seed": seed}
+        for seed in range(2)
+        for m in (OURS, NO_MOMENTUM)
+    ]
     return {"attacks and methods": main, "smaller steps": smaller, "rules": rules}
 
 
@@ -167,7 +200,11 @@ def settled(results: Sequence[Run]) -> Tensor:
 
 def shown(results: Sequence[Run]) -> str:
     gaps = settled(results)
-    return "diverges" if len(gaps) and bool((last(results, "gap") >= 1e6).any()) else spread(gaps, ".2g")
+    return (
+        "diverges"
+        if len(gaps) and bool((last(results, "gap") >= 1e6).any())
+        else spread(gaps, ".2g")
+    )
 
 
 def best_rate(results: list[tuple[Run, Run]], rates: Sequence[float], **fields: Any) -> list[Run]:
@@ -194,44 +231,82 @@ def report(results: list[tuple[Run, Run]], rates: Sequence[float]) -> str:
                 f"smaller neighbourhood than: {method}",
                 "; ".join(f"{what} {', '.join(where)}" for what, where in lists.items() if where),
                 ("**not clear**" if close and not lost else verdict(not lost if pairs else None))
-                + (f" ({len(pairs)} of {len(ATTACKS)} attacks)" if 0 < len(pairs) < len(ATTACKS) else ""),
+                + (
+                    f" ({len(pairs)} of {len(ATTACKS)} attacks)"
+                    if 0 < len(pairs) < len(ATTACKS)
+                    else ""
+                ),
             ]
         )
     rows.append(
         [
-            f"batches of 1 are enough: it gets below a fifth of the first gap ({GOOD}) under every attack",
+            f"batches of 1 are enough: it gets below a fifth of the first gap ({GOOD}) under "
+            "every attack",
             ", ".join(f"{a}: {v.mean():.2g}" for a, v in ours.items() if len(v)),
             verdict(all_of(list(ours.values()), lambda v: v < GOOD)),
         ]
     )
     bad = {a: settled(find(method=NO_MOMENTUM, attack=a, rule="CWTM")) for a in ATTACKS}
-    worse = [a for a, v in bad.items() if len(v) and len(ours[a]) and bool((v > GOOD).all() and (ours[a] < GOOD).all())]
+    worse = [
+        a
+        for a, v in bad.items()
+        if len(v) and len(ours[a]) and bool((v > GOOD).all() and (ours[a] < GOOD).all())
+    ]
     rows.append(
         [
             f"eta = 1 fails (stays above {GOOD}) where a small eta does not",
-            ", ".join(f"{a}: {v.mean():.2g} against {ours[a].mean():.2g}" for a, v in bad.items() if len(v) and len(ours[a])),
-            verdict("SF" in worse or "IPM" in worse if len(bad["SF"]) and len(bad["IPM"]) else None),
+            ", ".join(
+                f"{a}: {v.mean():.2g} against {ours[a].mean():.2g}"
+                for a, v in bad.items()
+                if len(v) and len(ours[a])
+            ),
+            verdict(
+                "SF" in worse or "IPM" in worse if len(bad["SF"]) and len(bad["IPM"]) else None
+            ),
         ]
     )
     rows.append(["the same on CIFAR-10: see ef21_images; ResNet-20, FEMNIST", "", verdict(None)])
     claims = markdown(["paper's claim", "our measurement", "holds?"], rows)
-    table = markdown(["method", *ATTACKS], [[m, *(shown(find(method=m, attack=a, rule="CWTM")) for a in ATTACKS)] for m in METHODS])
+    table = markdown(
+        ["method", *ATTACKS],
+        [[m, *(shown(find(method=m, attack=a, rule="CWTM")) for a in ATTACKS)] for m in METHODS],
+    )
     rules = markdown(
-        ["rule behind NNM", *ATTACKS], [[r, *(shown(find(method=OURS, attack=a, rule=r)) for a in ATTACKS)] for r in RULES]
+        ["rule behind NNM", *ATTACKS],
+        [[r, *(shown(find(method=OURS, attack=a, rule=r)) for a in ATTACKS)] for r in RULES],
     )
     steps = markdown(
         ["SF, CWTM", *(f"step size {lr}" for lr in rates)],
-        [[m, *(shown(pick(results, method=m, attack="SF", rule="CWTM", lr=lr)) for lr in rates)] for m in METHODS],
+        [
+            [m, *(shown(pick(results, method=m, attack="SF", rule="CWTM", lr=lr)) for lr in rates)]
+            for m in METHODS
+        ],
     )
-    return f"{claims}\nMean gap over the last fifth of a run, NNM and trimmed mean:\n\n{table}\n{OURS}, by rule:\n\n{rules}\nBy step size:\n\n{steps}"
+    return (
+        f"{claims}\nMean gap over the last fifth of a run, NNM and trimmed "
+        f"mean:\n\n{table}\n{OURS}, by rule:\n\n{rules}\nBy step size:\n\n{steps}"
+    )
 
 
 def draw(results: list[tuple[Run, Run]], rates: Sequence[float]) -> Any:
     drawing, axes = figure(3, 2)
     for attack, here in zip(ATTACKS, axes.flat, strict=False):
-        here.set(yscale="log", xlabel="round", ylabel="f(x) - f*", title=f"attack: {attack}", ylim=(2e-3, 1e2))
+        here.set(
+            yscale="log",
+            xlabel="round",
+            ylabel="f(x) - f*",
+            title=f"attack: {attack}",
+            ylim=(2e-3, 1e2),
+        )
         for place, method in enumerate(METHODS):
-            band(here, best_rate(results, rates, method=method, attack=attack, rule="CWTM", batch=1), "round", "gap", method, place)
+            band(
+                here,
+                best_rate(results, rates, method=method, attack=attack, rule="CWTM", batch=1),
+                "round",
+                "gap",
+                method,
+                place,
+            )
     lines, labels = axes[0, 1].get_legend_handles_labels()
     axes[1, 2].axis("off")
     axes[1, 2].legend(lines, labels, loc="center", title="20 workers, 9 Byzantine, batch 1")

@@ -1,9 +1,12 @@
-"""Byz-VR-MARINA-PP on a9a: logistic regression, 20 workers that all hold the whole data, 5 Byzantine, 4 sampled.
+"""Byz-VR-MARINA-PP on a9a: logistic regression, 20 workers that all hold the whole data, 5
+Byzantine, 4 sampled.
 
-    python benchmarks/reproduce/marina_pp.py --data DIR [--full] [--output runs/reproduce/marina_pp] [--jobs 2]
+    python benchmarks/reproduce/marina_pp.py --data DIR [--full] [--output runs/reproduce/marina_pp]
+    [--jobs 2]
 
-DIR holds libsvm/a9a.bz2, a9a.t.bz2, w8a.bz2 and w8a.t.bz2. Rounds are the package's own `Exchange` over in-process workers, with the
-gradients of logistic regression in closed form; tests/test_reproductions.py checks that a Trainer takes the same steps.
+DIR holds libsvm/a9a.bz2, a9a.t.bz2, w8a.bz2 and w8a.t.bz2. Rounds are the package's own `Exchange`
+over in-process workers, with the gradients of logistic regression in closed form;
+tests/test_reproductions.py checks that a Trainer takes the same steps.
 """
 
 from __future__ import annotations
@@ -42,8 +45,23 @@ Run = dict[str, Any]
 
 N, LIARS, COHORT, L2 = 20, 5, 4, 0.01
 PUBLISHED = {"a9a": 0.48710015416145325, "w8a": 0.39699700474739075}
-ATTACKS = {"NA": None, "BF": BitFlip(), "LF": LabelFlip(2), "ALIE": ALIE(), "IPM": IPM(0.1), "SHB": ShiftBack()}
-MAIN: Run = {"attack": "SHB", "cohort": COHORT, "clipping": 0.1, "lr": 0.5, "batch": 32, "p": 0.001, "rounds": 5_000}
+ATTACKS = {
+    "NA": None,
+    "BF": BitFlip(),
+    "LF": LabelFlip(2),
+    "ALIE": ALIE(),
+    "IPM": IPM(0.1),
+    "SHB": ShiftBack(),
+}
+MAIN: Run = {
+    "attack": "SHB",
+    "cohort": COHORT,
+    "clipping": 0.1,
+    "lr": 0.5,
+    "batch": 32,
+    "p": 0.001,
+    "rounds": 5_000,
+}
 POINTS = 50
 
 
@@ -54,8 +72,13 @@ def problem(name: str, data: str) -> tuple[Logistic, float]:
 
 
 def algorithm(run: Run) -> ByzVRMarinaPP:
-    # 20 workers in buckets of 2 are 10 rows, of which a median outvotes 4: the paper's 5 liars are one more than the rule promises.
-    rule = CoordinateMedian(f=LIARS) if run.get("rule") == "median" else Chain(pre=(Bucketing(),), rule=CoordinateMedian(), f=4)
+    # 20 workers in buckets of 2 are 10 rows, of which a median outvotes 4: the paper's 5 liars are
+    # one more than the rule promises.
+    rule = (
+        CoordinateMedian(f=LIARS)
+        if run.get("rule") == "median"
+        else Chain(pre=(Bucketing(),), rule=CoordinateMedian(), f=4)
+    )
     return ByzVRMarinaPP(rule, p=run["p"], cohort_size=run["cohort"], clipping=run["clipping"])
 
 
@@ -66,11 +89,15 @@ def liars_flip(run: Run) -> Tensor:
 
 def simulation(run: Run, d: int) -> Simulation:
     start = torch.zeros(d, dtype=torch.float64)
-    return Simulation(algorithm(run), start, N, run["seed"], run["lr"], LIARS, ATTACKS[run["attack"]])
+    return Simulation(
+        algorithm(run), start, N, run["seed"], run["lr"], LIARS, ATTACKS[run["attack"]]
+    )
 
 
 def train(run: Run, data: str) -> Run:
-    """The gap f(x) - f* along one run, against rounds and against gradients computed (of samples, by a worker of average load)."""
+    """The gap f(x) - f* along one run, against rounds and against gradients computed (of samples,
+    by a worker of average load).
+    """
     torch.set_num_threads(1)
     logistic, best = problem("a9a", data)
     m, flip = len(logistic.s), liars_flip(run)
@@ -88,7 +115,9 @@ def train(run: Run, data: str) -> Run:
                 found[worker] = Gradients(whole[bool(flip[worker])])
             computed += len(here) / N * m
         else:
-            now, old = (logistic.gradients(w, index[cohort], flip[cohort]) for w in (made.w, made.before))
+            now, old = (
+                logistic.gradients(w, index[cohort], flip[cohort]) for w in (made.w, made.before)
+            )
             for row, worker in enumerate(here):
                 found[worker] = Gradients(now[row], old[row])
             computed += len(here) / N * 2 * index.shape[1]
@@ -98,7 +127,11 @@ def train(run: Run, data: str) -> Run:
     for step in range(run["rounds"] + 1):
         if step % (run["rounds"] // POINTS) == 0:
             gap = logistic.loss(made.w) - best
-            for name, value in (("round", step), ("passes", computed / m), ("gap", max(gap, 1e-16))):
+            for name, value in (
+                ("round", step),
+                ("passes", computed / m),
+                ("gap", max(gap, 1e-16)),
+            ):
                 curves[name].append(value)
             if not gap < 1e3:  # it diverges
                 break
@@ -114,17 +147,35 @@ def all_runs(full: bool) -> dict[str, list[Run]]:
     everybody = {"cohort": None, "rounds": main["rounds"] // 2}
     return {
         "optima": [{"optimum": name} for name in PUBLISHED],
-        "shift-back": [main | {"clipping": clipping, "seed": seed} for seed in seeds for clipping in (main["clipping"], None)],
+        "shift-back": [
+            main | {"clipping": clipping, "seed": seed}
+            for seed in seeds
+            for clipping in (main["clipping"], None)
+        ],
         "participation": [main | everybody | {"seed": seed} for seed in seeds],
-        "label flips without buckets": [main | {"attack": "LF", "rule": "median", "seed": seed} for seed in seeds],
+        "label flips without buckets": [
+            main | {"attack": "LF", "rule": "median", "seed": seed} for seed in seeds
+        ],
         "attacks": [
-            main | {"attack": a, "clipping": c, "seed": s} for s in more for a in ATTACKS for c in (main["clipping"], None)
+            main | {"attack": a, "clipping": c, "seed": s}
+            for s in more
+            for a in ATTACKS
+            for c in (main["clipping"], None)
         ],
         "lambda": [main | {"clipping": c, "seed": seed} for seed in more for c in clippings],
         "step sizes": [
-            main | {"clipping": c, "lr": lr, "seed": s} for s in more if full or s == 0 for lr in rates for c in clippings
+            main | {"clipping": c, "lr": lr, "seed": s}
+            for s in more
+            if full or s == 0
+            for lr in rates
+            for c in clippings
         ],
-        "small steps": [main | {"clipping": c, "lr": 0.01, "seed": s} for s in more if full or s == 0 for c in clippings],
+        "small steps": [
+            main | {"clipping": c, "lr": 0.01, "seed": s}
+            for s in more
+            if full or s == 0
+            for c in clippings
+        ],
     }
 
 
@@ -154,7 +205,11 @@ def report(results: list[tuple[Run, Run]], main: Run) -> str:
             ]
         )
     rows += [
-        ["SHB, with clipping: linear to a gap below 1e-6", shown(clipped), verdict(all_of([gap(clipped)], lambda v: v < 1e-6))],
+        [
+            "SHB, with clipping: linear to a gap below 1e-6",
+            shown(clipped),
+            verdict(all_of([gap(clipped)], lambda v: v < 1e-6)),
+        ],
         [
             "SHB, without clipping: it gets nowhere (the paper: stuck near the start, 0.206)",
             shown(free),
@@ -162,14 +217,23 @@ def report(results: list[tuple[Run, Run]], main: Run) -> str:
         ],
     ]
     everybody = find(**main | {"cohort": None, "rounds": main["rounds"] // 2})
-    passes = {name: passes_to(found, 1e-6) for name, found in (("4 of 20", clipped), ("all 20", everybody))}
+    passes = {
+        name: passes_to(found, 1e-6)
+        for name, found in (("4 of 20", clipped), ("all 20", everybody))
+    }
     few, all_of_them = passes.values()
     better = bool(few.mean() < all_of_them.mean()) if len(few) and len(all_of_them) else None
     rows.append(
         [
             "sampling 4 of 20 beats full participation by gradients computed",
-            "passes over the data until the gap is 1e-6: " + ", ".join(f"{name}: {spread(v, '.1f')}" for name, v in passes.items()),
-            verdict(better) + (" in the mean; the seeds' ranges overlap" if better and few.max() > all_of_them.min() else ""),
+            "passes over the data until the gap is 1e-6: "
+            + ", ".join(f"{name}: {spread(v, '.1f')}" for name, v in passes.items()),
+            verdict(better)
+            + (
+                " in the mean; the seeds' ranges overlap"
+                if better and few.max() > all_of_them.min()
+                else ""
+            ),
         ]
     )
     others = {a: find(**main | {"attack": a}) for a in ATTACKS}
@@ -193,23 +257,38 @@ def report(results: list[tuple[Run, Run]], main: Run) -> str:
             verdict(all_of(list(tried.values()), lambda v: v < 1e-6)),
         ]
     )
-    claims = markdown(["paper's claim", "our measurement: last gap, mean of seeds (range)", "holds?"], rows)
+    claims = markdown(
+        ["paper's claim", "our measurement: last gap, mean of seeds (range)", "holds?"], rows
+    )
     attacks = markdown(
         ["attack", "clipping", "no clipping"],
-        [[a, shown(others[a]), shown(find(**main | {"attack": a, "clipping": None}))] for a in ATTACKS],
+        [
+            [a, shown(others[a]), shown(find(**main | {"attack": a, "clipping": None}))]
+            for a in ATTACKS
+        ],
     )
     rates = sorted({run["lr"] for run, _ in results if "lr" in run}, reverse=True)
     clippings = (None, 0.1, 1.0, 10.0)
     grid = markdown(
         ["step size", *("no clipping" if c is None else f"lambda {c}" for c in clippings)],
-        [[lr, *(shown(find(**main | {"clipping": c, "lr": lr})) for c in clippings)] for lr in rates],
+        [
+            [lr, *(shown(find(**main | {"clipping": c, "lr": lr})) for c in clippings)]
+            for lr in rates
+        ],
     )
-    return f"{claims}\nLast gap by attack:\n\n{attacks}\nLast gap by step size and lambda, under SHB:\n\n{grid}"
+    return (
+        f"{claims}\nLast gap by attack:\n\n{attacks}\nLast gap by step size and lambda, under "
+        f"SHB:\n\n{grid}"
+    )
 
 
 def passes_to(results: list[Run], gap: float) -> Tensor:
-    """Passes over the data that a worker of average load makes until the gap is this small, of each seed; inf if it never gets there."""
-    reached = [[at for at, here in zip(r["passes"], r["gap"], strict=True) if here < gap] for r in results]
+    """Passes over the data that a worker of average load makes until the gap is this small, of each
+    seed; inf if it never gets there.
+    """
+    reached = [
+        [at for at, here in zip(r["passes"], r["gap"], strict=True) if here < gap] for r in results
+    ]
     return torch.tensor([min(points, default=float("inf")) for points in reached])
 
 
@@ -224,10 +303,22 @@ def draw(results: list[tuple[Run, Run]], main: Run) -> Any:
         band(a, find(**main | {"clipping": clipping}), "round", "gap", label, place)
     a.set(xlabel="round", title="shift-back attack, 4 of 20 sampled")
     band(b, find(**main), "passes", "gap", "4 of 20 sampled", 0)
-    band(b, find(**main | {"cohort": None, "rounds": main["rounds"] // 2}), "passes", "gap", "all 20", 1)
-    b.set(xlabel="passes over the data, of an average worker", title="shift-back attack, with clipping")
+    band(
+        b,
+        find(**main | {"cohort": None, "rounds": main["rounds"] // 2}),
+        "passes",
+        "gap",
+        "all 20",
+        1,
+    )
+    b.set(
+        xlabel="passes over the data, of an average worker",
+        title="shift-back attack, with clipping",
+    )
     for place, clipping in enumerate((0.1, 1.0, 10.0)):
-        band(c, find(**main | {"clipping": clipping}), "round", "gap", f"lambda = {clipping}", place)
+        band(
+            c, find(**main | {"clipping": clipping}), "round", "gap", f"lambda = {clipping}", place
+        )
     c.set(xlabel="round", title=f"shift-back attack, step size {main['lr']}")
     for place, attack in enumerate(ATTACKS):
         band(d, find(**main | {"attack": attack}), "round", "gap", attack, place)

@@ -1,8 +1,11 @@
-"""signSGD and SIGNUM with majority vote: the 1000-dimensional toy with 27 workers, and 7 workers on Fashion-MNIST.
+"""signSGD and SIGNUM with majority vote: the 1000-dimensional toy with 27 workers, and 7 workers on
+Fashion-MNIST.
 
-    python benchmarks/reproduce/signsgd.py --data DIR [--full] [--output runs/reproduce/signsgd] [--jobs 2]
+    python benchmarks/reproduce/signsgd.py --data DIR [--full] [--output runs/reproduce/signsgd]
+    [--jobs 2]
 
-DIR holds FashionMNIST/raw. Every round goes through the package's own `Exchange`; bytes are those of the payloads.
+DIR holds FashionMNIST/raw. Every round goes through the package's own `Exchange`; bytes are those
+of the payloads.
 """
 
 from __future__ import annotations
@@ -51,7 +54,10 @@ POINTS = 25
 
 def toy(run: Run) -> Run:
     """f(x) = ||x||^2 / 2 with noise N(0, 1) in every component of every worker's gradient."""
-    n, start = run["workers"], torch.randn(run["d"], generator=keyed_generator("start", run["seed"]))
+    n, start = (
+        run["workers"],
+        torch.randn(run["d"], generator=keyed_generator("start", run["seed"])),
+    )
     algorithm = SignSGDMajorityVote(momentum=0.0).with_f((n - 1) // 2)
     made = Simulation(algorithm, start, n, run["seed"], run["lr"], run["liars"], BitFlip())
     noise = keyed_generator("noise", run["seed"])
@@ -77,7 +83,15 @@ def train(run: Run, data: str, device: str) -> Run:
     """Test loss and accuracy along one run, against the bytes that one worker sent and received."""
     task = images(data, run["hidden"], device)
     algorithm, lr = METHODS[run["method"]]
-    made = Simulation(algorithm, task.start(run["seed"]), run["workers"], run["seed"], lr, run["liars"], ATTACKS[run["attack"]])
+    made = Simulation(
+        algorithm,
+        task.start(run["seed"]),
+        run["workers"],
+        run["seed"],
+        lr,
+        run["liars"],
+        ATTACKS[run["attack"]],
+    )
     stream = batches(task.y, run["workers"], run["batch"], run["seed"], IID())
 
     def gradients(round: Round, cohort: Tensor) -> Sequence[Gradients]:
@@ -106,7 +120,9 @@ def all_runs(full: bool) -> dict[str, list[Run]]:
     liars = range(28) if full else (0, 4, 8, 12, 13, 14)
     images = IMAGES | ({"rounds": 10_000, "batch": 128} if full else {})
     return {
-        "toy": [TOY | {"liars": f, "seed": seed} for seed in range(5 if full else 3) for f in liars],
+        "toy": [
+            TOY | {"liars": f, "seed": seed} for seed in range(5 if full else 3) for f in liars
+        ],
         "images": [
             images | {"method": method, "attack": attack, "liars": f, "seed": seed}
             for seed in range(3 if full else 2)
@@ -120,7 +136,8 @@ def all_runs(full: bool) -> dict[str, list[Run]]:
 
 def report(results: list[tuple[Run, Run]]) -> str:
     toy = {
-        f: last(pick(results, task="toy", liars=f), "loss") for f in sorted({r["liars"] for r, _ in results if r["task"] == "toy"})
+        f: last(pick(results, task="toy", liars=f), "loss")
+        for f in sorted({r["liars"] for r, _ in results if r["task"] == "toy"})
     }
     ends = {
         (a, f, m): last(pick(results, task="images", attack=a, liars=f, method=m), "accuracy")
@@ -131,17 +148,26 @@ def report(results: list[tuple[Run, Run]]) -> str:
 
     inverted = {m: ends["inverted", 3, m] for m in METHODS}
     bits = {m: pick(results, task="images", method=m, liars=0, attack="inverted") for m in METHODS}
-    ratio = bits["averaging"][0]["megabytes"][-1] / bits["SIGNUM"][0]["megabytes"][-1] if all(bits.values()) else float("nan")
+    ratio = (
+        bits["averaging"][0]["megabytes"][-1] / bits["SIGNUM"][0]["megabytes"][-1]
+        if all(bits.values())
+        else float("nan")
+    )
     held = all_of([v for f, v in toy.items() if f <= 13], lambda v: v < 250) if 13 in toy else None
     broke = all_of([v for f, v in toy.items() if f >= 14], lambda v: v > 500) if 14 in toy else None
     order = [float(v.mean()) for f, v in toy.items() if f <= 13]
     rows = [
         [
             "toy: graceful up to 13 inverters of 27",
-            "last f (first about 500): " + ", ".join(f"{f}: {v.mean():.3g}" for f, v in toy.items() if f <= 13),
+            "last f (first about 500): "
+            + ", ".join(f"{f}: {v.mean():.3g}" for f, v in toy.items() if f <= 13),
             verdict(held and order == sorted(order)),
         ],
-        ["toy: breaks at 14", ", ".join(f"{f}: {v.mean():.3g}" for f, v in toy.items() if f >= 14), verdict(broke)],
+        [
+            "toy: breaks at 14",
+            ", ".join(f"{f}: {v.mean():.3g}" for f, v in toy.items() if f >= 14),
+            verdict(broke),
+        ],
         [
             "32 times fewer bytes than float32, in each direction",
             f"{ratio:.1f} times, both directions together",
@@ -163,7 +189,8 @@ def report(results: list[tuple[Run, Run]]) -> str:
             verdict(all_of([ends["random", 3, "SIGNUM"]], lambda v: v > 60)),
         ],
         [
-            "with 3 of 7 inverted, it ends above averaging and above Multi-Krum, told f = 2 (of the final version, which we did not have)",
+            "with 3 of 7 inverted, it ends above averaging and above Multi-Krum, told f = 2 (of "
+            "the final version, which we did not have)",
             ", ".join(f"{m}: {spread(v, '.1f')}" for m, v in inverted.items()),
             verdict(
                 all(float(inverted["SIGNUM"].mean()) >= float(v.mean()) for v in inverted.values())
@@ -171,10 +198,16 @@ def report(results: list[tuple[Run, Run]]) -> str:
                 else None
             ),
         ],
-        ["ImageNet in about 25 % less time than SGD with NCCL; QRNN; ResNet-50 under attack", "", verdict(None)],
+        [
+            "ImageNet in about 25 % less time than SGD with NCCL; QRNN; ResNet-50 under attack",
+            "",
+            verdict(None),
+        ],
     ]
     accuracies = [
-        [a, f, *(spread(ends[a, f, m], ".1f") for m in METHODS)] for a, f, m in ends if m == "SIGNUM" and len(ends[a, f, m])
+        [a, f, *(spread(ends[a, f, m], ".1f") for m in METHODS)]
+        for a, f, m in ends
+        if m == "SIGNUM" and len(ends[a, f, m])
     ]
     return (
         markdown(["paper's claim", "our measurement: mean of seeds (range)", "holds?"], rows)
@@ -186,12 +219,28 @@ def report(results: list[tuple[Run, Run]]) -> str:
 def draw(results: list[tuple[Run, Run]]) -> Any:
     find = partial(pick, results)
     drawing, ((a, b), (c, d)) = figure(2, 2)
-    a.set(yscale="log", xlabel="round", ylabel="f(x)", title="toy: 27 workers, some invert their signs")
+    a.set(
+        yscale="log",
+        xlabel="round",
+        ylabel="f(x)",
+        title="toy: 27 workers, some invert their signs",
+    )
     for place, f in enumerate((0, 8, 12, 13, 14)):
         band(a, find(task="toy", liars=f), "round", "loss", f"{f} inverters", place)
-    b.set(xlabel="round", ylabel="test accuracy, %", title="SIGNUM, 7 workers, some invert their signs")
+    b.set(
+        xlabel="round",
+        ylabel="test accuracy, %",
+        title="SIGNUM, 7 workers, some invert their signs",
+    )
     for place, f in enumerate(LIARS["inverted"]):
-        band(b, find(task="images", attack="inverted", liars=f, method="SIGNUM"), "round", "accuracy", f"{f} of 7", place)
+        band(
+            b,
+            find(task="images", attack="inverted", liars=f, method="SIGNUM"),
+            "round",
+            "accuracy",
+            f"{f} of 7",
+            place,
+        )
     c.set(xlabel="round", ylabel="test accuracy, %", title="3 of 7 inverted")
     d.set(
         xscale="log",
@@ -200,9 +249,17 @@ def draw(results: list[tuple[Run, Run]]) -> Any:
         title="nobody lies: loss against bytes",
     )
     for place, method in enumerate(METHODS):
-        band(c, find(task="images", attack="inverted", liars=3, method=method), "round", "accuracy", method, place)
+        band(
+            c,
+            find(task="images", attack="inverted", liars=3, method=method),
+            "round",
+            "accuracy",
+            method,
+            place,
+        )
         clean = [
-            {name: curve[1:] for name, curve in r.items()} for r in find(task="images", attack="inverted", liars=0, method=method)
+            {name: curve[1:] for name, curve in r.items()}
+            for r in find(task="images", attack="inverted", liars=0, method=method)
         ]
         band(d, clean, "megabytes", "loss", method, place)
     for axes in (a, b, c, d):
@@ -218,7 +275,9 @@ def main() -> None:
         + ", ".join(f"{name} {len(runs)}" for name, runs in grid.items())
     )
     results = measure(
-        [run for runs in grid.values() for run in runs], partial(work, data=arguments.data, device=arguments.device), arguments
+        [run for runs in grid.values() for run in runs],
+        partial(work, data=arguments.data, device=arguments.device),
+        arguments,
     )
     publish(report(results), results, draw(results), arguments.output)
 

@@ -1,11 +1,23 @@
 """Aggregators: robust rules from n vectors to one, and the pre-aggregations that go before them."""
 
-from lightning_byz.aggregators.base import Aggregator, PreAggregator, Rule, TooFewRowsError, WeightedAggregator
+from lightning_byz.aggregators.base import (
+    Aggregator,
+    PreAggregator,
+    Rule,
+    TooFewRowsError,
+    WeightedAggregator,
+)
 from lightning_byz.aggregators.bucketing import Bucketing
 from lightning_byz.aggregators.centered_clipping import CenteredClip
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.aggregators.clipping import ARC, StaticClipping
-from lightning_byz.aggregators.coordinate_wise import CoordinateMedian, MeaMed, Mean, Phocas, TrimmedMean
+from lightning_byz.aggregators.coordinate_wise import (
+    CoordinateMedian,
+    MeaMed,
+    Mean,
+    Phocas,
+    TrimmedMean,
+)
 from lightning_byz.aggregators.geometric_median import AutoGM, GeometricMedian
 from lightning_byz.aggregators.krum import Bulyan, Krum, MultiKrum
 from lightning_byz.aggregators.majority_vote import MajorityVote

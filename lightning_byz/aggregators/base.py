@@ -26,22 +26,29 @@ class TooFewRowsError(ValueError):
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """What aggregators and pre-aggregators share: the number f of Byzantine rows that they are to tolerate.
+    """What aggregators and pre-aggregators share: the number f of Byzantine rows that they are to
+    tolerate.
 
     Args:
-        f: number of Byzantine rows to tolerate. None: not yet known; the strategy fills it in (``num_byzantine``).
+        f: number of Byzantine rows to tolerate. None: not yet known; the strategy fills it in
+            (``num_byzantine``).
     """
 
     f: int | None = None
 
     def __post_init__(self) -> None:
-        if self.f is not None and (isinstance(self.f, bool) or not isinstance(self.f, int) or self.f < 0):
+        if self.f is not None and (
+            isinstance(self.f, bool) or not isinstance(self.f, int) or self.f < 0
+        ):
             raise ValueError(
-                f"`f`, the number of Byzantine rows to tolerate, should be a non-negative integer. Found f={self.f!r}."
+                "`f`, the number of Byzantine rows to tolerate, should be a non-negative "
+                f"integer. Found f={self.f!r}."
             )
 
     def most_f(self, n: int) -> int:
-        """The largest f that this rule allows for n rows; below 0 if it cannot take n rows at all."""
+        """The largest f that this rule allows for n rows; below 0 if it cannot take n rows at
+        all.
+        """
         return (n - 1) // 2
 
     def with_f(self: RuleT, f: int) -> RuleT:
@@ -54,81 +61,113 @@ class Rule(ABC):
             return dataclasses.replace(self, f=f)
         except TypeError as error:
             raise TypeError(
-                f"{type(self).__name__} should be a dataclass, whose fields are its parameters: write @dataclass(frozen=True) above it, "
-                f"and no __init__. Found a class of which no copy with another f can be made: {error}"
+                f"{type(self).__name__} should be a dataclass, whose fields are its parameters: "
+                "write @dataclass(frozen=True) above it, and no __init__. Found a class of which "
+                f"no copy with another f can be made: {error}"
             ) from error
 
     def caveat(self, n: int) -> str | None:
-        """What somebody should know who is about to run this rule, whose f is known, on n rows in every step; None: nothing."""
+        """What somebody should know who is about to run this rule, whose f is known, on n rows in
+        every step; None: nothing.
+        """
         return None
 
     def check(self, n: int) -> None:
         """Raises unless this rule can take n rows."""
         name = type(self).__name__
         if self.f is None:
-            raise ValueError(f"{name} needs to know f. Found f=None. Write {name}(f=1), or {name}().with_f(1).")
+            raise ValueError(
+                f"{name} needs to know f. Found f=None. Write {name}(f=1), or {name}().with_f(1)."
+            )
         if self.f > self.most_f(n):
             advice = f"Use f <= {self.most_f(n)}" if self.most_f(n) >= 0 else "Use another rule"
-            smallest = next((m for m in range(1, 8 * self.f + 64) if self.most_f(m) >= self.f), None)
+            smallest = next(
+                (m for m in range(1, 8 * self.f + 64) if self.most_f(m) >= self.f), None
+            )
             more = "" if smallest is None else f", or at least {smallest} rows"
             raise TooFewRowsError(
-                f"{name} with f={self.f} cannot take n={n} rows: for n={n} it tolerates at most f={self.most_f(n)}. {advice}{more}."
+                f"{name} with f={self.f} cannot take n={n} rows: for n={n} it tolerates at most "
+                f"f={self.most_f(n)}. {advice}{more}."
             )
 
 
 @dataclass(frozen=True)
 class Aggregator(Rule):
-    """A rule that makes one vector of n rows. Subclasses implement `aggregate`, or `weights` (see `WeightedAggregator`)."""
+    """A rule that makes one vector of n rows. Subclasses implement `aggregate`, or `weights` (see
+    `WeightedAggregator`).
+    """
 
     @property
     def weighted(self) -> bool:
-        """Whether it takes ``rows.shares`` into account, how much of the data each row stands for."""
+        """Whether it takes ``rows.shares`` into account, how much of the data each row stands
+        for.
+        """
         return False
 
     @property
     def coordinate_wise(self) -> bool:
-        """Whether every coordinate of the result is a function of that coordinate of the rows alone, the same in every round."""
+        """Whether every coordinate of the result is a function of that coordinate of the rows
+        alone, the same in every round.
+        """
         return False
 
     @property
     def remembers(self) -> bool:
-        """Whether the result depends on the last round's, which algorithms then keep and give it as ``rows.last``."""
+        """Whether the result depends on the last round's, which algorithms then keep and give it as
+        ``rows.last``.
+        """
         return False
 
     def __call__(self, rows: AnyRows, present: Tensor | None = None) -> Tensor:
         """Aggregates ``rows [n, d]`` to ``[d]``; the input is not modified and keeps its dtype.
 
-        Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not see them. Those that are known to be
-        faulty (``rows.exposed``) count as Byzantine rows that are gone, so f shrinks by as many. Each of the others may be one row less that
-        can lie, so f shrinks with them too, but never by more than the rule needs it to, and not at all once more than f rows are silent.
-        Rows of accused workers (``rows.quarantined``) do the same: an accusation is no proof, so f
-        stays as large as the rule allows; and as they are probably Byzantine, a step does not fail
-        for their absence.
+        Rows that hold a nan or an inf, and rows that are not present, are silent: the rule does not
+        see them. Those that are known to be faulty (``rows.exposed``) count as Byzantine rows that
+        are gone, so f shrinks by as many. Each of the others may be one row less that can lie, so f
+        shrinks with them too, but never by more than the rule needs it to, and not at all once more
+        than f rows are silent. Rows of accused workers (``rows.quarantined``) do the same: an
+        accusation is no proof, so f stays as large as the rule allows; and as they are probably
+        Byzantine, a step does not fail for their absence.
 
         Args:
-            rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows. The result is a tensor.
-            present: ``[n]`` bool, the rows that count, already known to be finite; None looks for itself.
+            rows: a matrix ``[n, d]`` of torch or of numpy, a list of n vectors ``[d]``, or Rows.
+                The result is a tensor.
+            present: ``[n]`` bool, the rows that count, already known to be finite; None looks for
+                itself.
 
         Raises:
             TooFewRowsError: if f is too large for n, or for the rows that are left.
-            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or f of them have half of it; if rows are
-                no floating-point matrix; if the rule's weights, or its result, are not what they should be.
+            ValueError: if rows have unequal shares of the data, and the rule cannot weigh them, or
+                f of them have half of it; if rows are no floating-point matrix; if the rule's
+                weights, or its result, are not what they should be.
         """
         rule, rows = self.facing(Rows.of(rows), present)
         result = rule.aggregate(rows)
         width = rows.values.shape[1]
-        if not isinstance(result, Tensor) or result.shape != (width,) or result.dtype != rows.values.dtype:
-            found = f"a tensor {list(result.shape)} of {result.dtype}" if isinstance(result, Tensor) else repr(result)
+        if (
+            not isinstance(result, Tensor)
+            or result.shape != (width,)
+            or result.dtype != rows.values.dtype
+        ):
+            found = (
+                f"a tensor {list(result.shape)} of {result.dtype}"
+                if isinstance(result, Tensor)
+                else repr(result)
+            )
             raise ValueError(
-                f"`aggregate` of {type(self).__name__} should give a vector [d] of the rows' dtype: [{width}] of {rows.values.dtype}. Found "
-                f"{found}."
+                f"`aggregate` of {type(self).__name__} should give a vector [d] of the rows' "
+                f"dtype: [{width}] of {rows.values.dtype}. Found {found}."
             )
         return result
 
-    def facing(self: AggregatorT, rows: Rows, present: Tensor | None = None) -> tuple[AggregatorT, Rows]:
-        """The rows that speak, and this rule with the f that is left for them; arguments and errors are those of a call.
+    def facing(
+        self: AggregatorT, rows: Rows, present: Tensor | None = None
+    ) -> tuple[AggregatorT, Rows]:
+        """The rows that speak, and this rule with the f that is left for them; arguments and errors
+        are those of a call.
 
-        Rules that look across columns get them in a range where they can square numbers (`Rows.in_range`).
+        Rules that look across columns get them in a range where they can square numbers
+        (`Rows.in_range`).
         """
         self.check(len(rows))
         if rows.shares is not None:
@@ -144,22 +183,36 @@ class Aggregator(Rule):
         if silent == 0:
             return self, rows
         assert self.f is not None
-        exposed = 0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
+        exposed = (
+            0 if rows.exposed is None else int((rows.exposed.to(speaking.device) & ~speaking).sum())
+        )
         exposed = exposed if exposed <= self.f else 0  # else nothing is as f says
         left = rows.select(speaking)
-        most = self.most_f(heard) if left.shares is None else min(self.most_f(heard), _most_below_half(left.shares))
-        accused = 0 if rows.quarantined is None else int((rows.quarantined.to(speaking.device) & ~speaking).sum())
+        most = (
+            self.most_f(heard)
+            if left.shares is None
+            else min(self.most_f(heard), _most_below_half(left.shares))
+        )
+        accused = (
+            0
+            if rows.quarantined is None
+            else int((rows.quarantined.to(speaking.device) & ~speaking).sum())
+        )
         remaining, quiet = self.f - exposed, silent - exposed - accused
         f = min(remaining, most)
-        # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With more, honest ones are quiet,
-        # and all f Byzantine ones may be among those that speak.
+        # With at most f quiet rows, all of them may be Byzantine ones, and f - quiet are left. With
+        # more, honest ones are quiet, and all f Byzantine ones may be among those that speak.
         least = max(0, remaining - accused)
         least = least - quiet if quiet <= least else least
         if heard == 0 or f < least:
-            of_them = f"{heard} rows" if left.shares is None else f"{heard} rows of these shares of the data"
+            of_them = (
+                f"{heard} rows"
+                if left.shares is None
+                else f"{heard} rows of these shares of the data"
+            )
             raise TooFewRowsError(
-                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and for {of_them} it "
-                f"tolerates at most f={most}. {least} of them may be Byzantine."
+                f"{type(self).__name__} with f={self.f} heard {heard} of n={len(rows)} rows, and "
+                f"for {of_them} it tolerates at most f={most}. {least} of them may be Byzantine."
             )
         return self.with_f(f), left
 
@@ -168,21 +221,25 @@ class Aggregator(Rule):
         name = type(self).__name__
         if not self.weighted:
             raise ValueError(
-                f"{name} counts every row alike. Found rows that stand for different shares of the data. Use CoordinateMedian, "
-                "GeometricMedian or Mean, which weigh them, or no weights."
+                f"{name} counts every row alike. Found rows that stand for different shares of "
+                "the data. Use CoordinateMedian, GeometricMedian or Mean, which weigh them, or "
+                "no weights."
             )
         if self.f and self.f > _most_below_half(shares):
             largest = shares.sort(descending=True).values[: self.f]
             raise ValueError(
-                f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} with "
-                f"{100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, or more even weights."
+                f"Any f={self.f} rows should stand for less than half of the data. Found {self.f} "
+                f"with {100 * float(largest.sum() / shares.sum()):.0f} % of it. Use a smaller f, "
+                "or more even weights."
             )
 
     def kappa(self, n: int) -> float | None:
-        """The constant with which it is proven to be (f, kappa)-robust for n rows; None where we know of no such proof.
+        """The constant with which it is proven to be (f, kappa)-robust for n rows; None where we
+        know of no such proof.
 
-        For every set S of n - f rows with mean m_S, whatever the other rows hold, ``||result - m_S||^2 <= kappa / |S| sum_S ||x_i - m_S||^2``.
-        Allouah et al., AISTATS 2023 (arXiv 2302.01772); no rule has one below f / (n - 2f).
+        For every set S of n - f rows with mean m_S, whatever the other rows hold,
+        ``||result - m_S||^2 <= kappa / |S| sum_S ||x_i - m_S||^2``. Allouah et al., AISTATS 2023
+        (arXiv 2302.01772); no rule has one below f / (n - 2f).
         """
         return None
 
@@ -195,7 +252,9 @@ class Aggregator(Rule):
         if self.coordinate_wise:
             yield from (self.aggregate(piece) for _, piece in rows.pieces())
         else:
-            yield from torch.split(self.aggregate(rows), [piece.values.shape[1] for _, piece in rows.pieces()])
+            yield from torch.split(
+                self.aggregate(rows), [piece.values.shape[1] for _, piece in rows.pieces()]
+            )
 
 
 @dataclass(frozen=True)
@@ -231,8 +290,8 @@ class WeightedAggregator(Aggregator):
                 return weights
             found = f"{listed}, whose sum is {total:.6g}"
         raise ValueError(
-            f"`weights` of {type(self).__name__} should be a tensor [{n}] of numbers >= 0, one for each row, that sum to 1"
-            f"{' at most' if self.clips else ''}. Found {found}."
+            f"`weights` of {type(self).__name__} should be a tensor [{n}] of numbers >= 0, one "
+            f"for each row, that sum to 1{' at most' if self.clips else ''}. Found {found}."
         )
 
     def in_pieces(self, rows: Rows) -> Iterator[Tensor]:
@@ -248,8 +307,8 @@ class PreAggregator(Rule):
     """Maps n rows to rows that are easier to aggregate. Subclasses implement `prepare`.
 
     Attributes:
-        bounds_rows: whether f rows can move the mean of the new rows by a bounded amount only, as clipping does; a chain may then
-            end in `Mean`.
+        bounds_rows: whether f rows can move the mean of the new rows by a bounded amount only, as
+            clipping does; a chain may then end in `Mean`.
         needs_f: what it makes of rows depends on f.
     """
 
@@ -285,7 +344,9 @@ class PreAggregator(Rule):
 
 
 def _most_below_half(shares: Tensor) -> int:
-    """The largest f for which any f rows stand for less than half of the data, of which rows have ``shares [n]``."""
+    """The largest f for which any f rows stand for less than half of the data, of which rows have
+    ``shares [n]``.
+    """
     return int((2 * shares.sort(descending=True).values.cumsum(0) < shares.sum()).sum())
 
 

@@ -17,14 +17,17 @@ from lightning_byz.numerics.rows import Rows
 class CenteredClip(Aggregator):
     """Moves from its last result towards the rows, each of which pulls by at most tau / n.
 
-    ``v = v + (1/n) sum_i (x_i - v) min(1, tau / ||x_i - v||)``, L times, from v = the last result (0 in the first round). Karimireddy, He, Jaggi,
-    ICML 2021 (arXiv 2012.10333). Needs n > 2f, and does not use f otherwise. Any f rows move one step by at most 2 f tau / n, however
-    large they are; but tau has to fit the honest rows' spread, and the first results follow a gradient that is longer than tau slowly.
+    ``v = v + (1/n) sum_i (x_i - v) min(1, tau / ||x_i - v||)``, L times, from v = the last result
+    (0 in the first round). Karimireddy, He, Jaggi, ICML 2021 (arXiv 2012.10333). Needs n > 2f, and
+    does not use f otherwise. Any f rows move one step by at most 2 f tau / n, however large they
+    are; but tau has to fit the honest rows' spread, and the first results follow a gradient that is
+    longer than tau slowly.
 
     Args:
         tau: the largest pull, > 0, in the units of the rows. epfml's code uses 10, ByzFL 100.
         iterations: L. epfml's code uses 3, ByzFL 1, Blades 5.
-        start: "last", the paper's, or "median": the coordinate-wise median of this round's rows, which remembers nothing (ours).
+        start: "last", the paper's, or "median": the coordinate-wise median of this round's rows,
+            which remembers nothing (ours).
     """
 
     tau: float = 10.0

@@ -18,36 +18,48 @@ from lightning_byz.numerics.rows import Rows
 class Chain(Aggregator):
     """Pre-aggregations, applied in order, and the rule that aggregates what they make.
 
-    All parts tolerate the same f: give it once, to the chain or to every part. A `Mean` at the end tolerates nobody, unless a
-    pre-aggregation in front of it bounds the rows (`PreAggregator.bounds_rows`); NNM does not. No paper: a composition.
+    All parts tolerate the same f: give it once, to the chain or to every part. A `Mean` at the end
+    tolerates nobody, unless a pre-aggregation in front of it bounds the rows
+    (`PreAggregator.bounds_rows`); NNM does not. No paper: a composition.
 
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.
         rule: the aggregator at the end.
-        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of them: faster for a median, a trimmed mean, MeaMed
-            or Phocas of large models (docs/performance.md). It needs what torch.compile needs (on CPUs a C++ compiler), and some seconds in the
-            first rounds, and again whenever the number of rows changes. Other rules, such as Krum, do not change.
+        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of
+            them: faster for a median, a trimmed mean, MeaMed or Phocas of large models
+            (docs/performance.md). It needs what torch.compile needs (on CPUs a C++ compiler), and
+            some seconds in the first rounds, and again whenever the number of rows changes. Other
+            rules, such as Krum, do not change.
     """
 
     pre: Sequence[PreAggregator] = ()
-    rule: Aggregator = None  # type: ignore[assignment]  # a field without default cannot follow f=None
+    # a field without default cannot follow f=None
+    rule: Aggregator = None  # type: ignore[assignment]
     compile: bool = False
 
     def __post_init__(self) -> None:
-        are_pre = isinstance(self.pre, (list, tuple)) and all(isinstance(part, PreAggregator) for part in self.pre)
+        are_pre = isinstance(self.pre, (list, tuple)) and all(
+            isinstance(part, PreAggregator) for part in self.pre
+        )
         if isinstance(self.f, Rule) or not isinstance(self.rule, Aggregator) or not are_pre:
             raise ValueError(
-                "Chain takes a tuple of pre-aggregators and one aggregator, by name, such as Chain(pre=(NNM(),), rule=TrimmedMean()). "
-                f"Found f={self.f!r}, pre={self.pre!r}, rule={self.rule!r}."
+                "Chain takes a tuple of pre-aggregators and one aggregator, by name, such as "
+                f"Chain(pre=(NNM(),), rule=TrimmedMean()). Found f={self.f!r}, pre={self.pre!r}, "
+                f"rule={self.rule!r}."
             )
         super().__post_init__()
         counting = self.pre if self.pre and isinstance(self.rule, Mean) else (*self.pre, self.rule)
         given = {part.f for part in (self, *counting) if part.f is not None}
         if len(given) > 1:
-            raise ValueError(f"All parts of a Chain should tolerate the same f. Found f in {sorted(given)}. Give it once.")
+            raise ValueError(
+                f"All parts of a Chain should tolerate the same f. Found f in {sorted(given)}. "
+                "Give it once."
+            )
         f = given.pop() if given else None
         object.__setattr__(self, "f", f)
-        object.__setattr__(self, "pre", tuple(part if f is None else part.with_f(f) for part in self.pre))
+        object.__setattr__(
+            self, "pre", tuple(part if f is None else part.with_f(f) for part in self.pre)
+        )
         object.__setattr__(self, "rule", self.rule if f is None else self.rule.with_f(f))
 
     @property
@@ -71,7 +83,9 @@ class Chain(Aggregator):
         return min(limits if bounded else [*limits, self.rule.most_f(n)])
 
     def with_f(self, f: int) -> Chain:
-        return dataclasses.replace(self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f))
+        return dataclasses.replace(
+            self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f)
+        )
 
     def caveat(self, n: int) -> str | None:
         for part in self.pre:
@@ -79,10 +93,17 @@ class Chain(Aggregator):
         return self.rule.caveat(n)
 
     def kappa(self, n: int) -> float | None:
-        """With NNM in front, 8 f / (n - f) (kappa + 1) for the rule's own kappa; None for other pre-aggregations."""
+        """With NNM in front, 8 f / (n - f) (kappa + 1) for the rule's own kappa; None for other
+        pre-aggregations.
+        """
         kappa = self.rule.kappa(n)
         for part in self.pre:
-            if not isinstance(part, NNM) or isinstance(self.rule, Mean) or kappa is None or self.f is None:
+            if (
+                not isinstance(part, NNM)
+                or isinstance(self.rule, Mean)
+                or kappa is None
+                or self.f is None
+            ):
                 return None
             kappa = 8 * self.f / (n - self.f) * (kappa + 1)
         return kappa

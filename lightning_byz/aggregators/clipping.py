@@ -14,7 +14,9 @@ from lightning_byz.numerics.rows import Rows
 
 
 def _clipped(rows: Rows, norms: Tensor, limit: Tensor) -> Rows:
-    factors = torch.where(norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+    factors = torch.where(
+        norms > limit, limit / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0
+    )
     return rows.mix(torch.diag(factors))
 
 
@@ -45,7 +47,8 @@ class StaticClipping(PreAggregator):
 
 @dataclass(frozen=True)
 class ARC(PreAggregator):
-    """Adaptive robust clipping: the k = floor(2 (f / n) (n - f)) largest rows are clipped to the norm of the next largest.
+    """Adaptive robust clipping: the k = floor(2 (f / n) (n - f)) largest rows are clipped to the
+    norm of the next largest.
 
     Allouah et al., ICLR 2025 (arXiv 2405.14432), Algorithm 2. With f = 0 nothing is clipped.
     """

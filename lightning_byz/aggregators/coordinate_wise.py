@@ -16,7 +16,9 @@ from lightning_byz.numerics.rows import Rows
 
 @dataclass(frozen=True)
 class Mean(WeightedAggregator):
-    """The average of all rows. Not robust: one row can move it anywhere, so its f is always 0. No paper: what DDP computes."""
+    """The average of all rows. Not robust: one row can move it anywhere, so its f is always 0. No
+    paper: what DDP computes.
+    """
 
     f: int | None = 0
 
@@ -45,7 +47,9 @@ class Mean(WeightedAggregator):
     def weights(self, rows: Rows) -> Tensor:
         if rows.shares is not None:
             return rows.shares / rows.shares.sum()
-        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.values.device)
+        return torch.full(
+            (len(rows),), 1 / len(rows), dtype=torch.float64, device=rows.values.device
+        )
 
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None or rows.mixing is not None:
@@ -55,14 +59,17 @@ class Mean(WeightedAggregator):
 
 @dataclass(frozen=True)
 class CoordinateMedian(Aggregator):
-    """The median of every coordinate; for even n the mean of the two middle values (``torch.median`` takes the lower one).
+    """The median of every coordinate; for even n the mean of the two middle values
+    (``torch.median`` takes the lower one).
 
-    Yin et al., ICML 2018 (arXiv 1803.01498). Needs n > 2f, and does not use f otherwise. Where rows stand for unequal shares of the data:
-    the weighted median, the middle of all values that have at most half of the weight below them and at most half above.
+    Yin et al., ICML 2018 (arXiv 1803.01498). Needs n > 2f, and does not use f otherwise. Where rows
+    stand for unequal shares of the data: the weighted median, the middle of all values that have at
+    most half of the weight below them and at most half above.
 
     Args:
-        middle: what an even number gives: "mean" of the two middle values, or the "lower" one of them, as in code built on
-            ``torch.median`` (docs/definitions.md). With "lower", -x does not give minus the result of x.
+        middle: what an even number gives: "mean" of the two middle values, or the "lower" one of
+            them, as in code built on ``torch.median`` (docs/definitions.md). With "lower", -x does
+            not give minus the result of x.
     """
 
     middle: Literal["mean", "lower"] = "mean"
@@ -97,7 +104,8 @@ class CoordinateMedian(Aggregator):
 
         def rule(block: Tensor) -> Tensor:
             ordered, order = block.sort(dim=0)
-            below = shares.to(block.device)[order].cumsum(0)  # [n, c] weight of all values up to this one
+            # [n, c] weight of all values up to this one
+            below = shares.to(block.device)[order].cumsum(0)
             low = (below < 0.5 - 1e-12).sum(0, keepdim=True)
             high = (below < 0.5 + 1e-12).sum(0, keepdim=True)
             lower = ordered.gather(0, low)[0]
@@ -108,10 +116,12 @@ class CoordinateMedian(Aggregator):
 
 @dataclass(frozen=True)
 class TrimmedMean(Aggregator):
-    """The mean of what is left of every coordinate after its f smallest and f largest values are dropped.
+    """The mean of what is left of every coordinate after its f smallest and f largest values are
+    dropped.
 
-    Yin et al., ICML 2018 (arXiv 1803.01498), CWTM. Needs n > 2f. The values that are left are added up in sorted order;
-    nothing is subtracted from a sum, so that a row of 1e30 costs the others no digit.
+    Yin et al., ICML 2018 (arXiv 1803.01498), CWTM. Needs n > 2f. The values that are left are added
+    up in sorted order; nothing is subtracted from a sum, so that a row of 1e30 costs the others no
+    digit.
     """
 
     @property
@@ -126,15 +136,17 @@ class TrimmedMean(Aggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
-        return rows.map(lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)), averages=True)
+        return rows.map(
+            lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)), averages=True
+        )
 
 
 @dataclass(frozen=True)
 class MeaMed(Aggregator):
     """The mean, in every coordinate, of the n - f values nearest to the median.
 
-    Xie, Koyejo, Gupta 2018 (arXiv 1802.10116), mean around median. Needs n > 2f. Of two values at the same distance the smaller one
-    counts as nearer.
+    Xie, Koyejo, Gupta 2018 (arXiv 1802.10116), mean around median. Needs n > 2f. Of two values at
+    the same distance the smaller one counts as nearer.
     """
 
     @property
@@ -156,7 +168,8 @@ class MeaMed(Aggregator):
 class Phocas(Aggregator):
     """The mean, in every coordinate, of the n - f values nearest to the trimmed mean.
 
-    Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the smaller one counts as nearer.
+    Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the
+    smaller one counts as nearer.
     """
 
     @property
@@ -175,14 +188,18 @@ class Phocas(Aggregator):
 
 
 def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
-    """The mean of the ``keep`` values nearest to ``center [c]``, column by column, of rows ``[c]`` in ascending order.
+    """The mean of the ``keep`` values nearest to ``center [c]``, column by column, of rows ``[c]``
+    in ascending order.
 
-    The nearest values stand side by side in the order. A window of them moves up by one, ``ordered[k + keep]`` in place of ``ordered[k]``, as long as the
-    value that enters is nearer than the one that leaves.
+    The nearest values stand side by side in the order. A window of them moves up by one,
+    ``ordered[k + keep]`` in place of ``ordered[k]``, as long as the value that enters is nearer
+    than the one that leaves.
     """
     window = ordered[:keep]
     for k, entering in enumerate(ordered[keep:]):
-        window[k % keep] = torch.where(entering - center < center - ordered[k], entering, window[k % keep])
+        window[k % keep] = torch.where(
+            entering - center < center - ordered[k], entering, window[k % keep]
+        )
     return _mean(window)
 
 

@@ -27,25 +27,32 @@ DEFINITIONS = {
     "vr_byzantine": WeiszfeldDefinition(8, 0.1, "zero"),
     "byzfl": WeiszfeldDefinition(3, 0.1, "zero"),
 }
-"""The median itself; the RFA paper's settings (as we recall them); those of the code of Byz-VR-MARINA and Byz-EF21-SGDM; ByzFL's."""
+"""The median itself; the RFA paper's settings (as we recall them); those of the code of
+Byz-VR-MARINA and Byz-EF21-SGDM; ByzFL's.
+"""
 
 
 @dataclass(frozen=True)
 class GeometricMedian(WeightedAggregator):
-    """The point whose summed distance to all rows is smallest, by the smoothed Weiszfeld algorithm; also known as RFA.
+    """The point whose summed distance to all rows is smallest, by the smoothed Weiszfeld algorithm;
+    also known as RFA.
 
-    ``z = sum_i beta_i x_i / sum_i beta_i`` with ``beta_i = a_i / max(nu, ||z - x_i||)``, repeated; a_i is the row's share of the data. Pillutla, Kakade, Harchaoui, IEEE TSP 2022
-    (arXiv 1912.13445). Needs n > 2f, and does not use f otherwise. Every iterate is a weighted sum of rows, so all iterations run
-    on the n x n matrix of inner products: the vectors are read twice, however many iterations there are.
+    ``z = sum_i beta_i x_i / sum_i beta_i`` with ``beta_i = a_i / max(nu, ||z - x_i||)``, repeated;
+    a_i is the row's share of the data. Pillutla, Kakade, Harchaoui, IEEE TSP 2022 (arXiv
+    1912.13445). Needs n > 2f, and does not use f otherwise. Every iterate is a weighted sum of
+    rows, so all iterations run on the n x n matrix of inner products: the vectors are read twice,
+    however many iterations there are.
 
     Args:
-        iterations: at most so many. None: until the weights move by less than ``tolerance``, at most 1000.
+        iterations: at most so many. None: until the weights move by less than ``tolerance``, at
+            most 1000.
         tolerance: largest change of a weight at which the iteration ends.
         nu: smoothing, in the units of the rows; None: 1e-6 of the median distance to the start.
-        start: "medoid": the row with the smallest summed distance to its n - f nearest, which f rows cannot move far (ours);
-            "mean"; or "zero": the origin, which makes the rule depend on where the origin is.
-        definition: sets the three above to those of somebody's implementation: "exact" (the default), "pillutla2022" (RFA),
-            "vr_byzantine" or "byzfl" (docs/definitions.md).
+        start: "medoid": the row with the smallest summed distance to its n - f nearest, which f
+            rows cannot move far (ours); "mean"; or "zero": the origin, which makes the rule depend
+            on where the origin is.
+        definition: sets the three above to those of somebody's implementation: "exact" (the
+            default), "pillutla2022" (RFA), "vr_byzantine" or "byzfl" (docs/definitions.md).
     """
 
     iterations: int | None = None
@@ -57,14 +64,17 @@ class GeometricMedian(WeightedAggregator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.definition not in DEFINITIONS:
-            raise ValueError(f"`definition` should be one of {', '.join(DEFINITIONS)}. Found {self.definition!r}.")
+            raise ValueError(
+                f"`definition` should be one of {', '.join(DEFINITIONS)}. Found "
+                f"{self.definition!r}."
+            )
         if self.definition != "exact":
             settings = DEFINITIONS[self.definition]
             given = WeiszfeldDefinition(self.iterations, self.nu, self.start)
             if given not in (settings, DEFINITIONS["exact"]):
                 raise ValueError(
-                    f"definition={self.definition!r} means {settings._asdict()}. Found {given._asdict()}. Give either the definition "
-                    "or the three settings."
+                    f"definition={self.definition!r} means {settings._asdict()}. Found "
+                    f"{given._asdict()}. Give either the definition or the three settings."
                 )
             for name, value in settings._asdict().items():
                 object.__setattr__(self, name, value)
@@ -85,7 +95,11 @@ class GeometricMedian(WeightedAggregator):
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, products = len(rows), around_medoid(rows, self.f)
-        shares = torch.full((n,), 1 / n, dtype=torch.float64) if rows.shares is None else rows.shares / rows.shares.sum()
+        shares = (
+            torch.full((n,), 1 / n, dtype=torch.float64)
+            if rows.shares is None
+            else rows.shares / rows.shares.sum()
+        )
         shares = shares.to(products.device)
         if self.start == "medoid":
             to_z = products.diagonal().clamp_min(0).sqrt()
@@ -93,12 +107,18 @@ class GeometricMedian(WeightedAggregator):
             to_z = rows.squared_norms().sqrt()
         else:
             to_z = _distances(products, shares)
-        nu = self.nu / rows.unit if self.nu is not None else max(1e-6 * float(to_z.median()), 1e-300)
+        nu = (
+            self.nu / rows.unit if self.nu is not None else max(1e-6 * float(to_z.median()), 1e-300)
+        )
         weights, before = shares, None
         for _ in range(self.iterations or 1000):
             beta = shares / to_z.clamp_min(nu)
             weights = beta / beta.sum()
-            if self.iterations is None and before is not None and float((weights - before).abs().max()) < self.tolerance:
+            if (
+                self.iterations is None
+                and before is not None
+                and float((weights - before).abs().max()) < self.tolerance
+            ):
                 break
             before = weights
             to_z = _distances(products, weights)
@@ -106,7 +126,9 @@ class GeometricMedian(WeightedAggregator):
 
 
 def _distances(products: Tensor, weights: Tensor) -> Tensor:
-    """``[n]`` distances of the rows to their weighted mean, from inner products after any common shift."""
+    """``[n]`` distances of the rows to their weighted mean, from inner products after any common
+    shift.
+    """
     squares = products.diagonal() - 2 * products @ weights + weights @ products @ weights
     return squares.clamp_min(0).sqrt()
 
@@ -115,12 +137,15 @@ def _distances(products: Tensor, weights: Tensor) -> Tensor:
 class AutoGM(WeightedAggregator):
     """A geometric median whose weights adapt: rows far from it lose weight, down to none.
 
-    Li et al., IEEE Internet of Things Journal 2022: ``min over z and a in the simplex of sum_i a_i ||z - x_i|| + lambda / 2 ||a||^2``, by
-    alternating between z, the geometric median with weights a, and a, which has a closed form. Needs n > 2f, and does not use f
-    otherwise. Blades' code orders the rows by their index where the closed form wants them by distance; this one does as it should.
+    Li et al., IEEE Internet of Things Journal 2022:
+    ``min over z and a in the simplex of sum_i a_i ||z - x_i|| + lambda / 2 ||a||^2``, by
+    alternating between z, the geometric median with weights a, and a, which has a closed form.
+    Needs n > 2f, and does not use f otherwise. Blades' code orders the rows by their index where
+    the closed form wants them by distance; this one does as it should.
 
     Args:
-        regularization: lambda, > 0, in the units of the rows: the larger, the more equal the weights. None: n, as in Blades.
+        regularization: lambda, > 0, in the units of the rows: the larger, the more equal the
+            weights. None: n, as in Blades.
         iterations: alternations, at most.
         tolerance: largest change of a weight at which they end.
     """
@@ -167,6 +192,8 @@ def _weighted_median(products: Tensor, trust: Tensor) -> Tensor:
 def _simplex_weights(distances: Tensor, strength: float) -> Tensor:
     """``argmin over a in the simplex of sum_i a_i d_i + strength / 2 ||a||^2``."""
     ordered = distances.sort().values
-    levels = (ordered.cumsum(0) + strength) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    levels = (ordered.cumsum(0) + strength) / torch.arange(
+        1, len(ordered) + 1, device=ordered.device
+    )
     level = levels[int((levels > ordered).nonzero()[-1])]
     return (level - distances).clamp_min(0) / strength

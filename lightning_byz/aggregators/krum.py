@@ -8,7 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator, TooFewRowsError, WeightedAggregator, equal_weights
+from lightning_byz.aggregators.base import (
+    Aggregator,
+    TooFewRowsError,
+    WeightedAggregator,
+    equal_weights,
+)
 from lightning_byz.aggregators.coordinate_wise import mean_of_nearest
 from lightning_byz.numerics.order_statistics import middle_of, sorted_rows
 from lightning_byz.numerics.rows import Rows
@@ -37,16 +42,21 @@ DEFINITIONS = {
     "vr_byzantine": KrumDefinition(fewer=2, power=4, kept=2, margin=3),
     "signsgd": KrumDefinition(fewer=2, power=1, kept=0, margin=3),
 }
-"""The paper's; ByzFL's; LPD-EPFL/ByzantineMomentum's; that of SamuelHorvath/VR_Byzantine, which squares squared distances; and that of
-PermiJW/signSGD-with-Majority-Vote, whose n - f - 1 nearest include the row itself."""
+"""The paper's; ByzFL's; LPD-EPFL/ByzantineMomentum's; that of SamuelHorvath/VR_Byzantine, which
+squares squared distances; and that of PermiJW/signSGD-with-Majority-Vote, whose n - f - 1 nearest
+include the row itself.
+"""
 
 Definition = Literal["blanchard2017", "byzfl", "byzantine_momentum", "vr_byzantine", "signsgd"]
 
 
-def krum_scores(squared_distances: Tensor, f: int, definition: KrumDefinition = DEFINITIONS["blanchard2017"]) -> Tensor:
+def krum_scores(
+    squared_distances: Tensor, f: int, definition: KrumDefinition = DEFINITIONS["blanchard2017"]
+) -> Tensor:
     """``[n]``: for every row the sum of its squared (or so) distances to its nearest others."""
     n = len(squared_distances)
-    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + n - f - definition.fewer]  # column 0 is the row itself
+    # column 0 is the row itself
+    nearest = squared_distances.sort(dim=1).values[:, 1 : 1 + n - f - definition.fewer]
     if definition.power != 2:
         nearest = nearest.pow(definition.power / 2)
     return nearest.sum(1)
@@ -56,11 +66,12 @@ def krum_scores(squared_distances: Tensor, f: int, definition: KrumDefinition = 
 class MultiKrum(WeightedAggregator):
     """The mean of the m rows with the smallest Krum scores.
 
-    Blanchard et al., NeurIPS 2017 (arXiv 1703.02757). The score of a row is the sum of its squared distances to its n - f - 2
-    nearest others. Needs n >= 2f + 3.
+    Blanchard et al., NeurIPS 2017 (arXiv 1703.02757). The score of a row is the sum of its squared
+    distances to its n - f - 2 nearest others. Needs n >= 2f + 3.
 
     Args:
-        m: rows that are averaged, 1 <= m <= n - f - 2 (the paper's bound); None takes n - f - 2, or what the definition says.
+        m: rows that are averaged, 1 <= m <= n - f - 2 (the paper's bound); None takes n - f - 2, or
+            what the definition says.
         definition: whose Krum it is (docs/definitions.md); the paper's by default.
     """
 
@@ -71,7 +82,9 @@ class MultiKrum(WeightedAggregator):
         super().__post_init__()
         _check_definition(self.definition)
         if self.m is not None and self.m < 1:
-            raise ValueError(f"`m`, the number of rows to average, should be at least 1. Found m={self.m}.")
+            raise ValueError(
+                f"`m`, the number of rows to average, should be at least 1. Found m={self.m}."
+            )
 
     def most_f(self, n: int) -> int:
         definition = DEFINITIONS[self.definition]
@@ -79,11 +92,17 @@ class MultiKrum(WeightedAggregator):
 
     def check(self, n: int) -> None:
         kept = DEFINITIONS[self.definition].kept
-        if self.m is not None and self.f is not None and self.f <= replace(self, m=None).most_f(n) and self.m > n - self.f - kept:
+        if (
+            self.m is not None
+            and self.f is not None
+            and self.f <= replace(self, m=None).most_f(n)
+            and self.m > n - self.f - kept
+        ):
             less = f" - {kept}" if kept else ""
             raise TooFewRowsError(
-                f"`m`, the number of rows that MultiKrum averages, should be at most n - f{less} = {n - self.f - kept} for n={n} rows and "
-                f"f={self.f}. Found m={self.m}. Use a smaller m, or at least {self.m + self.f + kept} rows."
+                f"`m`, the number of rows that MultiKrum averages, should be at most n - f{less} "
+                f"= {n - self.f - kept} for n={n} rows and f={self.f}. Found m={self.m}. Use a "
+                f"smaller m, or at least {self.m + self.f + kept} rows."
             )
         super().check(n)
 
@@ -91,14 +110,17 @@ class MultiKrum(WeightedAggregator):
         assert self.f is not None
         n, definition = len(rows), DEFINITIONS[self.definition]
         scores = krum_scores(rows.squared_distances(), self.f, definition)
-        return equal_weights(scores.sort(stable=True).indices[: self.m or n - self.f - definition.kept], n)
+        return equal_weights(
+            scores.sort(stable=True).indices[: self.m or n - self.f - definition.kept], n
+        )
 
 
 @dataclass(frozen=True)
 class Krum(WeightedAggregator):
     """The one row with the smallest Krum score (the first of them if several tie).
 
-    Blanchard et al., NeurIPS 2017 (arXiv 1703.02757), with the paper's n - f - 2 neighbours. Needs n >= 2f + 3.
+    Blanchard et al., NeurIPS 2017 (arXiv 1703.02757), with the paper's n - f - 2 neighbours. Needs
+    n >= 2f + 3.
 
     Args:
         definition: whose Krum it is (docs/definitions.md); the paper's by default.
@@ -131,12 +153,15 @@ def _check_definition(name: str) -> None:
 
 @dataclass(frozen=True)
 class Bulyan(Aggregator):
-    """Krum picks n - 2f rows, one after the other; in every coordinate, the n - 4f picked values nearest to their median are averaged.
+    """Krum picks n - 2f rows, one after the other; in every coordinate, the n - 4f picked values
+    nearest to their median are averaged.
 
-    El Mhamdi, Guerraoui, Rouault, ICML 2018 (arXiv 1802.07927). Needs n >= 4f + 3. Every pick is the Krum winner of the rows that are
-    left, m of them, with m - f - 2 neighbours. The last picks have one neighbour or none, where Krum scores tie by definition (two
-    rows that are each other's nearest); the paper leaves open who wins, and here it is the row that is nearer to the rest: one more
-    neighbour is counted until the scores differ, so that the order of the rows does not matter.
+    El Mhamdi, Guerraoui, Rouault, ICML 2018 (arXiv 1802.07927). Needs n >= 4f + 3. Every pick is
+    the Krum winner of the rows that are left, m of them, with m - f - 2 neighbours. The last picks
+    have one neighbour or none, where Krum scores tie by definition (two rows that are each other's
+    nearest); the paper leaves open who wins, and here it is the row that is nearer to the rest: one
+    more neighbour is counted until the scores differ, so that the order of the rows does not
+    matter.
     """
 
     def most_f(self, n: int) -> int:

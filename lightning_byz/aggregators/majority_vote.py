@@ -19,10 +19,11 @@ class MajorityVote(Aggregator):
     Bernstein, Zhao, Azizzadenesheli, Anandkumar, ICLR 2019 (arXiv 1810.05291). Needs n > 2f.
 
     Args:
-        zero: what a 0 votes: "plus_one", as in the authors' code, whose bit is 1 for values below 0; or "abstain", neither (ours). Then
-            the result is 0 where no more than f rows vote, who may all be liars.
-        tie: what an even number of rows gives that are divided: "plus_one", as the authors' code does, "zero", or "random": a coin for
-            every coordinate, from the round's stream.
+        zero: what a 0 votes: "plus_one", as in the authors' code, whose bit is 1 for values below
+            0; or "abstain", neither (ours). Then the result is 0 where no more than f rows vote,
+            who may all be liars.
+        tie: what an even number of rows gives that are divided: "plus_one", as the authors' code
+            does, "zero", or "random": a coin for every coordinate, from the round's stream.
     """
 
     tie: Literal["plus_one", "zero", "random"] = "plus_one"
@@ -42,7 +43,9 @@ class MajorityVote(Aggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         if self.zero == "plus_one":
             n = len(rows)
-            return self._without_ties(rows.map(lambda block: (n - 2 * (block < 0).sum(0)).sign().to(block.dtype)), rows)
+            return self._without_ties(
+                rows.map(lambda block: (n - 2 * (block < 0).sum(0)).sign().to(block.dtype)), rows
+            )
         assert self.f is not None
         f = self.f
         vote = rows.map(lambda block: block.sign().sum(0).sign())

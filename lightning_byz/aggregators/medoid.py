@@ -8,9 +8,11 @@ from lightning_byz.numerics.rows import Rows
 
 
 def around_medoid(rows: Rows, f: int) -> Tensor:
-    """Inner products of the rows after the medoid is subtracted; those of honest rows are exact whatever the others hold.
+    """Inner products of the rows after the medoid is subtracted; those of honest rows are exact
+    whatever the others hold.
 
-    The medoid is the row with the smallest summed distance to its n - f nearest, which f rows cannot move far.
+    The medoid is the row with the smallest summed distance to its n - f nearest, which f rows
+    cannot move far.
 
     Returns:
         ``[n, n]`` float64, ``<x_i - medoid, x_j - medoid>``, in multiples of ``rows.unit`` squared.

@@ -15,17 +15,20 @@ from lightning_byz.numerics.rows import Rows
 
 @dataclass(frozen=True)
 class SignGuard(WeightedAggregator):
-    """The mean of the rows whose norm is ordinary and whose signs agree with most others', clipped to the median norm.
+    """The mean of the rows whose norm is ordinary and whose signs agree with most others', clipped
+    to the median norm.
 
-    Xu, Huang, Song, Lan, ICDCS 2022 (arXiv 2109.05872), the plain variant. Rows pass if their norm lies between ``low`` and ``high`` times the
-    median norm, and if they belong to the largest cluster (mean shift, with a bandwidth that reaches half of the rows) by the shares of
-    positive, zero and negative coordinates, each divided by its largest value, in a random contiguous block of coordinates. Where no
-    row passes both, which the paper leaves open, those of the cluster count. Needs n > 2f, and does not use f otherwise.
-    Its result is never longer than the median norm, but rows inside these bounds can still turn it: it has no bound by the honest
-    rows' spread.
+    Xu, Huang, Song, Lan, ICDCS 2022 (arXiv 2109.05872), the plain variant. Rows pass if their norm
+    lies between ``low`` and ``high`` times the median norm, and if they belong to the largest
+    cluster (mean shift, with a bandwidth that reaches half of the rows) by the shares of positive,
+    zero and negative coordinates, each divided by its largest value, in a random contiguous block
+    of coordinates. Where no row passes both, which the paper leaves open, those of the cluster
+    count. Needs n > 2f, and does not use f otherwise. Its result is never longer than the median
+    norm, but rows inside these bounds can still turn it: it has no bound by the honest rows'
+    spread.
 
-    The block is drawn from ``rows.generator``, which a run sets anew in every round, the same on every rank; rows without one (a plain
-    matrix) always get the same.
+    The block is drawn from ``rows.generator``, which a run sets anew in every round, the same on
+    every rank; rows without one (a plain matrix) always get the same.
 
     Args:
         low: smallest norm that passes, in median norms, exclusive.
@@ -42,7 +45,10 @@ class SignGuard(WeightedAggregator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.low < 1 < self.high:
-            raise ValueError(f"Norms between `low` < 1 and `high` > 1 times the median pass. Found {self.low} and {self.high}.")
+            raise ValueError(
+                f"Norms between `low` < 1 and `high` > 1 times the median pass. Found {self.low} "
+                f"and {self.high}."
+            )
         if not 0 < self.share <= 1:
             raise ValueError(f"`share` of the coordinates should be in (0, 1]. Found {self.share}.")
 
@@ -53,7 +59,9 @@ class SignGuard(WeightedAggregator):
         agree = largest_cluster(self._sign_shares(rows))
         ordinary = (norms > self.low * median) & (norms < self.high * median)
         passed = agree & ordinary if bool((agree & ordinary).any()) else agree
-        factors = torch.where(norms > median, median / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+        factors = torch.where(
+            norms > median, median / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0
+        )
         return torch.where(passed, factors, 0.0) / passed.sum()
 
     def _sign_shares(self, rows: Rows) -> Tensor:
@@ -70,11 +78,14 @@ class SignGuard(WeightedAggregator):
 
 
 def largest_cluster(points: Tensor) -> Tensor:
-    """``[n]`` bool: the members of the largest cluster of ``points [n, p]`` by mean shift with a flat kernel.
+    """``[n]`` bool: the members of the largest cluster of ``points [n, p]`` by mean shift with a
+    flat kernel.
 
-    Comaniciu, Meer, IEEE TPAMI 2002. The bandwidth is the mean distance of the points to their floor(n / 2)-th nearest, themselves included;
-    every point climbs to the mean of the points within it until it moves by less than 1e-3 of it; peaks closer than the bandwidth are
-    one; a point belongs to the nearest peak. That is scikit-learn's MeanShift with ``estimate_bandwidth(quantile=0.5)``.
+    Comaniciu, Meer, IEEE TPAMI 2002. The bandwidth is the mean distance of the points to their
+    floor(n / 2)-th nearest, themselves included; every point climbs to the mean of the points
+    within it until it moves by less than 1e-3 of it; peaks closer than the bandwidth are one; a
+    point belongs to the nearest peak. That is scikit-learn's MeanShift with
+    ``estimate_bandwidth(quantile=0.5)``.
     """
     n = len(points)
     gaps = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
@@ -84,14 +95,18 @@ def largest_cluster(points: Tensor) -> Tensor:
     peaks, reach = points.clone(), torch.zeros(n, dtype=torch.int64, device=points.device)
     climbing = torch.ones(n, dtype=torch.bool, device=points.device)
     for _ in range(300):
-        within = torch.cdist(peaks, points, compute_mode="donot_use_mm_for_euclid_dist") <= bandwidth
+        within = (
+            torch.cdist(peaks, points, compute_mode="donot_use_mm_for_euclid_dist") <= bandwidth
+        )
         reach = torch.where(climbing, within.sum(1), reach)
         moved = within.double() @ points / within.sum(1, keepdim=True)
         climbing &= torch.linalg.vector_norm(moved - peaks, dim=1) > 1e-3 * bandwidth
         peaks = torch.where(climbing[:, None], moved, peaks)
         if not bool(climbing.any()):
             break
-    order = sorted(range(n), key=lambda i: (-int(reach[i]), *(-value for value in peaks[i].tolist())))
+    order = sorted(
+        range(n), key=lambda i: (-int(reach[i]), *(-value for value in peaks[i].tolist()))
+    )
     kept: list[int] = []
     for i in order:
         if all(float(torch.linalg.vector_norm(peaks[i] - peaks[j])) > bandwidth for j in kept):

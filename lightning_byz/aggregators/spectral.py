@@ -1,4 +1,6 @@
-"""Rules that look for the direction in which rows differ most, and distrust those that stand out along it."""
+"""Rules that look for the direction in which rows differ most, and distrust those that stand out
+along it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def _top_direction(products: Tensor, weights: Tensor) -> tuple[float, Tensor]:
         weights: ``[n]``, >= 0.
 
     Returns:
-        the variance along it, and ``[n]`` the square of every row's distance from the weighted mean along it.
+        the variance along it, and ``[n]`` the square of every row's distance from the weighted mean
+        along it.
     """
     share = weights / weights.sum()
     to_mean = products @ share
@@ -37,22 +40,29 @@ def _top_direction(products: Tensor, weights: Tensor) -> tuple[float, Tensor]:
 
 @dataclass(frozen=True)
 class CAF(WeightedAggregator):
-    """Covariance-bound agnostic filter: takes weight from the rows that stand out most, until n - 2f is left; keeps the best mean.
+    """Covariance-bound agnostic filter: takes weight from the rows that stand out most, until n -
+    2f is left; keeps the best mean.
 
-    Allouah, Guerraoui, Stephan, ICML 2025. Needs n > 2f. All rows start with weight 1. A row's weight shrinks by its squared distance from
-    the weighted mean along the direction of largest variance, relative to the farthest row's, which loses all of its weight. The result
-    is the weighted mean with the smallest largest variance on the way. Every step runs on the n x n matrix of inner products; the
-    vectors are read twice. The direction is exact; ByzFL estimates it by one step of a power iteration from a random start.
+    Allouah, Guerraoui, Stephan, ICML 2025. Needs n > 2f. All rows start with weight 1. A row's
+    weight shrinks by its squared distance from the weighted mean along the direction of largest
+    variance, relative to the farthest row's, which loses all of its weight. The result is the
+    weighted mean with the smallest largest variance on the way. Every step runs on the n x n matrix
+    of inner products; the vectors are read twice. The direction is exact; ByzFL estimates it by one
+    step of a power iteration from a random start.
 
-    Where honest rows are mostly noise, equal lies near the origin (`IPM(0.1)`) add less variance than an honest row does, and the filter as
-    published takes them for the best rows: with noise three times as long as the mean, and 6 liars of 20, half of the mean is left. ``norm_floor``, which is
-    ours, closes this gap; a longer lie stands out along the mean again. The floor is SignGuard's lower norm threshold (arXiv 2109.05872), there 0.1.
+    Where honest rows are mostly noise, equal lies near the origin (`IPM(0.1)`) add less variance
+    than an honest row does, and the filter as published takes them for the best rows: with noise
+    three times as long as the mean, and 6 liars of 20, half of the mean is left. ``norm_floor``,
+    which is ours, closes this gap; a longer lie stands out along the mean again. The floor is
+    SignGuard's lower norm threshold (arXiv 2109.05872), there 0.1.
 
     Args:
-        norm_floor: rows shorter than this part of the median norm start without weight; the min(f, n - 2f - 1) shortest at most, so that
-            f liars stay a minority of those with weight. Where it takes any, variances are compared without the bias of unequal weights, divided by
-            ``1 - sum_i w_i^2``: the filter would else end on one or two of the few rows that are left, which vary little because there are so few. In
-            [0, 1). 0, the paper's rule, has no floor.
+        norm_floor: rows shorter than this part of the median norm start without weight; the min(f,
+            n - 2f - 1) shortest at most, so that f liars stay a minority of those with weight.
+            Where it takes any, variances are compared without the bias of unequal weights, divided
+            by ``1 - sum_i w_i^2``: the filter would else end on one or two of the few rows that are
+            left, which vary little because there are so few. In [0, 1). 0, the paper's rule, has no
+            floor.
     """
 
     norm_floor: float = 0.0
@@ -60,7 +70,10 @@ class CAF(WeightedAggregator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.norm_floor < 1:
-            raise ValueError(f"`norm_floor` is a part of the median norm, in [0, 1). Found norm_floor={self.norm_floor}.")
+            raise ValueError(
+                "`norm_floor` is a part of the median norm, in [0, 1). Found "
+                f"norm_floor={self.norm_floor}."
+            )
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
@@ -98,14 +111,17 @@ class CAF(WeightedAggregator):
 
 @dataclass(frozen=True)
 class DnC(WeightedAggregator):
-    """Divide and conquer: drops the rows that stand out along the direction of largest variance in a random set of coordinates.
+    """Divide and conquer: drops the rows that stand out along the direction of largest variance in
+    a random set of coordinates.
 
-    Shejwalkar, Houmansadr, NDSS 2021, Algorithm 2. Each time, the floor(c f) rows farthest from the mean along that direction are bad; the
-    result is the mean of the rows that never were. Where none is left, which the paper leaves open, those that were bad least often are
-    averaged. Needs n > 2f. A few rows of very different sizes defeat it: the largest of them alone decides the direction.
+    Shejwalkar, Houmansadr, NDSS 2021, Algorithm 2. Each time, the floor(c f) rows farthest from the
+    mean along that direction are bad; the result is the mean of the rows that never were. Where
+    none is left, which the paper leaves open, those that were bad least often are averaged. Needs n
+    > 2f. A few rows of very different sizes defeat it: the largest of them alone decides the
+    direction.
 
-    Coordinates are drawn from ``rows.generator``, which a run sets anew in every round, the same on every rank; rows without one (a
-    plain matrix) always get the same.
+    Coordinates are drawn from ``rows.generator``, which a run sets anew in every round, the same on
+    every rank; rows without one (a plain matrix) always get the same.
 
     Args:
         coordinates: how many are drawn, the paper's b; all of them if there are fewer.
@@ -133,7 +149,9 @@ class DnC(WeightedAggregator):
         bad = torch.zeros(n, dtype=torch.int64, device=rows.values.device)
         for _ in range(self.iterations):
             products = around_medoid(self._sampled(rows, stream), self.f)
-            scores = _top_direction(products, torch.ones(n, dtype=torch.float64, device=products.device))[1]
+            scores = _top_direction(
+                products, torch.ones(n, dtype=torch.float64, device=products.device)
+            )[1]
             bad[scores.sort(stable=True).indices[n - drop :]] += 1
         return equal_weights((bad == bad.min()).nonzero().flatten(), n)
 
@@ -142,7 +160,13 @@ class DnC(WeightedAggregator):
         if dim <= self.coordinates:
             return rows
         if dim <= 4 * self.coordinates:
-            return rows.columns(torch.randperm(dim, generator=stream, device=stream.device)[: self.coordinates])
-        drawn = torch.randint(dim, (self.coordinates,), generator=stream, device=stream.device).sort().values
+            return rows.columns(
+                torch.randperm(dim, generator=stream, device=stream.device)[: self.coordinates]
+            )
+        drawn = (
+            torch.randint(dim, (self.coordinates,), generator=stream, device=stream.device)
+            .sort()
+            .values
+        )
         first = torch.cat([drawn.new_ones(1, dtype=torch.bool), drawn[1:] > drawn[:-1]])
         return rows.columns(drawn[first])  # a few fewer than wanted, where draws coincide

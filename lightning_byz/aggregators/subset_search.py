@@ -20,13 +20,15 @@ from lightning_byz.numerics.rows import Rows
 class MDA(WeightedAggregator):
     """The mean of the n - f rows of smallest diameter: minimum diameter averaging.
 
-    Rousseeuw 1985; El Mhamdi, Guerraoui, Guirguis, Hoang, Rouault, PODC 2020 (arXiv 1905.03853). Needs n > 2f. Of several subsets with the
-    same diameter, which the definition leaves open, the one with the smallest sum of squared distances is taken, so that the
-    order of the rows does not matter.
+    Rousseeuw 1985; El Mhamdi, Guerraoui, Guirguis, Hoang, Rouault, PODC 2020 (arXiv 1905.03853).
+    Needs n > 2f. Of several subsets with the same diameter, which the definition leaves open, the
+    one with the smallest sum of squared distances is taken, so that the order of the rows does not
+    matter.
 
-    No subset is visited that holds two rows too far from each other: for a given diameter, the rows to leave out are a vertex
-    cover, of size f, of the graph of pairs that are farther apart, and a bounded search tree finds all of these. The smallest
-    diameter is found by bisection over the n (n - 1) / 2 distances.
+    No subset is visited that holds two rows too far from each other: for a given diameter, the rows
+    to leave out are a vertex cover, of size f, of the graph of pairs that are farther apart, and a
+    bounded search tree finds all of these. The smallest diameter is found by bisection over the n
+    (n - 1) / 2 distances.
     """
 
     def weights(self, rows: Rows) -> Tensor:
@@ -42,7 +44,10 @@ class MDA(WeightedAggregator):
             else:
                 high = middle
         graph = _farther(distances, levels[low]) if levels else [0] * n
-        best = min((_completed(cover, distances, f) for cover in _covers(graph, f)), key=lambda kept: _spread(kept, distances))
+        best = min(
+            (_completed(cover, distances, f) for cover in _covers(graph, f)),
+            key=lambda kept: _spread(kept, distances),
+        )
         return equal_weights(torch.tensor(best, device=rows.values.device), n)
 
 
@@ -52,7 +57,9 @@ def _farther(distances: Tensor, limit: float) -> list[int]:
 
 
 def _covers(graph: list[int], budget: int, removed: int = 0) -> Iterator[int]:
-    """Bit sets of at most ``budget`` rows without which no edge is left, each as often as the search meets it."""
+    """Bit sets of at most ``budget`` rows without which no edge is left, each as often as the
+    search meets it.
+    """
     left = [0 if removed >> i & 1 else neighbours & ~removed for i, neighbours in enumerate(graph)]
     degree, vertex = max((neighbours.bit_count(), -i) for i, neighbours in enumerate(left))
     vertex = -vertex
@@ -63,12 +70,16 @@ def _covers(graph: list[int], budget: int, removed: int = 0) -> Iterator[int]:
         if degree <= budget:  # leave out all its neighbours
             yield from _covers(graph, budget - degree, removed | left[vertex])
         yield from (
-            cover for cover in _covers(graph, budget - 1, removed | 1 << vertex) if degree > budget or left[vertex] & ~cover
+            cover
+            for cover in _covers(graph, budget - 1, removed | 1 << vertex)
+            if degree > budget or left[vertex] & ~cover
         )
 
 
 def _completed(cover: int, distances: Tensor, f: int) -> list[int]:
-    """The n - f rows outside a cover; where it is smaller than f (distances tie), the farthest from the others go too."""
+    """The n - f rows outside a cover; where it is smaller than f (distances tie), the farthest from
+    the others go too.
+    """
     kept = [i for i in range(len(distances)) if not cover >> i & 1]
     while len(kept) > len(distances) - f:
         kept.pop(int(distances[kept][:, kept].sum(1).argmax()))
@@ -81,24 +92,30 @@ def _spread(kept: list[int], distances: Tensor) -> float:
 
 @dataclass(frozen=True)
 class SMEA(WeightedAggregator):
-    """The mean of the n - f rows whose covariance has the smallest largest eigenvalue: smallest maximum eigenvalue averaging.
+    """The mean of the n - f rows whose covariance has the smallest largest eigenvalue: smallest
+    maximum eigenvalue averaging.
 
-    Allouah, Guerraoui, Gupta, Pinot, Stephan, ICML 2023 (arXiv 2302.04787). Needs n > 2f, and visits all binom(n, f) subsets, so more than
-    a million of them are refused. The eigenvalue is that of the subset's n - f inner products, exact to rounding; ByzFL estimates it by
-    one step of a power iteration from a random start.
+    Allouah, Guerraoui, Gupta, Pinot, Stephan, ICML 2023 (arXiv 2302.04787). Needs n > 2f, and
+    visits all binom(n, f) subsets, so more than a million of them are refused. The eigenvalue is
+    that of the subset's n - f inner products, exact to rounding; ByzFL estimates it by one step of
+    a power iteration from a random start.
     """
 
     most_subsets: ClassVar[int] = 1_000_000
     many_subsets: ClassVar[int] = 20_000
 
     def most_f(self, n: int) -> int:
-        return next((f for f in range((n - 1) // 2, 0, -1) if math.comb(n, f) <= self.most_subsets), min(0, n - 1))
+        return next(
+            (f for f in range((n - 1) // 2, 0, -1) if math.comb(n, f) <= self.most_subsets),
+            min(0, n - 1),
+        )
 
     def check(self, n: int) -> None:
         if self.f is not None and self.most_f(n) < self.f <= (n - 1) // 2:
             raise ValueError(
-                f"SMEA visits every subset of n - f rows, at most {self.most_subsets:,} of them. Found binom({n}, {self.f}) = "
-                f"{math.comb(n, self.f):,}. Use f <= {self.most_f(n)}, or CAF, which needs no search."
+                f"SMEA visits every subset of n - f rows, at most {self.most_subsets:,} of them. "
+                f"Found binom({n}, {self.f}) = {math.comb(n, self.f):,}. Use f <= "
+                f"{self.most_f(n)}, or CAF, which needs no search."
             )
         super().check(n)
 
@@ -108,8 +125,8 @@ class SMEA(WeightedAggregator):
         if subsets <= self.many_subsets:
             return None
         return (
-            f"SMEA with f={self.f} searches {subsets:,} subsets of n={n} rows in every step, some 10,000 a second. Use a smaller "
-            "num_byzantine, or CAF, which needs no search."
+            f"SMEA with f={self.f} searches {subsets:,} subsets of n={n} rows in every step, some "
+            "10,000 a second. Use a smaller num_byzantine, or CAF, which needs no search."
         )
 
     def weights(self, rows: Rows) -> Tensor:
@@ -121,7 +138,12 @@ class SMEA(WeightedAggregator):
         while batch := list(itertools.islice(subsets, 4096)):
             index = torch.tensor(batch)
             among = products[index[:, :, None], index[:, None, :]]  # [subsets, n - f, n - f]
-            centred = among - among.mean(1, keepdim=True) - among.mean(2, keepdim=True) + among.mean((1, 2), keepdim=True)
+            centred = (
+                among
+                - among.mean(1, keepdim=True)
+                - among.mean(2, keepdim=True)
+                + among.mean((1, 2), keepdim=True)
+            )
             largest = torch.linalg.eigvalsh(centred)[:, -1]
             if float(largest.min()) < best:
                 best, chosen = float(largest.min()), batch[int(largest.argmin())]

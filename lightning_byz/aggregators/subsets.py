@@ -16,8 +16,8 @@ from lightning_byz.numerics.rows import Rows
 class CGE(WeightedAggregator):
     """The mean of the n - f rows of smallest norm: comparative gradient elimination.
 
-    Gupta, Liu, Vaidya 2020 (arXiv 2008.04699), whose authors sum where later work, and this, averages. Needs n > 2f. Not translation
-    equivariant: it holds rows near the origin for honest.
+    Gupta, Liu, Vaidya 2020 (arXiv 2008.04699), whose authors sum where later work, and this,
+    averages. Needs n > 2f. Not translation equivariant: it holds rows near the origin for honest.
     """
 
     def weights(self, rows: Rows) -> Tensor:
@@ -61,15 +61,17 @@ class Aksel(WeightedAggregator):
         assert self.f is not None
         n = len(rows)
         distances = rows.squared_distances_to(rows.map(median_of_rows))
-        return equal_weights(distances.sort(stable=True).indices[: -(-n // 2) if self.half else n - self.f], n)
+        return equal_weights(
+            distances.sort(stable=True).indices[: -(-n // 2) if self.half else n - self.f], n
+        )
 
 
 @dataclass(frozen=True)
 class MoNNA(WeightedAggregator):
     """The mean of the n - f rows nearest to a trusted worker's, its own included.
 
-    Farhadkhani et al., ICML 2023 (arXiv 2302.05865), where every worker of a decentralised run trusts itself. Needs n > 2f. Without the trusted
-    row there is no result: the step is skipped.
+    Farhadkhani et al., ICML 2023 (arXiv 2302.05865), where every worker of a decentralised run
+    trusts itself. Needs n > 2f. Without the trusted row there is no result: the step is skipped.
 
     Args:
         trusted: index of the worker whose row is trusted.
@@ -80,7 +82,9 @@ class MoNNA(WeightedAggregator):
     def check(self, n: int) -> None:
         super().check(n)
         if not 0 <= self.trusted < n:
-            raise ValueError(f"`trusted` should be the index of one of n={n} workers. Found {self.trusted}.")
+            raise ValueError(
+                f"`trusted` should be the index of one of n={n} workers. Found {self.trusted}."
+            )
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
@@ -96,5 +100,7 @@ class MoNNA(WeightedAggregator):
             return self.trusted
         here = (rows.index == self.trusted).nonzero()
         if len(here) == 0:
-            raise TooFewRowsError(f"MoNNA trusts worker {self.trusted}, whose row is silent in this round.")
+            raise TooFewRowsError(
+                f"MoNNA trusts worker {self.trusted}, whose row is silent in this round."
+            )
         return int(here)

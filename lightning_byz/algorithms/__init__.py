@@ -1,4 +1,6 @@
-"""Algorithms: one published method per file, with its worker half and its server half side by side."""
+"""Algorithms: one published method per file, with its worker half and its server half side by
+side.
+"""
 
 from lightning_byz.algorithms.base import Algorithm, NoState
 from lightning_byz.algorithms.byz_diana import ByzDIANA

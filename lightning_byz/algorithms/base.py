@@ -43,11 +43,12 @@ class Algorithm(
 ):
     """One published method: what a worker sends, and what the server makes of it.
 
-    It needs a rule, a codec and two pairs of functions: `init_worker` and `worker`, `init_server` and
-    `server`. All else is a trait (`lightning_byz.algorithms.traits`) that may be left as it is.
+    It needs a rule, a codec and two pairs of functions: `init_worker` and `worker`, `init_server`
+    and `server`. All else is a trait (`lightning_byz.algorithms.traits`) that may be left as it is.
 
-    Subclasses are frozen dataclasses that hold hyperparameters only. All memory goes in and comes out as
-    NamedTuples of tensors, and all randomness comes from the round, so both halves are pure functions.
+    Subclasses are frozen dataclasses that hold hyperparameters only. All memory goes in and comes
+    out as NamedTuples of tensors, and all randomness comes from the round, so both halves are pure
+    functions.
 
     Attributes:
         aggregator: the robust rule at the server.
@@ -57,11 +58,15 @@ class Algorithm(
 
     @abstractmethod
     def codec(self, round: Round) -> Compressor:
-        """This round's wire format: a pure function of the round, the same on every worker and on the server."""
+        """This round's wire format: a pure function of the round, the same on every worker and on
+        the server.
+        """
 
     @abstractmethod
     def init_worker(self, x: Tensor) -> Any:
-        """A worker's state before its first round. ``x [d]``: the parameters, for their size, dtype and device."""
+        """A worker's state before its first round. ``x [d]``: the parameters, for their size, dtype
+        and device.
+        """
 
     @abstractmethod
     def worker(self, grads: Gradients, state: Any, round: Round) -> tuple[Payload, Any]:
@@ -84,7 +89,7 @@ class Algorithm(
             TooFewRowsError: if nothing can be said about this round; no state has changed then.
         """
 
-    # -- which parts it has, and for how many workers -----------------------------------------------
+    # -- which parts it has, and for how many workers ----------------------------------------------
 
     def most_f(self, n: int) -> int:
         """The largest f that it allows for n workers; below 0 if it cannot run with n at all."""
@@ -110,25 +115,37 @@ class Algorithm(
         return dataclasses.replace(self, aggregator=self.aggregator.with_f(f))  # type: ignore[type-var]
 
     def averaging(self: AlgorithmT) -> AlgorithmT:
-        """The same algorithm for one or two workers, of whom none can be outvoted: without robustness."""
+        """The same algorithm for one or two workers, of whom none can be outvoted: without
+        robustness.
+        """
         return dataclasses.replace(self, aggregator=Mean())  # type: ignore[type-var]
 
     def for_sizes(self: AlgorithmT, sizes: Sequence[int]) -> AlgorithmT:
-        """The same algorithm with compressors that know the parameters' numbers of elements (see `Compressor.for_sizes`)."""
+        """The same algorithm with compressors that know the parameters' numbers of elements (see
+        `Compressor.for_sizes`).
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        known = {name: part.for_sizes(sizes) for name, part in fields.items() if isinstance(part, Compressor)}
+        known = {
+            name: part.for_sizes(sizes)
+            for name, part in fields.items()
+            if isinstance(part, Compressor)
+        }
         return dataclasses.replace(self, **known) if known else self  # type: ignore[type-var]
 
 
 def draw(round: Round, size: int) -> Tensor:
-    """``[n]`` bool: ``size`` of the n workers, drawn without replacement, the same ones everywhere."""
+    """``[n]`` bool: ``size`` of the n workers, drawn without replacement, the same ones
+    everywhere.
+    """
     chosen = torch.zeros(round.n, dtype=torch.bool)
     chosen[torch.randperm(round.n, generator=round.shared("cohort"))[:size]] = True
     return chosen
 
 
 def among(rows: Rows, round: Round, cohort: Tensor) -> tuple[Rows, Tensor | None]:
-    """The rows of a cohort, and which of them are present: what a rule, whose f is relative to the cohort, is to see."""
+    """The rows of a cohort, and which of them are present: what a rule, whose f is relative to the
+    cohort, is to see.
+    """
     if bool(cohort.all()):
         return rows, round.present
     return rows.select(cohort), None if round.present is None else round.present[cohort]

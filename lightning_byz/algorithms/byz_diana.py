@@ -1,4 +1,6 @@
-"""Byz-DIANA: unbiased compression of differences to shifts that learn the gradients, with a robust rule. A baseline."""
+"""Byz-DIANA: unbiased compression of differences to shifts that learn the gradients, with a robust
+rule. A baseline.
+"""
 
 from __future__ import annotations
 
@@ -39,19 +41,24 @@ class ServerState(NamedTuple):
 
 @dataclass(frozen=True)
 class ByzDIANA(Algorithm):
-    """Workers send a randomly compressed difference of their gradient to a shift, which moves towards it by a part of what was sent.
+    """Workers send a randomly compressed difference of their gradient to a shift, which moves
+    towards it by a part of what was sent.
 
-    ``c_i = Q(grad_i - h_i)``; ``g = Agg(h_1 + c_1, ..., h_n + c_n)``; ``h_i = h_i + alpha c_i`` on both sides; all shifts begin at 0.
+    ``c_i = Q(grad_i - h_i)``; ``g = Agg(h_1 + c_1, ..., h_n + c_n)``; ``h_i = h_i + alpha c_i`` on
+    both sides; all shifts begin at 0.
 
-    DIANA (Mishchenko et al., arXiv 1901.09269, Algorithm 1) with a robust rule in place of its mean; the "BR-DIANA" that Byz-VR-MARINA (arXiv 2206.00529)
-    and Byz-EF21-SGDM (arXiv 2409.08640) are compared with. ``h_i + c_i`` is unbiased, so the compression costs variance, which shrinks as the shifts settle, but
-    that of the minibatches stays. With the identity compressor and ``alpha=1`` it is robust SGD. A worker that sends nothing counts with its shift.
+    DIANA (Mishchenko et al., arXiv 1901.09269, Algorithm 1) with a robust rule in place of its
+    mean; the "BR-DIANA" that Byz-VR-MARINA (arXiv 2206.00529) and Byz-EF21-SGDM (arXiv 2409.08640)
+    are compared with. ``h_i + c_i`` is unbiased, so the compression costs variance, which shrinks
+    as the shifts settle, but that of the minibatches stays. With the identity compressor and
+    ``alpha=1`` it is robust SGD. A worker that sends nothing counts with its shift.
 
     Args:
         aggregator: the robust rule.
         compressor: any unbiased compressor.
-        alpha: how much of what was sent goes into the shift, in (0, 1]. Usual is 1 / (1 + omega) for the compressor's variance omega, which is K / d for `RandK`: 0.1
-            fits the default. From 2 / (1 + omega) on the shifts would run away; refused at the first step.
+        alpha: how much of what was sent goes into the shift, in (0, 1]. Usual is 1 / (1 + omega)
+            for the compressor's variance omega, which is K / d for `RandK`: 0.1 fits the default.
+            From 2 / (1 + omega) on the shifts would run away; refused at the first step.
     """
 
     keeps_last = True
@@ -64,10 +71,14 @@ class ByzDIANA(Algorithm):
     def __post_init__(self) -> None:
         self.check_parts()
         if not 0 < self.alpha <= 1:
-            raise ValueError(f"`alpha` is the part of what was sent that goes into the shift, in (0, 1]. Found alpha={self.alpha}.")
+            raise ValueError(
+                "`alpha` is the part of what was sent that goes into the shift, in (0, 1]. Found "
+                f"alpha={self.alpha}."
+            )
         if not self.compressor.unbiased:
             raise ValueError(
-                f"ByzDIANA needs an unbiased compressor. Found {self.compressor!r}. Use RandK(ratio=0.1) or QSGD(), or ByzEF21SGDM for a contractive one."
+                f"ByzDIANA needs an unbiased compressor. Found {self.compressor!r}. Use "
+                "RandK(ratio=0.1) or QSGD(), or ByzEF21SGDM for a contractive one."
             )
 
     def codec(self, round: Round) -> Compressor:
@@ -77,7 +88,8 @@ class ByzDIANA(Algorithm):
         omega = self.compressor.variance(len(x))
         if omega is not None and self.alpha * (1 + omega) >= 2:
             raise ValueError(
-                f"ByzDIANA's shifts run away unless alpha < 2 / (1 + omega). Found alpha={self.alpha} and omega={omega:.4g}, that of {self.compressor!r} for "
+                "ByzDIANA's shifts run away unless alpha < 2 / (1 + omega). Found "
+                f"alpha={self.alpha} and omega={omega:.4g}, that of {self.compressor!r} for "
                 f"{len(x)} parameters. Use alpha={1 / (1 + omega):.2g}."
             )
         return WorkerState(torch.zeros_like(x))
@@ -85,8 +97,12 @@ class ByzDIANA(Algorithm):
     def rejoined(self, x: Tensor, server: ServerState, worker: int) -> WorkerState:
         return WorkerState(server.h[worker].clone())
 
-    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
-        c = self.compressor.encode(grads.current - state.h, round.private("compressor", state.h.device))
+    def worker(
+        self, grads: Gradients, state: WorkerState, round: Round
+    ) -> tuple[Payload, WorkerState]:
+        c = self.compressor.encode(
+            grads.current - state.h, round.private("compressor", state.h.device)
+        )
         return c, WorkerState(state.h + self.alpha * self.compressor.decode(c, len(state.h)))
 
     def init_server(self, x: Tensor, n: int) -> ServerState:
@@ -102,7 +118,9 @@ class ByzDIANA(Algorithm):
         return self._around(state.h, rows, 1 - self.alpha)
 
     def _around(self, h: Tensor, rows: Rows, part: float) -> Rows:
-        """``h_i + part c_i``; where a Byzantine worker makes that infinite, by sending 3e38 twice, its shift stays as it was."""
+        """``h_i + part c_i``; where a Byzantine worker makes that infinite, by sending 3e38 twice,
+        its shift stays as it was.
+        """
         moved = rows.with_values(torch.add(h, rows.dense(), alpha=part))
         finite = moved.finite()
         if not finite.all():

@@ -43,20 +43,24 @@ class ServerState(NamedTuple):
 
 @dataclass(frozen=True)
 class ByzEF21SGDM(Algorithm):
-    """Workers send a compressed difference of their momentum to the server's estimate of it, which follows.
+    """Workers send a compressed difference of their momentum to the server's estimate of it, which
+    follows.
 
-    ``v_i = (1 - eta) v_i + eta grad_i``; ``c_i = C(v_i - g_i)``; ``g_i = g_i + c_i`` on both sides; ``g = Agg(g_1, ..., g_n)``.
+    ``v_i = (1 - eta) v_i + eta grad_i``; ``c_i = C(v_i - g_i)``; ``g_i = g_i + c_i`` on both sides;
+    ``g = Agg(g_1, ..., g_n)``.
 
-    arXiv 2409.08640, after EF21-SGDM (arXiv 2305.15155). The rule aggregates the estimates, never the raw ``c_i``. Both sides
-    start from g_i = 0, and v_i from the worker's first gradient, so nothing is ever sent uncompressed. With the identity
-    compressor this is robust SGD with worker momentum; with `Mean` and f = 0 it is EF21-SGDM. With ``eta=1`` it
-    is EF21 (arXiv 2106.05203) with a robust rule.
+    arXiv 2409.08640, after EF21-SGDM (arXiv 2305.15155). The rule aggregates the estimates, never
+    the raw ``c_i``. Both sides start from g_i = 0, and v_i from the worker's first gradient, so
+    nothing is ever sent uncompressed. With the identity compressor this is robust SGD with worker
+    momentum; with `Mean` and f = 0 it is EF21-SGDM. With ``eta=1`` it is EF21 (arXiv 2106.05203)
+    with a robust rule.
 
     Args:
         aggregator: the robust rule; the paper puts NNM in front of a median, trimmed mean or RFA.
-        compressor: any contractive compressor. An unbiased, d / K-scaled one makes the recursion blow up and is refused.
-        eta: weight of the new gradient in the momentum, in (0, 1]. 1: no momentum. The authors' code uses 0.1 for images, 0.01
-            for a9a.
+        compressor: any contractive compressor. An unbiased, d / K-scaled one makes the recursion
+            blow up and is refused.
+        eta: weight of the new gradient in the momentum, in (0, 1]. 1: no momentum. The authors'
+            code uses 0.1 for images, 0.01 for a9a.
     """
 
     keeps_last = True
@@ -70,7 +74,9 @@ class ByzEF21SGDM(Algorithm):
     def __post_init__(self) -> None:
         self.check_parts()
         if not 0 < self.eta <= 1:
-            raise ValueError(f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}.")
+            raise ValueError(
+                f"`eta` is the weight of the new gradient, in (0, 1]. Found eta={self.eta}."
+            )
         if not self.compressor.contractive:
             raise ValueError(
                 f"{type(self).__name__} needs a contractive compressor. Found "
@@ -89,14 +95,21 @@ class ByzEF21SGDM(Algorithm):
         return self.aggregator.coordinate_wise and self.compressor.sparse
 
     def init_worker(self, x: Tensor) -> WorkerState:
-        return WorkerState(torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), dtype=torch.int64))
+        return WorkerState(
+            torch.zeros_like(x), torch.zeros_like(x), torch.zeros((), dtype=torch.int64)
+        )
 
     def rejoined(self, x: Tensor, server: ServerState, worker: int) -> WorkerState:
-        return self.init_worker(x)._replace(g=server.g[worker].clone())  # what it sends is a difference to the server's mirror
+        # what it sends is a difference to the server's mirror
+        return self.init_worker(x)._replace(g=server.g[worker].clone())
 
-    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+    def worker(
+        self, grads: Gradients, state: WorkerState, round: Round
+    ) -> tuple[Payload, WorkerState]:
         v = round.room(state.v)
-        torch.lerp(state.v, grads.current, self.eta, out=v) if state.rounds else v.copy_(grads.current)
+        torch.lerp(state.v, grads.current, self.eta, out=v) if state.rounds else v.copy_(
+            grads.current
+        )
         c = self.compressor.encode_difference(v, state.g, round.private("compressor", v.device))
         return c, WorkerState(v, state.g, state.rounds + 1)
 
@@ -113,7 +126,8 @@ class ByzEF21SGDM(Algorithm):
     def absorb(self, rows: Rows, state: ServerState, round: Round) -> ServerState:
         g = torch.add(state.g, rows.dense(), out=round.room(state.g))
         finite = rows.with_values(g).finite(norms=False)
-        if not finite.all():  # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
+        # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
+        if not finite.all():
             g[~finite] = state.g[~finite]
         return state._replace(g=g)
 

@@ -1,4 +1,6 @@
-"""Byz-EF21-SGDM with compression in both directions, for rules whose result may change in every coordinate."""
+"""Byz-EF21-SGDM with compression in both directions, for rules whose result may change in every
+coordinate.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,21 @@ class ServerState(NamedTuple):
 
 @dataclass(frozen=True)
 class ByzEF21SGDMBC(ByzEF21SGDM):
-    """Byz-EF21-SGDM whose server compresses, too: workers learn the largest changes of the estimate only, whatever the rule.
+    """Byz-EF21-SGDM whose server compresses, too: workers learn the largest changes of the estimate
+    only, whatever the rule.
 
-    Workers as in `ByzEF21SGDM`. The server's ``a = Agg(g_1, ..., g_n)`` goes down by another EF21: ``h = h + C_s(a - h)``, with C_s = Top-K,
-    and h, which starts at 0, is the estimate. With ``server_compressor=TopK(ratio=1.0)`` it is Byz-EF21-SGDM.
+    Workers as in `ByzEF21SGDM`. The server's ``a = Agg(g_1, ..., g_n)`` goes down by another EF21:
+    ``h = h + C_s(a - h)``, with C_s = Top-K, and h, which starts at 0, is the estimate. With
+    ``server_compressor=TopK(ratio=1.0)`` it is Byz-EF21-SGDM.
 
-    Bidirectional compression is EF21-BC's (arXiv 2110.03294), which compresses the server's gradient estimate in this way, without Byzantine
-    workers and momentum; Byz-EF21-BC (arXiv 2310.09804), known to us by its authors' code, compresses the model instead. **The combination
-    with momentum and a rule is ours**: no paper proves a rate for it. It lags behind Byz-EF21-SGDM as far as h lags behind a. What a
-    Byzantine worker can do to a it can do to h, no sooner.
+    Bidirectional compression is EF21-BC's (arXiv 2110.03294), which compresses the server's
+    gradient estimate in this way, without Byzantine workers and momentum; Byz-EF21-BC (arXiv
+    2310.09804), known to us by its authors' code, compresses the model instead. **The combination
+    with momentum and a rule is ours**: no paper proves a rate for it. It lags behind Byz-EF21-SGDM
+    as far as h lags behind a. What a Byzantine worker can do to a it can do to h, no sooner.
 
-    The K largest are those of the whole vector, on every transport; values that are as large as the K-th all count. Where one is
-    chosen, h takes a's number itself.
+    The K largest are those of the whole vector, on every transport; values that are as large as the
+    K-th all count. Where one is chosen, h takes a's number itself.
 
     Args:
         aggregator: the robust rule.
@@ -57,7 +62,8 @@ class ByzEF21SGDMBC(ByzEF21SGDM):
         super().__post_init__()
         if not isinstance(self.server_compressor, TopK):
             raise TypeError(
-                f"`server_compressor` of {type(self).__name__} should be a TopK. Found {self.server_compressor!r}. Use TopK(ratio=0.1)."
+                f"`server_compressor` of {type(self).__name__} should be a TopK. Found "
+                f"{self.server_compressor!r}. Use TopK(ratio=0.1)."
             )
 
     @property

@@ -37,17 +37,21 @@ class ServerState(NamedTuple):
 
 @dataclass(frozen=True)
 class EF14(Algorithm):
-    """Classic error feedback: ``u_i = grad_i + e_i``; send ``c_i = C(u_i)``; ``e_i = u_i - c_i``; ``g = Agg(c_1, ..., c_n)``.
+    """Classic error feedback: ``u_i = grad_i + e_i``; send ``c_i = C(u_i)``; ``e_i = u_i - c_i``;
+    ``g = Agg(c_1, ..., c_n)``.
 
-    Seide et al., Interspeech 2014; analysed by Stich et al. 2018 (arXiv 1809.07599) and Karimireddy et al., ICML 2019 (arXiv 1901.09847). Here
-    as a baseline. With the identity compressor it is robust SGD without momentum; with `Mean` it is compressed SGD with error feedback.
-    Deviation: the step size multiplies what the server returns, not the gradient that enters ``u_i``; the two are the same for a constant one.
+    Seide et al., Interspeech 2014; analysed by Stich et al. 2018 (arXiv 1809.07599) and Karimireddy
+    et al., ICML 2019 (arXiv 1901.09847). Here as a baseline. With the identity compressor it is
+    robust SGD without momentum; with `Mean` it is compressed SGD with error feedback. Deviation:
+    the step size multiplies what the server returns, not the gradient that enters ``u_i``; the two
+    are the same for a constant one.
 
-    Warning: its messages are a poor input for a robust rule. Those of honest workers differ by what each has kept back, more than their
-    gradients do: with Top-K one sends coordinates that another does not, so a median of them is mostly 0, and attacks hide in the spread.
-    (An argument, and a measurement: with 2 liars of 9, Top-1 of 10 and a median, it stops at 0.4 of the first distance to a quadratic's
-    optimum, EF21 at less than 0.1.) `ByzEF21SGDM` aggregates estimates of gradients instead; with ``eta=1`` it is EF21 (arXiv 2106.05203)
-    with a robust rule.
+    Warning: its messages are a poor input for a robust rule. Those of honest workers differ by what
+    each has kept back, more than their gradients do: with Top-K one sends coordinates that another
+    does not, so a median of them is mostly 0, and attacks hide in the spread. (An argument, and a
+    measurement: with 2 liars of 9, Top-1 of 10 and a median, it stops at 0.4 of the first distance
+    to a quadratic's optimum, EF21 at less than 0.1.) `ByzEF21SGDM` aggregates estimates of
+    gradients instead; with ``eta=1`` it is EF21 (arXiv 2106.05203) with a robust rule.
 
     Args:
         aggregator: the robust rule.
@@ -63,7 +67,8 @@ class EF14(Algorithm):
         self.check_parts()
         if not self.compressor.contractive:
             raise ValueError(
-                f"EF14 needs a contractive compressor. Found {self.compressor!r}. Use TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
+                f"EF14 needs a contractive compressor. Found {self.compressor!r}. Use "
+                "TopK(ratio=0.1), or ContractiveRandK(ratio=0.1)."
             )
 
     def codec(self, round: Round) -> Compressor:
@@ -72,7 +77,9 @@ class EF14(Algorithm):
     def init_worker(self, x: Tensor) -> WorkerState:
         return WorkerState(torch.zeros_like(x))
 
-    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+    def worker(
+        self, grads: Gradients, state: WorkerState, round: Round
+    ) -> tuple[Payload, WorkerState]:
         u = grads.current + state.e
         c = self.compressor.encode(u, round.private("compressor", u.device))
         return c, WorkerState(u - self.compressor.decode(c, len(u)))

@@ -1,4 +1,6 @@
-"""Robust SGD: compress, gather, aggregate robustly, with momentum at the workers, at the server, or in the optimizer."""
+"""Robust SGD: compress, gather, aggregate robustly, with momentum at the workers, at the server, or
+in the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ class ServerState(NamedTuple):
 
     Attributes:
         m: momentum, ``[d]``; empty without server momentum.
-        a: the last aggregate of the workers' moving averages, ``[d]``; empty unless worker momentum is undone.
+        a: the last aggregate of the workers' moving averages, ``[d]``; empty unless worker momentum
+            is undone.
         last: the rule's last result, ``[d]``; empty unless the rule remembers it.
         rounds: rounds that gave an estimate, a 0-d tensor.
     """
@@ -43,8 +46,12 @@ class ServerState(NamedTuple):
     rounds: Tensor
 
 
-def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The new exponential moving average of g, in ``out`` if there is one, and what it stands for once its start at 0 is corrected for."""
+def _momentum(
+    m: Tensor, g: Tensor, beta: float, rounds: Tensor, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The new exponential moving average of g, in ``out`` if there is one, and what it stands for
+    once its start at 0 is corrected for.
+    """
     m = torch.lerp(g, m, beta, out=out)
     correction = 1 - beta ** float(rounds + 1)
     return m, m if correction == 1 else m / correction
@@ -54,28 +61,35 @@ def _momentum(m: Tensor, g: Tensor, beta: float, rounds: Tensor, out: Tensor | N
 class RobustSGD(Algorithm):
     """Every worker sends its (compressed) momentum, and the server aggregates with a robust rule.
 
-    ``m_i = beta_w m_i + (1 - beta_w) g_i``; send ``C(m_i)``; ``g = Agg(C(m_1), ..., C(m_n))``; ``m = beta_s m + (1 - beta_s) g``.
+    ``m_i = beta_w m_i + (1 - beta_w) g_i``; send ``C(m_i)``; ``g = Agg(C(m_1), ..., C(m_n))``;
+    ``m = beta_s m + (1 - beta_s) g``.
 
-    Karimireddy, He, Jaggi, ICML 2021 (arXiv 2012.10333) show that momentum at the workers is what makes a robust rule
-    withstand attacks that hide in the gradients' noise; Farhadkhani et al., ICML 2022 (arXiv 2205.12173), analyse it for any
-    rule. Without momentum and compression, and with `Mean`, this is distributed SGD. Momenta are moving averages (the new
-    gradient has weight 1 - beta) and are corrected for their start at 0, as Adam's are (a deviation from those papers), so
-    that the learning rate keeps its meaning from the first step on. The last momentum of the pipeline may be the optimizer's.
+    Karimireddy, He, Jaggi, ICML 2021 (arXiv 2012.10333) show that momentum at the workers is what
+    makes a robust rule withstand attacks that hide in the gradients' noise; Farhadkhani et al.,
+    ICML 2022 (arXiv 2205.12173), analyse it for any rule. Without momentum and compression, and
+    with `Mean`, this is distributed SGD. Momenta are moving averages (the new gradient has weight 1
+    - beta) and are corrected for their start at 0, as Adam's are (a deviation from those papers),
+      so that the learning rate keeps its meaning from the first step on. The last momentum of the
+      pipeline may be the optimizer's.
 
-    Worker momentum in front of the optimizer's own is a delay too many: it makes learning rates unstable that DDP trains well with.
-    With ``undo_worker_momentum`` the server takes it out again, after the rule has used it to tell liars from noise:
-    ``a = Agg(m_1, ..., m_n)``; ``g = (a - beta_w a_previous) / (1 - beta_w)``. With `Mean` that is the mean gradient, whatever
-    beta_w is; and an optimizer with heavy-ball momentum beta_w makes of it ``a / (1 - beta_w)``, which is the algorithm of both
-    papers, where momentum is at the workers instead of in the optimizer. (An addition of this package.)
+    Worker momentum in front of the optimizer's own is a delay too many: it makes learning rates
+    unstable that DDP trains well with. With ``undo_worker_momentum`` the server takes it out again,
+    after the rule has used it to tell liars from noise: ``a = Agg(m_1, ..., m_n)``;
+    ``g = (a - beta_w a_previous) / (1 - beta_w)``. With `Mean` that is the mean gradient, whatever
+    beta_w is; and an optimizer with heavy-ball momentum beta_w makes of it ``a / (1 - beta_w)``,
+    which is the algorithm of both papers, where momentum is at the workers instead of in the
+    optimizer. (An addition of this package.)
 
     Args:
         aggregator: the robust rule.
-        compressor: the wire format. Biased ones (`TopK`) lose what they drop: ByzEF21SGDM makes up for that, this does not.
-        worker_momentum: beta_w, in [0, 1). It adds to the optimizer's own momentum, unless it is undone: 0.9 in front of SGD with
-            momentum 0.9 is unstable at learning rates that are safe for DDP (docs/default-algorithm.md).
+        compressor: the wire format. Biased ones (`TopK`) lose what they drop: ByzEF21SGDM makes up
+            for that, this does not.
+        worker_momentum: beta_w, in [0, 1). It adds to the optimizer's own momentum, unless it is
+            undone: 0.9 in front of SGD with momentum 0.9 is unstable at learning rates that are
+            safe for DDP (docs/default-algorithm.md).
         server_momentum: beta_s, in [0, 1).
-        undo_worker_momentum: the server gives the optimizer gradients again, instead of momenta. The strategy's default, with
-            ``worker_momentum=0.9``.
+        undo_worker_momentum: the server gives the optimizer gradients again, instead of momenta.
+            The strategy's default, with ``worker_momentum=0.9``.
     """
 
     keeps_last = True
@@ -91,11 +105,17 @@ class RobustSGD(Algorithm):
         for name in ("worker_momentum", "server_momentum"):
             value = getattr(self, name)
             if not 0 <= value < 1:
-                raise ValueError(f"`{name}` is the weight of the past, in [0, 1). Found {name}={value}.")
+                raise ValueError(
+                    f"`{name}` is the weight of the past, in [0, 1). Found {name}={value}."
+                )
 
     @property
     def stateless(self) -> bool:
-        return self.worker_momentum == 0 and self.server_momentum == 0 and not self.aggregator.remembers
+        return (
+            self.worker_momentum == 0
+            and self.server_momentum == 0
+            and not self.aggregator.remembers
+        )
 
     @property
     def aggregates_messages(self) -> bool:
@@ -109,12 +129,19 @@ class RobustSGD(Algorithm):
         return self.compressor
 
     def init_worker(self, x: Tensor) -> WorkerState:
-        return WorkerState(torch.zeros_like(x) if self.worker_momentum else x.new_empty(0), torch.zeros((), dtype=torch.int64))
+        return WorkerState(
+            torch.zeros_like(x) if self.worker_momentum else x.new_empty(0),
+            torch.zeros((), dtype=torch.int64),
+        )
 
-    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+    def worker(
+        self, grads: Gradients, state: WorkerState, round: Round
+    ) -> tuple[Payload, WorkerState]:
         g = grads.current
         if self.worker_momentum:
-            m, g = _momentum(state.m, g, self.worker_momentum, state.rounds, out=round.room(state.m))
+            m, g = _momentum(
+                state.m, g, self.worker_momentum, state.rounds, out=round.room(state.m)
+            )
             state = WorkerState(m, state.rounds + 1)
         return self.compressor.encode(g, round.private("compressor", g.device)), state
 
@@ -124,7 +151,9 @@ class RobustSGD(Algorithm):
 
     def init_server(self, x: Tensor, n: int) -> ServerState:
         empty = x.new_empty(0)
-        m, a = (torch.zeros_like(x) if kept else empty for kept in (self.server_momentum, self._undoes))
+        m, a = (
+            torch.zeros_like(x) if kept else empty for kept in (self.server_momentum, self._undoes)
+        )
         return ServerState(m, a, self.init_last(x), torch.zeros((), dtype=torch.int64))
 
     def server(self, rows: Rows, state: ServerState, round: Round) -> tuple[Tensor, ServerState]:
@@ -132,9 +161,12 @@ class RobustSGD(Algorithm):
         m, a, rounds = state.m, state.a, state.rounds
         if self._undoes:
             beta = self.worker_momentum
-            a = g * (1 - beta ** float(rounds + 1))  # as it is without the correction for its start at 0
+            # as it is without the correction for its start at 0
+            a = g * (1 - beta ** float(rounds + 1))
             g = (a - beta * state.a) / (1 - beta)
         if self.server_momentum:
             m, g = _momentum(m, g, self.server_momentum, rounds)
             g = g.clone() if g is m else g  # who writes into the estimate changes no state
-        return g, ServerState(m, a, last, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1)
+        return g, ServerState(
+            m, a, last, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1
+        )

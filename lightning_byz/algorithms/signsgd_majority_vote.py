@@ -29,29 +29,35 @@ class WorkerState(NamedTuple):
 
 @dataclass(frozen=True)
 class SignSGDMajorityVote(Algorithm):
-    """Workers send the signs of their momentum, the server the sign of their sum: d bits up, d bits down.
+    """Workers send the signs of their momentum, the server the sign of their sum: d bits up, d bits
+    down.
 
     ``v_i = beta v_i + (1 - beta) grad_i``; send ``sign(v_i)``; ``g = sign(sum_i sign(v_i))``.
 
-    Bernstein, Zhao, Azizzadenesheli, Anandkumar, ICLR 2019 (arXiv 1810.05291), Algorithm 1: SIGNUM, and signSGD with momentum 0. The
-    estimate holds +1 and -1 only, so the learning rate is the step of every coordinate: the paper's is 1e-4, with plain SGD without
-    momentum. Weight decay is the optimizer's, and so stays outside the vote, as in the paper: ``x = x - lr (g + lambda x)``.
+    Bernstein, Zhao, Azizzadenesheli, Anandkumar, ICLR 2019 (arXiv 1810.05291), Algorithm 1: SIGNUM,
+    and signSGD with momentum 0. The estimate holds +1 and -1 only, so the learning rate is the step
+    of every coordinate: the paper's is 1e-4, with plain SGD without momentum. Weight decay is the
+    optimizer's, and so stays outside the vote, as in the paper: ``x = x - lr (g + lambda x)``.
 
-    A bit has no room for a 0, and coordinates whose gradient is exactly 0 for most workers (rows of an embedding that no batch
-    names, unused units) move by the learning rate in every step all the same. By default all zeros of a round vote alike, +1 and -1 in
-    turn: such coordinates are back where they were after every second step, and liars have no say in them. In the authors' code a 0
-    always votes +1, and they drift by -lr in every step. ``zero="abstain"`` leaves them exactly where they are, for two bits a
-    coordinate in both directions: a 0 has no vote, and where no more than f workers vote, the estimate is 0.
+    A bit has no room for a 0, and coordinates whose gradient is exactly 0 for most workers (rows of
+    an embedding that no batch names, unused units) move by the learning rate in every step all the
+    same. By default all zeros of a round vote alike, +1 and -1 in turn: such coordinates are back
+    where they were after every second step, and liars have no say in them. In the authors' code a 0
+    always votes +1, and they drift by -lr in every step. ``zero="abstain"`` leaves them exactly
+    where they are, for two bits a coordinate in both directions: a 0 has no vote, and where no more
+    than f workers vote, the estimate is 0.
 
-    Every worker has one vote, whatever it holds, so fewer than n / 2 colluding workers can decide a coordinate only where the honest
-    ones are split. The paper's guarantee is for adversaries that do not cooperate.
+    Every worker has one vote, whatever it holds, so fewer than n / 2 colluding workers can decide a
+    coordinate only where the honest ones are split. The paper's guarantee is for adversaries that
+    do not cooperate.
 
     Args:
-        aggregator: the vote. An odd number of workers knows no ties. Another rule over the signs may stand in its place; what it gives is
-            then sent down as it is.
+        aggregator: the vote. An odd number of workers knows no ties. Another rule over the signs
+            may stand in its place; what it gives is then sent down as it is.
         momentum: beta, in [0, 1); 0 is signSGD. The paper's default is 0.9.
-        zero: what a worker votes where its momentum is 0: "in_turn", +1 in one round and -1 in the next (ours); "plus_one", the authors'
-            code's; "random", a coin of its own; or "abstain", nothing (ours).
+        zero: what a worker votes where its momentum is 0: "in_turn", +1 in one round and -1 in the
+            next (ours); "plus_one", the authors' code's; "random", a coin of its own; or "abstain",
+            nothing (ours).
     """
 
     aggregator: Aggregator = field(default_factory=MajorityVote)
@@ -60,11 +66,19 @@ class SignSGDMajorityVote(Algorithm):
 
     def __post_init__(self) -> None:
         if not isinstance(self.aggregator, Aggregator):
-            raise TypeError(f"`aggregator` should be an Aggregator, such as MajorityVote(). Found {self.aggregator!r}.")
+            raise TypeError(
+                "`aggregator` should be an Aggregator, such as MajorityVote(). Found "
+                f"{self.aggregator!r}."
+            )
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"`momentum` is the weight of the past, in [0, 1). Found momentum={self.momentum}.")
+            raise ValueError(
+                f"`momentum` is the weight of the past, in [0, 1). Found momentum={self.momentum}."
+            )
         if self.zero not in ("in_turn", "plus_one", "random", "abstain"):
-            raise ValueError(f"`zero` should be 'in_turn', 'plus_one', 'random' or 'abstain'. Found {self.zero!r}.")
+            raise ValueError(
+                "`zero` should be 'in_turn', 'plus_one', 'random' or 'abstain'. Found "
+                f"{self.zero!r}."
+            )
         if self.zero == "abstain" and isinstance(self.aggregator, MajorityVote):  # it is said once
             object.__setattr__(self, "aggregator", replace(self.aggregator, zero="abstain"))
         self.check_memory()
@@ -75,7 +89,8 @@ class SignSGDMajorityVote(Algorithm):
 
     @property
     def coordinate_wise(self) -> bool:
-        return self.zero not in ("random", "abstain")  # whose coins, and the scale of whose payloads, are the whole vector's
+        # whose coins, and the scale of whose payloads, are the whole vector's
+        return self.zero not in ("random", "abstain")
 
     def averaging(self) -> SignSGDMajorityVote:
         return self.with_f(0)
@@ -86,13 +101,16 @@ class SignSGDMajorityVote(Algorithm):
     def downlink(self, round: Round) -> Compressor:
         if not isinstance(self.aggregator, MajorityVote):
             return Identity()
-        # Of -1, 0 and +1, TernGrad's two bits a coordinate keep everything; nothing is left to chance.
+        # Of -1, 0 and +1, TernGrad's two bits a coordinate keep everything; nothing is left to
+        # chance.
         return TernGrad() if self.aggregator.tie == "zero" or self.zero == "abstain" else Sign()
 
     def init_worker(self, x: Tensor) -> WorkerState:
         return WorkerState(torch.zeros_like(x) if self.momentum else x.new_empty(0))
 
-    def worker(self, grads: Gradients, state: WorkerState, round: Round) -> tuple[Payload, WorkerState]:
+    def worker(
+        self, grads: Gradients, state: WorkerState, round: Round
+    ) -> tuple[Payload, WorkerState]:
         v = grads.current
         if self.momentum:
             v = torch.lerp(v, state.v, self.momentum, out=round.room(state.v))

@@ -1,7 +1,8 @@
-"""What a method may have beside its codec and its two halves. Each trait is off unless it says more.
+"""What a method may have beside its codec and its two halves. Each trait is off unless it says
+more.
 
-`Algorithm` has all of them. A method overrides what it needs of those that it is about, and reads no
-others.
+`Algorithm` has all of them. A method overrides what it needs of those that it is about, and reads
+no others.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Participation:
         return self.aggregator
 
     def seconds(self, round: Round) -> float:
-        """How long the server waits for messages, by the simulated clock: for the last of the cohort that ever comes."""
+        """How long the server waits for messages, by the simulated clock: for the last of the
+        cohort that ever comes.
+        """
         if round.arrivals is None:
             return 0.0
         awaited = round.arrivals[self.cohort(round)]
@@ -59,27 +62,32 @@ class ExtraGradients:
         uses_trusted: the server half uses a gradient on trusted data where there is one
             (`Round.trusted`).
         needs_trusted: it cannot do without.
-        full_batches: of how many batches `full_gradient` is made; None: of all of the worker's data.
+        full_batches: of how many batches `full_gradient` is made; None: of all of the worker's
+            data.
     """
 
-    needs_previous: bool = False  # no ClassVar: LightningCLI reads annotations where that name may be unknown
+    # no ClassVar: LightningCLI reads annotations where that name may be unknown
+    needs_previous: bool = False
     needs_drift: bool = False
     uses_trusted: bool = False
     needs_trusted: bool = False
     full_batches: int | None = None
 
     def full_gradient(self, round: Round) -> bool:
-        """Whether workers send the gradient over all their data in this round, instead of a minibatch's."""
+        """Whether workers send the gradient over all their data in this round, instead of a
+        minibatch's.
+        """
         return False
 
 
 class InPieces:
-    """Whether a round may be computed piece by piece, so that messages leave while backward still runs.
+    """Whether a round may be computed piece by piece, so that messages leave while backward still
+    runs.
 
     Attributes:
-        coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of its
-            gradients and state alone, in every round; and of the server's estimate and state likewise,
-            if the rule is coordinate-wise.
+        coordinate_wise: every coordinate of what a worker sends is a function of that coordinate of
+            its gradients and state alone, in every round; and of the server's estimate and state
+            likewise, if the rule is coordinate-wise.
         aggregates_messages: the server's half gives its rule the messages as they are, once. Then
             estimates of rules with distances come down in pieces, too.
     """
@@ -98,7 +106,8 @@ class Memory:
 
     Attributes:
         stateless: neither half remembers anything between rounds.
-        sees_absent: the rule also sees what the server knows of workers that are absent (EF21's mirrors).
+        sees_absent: the rule also sees what the server knows of workers that are absent (EF21's
+            mirrors).
     """
 
     sees_absent: bool = False
@@ -122,11 +131,15 @@ class Memory:
         return state
 
     def rejoined(self, x: Tensor, server: Any, worker: int) -> Any:
-        """The state of a worker that has lost its own, given the server's: the two have to fit together again."""
+        """The state of a worker that has lost its own, given the server's: the two have to fit
+        together again.
+        """
         return self.init_worker(x)
 
     def seen(self, rows: Rows, state: Any, round: Round) -> Rows:
-        """``[n, d]`` the rows that the estimate stands for, given the server's new state; for monitors."""
+        """``[n, d]`` the rows that the estimate stands for, given the server's new state; for
+        monitors.
+        """
         return rows
 
 
@@ -150,7 +163,9 @@ class RuleMemory:
             )
 
     def init_last(self, x: Tensor) -> Tensor:
-        """``last`` before the first round: 0 for rules that remember, as the papers start; else empty."""
+        """``last`` before the first round: 0 for rules that remember, as the papers start; else
+        empty.
+        """
         return torch.zeros_like(x) if self.aggregator.remembers else x.new_empty(0)
 
     def aggregate(self, rows: Rows, last: Tensor, round: Round) -> tuple[Tensor, Tensor]:
@@ -168,14 +183,15 @@ class RuleMemory:
 
 
 class SparseEstimates:
-    """An estimate that differs from the last one in few coordinates, so that no others are computed or sent.
+    """An estimate that differs from the last one in few coordinates, so that no others are computed
+    or sent.
 
     Attributes:
         changes_few: it does, and a transport may send these alone.
-        changes_named: ..., and they are among those that some message names, to which the server's half
-            may then be confined.
-        absorbs: the server's half is `absorb`, which takes in what messages say of each coordinate, and
-            then `answer`.
+        changes_named: ..., and they are among those that some message names, to which the server's
+            half may then be confined.
+        absorbs: the server's half is `absorb`, which takes in what messages say of each coordinate,
+            and then `answer`.
     """
 
     absorbs: bool = False
@@ -189,10 +205,11 @@ class SparseEstimates:
         return False
 
     def absorb(self, rows: Rows, state: Any, round: Round) -> Any:
-        """The first part of `server`: the state with what the messages say in it, one coordinate at a time.
+        """The first part of `server`: the state with what the messages say in it, one coordinate at
+        a time.
 
-        Where no message names a coordinate, the state stays as it was there, so that this may be given
-        the other columns alone.
+        Where no message names a coordinate, the state stays as it was there, so that this may be
+        given the other columns alone.
         """
         raise NotImplementedError(f"{type(self).__name__} has no first part of its server's half.")
 
@@ -208,10 +225,14 @@ class SparseEstimates:
 
 
 class EncodedAnswers:
-    """A server that answers in a wire format of its own, or straight from encoded messages, as votes on signs."""
+    """A server that answers in a wire format of its own, or straight from encoded messages, as
+    votes on signs.
+    """
 
     def downlink(self, round: Round) -> Compressor:
-        """The wire format in which a server sends the estimate; it has to keep every estimate as it is."""
+        """The wire format in which a server sends the estimate; it has to keep every estimate as it
+        is.
+        """
         return Identity()
 
     def tally(self, payloads: Sequence[Payload], rows: Rows, round: Round) -> Payload | None:

@@ -1,4 +1,6 @@
-"""Attacks: what Byzantine workers do, for research and for tests; and faults, which happen to honest ones."""
+"""Attacks: what Byzantine workers do, for research and for tests; and faults, which happen to
+honest ones.
+"""
 
 from lightning_byz.attacks.base import Attack, DataAttack, Scene
 from lightning_byz.attacks.data import LabelFlip

@@ -1,4 +1,6 @@
-"""The attack interfaces: attacks on messages, attacks on a worker's data, and what an attacker sees."""
+"""The attack interfaces: attacks on messages, attacks on a worker's data, and what an attacker
+sees.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,29 @@ def _itself(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an omniscient attacker sees of a round besides the messages. All of it is the same on every rank.
+    """What an omniscient attacker sees of a round besides the messages. All of it is the same on
+    every rank.
 
-    Every field has a default, so that an attack can be tried by hand: ``ALIE(1.5)(honest, own)``, or
-    ``OptimizedIPM()(honest, own, Scene(aggregate=lambda lies: rule(torch.cat([honest, lies]))))``.
+    Every field has a default, so that an attack can be tried by hand: ``ALIE(1.5)(honest, own)``,
+    or ``OptimizedIPM()(honest, own, Scene(aggregate=lambda lies: rule(torch.cat([honest,
+    lies]))))``.
 
     Attributes:
         generator: the attackers' common random stream of this round.
         step: number of this round, counted from 0.
-        aggregate: what the server would make of these lies: ``[b, d] -> [d]``, through codec, rule and server state; zeros if it
-            would skip the step.
-        target: what it would make of the honest messages alone, had it known them and taken their mean: ``() -> [d]``. None: the
-            mean of the honest messages.
+        aggregate: what the server would make of these lies: ``[b, d] -> [d]``, through codec, rule
+            and server state; zeros if it would skip the step.
+        target: what it would make of the honest messages alone, had it known them and taken their
+            mean: ``() -> [d]``. None: the mean of the honest messages.
         x: the current parameters: ``() -> [d]``.
-        memory: what the attack remembers between rounds, for it to change; tensors are replaced, not modified. It goes into checkpoints.
-        honest: the workers whose messages the honest rows are, in order. None: numbered as the rows are.
-        own: the Byzantine workers whose messages the own rows are, in order. None: numbered as the rows are.
-        byzantine: all workers that this attack commands, those included that take no part in this round. None: ``own``.
+        memory: what the attack remembers between rounds, for it to change; tensors are replaced,
+            not modified. It goes into checkpoints.
+        honest: the workers whose messages the honest rows are, in order. None: numbered as the rows
+            are.
+        own: the Byzantine workers whose messages the own rows are, in order. None: numbered as the
+            rows are.
+        byzantine: all workers that this attack commands, those included that take no part in this
+            round. None: ``own``.
         agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
     """
 
@@ -57,8 +65,9 @@ class Scene:
         """`aggregate`, for an attack that cannot do without."""
         if self.aggregate is None:
             raise ValueError(
-                f"{type(attack).__name__} tries its lies on the server's rule, and the scene should hold it. Found Scene(aggregate=None). "
-                "Use it with ByzantineWorkers, or by hand: Scene(aggregate=lambda lies: rule(torch.cat([honest, lies])))."
+                f"{type(attack).__name__} tries its lies on the server's rule, and the scene "
+                "should hold it. Found Scene(aggregate=None). Use it with ByzantineWorkers, or "
+                "by hand: Scene(aggregate=lambda lies: rule(torch.cat([honest, lies])))."
             )
         return self.aggregate
 
@@ -66,23 +75,27 @@ class Scene:
         """The current parameters ``[d]``, for an attack that cannot do without."""
         if self.x is None:
             raise ValueError(
-                f"{type(attack).__name__} looks at the current parameters, and the scene should hold them. Found Scene(x=None). "
-                "Use it with ByzantineWorkers, or by hand: Scene(x=lambda: parameters)."
+                f"{type(attack).__name__} looks at the current parameters, and the scene should "
+                "hold them. Found Scene(x=None). Use it with ByzantineWorkers, or by hand: "
+                "Scene(x=lambda: parameters)."
             )
         return self.x()
 
 
 class Attack(ABC):
-    """What colluding Byzantine workers send, chosen after all honest messages of the round are fixed.
+    """What colluding Byzantine workers send, chosen after all honest messages of the round are
+    fixed.
 
-    An attack sees the honest messages as the server decodes them, and answers in the same space (gradients, momenta or
-    compressed differences, whatever the algorithm sends); what it answers then goes through the same codec. It picks
-    values, never the wire format.
+    An attack sees the honest messages as the server decodes them, and answers in the same space
+    (gradients, momenta or compressed differences, whatever the algorithm sends); what it answers
+    then goes through the same codec. It picks values, never the wire format.
     """
 
     @property
     def alone(self) -> bool:
-        """Whether it has an answer where no honest worker takes part, ``h = 0``; otherwise the Byzantine workers behave in such a round."""
+        """Whether it has an answer where no honest worker takes part, ``h = 0``; otherwise the
+        Byzantine workers behave in such a round.
+        """
         return False
 
     @abstractmethod
@@ -90,9 +103,10 @@ class Attack(ABC):
         """The Byzantine messages.
 
         Args:
-            honest: ``[h, d]`` the messages of the honest workers that take part in this round; not to be modified. h >= 1, unless `alone`.
-            own: ``[b, d]`` what the Byzantine workers that take part would have sent had they been honest; not to be modified. 0 for
-                one that would have been silent.
+            honest: ``[h, d]`` the messages of the honest workers that take part in this round; not
+                to be modified. h >= 1, unless `alone`.
+            own: ``[b, d]`` what the Byzantine workers that take part would have sent had they been
+                honest; not to be modified. 0 for one that would have been silent.
             scene: what else the attackers see. None: nothing.
 
         Returns:
@@ -100,7 +114,9 @@ class Attack(ABC):
         """
 
     def forges(self, b: int) -> list[bool]:
-        """Of b Byzantine workers, which ones send something also where they have no message of their own (no batch, a nan)."""
+        """Of b Byzantine workers, which ones send something also where they have no message of
+        their own (no batch, a nan).
+        """
         return [True] * b
 
     def check(self, byzantine: Sequence[int], n: int) -> None:
@@ -115,10 +131,15 @@ def checked_lies(attack: Attack, lies: Tensor, own: Tensor) -> Tensor:
         ValueError: unless it is a message ``[b, d]`` for each of the ``own [b, d]``.
     """
     if not isinstance(lies, Tensor) or lies.shape != own.shape or not lies.is_floating_point():
-        found = f"a tensor {list(lies.shape)} of {lies.dtype}" if isinstance(lies, Tensor) else repr(lies)
+        found = (
+            f"a tensor {list(lies.shape)} of {lies.dtype}"
+            if isinstance(lies, Tensor)
+            else repr(lies)
+        )
         raise ValueError(
-            f"{type(attack).__name__} should answer with a message for each Byzantine worker, [b, d] = {list(own.shape)} of floating-point "
-            f"numbers. Found {found}. The same message for all: message.expand_as(own)."
+            f"{type(attack).__name__} should answer with a message for each Byzantine worker, [b, "
+            f"d] = {list(own.shape)} of floating-point numbers. Found {found}. The same message "
+            "for all: message.expand_as(own)."
         )
     return lies
 
@@ -137,9 +158,11 @@ class DataAttack(ABC):
 
 
 def spread(rows: Tensor) -> Tensor:
-    """The standard deviation ``[d]`` of every coordinate of ``rows [h, d]``, with h - 1 in the denominator; 0 for one row.
+    """The standard deviation ``[d]`` of every coordinate of ``rows [h, d]``, with h - 1 in the
+    denominator; 0 for one row.
 
-    What ``rows.std(0)`` gives, by two passes over blocks of columns instead of torch's one, in a sixth of the time.
+    What ``rows.std(0)`` gives, by two passes over blocks of columns instead of torch's one, in a
+    sixth of the time.
     """
     out = torch.zeros_like(rows[0])
     for first in range(0, len(out) if len(rows) > 1 else 0, _BLOCK):

@@ -29,13 +29,15 @@ class Fault(Attack):
 
 @dataclass(frozen=True)
 class FlippedBit(Fault):
-    """One bit of one number of the worker's own message is flipped, at a place drawn anew in every round.
+    """One bit of one number of the worker's own message is flipped, at a place drawn anew in every
+    round.
 
     No paper: a fault.
 
     Args:
-        bit: which bit of the number, 0 for the lowest of the mantissa; negative ones count from the top, for any dtype: -1 is the sign,
-            -2 the highest of the exponent, which makes of a number below 1 one near the largest. None: drawn too.
+        bit: which bit of the number, 0 for the lowest of the mantissa; negative ones count from the
+            top, for any dtype: -1 is the sign, -2 the highest of the exponent, which makes of a
+            number below 1 one near the largest. None: drawn too.
         position: which coordinate of the message, for a defect that stays where it is. None: drawn.
     """
 
@@ -46,9 +48,15 @@ class FlippedBit(Fault):
         generator = (scene or Scene()).generator
         (b, d), width = own.shape, 8 * own.element_size()
         if self.bit is not None and not -width <= self.bit < width:
-            raise ValueError(f"`bit` should be in -{width} .. {width - 1} for messages of {own.dtype}. Found bit={self.bit}.")
+            raise ValueError(
+                f"`bit` should be in -{width} .. {width - 1} for messages of {own.dtype}. Found "
+                f"bit={self.bit}."
+            )
         if self.position is not None and not 0 <= self.position < d:
-            raise ValueError(f"`position` should be a coordinate, in 0 .. {d - 1}. Found position={self.position}.")
+            raise ValueError(
+                f"`position` should be a coordinate, in 0 .. {d - 1}. Found "
+                f"position={self.position}."
+            )
         places = torch.randint(d, (b,), generator=generator, device=generator.device)
         bits = torch.randint(width, (b,), generator=generator, device=generator.device)
         if self.position is not None:
@@ -65,7 +73,8 @@ class FlippedBit(Fault):
 
 @dataclass(frozen=True)
 class Stuck(Fault):
-    """The worker repeats its last message: the one of the first round in which it is stuck, which is still as it should be.
+    """The worker repeats its last message: the one of the first round in which it is stuck, which
+    is still as it should be.
 
     No paper: a fault.
     """
@@ -73,13 +82,17 @@ class Stuck(Fault):
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         scene = scene or Scene()
         workers = range(len(own)) if scene.own is None else scene.own
-        rows = [scene.memory.setdefault(str(worker), row.clone()).to(own) for worker, row in zip(workers, own, strict=True)]
+        rows = [
+            scene.memory.setdefault(str(worker), row.clone()).to(own)
+            for worker, row in zip(workers, own, strict=True)
+        ]
         return torch.stack(rows) if rows else own.clone()
 
 
 @dataclass(frozen=True)
 class WrongScale(Fault):
-    """The worker's own message times a factor: a loss scale that was never taken out, a sum where a mean should be.
+    """The worker's own message times a factor: a loss scale that was never taken out, a sum where a
+    mean should be.
 
     No paper: a fault.
 
@@ -95,13 +108,15 @@ class WrongScale(Fault):
 
 @dataclass(frozen=True)
 class ShuffledLabels(LabelAttack):
-    """The worker reads inputs and labels in different orders: every label is that of another sample of the batch.
+    """The worker reads inputs and labels in different orders: every label is that of another sample
+    of the batch.
 
-    Labels are exchanged along one cycle through all samples, drawn anew in every step. A batch of one sample stays as it is.
-    No paper: a fault.
+    Labels are exchanged along one cycle through all samples, drawn anew in every step. A batch of
+    one sample stays as it is. No paper: a fault.
 
     Args:
-        key: where a batch keeps its labels: the index in a tuple or list, the key in a mapping, or the name of an attribute.
+        key: where a batch keeps its labels: the index in a tuple or list, the key in a mapping, or
+            the name of an attribute.
 
     Raises:
         ValueError: for labels without a dimension of samples.
@@ -112,8 +127,8 @@ class ShuffledLabels(LabelAttack):
     def relabel(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
         if labels.ndim == 0:
             raise ValueError(
-                f"ShuffledLabels exchanges labels along their first dimension. Found one number at batch[{self.key!r}]. "
-                "Set `key` to where the labels are."
+                "ShuffledLabels exchanges labels along their first dimension. Found one number "
+                f"at batch[{self.key!r}]. Set `key` to where the labels are."
             )
         cycle = torch.randperm(len(labels), generator=generator).to(labels.device)
         return labels.index_copy(0, cycle, labels[cycle.roll(1)])

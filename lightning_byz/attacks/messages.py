@@ -20,8 +20,9 @@ from lightning_byz.numerics.rows import Rows
 class SignFlip(Attack):
     """Minus the honest mean, scaled: ``-scale * mean(honest)``.
 
-    ByzFL's SignFlipping at scale 1, which is `IPM` with epsilon 1. Against the plain mean it reverses the step only if
-    ``scale > h / b``, for h honest and b Byzantine workers; below that it shortens it. No paper: folklore.
+    ByzFL's SignFlipping at scale 1, which is `IPM` with epsilon 1. Against the plain mean it
+    reverses the step only if ``scale > h / b``, for h honest and b Byzantine workers; below that it
+    shortens it. No paper: folklore.
 
     Args:
         scale: factor of the flipped mean, > 0.
@@ -37,8 +38,9 @@ class SignFlip(Attack):
 class IPM(Attack):
     """Inner product manipulation: ``-epsilon * mean(honest)``.
 
-    Xie, Koyejo, Gupta, UAI 2019 (arXiv 1903.03936). A small epsilon hides among the honest rows and defeats rules that look
-    at distances; epsilon > h / b reverses the mean of h honest and b Byzantine workers.
+    Xie, Koyejo, Gupta, UAI 2019 (arXiv 1903.03936). A small epsilon hides among the honest rows and
+    defeats rules that look at distances; epsilon > h / b reverses the mean of h honest and b
+    Byzantine workers.
 
     Args:
         epsilon: factor, > 0. Byz-VR-MARINA and Byz-EF21-SGDM use 0.1; ByzFL's default is 2.
@@ -54,11 +56,13 @@ class IPM(Attack):
 class ALIE(Attack):
     """A little is enough: ``mean(honest) - z * std(honest)``, coordinate by coordinate.
 
-    Baruch, Baruch, Goldberg, NeurIPS 2019 (arXiv 1902.06156), with the unbiased standard deviation, as in its authors' code.
+    Baruch, Baruch, Goldberg, NeurIPS 2019 (arXiv 1902.06156), with the unbiased standard deviation,
+    as in its authors' code.
 
     Args:
-        z: how many standard deviations; None takes the paper's formula, ``Phi^-1((n - f - s) / (n - f))`` with
-            ``s = floor(n / 2 + 1) - f``, which is 0 or less, no attack at all, for few workers: (5, 1), (10, 2).
+        z: how many standard deviations; None takes the paper's formula,
+            ``Phi^-1((n - f - s) / (n - f))`` with ``s = floor(n / 2 + 1) - f``, which is 0 or less,
+            no attack at all, for few workers: (5, 1), (10, 2).
     """
 
     z: float | None = None
@@ -75,13 +79,16 @@ class ALIE(Attack):
         z = self.factor(n, len(byzantine))
         if byzantine and self.z is None and z <= 0:
             warnings.warn(
-                f"ALIE() is no attack with {len(byzantine)} of n={n} workers: the paper's formula gives z={z:.3g}, and workers that lie by "
-                "it send the honest mean, or help. Give z, such as ALIE(z=1.5), or more Byzantine workers.",
+                f"ALIE() is no attack with {len(byzantine)} of n={n} workers: the paper's formula "
+                f"gives z={z:.3g}, and workers that lie by it send the honest mean, or help. Give "
+                "z, such as ALIE(z=1.5), or more Byzantine workers.",
                 stacklevel=1,  # one place, whoever checks: said once
             )
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
-        return everyone(honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread(honest), own)
+        return everyone(
+            honest.mean(0) - self.factor(len(honest) + len(own), len(own)) * spread(honest), own
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,9 @@ class Gaussian(Attack):
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         generator = (scene or Scene()).generator
-        noise = torch.randn(own.shape, generator=generator, device=generator.device, dtype=torch.float32)
+        noise = torch.randn(
+            own.shape, generator=generator, device=generator.device, dtype=torch.float32
+        )
         return (self.mean + self.std * noise).to(device=own.device, dtype=own.dtype)
 
 
@@ -174,9 +183,11 @@ class Zero(Attack):
 
 @dataclass(frozen=True)
 class BitFlip(Attack):
-    """Minus what each would have sent had it been honest: ``-own_i``. No collusion, no knowledge of others.
+    """Minus what each would have sent had it been honest: ``-own_i``. No collusion, no knowledge of
+    others.
 
-    The "bit flip" of Karimireddy et al. (arXiv 2006.09365) and of Byz-VR-MARINA, and the sign inversion of signSGD's experiments.
+    The "bit flip" of Karimireddy et al. (arXiv 2006.09365) and of Byz-VR-MARINA, and the sign
+    inversion of signSGD's experiments.
     """
 
     @property
@@ -189,7 +200,9 @@ class BitFlip(Attack):
 
 @dataclass(frozen=True)
 class RandomSign(Attack):
-    """Each worker's own message with a random sign at every coordinate: the randomising adversary of signSGD (arXiv 1810.05291)."""
+    """Each worker's own message with a random sign at every coordinate: the randomising adversary
+    of signSGD (arXiv 1810.05291).
+    """
 
     @property
     def alone(self) -> bool:
@@ -203,11 +216,12 @@ class RandomSign(Attack):
 
 @dataclass(frozen=True)
 class AntiCGE(Attack):
-    """Against `CGE`: as long as a vector may be that is sure to be kept, and opposite to the honest ones that are kept beside it.
+    """Against `CGE`: as long as a vector may be that is sure to be kept, and opposite to the honest
+    ones that are kept beside it.
 
-    Minus the sum of the h - f honest messages of smallest norm, at a norm just below that of the next. An attack of LPD-EPFL's
-    ByzantineMomentum code (``anticge``), which counts the smallest one twice in that sum; here every one counts once.
-    No paper: LPD-EPFL's code.
+    Minus the sum of the h - f honest messages of smallest norm, at a norm just below that of the
+    next. An attack of LPD-EPFL's ByzantineMomentum code (``anticge``), which counts the smallest
+    one twice in that sum; here every one counts once. No paper: LPD-EPFL's code.
 
     Args:
         f: the f of the server's rule. None: the number of Byzantine workers.
@@ -217,11 +231,15 @@ class AntiCGE(Attack):
 
     def __post_init__(self) -> None:
         if self.f is not None and self.f < 0:
-            raise ValueError(f"`f`, that of the server's rule, should be at least 0. Found f={self.f}.")
+            raise ValueError(
+                f"`f`, that of the server's rule, should be at least 0. Found f={self.f}."
+            )
 
     def __call__(self, honest: Tensor, own: Tensor, scene: Scene | None = None) -> Tensor:
         h, f = len(honest), len(own) if self.f is None else self.f
-        norms, order = torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).sort(stable=True)
+        norms, order = torch.linalg.vector_norm(honest, dim=1, dtype=torch.float64).sort(
+            stable=True
+        )
         kept = max(1, h - f)  # of the honest ones, if all liars are kept
         message = -honest[order[:kept]].mean(0)
         length = torch.linalg.vector_norm(message, dtype=torch.float64)
@@ -232,23 +250,29 @@ class AntiCGE(Attack):
 _DIRECTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "std": lambda honest, mean: spread(honest),
     "sign": lambda honest, mean: mean.sign(),
-    "unit": lambda honest, mean: mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny),
+    "unit": lambda honest, mean: (
+        mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny)
+    ),
 }
 
 
 @dataclass(frozen=True)
 class _Hiding(Attack):
-    """``mean(honest) - gamma * p`` with the largest gamma that still hides among the honest messages.
+    """``mean(honest) - gamma * p`` with the largest gamma that still hides among the honest
+    messages.
 
     Args:
-        direction: p: "std", the honest standard deviation; "sign" of the mean; "unit", the mean at length 1.
+        direction: p: "std", the honest standard deviation; "sign" of the mean; "unit", the mean at
+            length 1.
     """
 
     direction: Literal["std", "sign", "unit"] = "std"
 
     def __post_init__(self) -> None:
         if self.direction not in _DIRECTIONS:
-            raise ValueError(f"`direction` should be one of {', '.join(_DIRECTIONS)}. Found {self.direction!r}.")
+            raise ValueError(
+                f"`direction` should be one of {', '.join(_DIRECTIONS)}. Found {self.direction!r}."
+            )
 
     @abstractmethod
     def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
@@ -268,35 +292,44 @@ class _Hiding(Attack):
         square = wide @ wide
         if not square > 0:
             return everyone(mean, own)
-        gamma = self.gamma(Rows(honest).squared_distances(), (offsets**2).sum(1), offsets @ wide, square)
+        gamma = self.gamma(
+            Rows(honest).squared_distances(), (offsets**2).sum(1), offsets @ wide, square
+        )
         return everyone(mean - gamma.to(mean.dtype) * p, own)
 
 
 @dataclass(frozen=True)
 class MinMax(_Hiding):
-    """As far from the honest mean as no farther from any honest message than two of these are from each other.
+    """As far from the honest mean as no farther from any honest message than two of these are from
+    each other.
 
-    Shejwalkar, Houmansadr, NDSS 2021. The largest gamma is computed exactly, where the authors' code halves steps until it is known to 1e-5.
+    Shejwalkar, Houmansadr, NDSS 2021. The largest gamma is computed exactly, where the authors'
+    code halves steps until it is known to 1e-5.
     """
 
     def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
         # ||mean - gamma p - h_i||^2 = to_mean_i - 2 gamma along_i + gamma^2 square <= max pairs
-        return ((along + (along**2 + square * (pairs.max() - to_mean).clamp_min(0)).sqrt()) / square).min()
+        return (
+            (along + (along**2 + square * (pairs.max() - to_mean).clamp_min(0)).sqrt()) / square
+        ).min()
 
 
 @dataclass(frozen=True)
 class MinSum(_Hiding):
-    """As far from the honest mean as its summed squared distance to the honest messages is no larger than an honest message's.
+    """As far from the honest mean as its summed squared distance to the honest messages is no
+    larger than an honest message's.
 
     Shejwalkar, Houmansadr, NDSS 2021. The largest gamma is computed exactly.
 
     Args:
-        bound: the honest message to stay below: "min", the one with the smallest sum, as in the authors' code; or "max".
+        bound: the honest message to stay below: "min", the one with the smallest sum, as in the
+            authors' code; or "max".
     """
 
     bound: Literal["min", "max"] = "min"
 
     def gamma(self, pairs: Tensor, to_mean: Tensor, along: Tensor, square: Tensor) -> Tensor:
-        # sum_i ||mean - gamma p - h_i||^2 = sum to_mean + h gamma^2 square, because the offsets from the mean add up to 0
+        # sum_i ||mean - gamma p - h_i||^2 = sum to_mean + h gamma^2 square, because the offsets
+        # from the mean add up to 0
         limit = pairs.sum(1).min() if self.bound == "min" else pairs.sum(1).max()
         return ((limit - to_mean.sum()).clamp_min(0) / (len(to_mean) * square)).sqrt()

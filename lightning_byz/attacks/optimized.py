@@ -17,16 +17,17 @@ from lightning_byz.attacks.base import Attack, Scene, everyone, spread
 class LineSearch:
     """Looks for the factor x >= 0 that maximises a function, within a budget of evaluations.
 
-    While the function grows, steps that double; from the first that does not help, steps that shrink by ``ratio``, around or past the
-    best factor so far. It finds a local maximum at best.
+    While the function grows, steps that double; from the first that does not help, steps that
+    shrink by ``ratio``, around or past the best factor so far. It finds a local maximum at best.
 
     Args:
         evaluations: how often the function may be evaluated.
         start: the first factor.
         delta: the first step.
         ratio: what shrinking steps are multiplied by, in (0.5, 1).
-        contraction: where shrinking steps go: "both", back from the last proposal while it is past the best factor and forth while it is
-            below, as in LPD-EPFL's ``line_maximize``; "forward", past the best factor only, as in ByzFL's optimized attacks.
+        contraction: where shrinking steps go: "both", back from the last proposal while it is past
+            the best factor and forth while it is below, as in LPD-EPFL's ``line_maximize``;
+            "forward", past the best factor only, as in ByzFL's optimized attacks.
     """
 
     evaluations: int = 16
@@ -37,9 +38,14 @@ class LineSearch:
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.start < 0 or self.delta <= 0 or not 0.5 < self.ratio < 1:
-            raise ValueError(f"A line search needs evaluations >= 1, start >= 0, delta > 0 and ratio in (0.5, 1). Found {self!r}.")
+            raise ValueError(
+                "A line search needs evaluations >= 1, start >= 0, delta > 0 and ratio in (0.5, "
+                f"1). Found {self!r}."
+            )
         if self.contraction not in ("both", "forward"):
-            raise ValueError(f"`contraction` should be 'both' or 'forward'. Found {self.contraction!r}.")
+            raise ValueError(
+                f"`contraction` should be 'both' or 'forward'. Found {self.contraction!r}."
+            )
 
     def __call__(self, objective: Callable[[float], float]) -> float:
         """The best factor found. A value that is nan counts as no improvement."""
@@ -74,10 +80,12 @@ class LineSearch:
 
 @dataclass(frozen=True)
 class _Optimized(Attack):
-    """The lies of a one-parameter family that move the server's result farthest from that of the honest messages' mean.
+    """The lies of a one-parameter family that move the server's result farthest from that of the
+    honest messages' mean.
 
-    ``argmax_x || aggregate(message(x), ..., message(x)) - mean(honest) ||``, by a line search that tries each factor on the server's
-    codec, rule and state, with the round's own random streams every time.
+    ``argmax_x || aggregate(message(x), ..., message(x)) - mean(honest) ||``, by a line search that
+    tries each factor on the server's codec, rule and state, with the round's own random streams
+    every time.
     """
 
     search: LineSearch = field(default_factory=LineSearch)
@@ -94,7 +102,9 @@ class _Optimized(Attack):
         target = honest.mean(0) if scene.target is None else scene.target()
 
         def harm(factor: float) -> float:
-            distance = torch.linalg.vector_norm(aggregate(everyone(message(factor), own)) - target, dtype=torch.float64)
+            distance = torch.linalg.vector_norm(
+                aggregate(everyone(message(factor), own)) - target, dtype=torch.float64
+            )
             return float(scene.agree(distance))
 
         return everyone(message(self.search(harm)), own)
@@ -106,10 +116,12 @@ def _byzfl_search() -> LineSearch:
 
 @dataclass(frozen=True)
 class FoE(_Optimized):
-    """Fall of empires: ``(1 - a) * mean(honest)``, with the a that moves the server's result the farthest.
+    """Fall of empires: ``(1 - a) * mean(honest)``, with the a that moves the server's result the
+    farthest.
 
-    After Xie, Koyejo, Gupta, UAI 2019 (arXiv 1903.03936), as LPD-EPFL's ``empire`` has it, with its line search of 16 evaluations. For a
-    given a it is `IPM` with epsilon = a - 1, and ByzFL's FallOfEmpires.
+    After Xie, Koyejo, Gupta, UAI 2019 (arXiv 1903.03936), as LPD-EPFL's ``empire`` has it, with its
+    line search of 16 evaluations. For a given a it is `IPM` with epsilon = a - 1, and ByzFL's
+    FallOfEmpires.
 
     Args:
         search: how a is searched for.
@@ -122,7 +134,8 @@ class FoE(_Optimized):
 
 @dataclass(frozen=True)
 class OptimizedIPM(_Optimized):
-    """`IPM`, ``-tau * mean(honest)``, with the tau that moves the server's result the farthest: ByzFL's Optimal_InnerProductManipulation.
+    """`IPM`, ``-tau * mean(honest)``, with the tau that moves the server's result the farthest:
+    ByzFL's Optimal_InnerProductManipulation.
 
     No paper: ByzFL's.
 
@@ -139,10 +152,11 @@ class OptimizedIPM(_Optimized):
 
 @dataclass(frozen=True)
 class OptimizedALIE(_Optimized):
-    """`ALIE`, ``mean(honest) - tau * std(honest)``, with the tau that moves the server's result the farthest.
+    """`ALIE`, ``mean(honest) - tau * std(honest)``, with the tau that moves the server's result the
+    farthest.
 
-    ByzFL's Optimal_ALittleIsEnough, and LPD-EPFL's ``little`` with a search; both add the deviations where this, as `ALIE`, subtracts them.
-    No paper: ByzFL's.
+    ByzFL's Optimal_ALittleIsEnough, and LPD-EPFL's ``little`` with a search; both add the
+    deviations where this, as `ALIE`, subtracts them. No paper: ByzFL's.
 
     Args:
         search: how tau is searched for. The default has ByzFL's settings.

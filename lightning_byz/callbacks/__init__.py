@@ -1,9 +1,9 @@
 """Callbacks: some install a fault, others observe; none steers the training.
 
-``from lightning_byz.callbacks import ByzantineWorkers`` gives the class for the Lightning package at
-hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning` hold
-the classes for one each. What is here without Lightning, such as `ByzantineWorkersCallback`, is all
-of a callback but its base class.
+``from lightning_byz.callbacks import ByzantineWorkers`` gives the class for the Lightning package
+at hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning`
+hold the classes for one each. What is here without Lightning, such as `ByzantineWorkersCallback`,
+is all of a callback but its base class.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -27,16 +27,20 @@ else:
 
 
 class ByzantineWorkersCallback(_Base):
-    """Makes some workers Byzantine, in-process and across processes alike, and logs how the rule fared.
+    """Makes some workers Byzantine, in-process and across processes alike, and logs how the rule
+    fared.
 
-    For every round in which they lie it logs, through the trainer's loggers: ``byz/cosine`` (of the angle between the aggregate and
-    the honest mean: the fraction of the honest direction that survived), ``byz/relative_error`` (of the aggregate against the honest
-    mean), ``byz/byzantine_weight`` (the total weight of Byzantine rows, where the rule has weights), ``byz/bytes_up`` and
-    ``byz/bytes_down`` (payload that one worker sent and received), and ``byz/silent`` (workers whose message did not count).
+    For every round in which they lie it logs, through the trainer's loggers: ``byz/cosine`` (of the
+    angle between the aggregate and the honest mean: the fraction of the honest direction that
+    survived), ``byz/relative_error`` (of the aggregate against the honest mean),
+    ``byz/byzantine_weight`` (the total weight of Byzantine rows, where the rule has weights),
+    ``byz/bytes_up`` and ``byz/bytes_down`` (payload that one worker sent and received), and
+    ``byz/silent`` (workers whose message did not count).
 
-    Several of these callbacks may be in one run: none takes the others' lies for honest messages. A worker tells one lie a step, so
-    attacks on messages that are active together need workers of their own. One that tries its lies on the server's rule finds there the
-    lies of the callbacks before it. What attacks remember goes into checkpoints.
+    Several of these callbacks may be in one run: none takes the others' lies for honest messages. A
+    worker tells one lie a step, so attacks on messages that are active together need workers of
+    their own. One that tries its lies on the server's rule finds there the lies of the callbacks
+    before it. What attacks remember goes into checkpoints.
 
     Args:
         attack: what they do: an `Attack` on messages, or a `DataAttack` on their own batches.
@@ -45,8 +49,8 @@ class ByzantineWorkersCallback(_Base):
         start: the first step in which they lie.
         stop: the first step in which they do not any more; None: never.
         every: they lie in every so many steps only, the first time at ``start``.
-        probability: they lie in each of these steps with this probability, all of them or none; a coin that is keyed by seed and step,
-            the same on every rank.
+        probability: they lie in each of these steps with this probability, all of them or none; a
+            coin that is keyed by seed and step, the same on every rank.
         every_n_steps: log every so many steps.
     """
 
@@ -63,14 +67,25 @@ class ByzantineWorkersCallback(_Base):
     ) -> None:
         super().__init__()
         if not isinstance(attack, (Attack, DataAttack)):
-            known = sorted(name for name in attacks.__all__ if name not in ("Attack", "DataAttack", "LineSearch", "Scene"))
-            raise ValueError(f"`attack` should be an Attack or a DataAttack. Found {attack!r}. Known ones: {', '.join(known)}.")
+            known = sorted(
+                name
+                for name in attacks.__all__
+                if name not in ("Attack", "DataAttack", "LineSearch", "Scene")
+            )
+            raise ValueError(
+                f"`attack` should be an Attack or a DataAttack. Found {attack!r}. Known ones: "
+                f"{', '.join(known)}."
+            )
         if (workers is None) == (count is None):
             raise ValueError(
-                f"Give either `workers`, the indices of those that lie, or `count`. Found workers={workers}, count={count}."
+                "Give either `workers`, the indices of those that lie, or `count`. Found "
+                f"workers={workers}, count={count}."
             )
         if start < 0 or (stop is not None and stop <= start):
-            raise ValueError(f"They lie in steps start .. stop - 1, with 0 <= start < stop. Found start={start}, stop={stop}.")
+            raise ValueError(
+                "They lie in steps start .. stop - 1, with 0 <= start < stop. Found "
+                f"start={start}, stop={stop}."
+            )
         for name, value in (("every", every), ("every_n_steps", every_n_steps)):
             if value < 1:
                 raise ValueError(f"`{name}` should be at least 1. Found {name}={value}.")
@@ -89,21 +104,31 @@ class ByzantineWorkersCallback(_Base):
 
     def active(self, step: int) -> bool:
         """Whether they lie in this step."""
-        if step < self.start or (self.stop is not None and step >= self.stop) or (step - self.start) % self.every:
+        if (
+            step < self.start
+            or (self.stop is not None and step >= self.stop)
+            or (step - self.start) % self.every
+        ):
             return False
-        return self.probability == 1 or keyed_seed("do they lie", *self._coin_key, step) < self.probability * 2**63
+        return (
+            self.probability == 1
+            or keyed_seed("do they lie", *self._coin_key, step) < self.probability * 2**63
+        )
 
     def indices(self, n: int) -> list[int]:
         """The Byzantine workers of a run of n."""
         if self.count is not None:
             if not 0 <= self.count < n:
-                raise ValueError(f"`count` should be in 0 .. n - 1 = {n - 1}. Found count={self.count}.")
+                raise ValueError(
+                    f"`count` should be in 0 .. n - 1 = {n - 1}. Found count={self.count}."
+                )
             return list(range(n - self.count, n))
         assert self.workers is not None
         outside = [worker for worker in self.workers if not 0 <= worker < n]
         if outside:
             raise ValueError(
-                f"`workers` should be indices in 0 .. n - 1 = {n - 1} (n = processes x workers_per_process). Found {outside}."
+                f"`workers` should be indices in 0 .. n - 1 = {n - 1} (n = processes x "
+                f"workers_per_process). Found {outside}."
             )
         if len(self.workers) == n:
             raise ValueError(f"At least one worker should be honest. Found all n={n} in `workers`.")
@@ -114,8 +139,9 @@ class ByzantineWorkersCallback(_Base):
             return
         if not is_robust(trainer.strategy):
             raise ValueError(
-                f"{type(self).__name__} needs Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
-                "To see an attack on plain averaging, use ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()))."
+                f"{type(self).__name__} needs Trainer(strategy='byzantine_robust'). Found "
+                f"{type(trainer.strategy).__name__}. To see an attack on plain averaging, use "
+                "ByzantineRobustStrategy(algorithm=RobustSGD(aggregator=Mean()))."
             )
         self._adversary, self._saved = None, []
         indices = self.indices(trainer.strategy.n)
@@ -126,15 +152,20 @@ class ByzantineWorkersCallback(_Base):
     def _check_others(self, trainer: Any, indices: list[int]) -> None:
         """Raises if another callback has the same workers lie in the same steps."""
         for other in trainer.callbacks:
-            if other is self or not isinstance(other, ByzantineWorkersCallback) or not isinstance(other.attack, Attack):
+            if (
+                other is self
+                or not isinstance(other, ByzantineWorkersCallback)
+                or not isinstance(other.attack, Attack)
+            ):
                 continue
             both = sorted(set(indices).intersection(other.indices(trainer.strategy.n)))
             stops = [callback.stop for callback in (self, other) if callback.stop is not None]
             if both and (not stops or max(self.start, other.start) < min(stops)):
                 raise ValueError(
-                    f"A worker should tell one lie a step. Found workers {both} with two attacks on messages, {self.attack!r} and "
-                    f"{other.attack!r}, whose steps start .. stop - 1 overlap. Give each its own workers or steps, or one ByzantineWorkers a "
-                    "Mixture of both."
+                    f"A worker should tell one lie a step. Found workers {both} with two attacks "
+                    f"on messages, {self.attack!r} and {other.attack!r}, whose steps start .. "
+                    "stop - 1 overlap. Give each its own workers or steps, or one "
+                    "ByzantineWorkers a Mixture of both."
                 )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -153,11 +184,15 @@ class ByzantineWorkersCallback(_Base):
             def poisoned(worker: int, step: int, batch: Any) -> Any:
                 if worker not in liars(step):
                     return batch
-                return attack(batch, keyed_generator("data attack", strategy.exchanges[0].seed, step, worker))
+                return attack(
+                    batch, keyed_generator("data attack", strategy.exchanges[0].seed, step, worker)
+                )
 
             simulation.data_attacks.append(poisoned)
         else:
-            self._adversary = Adversary(attack, indices, self.active, lambda i: strategy.groups[i].parameters_now())
+            self._adversary = Adversary(
+                attack, indices, self.active, lambda i: strategy.groups[i].parameters_now()
+            )
             self._exchanges = len(strategy.exchanges)
             simulation.adversaries.append(self._adversary)
             self._restore()
@@ -170,20 +205,28 @@ class ByzantineWorkersCallback(_Base):
 
         self._log.watch(strategy.exchanges, measure)
 
-    # -- what the attack remembers ------------------------------------------------------------------------------------
+    # -- what the attack remembers -----------------------------------------------------------------
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint: that of what it does, for there may be several."""
-        attack = re.sub(" at 0x[0-9a-f]+", "", repr(self.attack))  # an address, where a class has no repr of its own
+        """The name of this callback's state in a checkpoint: that of what it does, for there may be
+        several.
+        """
+        # an address, where a class has no repr of its own
+        attack = re.sub(" at 0x[0-9a-f]+", "", repr(self.attack))
         who = f"workers={self.workers}" if self.count is None else f"count={self.count}"
-        when = f"start={self.start}, stop={self.stop}, every={self.every}, probability={self.probability}"
+        when = (
+            f"start={self.start}, stop={self.stop}, every={self.every}, "
+            f"probability={self.probability}"
+        )
         return f"ByzantineWorkers({attack}, {who}, {when})"
 
     def state_dict(self) -> dict[str, Any]:
         """What the attack remembers, for every optimizer; the same on every rank."""
         adversary = self._adversary
-        states = [] if adversary is None else [adversary.state_dict(i) for i in range(self._exchanges)]
+        states = (
+            [] if adversary is None else [adversary.state_dict(i) for i in range(self._exchanges)]
+        )
         return {"attack": states} if any(state["memory"] for state in states) else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -196,7 +239,9 @@ class ByzantineWorkersCallback(_Base):
             for index, saved in enumerate(self._saved):
                 self._adversary.load_state_dict(index, saved)
 
-    def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: list[int]) -> dict[str, float]:
+    def _measured(
+        self, outcome: Outcome, exchange: Exchange, byzantine: list[int]
+    ) -> dict[str, float]:
         values = {
             "byz/bytes_up": float(outcome.bytes_up),
             "byz/bytes_down": float(outcome.bytes_down),
@@ -210,5 +255,7 @@ class ByzantineWorkersCallback(_Base):
             values |= {name: about[name] for name in about if name != "byz/aggregation_error"}
         return values
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._log.log(pl_module)

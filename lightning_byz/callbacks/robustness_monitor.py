@@ -1,4 +1,6 @@
-"""RobustnessMonitor: what every round cost, whom the rule trusted, and whether its guarantee still holds."""
+"""RobustnessMonitor: what every round cost, whom the rule trusted, and whether its guarantee still
+holds.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_byz import metrics
-from lightning_byz.diagnostics.rounds import Aggregated, RoundLog, aggregated, guarantee, worker_weights
+from lightning_byz.diagnostics.rounds import (
+    Aggregated,
+    RoundLog,
+    aggregated,
+    guarantee,
+    worker_weights,
+)
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.strategy import is_robust
@@ -26,31 +34,45 @@ _TOTALS = ("bytes_up", "bytes_down", "seconds")
 
 
 class RobustnessMonitorCallback(_Base):
-    """Logs every round's cost, the rule's choices and its guarantee, through whatever loggers the Trainer has.
+    """Logs every round's cost, the rule's choices and its guarantee, through whatever loggers the
+    Trainer has.
 
-    Always: ``byz/bytes_up`` and ``byz/bytes_down`` (payload that one worker sent and received), ``byz/seconds`` (how long the server
-    waited, by the simulated clock), their sums since the run began (``byz/total_...``), ``byz/silent`` (workers whose message did not
-    count), and ``byz/weight/worker_<i>`` where the rule has weights.
+    Always: ``byz/bytes_up`` and ``byz/bytes_down`` (payload that one worker sent and received),
+    ``byz/seconds`` (how long the server waited, by the simulated clock), their sums since the run
+    began (``byz/total_...``), ``byz/silent`` (workers whose message did not count), and
+    ``byz/weight/worker_<i>`` where the rule has weights.
 
-    The guarantee meter, where a kappa of the rule is proven (`Aggregator.kappa`): ``byz/spread`` is the honest rows' mean squared distance
-    to their mean, ``byz/guarantee_ratio`` is ``sqrt(kappa * spread) / ||honest mean||``, and ``byz/guarantee`` is 1 while that is below 1:
-    then no values that f rows could hold would have turned the aggregate against the honest workers' direction. Where nobody knows who is
-    honest, they are estimated (see `lightning_byz.diagnostics.rounds.guarantee`).
+    The guarantee meter, where a kappa of the rule is proven (`Aggregator.kappa`): ``byz/spread`` is
+    the honest rows' mean squared distance to their mean, ``byz/guarantee_ratio`` is
+    ``sqrt(kappa * spread) / ||honest mean||``, and ``byz/guarantee`` is 1 while that is below 1:
+    then no values that f rows could hold would have turned the aggregate against the honest
+    workers' direction. Where nobody knows who is honest, they are estimated (see
+    `lightning_byz.diagnostics.rounds.guarantee`).
 
-    With known truth (a run with `ByzantineWorkers`, or ``byzantine=``), about the honest rows' mean: ``byz/aggregation_error``,
-    ``byz/relative_error``, ``byz/cosine``; ``byz/kappa``, what the round needed of kappa; and where the rule has weights
-    ``byz/byzantine_weight``, ``byz/filter_precision`` and ``byz/filter_recall`` (see `lightning_byz.metrics`).
+    With known truth (a run with `ByzantineWorkers`, or ``byzantine=``), about the honest rows'
+    mean: ``byz/aggregation_error``, ``byz/relative_error``, ``byz/cosine``; ``byz/kappa``, what the
+    round needed of kappa; and where the rule has weights ``byz/byzantine_weight``,
+    ``byz/filter_precision`` and ``byz/filter_recall`` (see `lightning_byz.metrics`).
 
     Args:
-        every_n_steps: look at every so many rounds. A look costs a distance matrix, and with known truth the rule once more.
-        byzantine: the workers that are known to lie in every step; None: those of the run's `ByzantineWorkers`, where there are any.
+        every_n_steps: look at every so many rounds. A look costs a distance matrix, and with known
+            truth the rule once more.
+        byzantine: the workers that are known to lie in every step; None: those of the run's
+            `ByzantineWorkers`, where there are any.
         per_worker: log the weight of each worker.
     """
 
-    def __init__(self, every_n_steps: int = 1, byzantine: Collection[int] | None = None, per_worker: bool = True) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 1,
+        byzantine: Collection[int] | None = None,
+        per_worker: bool = True,
+    ) -> None:
         super().__init__()
         if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}.")
+            raise ValueError(
+                f"`every_n_steps` should be at least 1. Found every_n_steps={every_n_steps}."
+            )
         self.every_n_steps, self.byzantine, self.per_worker = every_n_steps, byzantine, per_worker
         self._totals = dict.fromkeys(_TOTALS, 0.0)
         self._log = RoundLog()
@@ -60,13 +82,16 @@ class RobustnessMonitorCallback(_Base):
             return
         if not is_robust(trainer.strategy):
             raise ValueError(
-                f"{type(self).__name__} looks at the rounds of Trainer(strategy='byzantine_robust'). Found "
-                f"{type(trainer.strategy).__name__}. To watch the workers of plain DDP, use ShadowMode."
+                f"{type(self).__name__} looks at the rounds of "
+                f"Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
+                "To watch the workers of plain DDP, use ShadowMode."
             )
         n = trainer.strategy.n
         outside = [worker for worker in self.byzantine or () if not 0 <= worker < n]
         if outside:
-            raise ValueError(f"`byzantine` should be indices in 0 .. n - 1 = {n - 1}. Found {outside}.")
+            raise ValueError(
+                f"`byzantine` should be indices in 0 .. n - 1 = {n - 1}. Found {outside}."
+            )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         strategy: RobustStrategy = trainer.strategy
@@ -87,7 +112,9 @@ class RobustnessMonitorCallback(_Base):
             return None
         return strategy.simulation.liars_at(step).union(self.byzantine or ())
 
-    def _measured(self, outcome: Outcome, exchange: Exchange, byzantine: set[int] | None) -> dict[str, float]:
+    def _measured(
+        self, outcome: Outcome, exchange: Exchange, byzantine: set[int] | None
+    ) -> dict[str, float]:
         values = {f"byz/{name}": float(getattr(outcome, name)) for name in _TOTALS}
         values |= {f"byz/total_{name}": total for name, total in self._totals.items()}
         values["byz/silent"] = float(len(outcome.silent))
@@ -108,7 +135,10 @@ class RobustnessMonitorCallback(_Base):
             values["byz/filter_precision"] = float(metrics.filter_precision(weights[spoke], liars))
             values["byz/filter_recall"] = float(metrics.filter_recall(weights[spoke], liars))
         if weights is not None and self.per_worker:
-            values |= {f"byz/weight/worker_{worker}": float(weight) for worker, weight in enumerate(weights)}
+            values |= {
+                f"byz/weight/worker_{worker}": float(weight)
+                for worker, weight in enumerate(weights)
+            }
         meter = guarantee(seen, honest)
         if meter is not None:
             values["byz/spread"] = meter.spread
@@ -116,7 +146,9 @@ class RobustnessMonitorCallback(_Base):
             values["byz/guarantee"] = float(meter.ratio < 1)
         return values
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._log.log(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +160,9 @@ class RobustnessMonitorCallback(_Base):
         self._totals = dict(state_dict)
 
 
-def about_honest(outcome: Outcome, transport: Transport, honest: Tensor, weights: Tensor | None) -> dict[str, float]:
+def about_honest(
+    outcome: Outcome, transport: Transport, honest: Tensor, weights: Tensor | None
+) -> dict[str, float]:
     """The estimate against the honest rows' mean, and the weight of the others.
 
     Args:
@@ -155,7 +189,9 @@ def about_honest(outcome: Outcome, transport: Transport, honest: Tensor, weights
 
 
 def _needed_kappa(seen: Aggregated, honest: Tensor) -> float | None:
-    """What the round needed of kappa; None for rules that remember, whose result is not of this round alone, and where nobody is honest."""
+    """What the round needed of kappa; None for rules that remember, whose result is not of this
+    round alone, and where nobody is honest.
+    """
     keep = honest[seen.workers]
     if seen.rule.remembers or not bool(keep.any()):
         return None

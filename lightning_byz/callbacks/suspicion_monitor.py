@@ -1,4 +1,6 @@
-"""SuspicionMonitor: which worker is lying? By what it sends, without any truth, with a false-alarm rate that the user sets."""
+"""SuspicionMonitor: which worker is lying? By what it sends, without any truth, with a false-alarm
+rate that the user sets.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +38,16 @@ else:
 
 
 class SuspicionMonitorCallback(_Base):
-    """Scores every worker of a ``byzantine_robust`` run by the rows that the rule sees, and accuses one when chance explains them no longer.
+    """Scores every worker of a ``byzantine_robust`` run by the rows that the rule sees, and accuses
+    one when chance explains them no longer.
 
-    The statistics, the test, and what its false-alarm rate assumes are described in `lightning_byz.diagnostics.suspicion`. In two consecutive rounds of every
-    ``every_n_steps`` it looks at (sketches of) the rows, and logs to all loggers
-    ``byz/suspicion/worker_<i>`` (0 is no evidence, from 1 on a worker is accused) and
-    ``byz/quarantined``, how many workers are in quarantine. The first time, rank 0 warns, naming
-    its rank, host and device; it sends the same by ``wandb.alert`` if the Trainer has a
-    WandbLogger, and calls ``on_suspect``. A worker without a finite message counts as infinitely
-    far away.
+    The statistics, the test, and what its false-alarm rate assumes are described in
+    `lightning_byz.diagnostics.suspicion`. In two consecutive rounds of every ``every_n_steps`` it
+    looks at (sketches of) the rows, and logs to all loggers ``byz/suspicion/worker_<i>`` (0 is no
+    evidence, from 1 on a worker is accused) and ``byz/quarantined``, how many workers are in
+    quarantine. The first time, rank 0 warns, naming its rank, host and device; it sends the same by
+    ``wandb.alert`` if the Trainer has a WandbLogger, and calls ``on_suspect``. A worker without a
+    finite message counts as infinitely far away.
 
     With ``compare="others"`` up to f workers that send whatever they like cannot have an honest one
     accused beyond that rate, as long as honest workers' rows are exchangeable; with "own_past" an
@@ -55,15 +58,20 @@ class SuspicionMonitorCallback(_Base):
     (see ``resume_workers`` of the strategy).
 
     Args:
-        every_n_steps: two of so many rounds are looked at. None: as many as the workers' momenta take to fade to 5 % (30 for 0.9; 30 for algorithms whose
-            memory fades in another way; 2 without memory), for the test takes what a row holds for fresh.
-        false_alarm_rate: the probability that a run of honest workers ever accuses one, at most; shared among the run's optimizers.
-        compare: "others", where workers draw from one pool of data; "own_past", where their data differ.
-        num_byzantine: how many workers may be faulty; None: the f of the run's rule, or, where that is 0, max(1, (n - 1) // 3).
+        every_n_steps: two of so many rounds are looked at. None: as many as the workers' momenta
+            take to fade to 5 % (30 for 0.9; 30 for algorithms whose memory fades in another way; 2
+            without memory), for the test takes what a row holds for fresh.
+        false_alarm_rate: the probability that a run of honest workers ever accuses one, at most;
+            shared among the run's optimizers.
+        compare: "others", where workers draw from one pool of data; "own_past", where their data
+            differ.
+        num_byzantine: how many workers may be faulty; None: the f of the run's rule, or, where that
+            is 0, max(1, (n - 1) // 3).
         quarantine: leave an accused worker's messages out from then on. The rule's f stays as it
             is, or becomes the most that the rule allows for the rows that are left: an accusation
             is evidence and no proof. When f workers are in quarantine, nobody else is looked for.
-        probation: after so many rounds in quarantine a worker is reinstated, as if it was new. None: never, unless you call `reinstate`.
+        probation: after so many rounds in quarantine a worker is reinstated, as if it was new.
+            None: never, unless you call `reinstate`.
         sketch_size: how many numbers are kept of a row.
         on_suspect: called on rank 0 with every `Suspect`, once.
     """
@@ -88,8 +96,15 @@ class SuspicionMonitorCallback(_Base):
             if value is not None and value < least:
                 raise ValueError(f"`{name}` should be at least {least}. Found {name}={value}.")
         if probation is not None and not quarantine:
-            raise ValueError(f"`probation` is the time in quarantine. Found probation={probation} with quarantine=False.")
-        self.every_n_steps, self.false_alarm_rate, self.compare = every_n_steps, false_alarm_rate, compare
+            raise ValueError(
+                f"`probation` is the time in quarantine. Found probation={probation} with "
+                "quarantine=False."
+            )
+        self.every_n_steps, self.false_alarm_rate, self.compare = (
+            every_n_steps,
+            false_alarm_rate,
+            compare,
+        )
         self.num_byzantine, self.quarantine, self.probation = num_byzantine, quarantine, probation
         self.sketch_size, self.on_suspect = sketch_size, on_suspect
         self.tests: list[SuspicionTest] = []
@@ -104,8 +119,9 @@ class SuspicionMonitorCallback(_Base):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit" and not is_robust(trainer.strategy):
             raise ValueError(
-                f"{type(self).__name__} looks at the rounds of Trainer(strategy='byzantine_robust'). Found "
-                f"{type(trainer.strategy).__name__}. To watch the ranks of plain DDP, use ShadowMode."
+                f"{type(self).__name__} looks at the rounds of "
+                f"Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
+                "To watch the ranks of plain DDP, use ShadowMode."
             )
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,18 +130,32 @@ class SuspicionMonitorCallback(_Base):
         algorithm, n = exchanges[0].algorithm, strategy.n
         if exchanges[0].transport.measured:
             raise ValueError(
-                f"{type(self).__name__} scores workers on every rank alike, which takes a transport that shows every rank every round. Found "
-                f"{type(exchanges[0].transport).__name__}. Use AllGather() or Sharded(), or RobustnessMonitor, which the server runs alone."
+                f"{type(self).__name__} scores workers on every rank alike, which takes a "
+                "transport that shows every rank every round. Found "
+                f"{type(exchanges[0].transport).__name__}. Use AllGather() or Sharded(), or "
+                "RobustnessMonitor, which the server runs alone."
             )
         if self.quarantine and algorithm.sees_absent:
             raise ValueError(
-                f"Quarantine leaves a worker's messages out. Found {type(algorithm).__name__}, whose rule goes on with what it knows of absent "
-                "workers. Use quarantine=False, or an algorithm whose rule sees this round's messages only, such as RobustSGD."
+                f"Quarantine leaves a worker's messages out. Found {type(algorithm).__name__}, "
+                "whose rule goes on with what it knows of absent workers. Use quarantine=False, "
+                "or an algorithm whose rule sees this round's messages only, such as RobustSGD."
             )
-        f = (algorithm.aggregator.f or max(1, (n - 1) // 3)) if self.num_byzantine is None else self.num_byzantine
-        self.tests = [SuspicionTest(n, f, self.false_alarm_rate / len(exchanges), self.compare) for _ in exchanges]
+        f = (
+            (algorithm.aggregator.f or max(1, (n - 1) // 3))
+            if self.num_byzantine is None
+            else self.num_byzantine
+        )
+        self.tests = [
+            SuspicionTest(n, f, self.false_alarm_rate / len(exchanges), self.compare)
+            for _ in exchanges
+        ]
         self._sketches = [None] * len(exchanges)
-        self.places = whereabouts(strategy.root_device, lambda own: self._gathered(strategy, own), strategy.workers_per_process)
+        self.places = whereabouts(
+            strategy.root_device,
+            lambda own: self._gathered(strategy, own),
+            strategy.workers_per_process,
+        )
         self.quarantined, self._told = {}, set()
         if self._saved is not None:
             self._resume(trainer, self._saved)
@@ -144,7 +174,9 @@ class SuspicionMonitorCallback(_Base):
         """
         states, before = saved["tests"], len(saved["tests"][0]["pairs"])
         follow = trainer.strategy.followed(before)
-        if resuming_with_others.is_same(follow, before) and all(map(SuspicionTest.fits, self.tests, states)):
+        if resuming_with_others.is_same(follow, before) and all(
+            map(SuspicionTest.fits, self.tests, states)
+        ):
             for test, state in zip(self.tests, states, strict=True):
                 test.load_state_dict(state)
             self._told = set(saved["told"])
@@ -169,19 +201,29 @@ class SuspicionMonitorCallback(_Base):
     @staticmethod
     def _gathered(strategy: RobustStrategy, own: Tensor) -> list[Tensor | None]:
         copies, field = strategy.workers_per_process, Field(tuple(own.shape), own.dtype)
-        everybody = strategy.exchanges[0].transport.gather([[own.to(strategy.root_device)]] * copies, [field])
+        everybody = strategy.exchanges[0].transport.gather(
+            [[own.to(strategy.root_device)]] * copies, [field]
+        )
         return [None if heard is None else heard[0].cpu() for heard in everybody[::copies]]
 
-    # -- a round ------------------------------------------------------------------------------------------------------
+    # -- a round -----------------------------------------------------------------------------------
 
     def _observe(self, trainer: Any, index: int, outcome: Outcome) -> None:
-        step, every = outcome.round.step, self.every_n_steps or rounds_to_forget(self._exchanges[index].algorithm)
+        step, every = (
+            outcome.round.step,
+            self.every_n_steps or rounds_to_forget(self._exchanges[index].algorithm),
+        )
         if self.probation is not None:
-            for worker in [worker for worker, since in self.quarantined.items() if step >= since + self.probation]:
+            for worker in [
+                worker
+                for worker, since in self.quarantined.items()
+                if step >= since + self.probation
+            ]:
                 self.reinstate(worker)
                 if trainer.is_global_zero:
                     run_logger(trainer).warning(
-                        f"{self.places[worker]} is reinstated in step {step}, after {self.probation} in quarantine."
+                        f"{self.places[worker]} is reinstated in step {step}, after "
+                        f"{self.probation} in quarantine."
                     )
         if step % every > 1:
             return
@@ -197,12 +239,15 @@ class SuspicionMonitorCallback(_Base):
         verdicts = torch.zeros(self.tests[index].n, dtype=torch.uint8)
         verdicts[sorted(self.tests[index].accused)] = 1
         agree = self._exchanges[index].transport.agree
-        accused = agree(verdicts.to(trainer.strategy.root_device)).nonzero().flatten().tolist()  # rank 0 decides
+        # rank 0 decides
+        accused = agree(verdicts.to(trainer.strategy.root_device)).nonzero().flatten().tolist()
         for worker in sorted(set(accused) - self._told):
             self._accuse(trainer, index, worker, step)
 
     def _rows(self, index: int, outcome: Outcome) -> Tensor:
-        """``[n, m]`` what rank 0 keeps of the rows; nan for those that were to speak and did not."""
+        """``[n, m]`` what rank 0 keeps of the rows; nan for those that were to speak and did
+        not.
+        """
         rows = outcome.seen
         dim = rows.values.shape[1] if rows.dim is None else rows.dim
         sketch = self._sketches[index]
@@ -216,7 +261,7 @@ class SuspicionMonitorCallback(_Base):
         out[outcome.silent] = torch.nan
         return out
 
-    # -- what follows -------------------------------------------------------------------------------------------------
+    # -- what follows ------------------------------------------------------------------------------
 
     def _accuse(self, trainer: Any, index: int, worker: int, step: int) -> None:
         self._told.add(worker)
@@ -239,14 +284,16 @@ class SuspicionMonitorCallback(_Base):
         accuse(trainer, self.tests[index], self.places[worker], step, remark, self.on_suspect)
 
     def reinstate(self, worker: int) -> None:
-        """Ends a worker's quarantine; what was held against it is forgotten. To be called on every rank, at the same step.
+        """Ends a worker's quarantine; what was held against it is forgotten. To be called on every
+        rank, at the same step.
 
         Raises:
             ValueError: if it is not in quarantine.
         """
         if worker not in self.quarantined:
             raise ValueError(
-                f"Only a worker in quarantine can be reinstated. Found {worker}; in quarantine: {sorted(self.quarantined)}."
+                f"Only a worker in quarantine can be reinstated. Found {worker}; in quarantine: "
+                f"{sorted(self.quarantined)}."
             )
         del self.quarantined[worker]
         self._told.discard(worker)
@@ -269,12 +316,16 @@ class SuspicionMonitorCallback(_Base):
             f"{type(self).__name__}, at the end (suspicion 1 accuses):\n  " + "\n  ".join(lines)
         )
 
-    # -- checkpoint ---------------------------------------------------------------------------------------------------
+    # -- checkpoint --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the tests know, and who is in quarantine; the same on every rank."""
         tests = [test.state_dict() for test in self.tests]
-        return {"tests": tests, "quarantined": dict(self.quarantined), "told": sorted(self._told)} if tests else {}
+        return (
+            {"tests": tests, "quarantined": dict(self.quarantined), "told": sorted(self._told)}
+            if tests
+            else {}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, as soon as the run begins."""
@@ -282,7 +333,9 @@ class SuspicionMonitorCallback(_Base):
 
 
 def rounds_to_forget(algorithm: Algorithm) -> int:
-    """After how many rounds 5 % of what a worker's row held are left in it: 2 at least, and 30 where nobody has worked it out."""
+    """After how many rounds 5 % of what a worker's row held are left in it: 2 at least, and 30
+    where nobody has worked it out.
+    """
     if algorithm.stateless:
         return 2
     if not isinstance(algorithm, RobustSGD):

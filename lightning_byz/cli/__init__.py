@@ -1,4 +1,6 @@
-"""The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, ``grid``, ``report``, ``list``, ``keys``, ``demo``."""
+"""The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and
+``predict`` from YAML files, ``grid``, ``report``, ``list``, ``keys``, ``demo``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ import lightning_byz
 from lightning_byz.extras import MissingExtraError, require
 
 _LIGHTNING = {
-    "fit": "train, with everything (model, data, rule, attack) set in a YAML file: lightning-byz fit --config configs/digits.yaml",
+    "fit": (
+        "train, with everything (model, data, rule, attack) set in a YAML file: lightning-byz fit "
+        "--config configs/digits.yaml"
+    ),
     "validate": "validate a checkpoint",
     "test": "test a checkpoint",
     "predict": "predict with a checkpoint",
@@ -28,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its options; None: those that the program was called with.
 
     Returns:
-        the exit status: 0; 1 if an optional dependency is missing, or a cell of a grid failed; 2 if a configuration is wrong, and the message says what.
+        the exit status: 0; 1 if an optional dependency is missing, or a cell of a grid failed; 2 if
+            a configuration is wrong, and the message says what.
 
     Raises:
         SystemExit: with status 2 if the command itself is wrong.
@@ -51,36 +57,74 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lightning-byz", description="Byzantine-robust training for PyTorch Lightning.", epilog="<command> --help says more."
+        prog="lightning-byz",
+        description="Byzantine-robust training for PyTorch Lightning.",
+        epilog="<command> --help says more.",
     )
-    parser.add_argument("--version", action="version", version=f"lightning-byz {lightning_byz.__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"lightning-byz {lightning_byz.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", metavar="<command>", required=True)
-    about = "train with ten workers of which three lie, by averaging and robustly, in less than a minute"
+    about = (
+        "train with ten workers of which three lie, by averaging and robustly, in less than a "
+        "minute"
+    )
     demo = commands.add_parser("demo", help=about, description=about[0].upper() + about[1:] + ".")
     demo.add_argument(
-        "--output", default="byzantine_demo.png", help="where to write the picture (default: %(default)s, in this folder)"
+        "--output",
+        default="byzantine_demo.png",
+        help="where to write the picture (default: %(default)s, in this folder)",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of all random streams (default: %(default)s)")
-    demo.add_argument("--epochs", type=int, default=20, help="epochs of each of the three runs (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="seed of all random streams (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--epochs",
+        type=int,
+        default=20,
+        help="epochs of each of the three runs (default: %(default)s)",
+    )
     demo.set_defaults(run=_demo)
-    about = "every algorithm, rule, attack, compressor, ... with its paper, or all about one of them"
+    about = (
+        "every algorithm, rule, attack, compressor, ... with its paper, or all about one of them"
+    )
     parts = commands.add_parser("list", help=about, description=about[0].upper() + about[1:] + ".")
-    parts.add_argument("name", nargs="?", help="a kind (rules, attacks, ...) or a part (Krum, ALIE, ...); default: all kinds")
+    parts.add_argument(
+        "name",
+        nargs="?",
+        help="a kind (rules, attacks, ...) or a part (Krum, ALIE, ...); default: all kinds",
+    )
     parts.set_defaults(run=_list)
-    about = "run a grid of rules, attacks, numbers of liars, ... in parallel; interrupted, it goes on where it stopped"
+    about = (
+        "run a grid of rules, attacks, numbers of liars, ... in parallel; interrupted, it goes on "
+        "where it stopped"
+    )
     grid = commands.add_parser("grid", help=about, description=about[0].upper() + about[1:] + ".")
     grid.add_argument("file", type=Path, help="the grid file, such as configs/grids/digits.yaml")
     grid.add_argument(
-        "--jobs", type=_positive, default=os.cpu_count() or 1, help="runs at a time (default: one per core, %(default)s)"
+        "--jobs",
+        type=_positive,
+        default=os.cpu_count() or 1,
+        help="runs at a time (default: one per core, %(default)s)",
     )
-    grid.add_argument("--output", type=Path, help="folder for the results (default: what the file says, or outputs/grids/NAME)")
+    grid.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the results (default: what the file says, or outputs/grids/NAME)",
+    )
     grid.add_argument(
         "--dry-run", action="store_true", help="check the file, list its cells, and run none"
     )
     grid.set_defaults(run=_grid)
     about = "make pictures and one page of HTML from a grid's folder, or from a run's"
-    report = commands.add_parser("report", help=about, description=about[0].upper() + about[1:] + ".")
-    report.add_argument("folder", type=Path, help="where `lightning-byz grid` wrote results.csv, or a CSVLogger metrics.csv")
+    report = commands.add_parser(
+        "report", help=about, description=about[0].upper() + about[1:] + "."
+    )
+    report.add_argument(
+        "folder",
+        type=Path,
+        help="where `lightning-byz grid` wrote results.csv, or a CSVLogger metrics.csv",
+    )
     report.set_defaults(run=_report)
     about = "make the keys of a parameter server and its workers, and say which host needs which"
     keys = commands.add_parser("keys", help=about, description=about[0].upper() + about[1:] + ".")

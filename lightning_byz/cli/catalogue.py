@@ -1,4 +1,6 @@
-"""``lightning-byz list``: every part that a run can be made of, what it does, and where it comes from; all from the docstrings."""
+"""``lightning-byz list``: every part that a run can be made of, what it does, and where it comes
+from; all from the docstrings.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,16 @@ KINDS: dict[str, tuple[type, ...]] = {
 """Kinds of parts, and what their classes derive from."""
 
 _VENUE = (
-    r"(?:NeurIPS|ICML|ICLR|AISTATS|UAI|NDSS|IJCAI|PODC|OPODIS|ICDCS|Interspeech|MSML|CVPR|AAAI|ESORICS|JMLR|MLSys|SIAM [\w ]+?|"
+    r"(?:NeurIPS|ICML|ICLR|AISTATS|UAI|NDSS|IJCAI|PODC|OPODIS|ICDCS|Interspeech|MSML|CVPR|AAAI|"
+    r"ESORICS|JMLR|MLSys|SIAM [\w ]+?|"
     r"IEEE [\w ]+?|AdvML-Frontiers at NeurIPS)"
 )
 _ARXIV = r"arXiv \d{4}\.\d{5}"
 _ID = rf"(?:,? \({_ARXIV}\)|, {_ARXIV})"
 _AUTHORS = r"[A-Z][\w'-]+(?:,? (?:[A-Z][\w'-]*|et al\.|and))*"
 _CITED = re.compile(
-    rf"(?:{_AUTHORS},? )?(?:{_VENUE} )?(?:19|20)\d\d{_ID}?|(?:(?!of|in|on)[\w'-]+(?: et al\.,?)? \(?)?{_ARXIV}\)?(?: \({_VENUE} \d{{4}}\))?"
+    rf"(?:{_AUTHORS},? )?(?:{_VENUE} )?(?:19|20)\d\d{_ID}?|(?:(?!of|in|on)[\w'-]+(?: et al\.,?)? "
+    rf"\(?)?{_ARXIV}\)?(?: \({_VENUE} \d{{4}}\))?"
 )
 _LEADS = re.compile(r"^(?:After|As in|In|From|Here|The|Algorithm|See) ")
 
@@ -72,7 +76,10 @@ def described(name: str) -> str:
     meant = (
         f" Did you mean {_name(known[near[0]]) if near[0] in known else near[0]}?" if near else ""
     )
-    raise ValueError(f"there is neither a part nor a kind of parts called {name}.{meant} Kinds: {', '.join(KINDS)}.")
+    raise ValueError(
+        f"there is neither a part nor a kind of parts called {name}.{meant} Kinds: "
+        f"{', '.join(KINDS)}."
+    )
 
 
 def _signature(part: type) -> str:
@@ -92,12 +99,16 @@ def table(kinds: Iterable[str]) -> Table:
             made.add_row()
         made.add_row(Text(kind, style="bold"))
         for entry in catalogue(kind):
-            made.add_row(Text(f"  {entry.name}"), Text(entry.summary), Text(entry.source, style="dim"))
+            made.add_row(
+                Text(f"  {entry.name}"), Text(entry.summary), Text(entry.source, style="dim")
+            )
     return made
 
 
 def source(part: type) -> str:
-    """The paper that a part's docstring cites first, or what it says after "No paper: "; "" if it says neither."""
+    """The paper that a part's docstring cites first, or what it says after "No paper: "; "" if it
+    says neither.
+    """
     text = " ".join(documentation(part).split("\nArgs:")[0].split())
     none, cited = re.search(r"No paper: ([^.]*)\.", text), _CITED.search(text)
     if none is not None:

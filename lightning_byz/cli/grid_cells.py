@@ -31,8 +31,9 @@ else:
     from pytorch_lightning import Callback
 
 COLUMNS = ("step", "bytes_up", "bytes_down", "simulated_seconds")
-"""Of a curve, besides the metric: optimizer steps; payload of one worker, both ways, and seconds that the server waited by the
-simulated clock, since the run began."""
+"""Of a curve, besides the metric: optimizer steps; payload of one worker, both ways, and seconds
+that the server waited by the simulated clock, since the run began.
+"""
 
 
 class Curve(Callback):
@@ -58,23 +59,31 @@ class Curve(Callback):
 
     def _count(self, outcome: Outcome) -> None:
         sent = (outcome.bytes_up, outcome.bytes_down, outcome.seconds)
-        self._sums = {name: self._sums[name] + value for name, value in zip(self._sums, sent, strict=True)}
+        self._sums = {
+            name: self._sums[name] + value for name, value in zip(self._sums, sent, strict=True)
+        }
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
         if self.metric not in trainer.callback_metrics:
             raise ValueError(
-                f"The grid's `metric` should be one that validation logs. Found {self.metric!r}; logged are "
-                f"{', '.join(trainer.callback_metrics) or 'none'}."
+                f"The grid's `metric` should be one that validation logs. Found {self.metric!r}; "
+                f"logged are {', '.join(trainer.callback_metrics) or 'none'}."
             )
-        now = {"step": trainer.global_step, **self._sums, self.metric: float(trainer.callback_metrics[self.metric])}
+        now = {
+            "step": trainer.global_step,
+            **self._sums,
+            self.metric: float(trainer.callback_metrics[self.metric]),
+        }
         for name, value in now.items():
             self.points[name].append(value)
 
 
 def prepare(log: str, threads: int) -> None:
-    """Makes a fresh process ready to run cells: quiet, deaf to Ctrl-C (the parent decides), gone when the parent is."""
+    """Makes a fresh process ready to run cells: quiet, deaf to Ctrl-C (the parent decides), gone
+    when the parent is.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -90,7 +99,13 @@ def prepare(log: str, threads: int) -> None:
     sys.argv = sys.argv[:1]
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "lightning_byz"):
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning_byz",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -102,7 +117,8 @@ def run(config: Mapping[str, Any], metric: str) -> dict[str, Any]:
         metric: what is compared.
 
     Returns:
-        ``status``: "finished", "diverged" (the gradients of too many workers were not finite, and training stopped) or "failed";
+        ``status``: "finished", "diverged" (the gradients of too many workers were not finite, and
+            training stopped) or "failed";
         ``reason``: why, if not finished; ``curve``: `Curve.points`; ``seconds``: how long it took.
     """
     started, curve, status, reason = time.monotonic(), Curve(metric), "finished", ""
@@ -117,13 +133,21 @@ def run(config: Mapping[str, Any], metric: str) -> dict[str, Any]:
             status, reason = "diverged", str(error)
             trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         if not curve.points["step"]:
-            raise ValueError("The run ended before its first validation. Let it run for longer, or set trainer.val_check_interval.")
+            raise ValueError(
+                "The run ended before its first validation. Let it run for longer, or set "
+                "trainer.val_check_interval."
+            )
     except Exception as error:  # whatever it is, the other cells go on, and the grid says why
         traceback.print_exc()
         status, reason = "failed", f"{type(error).__name__}: {error}"
     finally:
         _finish_wandb(trainer)
-    return {"status": status, "reason": reason, "curve": curve.points, "seconds": round(time.monotonic() - started, 2)}
+    return {
+        "status": status,
+        "reason": reason,
+        "curve": curve.points,
+        "seconds": round(time.monotonic() - started, 2),
+    }
 
 
 def _finish_wandb(trainer: Any) -> None:
@@ -131,7 +155,8 @@ def _finish_wandb(trainer: Any) -> None:
     if trainer is not None and any(is_wandb(logger) for logger in trainer.loggers):
         import wandb
 
-        with contextlib.suppress(Exception):  # a cell's result does not depend on what becomes of its log
+        # a cell's result does not depend on what becomes of its log
+        with contextlib.suppress(Exception):
             wandb.finish()
 
 
@@ -140,7 +165,9 @@ def pid() -> int:
     return os.getpid()
 
 
-def with_loggers_of_its_own(config: dict[str, Any], folder: Path, name: str, group: str) -> dict[str, Any]:
+def with_loggers_of_its_own(
+    config: dict[str, Any], folder: Path, name: str, group: str
+) -> dict[str, Any]:
     """The configuration with loggers, if it has any, that write to a folder of the cell's own."""
     loggers = config["trainer"].get("logger")
     for logger in loggers if isinstance(loggers, list) else [loggers]:

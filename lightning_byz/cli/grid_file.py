@@ -1,4 +1,6 @@
-"""Grid files: which cells a grid has, and the configuration of the Lightning run that each of them is."""
+"""Grid files: which cells a grid has, and the configuration of the Lightning run that each of them
+is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class GridError(ValueError):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid: a value of each axis, as the grid file writes it; ``none`` stands for nothing."""
+    """One run of a grid: a value of each axis, as the grid file writes it; ``none`` stands for
+    nothing.
+    """
 
     algorithm: str
     pre_aggregation: str
@@ -42,12 +46,21 @@ class Cell:
     @property
     def aggregation(self) -> str:
         """The rule with what comes before it."""
-        return self.rule if self.pre_aggregation == "none" else f"{self.pre_aggregation} + {self.rule}"
+        return (
+            self.rule if self.pre_aggregation == "none" else f"{self.pre_aggregation} + {self.rule}"
+        )
 
     @property
     def label(self) -> str:
         """All of it, for people."""
-        parts = [self.algorithm, self.aggregation, self.attack, f"f={self.f}", self.heterogeneity, f"seed {self.seed}"]
+        parts = [
+            self.algorithm,
+            self.aggregation,
+            self.attack,
+            f"f={self.f}",
+            self.heterogeneity,
+            f"seed {self.seed}",
+        ]
         return " | ".join(part for part in parts if part != "as in run")
 
 
@@ -82,11 +95,12 @@ AXES = {
 
 
 def part(text: str) -> dict[str, Any]:
-    """The ``class_path`` and ``init_args`` of what is written like a call in Python: ``MultiKrum(m=5)``, ``mine.Rule(inner=Krum())``.
+    """The ``class_path`` and ``init_args`` of what is written like a call in Python:
+    ``MultiKrum(m=5)``, ``mine.Rule(inner=Krum())``.
 
     Args:
-        text: a class, with named arguments if any: numbers, strings, lists, None, True, False, or classes again. Classes of this package
-            need no module in front.
+        text: a class, with named arguments if any: numbers, strings, lists, None, True, False, or
+            classes again. Classes of this package need no module in front.
 
     Raises:
         GridError: if it is written otherwise.
@@ -94,7 +108,10 @@ def part(text: str) -> dict[str, Any]:
     try:
         made = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError) as error:
-        raise GridError(f"{text!r} should be written like Krum or MultiKrum(m=5), with named arguments. Found: {error}.") from None
+        raise GridError(
+            f"{text!r} should be written like Krum or MultiKrum(m=5), with named arguments. "
+            f"Found: {error}."
+        ) from None
     if not isinstance(made, dict):
         raise GridError(f"{text!r} should name a class, like Krum or MultiKrum(m=5).")
     return made
@@ -118,20 +135,30 @@ def _value(node: ast.expr) -> Any:
 
 
 def _checked(key: str, text: Any) -> str:
-    """A value of an axis of classes, as text. Raises unless it is one of the axis' kind, as far as that can be known from here."""
+    """A value of an axis of classes, as text. Raises unless it is one of the axis' kind, as far as
+    that can be known from here.
+    """
     if not isinstance(text, str):
-        raise GridError(f"`{key}` should be a list of names, such as Krum or MultiKrum(m=5). Found {text!r} in it.")
+        raise GridError(
+            f"`{key}` should be a list of names, such as Krum or MultiKrum(m=5). Found {text!r} "
+            "in it."
+        )
     if text in ("none", _AS_IN_RUN):
         return text
     name, kinds = part(text)["class_path"], AXES[key].kinds
     if "." in name and not name.startswith("lightning_byz."):
         return text  # somebody's own
-    known = {n: c for n in lightning_byz.__all__ if inspect.isclass(c := getattr(lightning_byz, n)) and issubclass(c, kinds)}
+    known = {
+        n: c
+        for n in lightning_byz.__all__
+        if inspect.isclass(c := getattr(lightning_byz, n)) and issubclass(c, kinds)
+    }
     if name.removeprefix("lightning_byz.") not in known:
         near = difflib.get_close_matches(name.removeprefix("lightning_byz."), known, n=1)
         meant = f" Did you mean {near[0]}?" if near else ""
         raise GridError(
-            f"`{key}` has no {name.removeprefix('lightning_byz.')}.{meant} Known: {', '.join(known)}; others by their module."
+            f"`{key}` has no {name.removeprefix('lightning_byz.')}.{meant} Known: "
+            f"{', '.join(known)}; others by their module."
         )
     return text
 
@@ -159,7 +186,8 @@ class Grid:
         """Reads a grid file.
 
         Raises:
-            GridError: if it is not one; the message says what is wrong, and what was probably meant.
+            GridError: if it is not one; the message says what is wrong, and what was probably
+                meant.
         """
         try:
             content = yaml.safe_load(path.read_text())
@@ -167,21 +195,33 @@ class Grid:
             raise GridError(f"{path} should be a grid file. {error}") from None
         known = {*AXES, "run", "metric", "output"}
         if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
-            raise GridError(f"{path} should have a key `run`, the configuration that all cells share, as for lightning-byz fit.")
+            raise GridError(
+                f"{path} should have a key `run`, the configuration that all cells share, as for "
+                "lightning-byz fit."
+            )
         for key in content:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 raise GridError(
-                    f"{path} has a key {key!r}.{f' Did you mean {near[0]}?' if near else ''} Known: {', '.join(sorted(known))}."
+                    f"{path} has a key {key!r}.{f' Did you mean {near[0]}?' if near else ''} "
+                    f"Known: {', '.join(sorted(known))}."
                 )
         axes = {key: content.get(key, axis.default) for key, axis in AXES.items()}
         for key, values in axes.items():
             if not isinstance(values, (list, tuple)) or not values:
-                raise GridError(f"`{key}` should be a list of at least one value. Found {values!r} in {path}.")
+                raise GridError(
+                    f"`{key}` should be a list of at least one value. Found {values!r} in {path}."
+                )
             if AXES[key].kinds:
                 axes[key] = [_checked(key, text) for text in values]
-            elif not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-                raise GridError(f"`{key}` should be a list of integers of at least 0. Found {values!r} in {path}.")
+            elif not all(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 0
+                for value in values
+            ):
+                raise GridError(
+                    f"`{key}` should be a list of integers of at least 0. Found {values!r} in "
+                    f"{path}."
+                )
         grid = cls(
             path.stem,
             axes,
@@ -196,27 +236,45 @@ class Grid:
         strategy = self.run.get("trainer", {}).get("strategy")
         if not isinstance(strategy, dict) or "init_args" not in strategy:
             raise GridError(
-                f"`run` in {path} should have a trainer.strategy with class_path and init_args: it says how many workers there are."
+                f"`run` in {path} should have a trainer.strategy with class_path and init_args: "
+                "it says how many workers there are."
             )
-        if _AS_IN_RUN in self.axes["algorithms"] and not isinstance(strategy["init_args"].get("algorithm"), dict):
+        if _AS_IN_RUN in self.axes["algorithms"] and not isinstance(
+            strategy["init_args"].get("algorithm"), dict
+        ):
             raise GridError(
-                f"{path} should say which algorithm: by an axis `algorithms`, or in run.trainer.strategy.init_args.algorithm."
+                f"{path} should say which algorithm: by an axis `algorithms`, or in "
+                "run.trainer.strategy.init_args.algorithm."
             )
         if any("ByzantineWorkers" in str(callback) for callback in self._callbacks()):
-            raise GridError(f"`run` in {path} should have no ByzantineWorkers: the axes `attacks` and `f` say who lies.")
+            raise GridError(
+                f"`run` in {path} should have no ByzantineWorkers: the axes `attacks` and `f` say "
+                "who lies."
+            )
 
     def _callbacks(self) -> list[Any]:
         callbacks = self.run["trainer"].get("callbacks") or []
         return callbacks if isinstance(callbacks, list) else [callbacks]
 
     def cells(self) -> list[Cell]:
-        """All cells, with the first seed first, so that an interrupted grid has something of everything."""
-        order = ("seeds", "f", "heterogeneity", "algorithms", "pre_aggregations", "rules", "attacks")
+        """All cells, with the first seed first, so that an interrupted grid has something of
+        everything.
+        """
+        order = (
+            "seeds",
+            "f",
+            "heterogeneity",
+            "algorithms",
+            "pre_aggregations",
+            "rules",
+            "attacks",
+        )
         found: dict[Cell, None] = {}
         for values in itertools.product(*(self.axes[key] for key in order)):
             named = {AXES[key].cell_field: value for key, value in zip(order, values, strict=True)}
             if _is_mean(named["rule"]):
-                named["pre_aggregation"] = "none"  # it tolerates nobody, so it is what others are compared with, alone
+                # it tolerates nobody, so it is what others are compared with, alone
+                named["pre_aggregation"] = "none"
             found[Cell(**named)] = None
         return [*found]
 
@@ -240,8 +298,15 @@ class Grid:
             )
         trainer["callbacks"] = self._callbacks()
         if cell.attack != "none" and cell.f:
-            lies = {"attack": part(cell.attack), "count": cell.f, "every_n_steps": trainer.get("log_every_n_steps", 50)}
-            trainer["callbacks"] = [*trainer["callbacks"], {"class_path": "lightning_byz.ByzantineWorkers", "init_args": lies}]
+            lies = {
+                "attack": part(cell.attack),
+                "count": cell.f,
+                "every_n_steps": trainer.get("log_every_n_steps", 50),
+            }
+            trainer["callbacks"] = [
+                *trainer["callbacks"],
+                {"class_path": "lightning_byz.ByzantineWorkers", "init_args": lies},
+            ]
         for setting, value in _DEFAULTS.items():
             trainer.setdefault(setting, value)
         return config

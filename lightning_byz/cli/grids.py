@@ -1,4 +1,6 @@
-"""``lightning-byz grid``: runs the cells of a grid file in parallel, and remembers those that are done."""
+"""``lightning-byz grid``: runs the cells of a grid file in parallel, and remembers those that are
+done.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,23 @@ from types import FrameType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from lightning_byz.cli import grid_cells
 from lightning_byz.cli.grid_file import CELL_FIELDS, Cell, Grid, GridError
 from lightning_byz.cli.runs import ByzantineCLI, ConfigurationError
 
 RESULTS, CURVES, KEPT, LOG = "results.csv", "curves.csv", "results.jsonl", "log.txt"
-"""Files of a grid's folder: a line for each cell; a line for each point of each curve; what a rerun reads; what the runs printed."""
+"""Files of a grid's folder: a line for each cell; a line for each point of each curve; what a rerun
+reads; what the runs printed.
+"""
 
 Result = dict[str, Any]
 
@@ -42,7 +53,8 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
         console: for the progress bar, and the reasons of cells that fail.
 
     Returns:
-        whether every cell has a result. Cells that failed have none: the same call tries them again.
+        whether every cell has a result. Cells that failed have none: the same call tries them
+            again.
 
     Raises:
         GridError: if the configuration of a cell cannot be read, before any cell has run.
@@ -60,11 +72,18 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
     output.mkdir(parents=True, exist_ok=True)
     missing = [name for name in cells if name not in results]
     console.print(
-        f"{grid.name}: {len(cells)} cells, {len(results)} of them known; {jobs} at a time. Results go to {output}.",
+        f"{grid.name}: {len(cells)} cells, {len(results)} of them known; {jobs} at a time. "
+        f"Results go to {output}.",
         highlight=False,
         soft_wrap=True,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         with (
             _sigterm_interrupts(),
@@ -72,16 +91,24 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
             Progress(*columns, console=console, speed_estimate_period=3600) as progress,
         ):
             bar = progress.add_task("cells", total=len(cells), completed=len(results))
-            for name, result in _results(grid, {name: cells[name] for name in missing}, output, jobs):
+            for name, result in _results(
+                grid, {name: cells[name] for name in missing}, output, jobs
+            ):
                 results[name] = result
                 file.write(json.dumps([name, result]) + "\n")
                 file.flush()
                 progress.advance(bar)
                 if result["status"] != "finished":
                     reason = result["reason"].splitlines()[0]
-                    progress.console.print(f"{result['status']}: {cells[name].label}: {reason}", markup=False, highlight=False)
+                    progress.console.print(
+                        f"{result['status']}: {cells[name].label}: {reason}",
+                        markup=False,
+                        highlight=False,
+                    )
     finally:
-        write_tables(grid, {name: (cells[name], results[name]) for name in cells if name in results}, output)
+        write_tables(
+            grid, {name: (cells[name], results[name]) for name in cells if name in results}, output
+        )
     return all(name in results and results[name]["status"] != "failed" for name in cells)
 
 
@@ -144,7 +171,9 @@ def list_cells(grid: Grid, output: Path, console: Console) -> None:
 
 
 def kept(path: Path) -> Iterator[tuple[str, Result]]:
-    """The cells' names and results in a folder's memory; a later one counts more. A line that was cut short is left out."""
+    """The cells' names and results in a folder's memory; a later one counts more. A line that was
+    cut short is left out.
+    """
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             name, result = json.loads(line)
@@ -161,7 +190,9 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), grid_cells.prepare, self._arguments)
+        self._pool = ProcessPoolExecutor(
+            1, get_context("spawn"), grid_cells.prepare, self._arguments
+        )
         self._pid = self._pool.submit(grid_cells.pid)
 
     def submit(self, config: Mapping[str, Any], metric: str) -> Future[Result]:
@@ -181,7 +212,9 @@ class _Worker:
                 return
 
 
-def _results(grid: Grid, cells: Mapping[str, Cell], output: Path, jobs: int) -> Iterator[tuple[str, Result]]:
+def _results(
+    grid: Grid, cells: Mapping[str, Cell], output: Path, jobs: int
+) -> Iterator[tuple[str, Result]]:
     """The results of the cells, as they come."""
     jobs = min(jobs, len(cells))
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
@@ -210,7 +243,10 @@ def _results(grid: Grid, cells: Mapping[str, Cell], output: Path, jobs: int) -> 
                 try:
                     result = future.result()
                 except BrokenProcessPool:
-                    reason = f"its process died, for want of memory perhaps; {output / LOG} holds what it said last"
+                    reason = (
+                        f"its process died, for want of memory perhaps; {output / LOG} holds what "
+                        "it said last"
+                    )
                     result = {"status": "failed", "reason": reason, "curve": {}, "seconds": None}
                     worker.restart()
                 give(worker)
@@ -238,17 +274,34 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 
 def write_tables(grid: Grid, results: Mapping[str, tuple[Cell, Result]], output: Path) -> None:
-    """Writes ``results.csv`` and ``curves.csv``, and the same as Parquet where pyarrow is installed."""
+    """Writes ``results.csv`` and ``curves.csv``, and the same as Parquet where pyarrow is
+    installed.
+    """
     measured = (*grid_cells.COLUMNS, grid.metric)
     lines, points = [], []
     for name, (cell, result) in results.items():
         curve = result["curve"]
-        last = {column: curve[column][-1] for column in measured} if curve.get("step") else dict.fromkeys(measured)
-        whole = {"status": result["status"], "wall_seconds": result["seconds"], "reason": result["reason"], "cell": name}
+        last = (
+            {column: curve[column][-1] for column in measured}
+            if curve.get("step")
+            else dict.fromkeys(measured)
+        )
+        whole = {
+            "status": result["status"],
+            "wall_seconds": result["seconds"],
+            "reason": result["reason"],
+            "cell": name,
+        }
         lines.append({**asdict(cell), **last, **whole})
         for values in zip(*(curve.get(column, ()) for column in measured), strict=True):
-            points.append({**asdict(cell), **dict(zip(measured, values, strict=True)), "cell": name})
-    _write(output / RESULTS, (*CELL_FIELDS, *measured, "status", "wall_seconds", "reason", "cell"), lines)
+            points.append(
+                {**asdict(cell), **dict(zip(measured, values, strict=True)), "cell": name}
+            )
+    _write(
+        output / RESULTS,
+        (*CELL_FIELDS, *measured, "status", "wall_seconds", "reason", "cell"),
+        lines,
+    )
     _write(output / CURVES, (*CELL_FIELDS, *measured, "cell"), points)
 
 

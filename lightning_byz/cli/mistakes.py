@@ -1,4 +1,6 @@
-"""What is wrong with a configuration, in one sentence, from a parser's report of everything that it tried."""
+"""What is wrong with a configuration, in one sentence, from a parser's report of everything that it
+tried.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,17 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _TRIED = re.compile(
-    r"Parser key \"[\w.]+\":$|Problem with given class_path .*:$|Does not validate against|Subtypes: |Errors:|Expected a <class|Expected a collections|Given value|Expected a path but|"
+    r"Parser key \"[\w.]+\":$|Problem with given class_path .*:$|Does not validate "
+    r"against|Subtypes: |Errors:|Expected a <class|Expected a collections|Given value|Expected a "
+    r"path but|"
     r"Subclass types expect|a class path \(str\)|a dict with|a dict without|Not a valid subclass"
 )
 """Lines of a report that tell what the parser tried, not what is wrong."""
 
 
 def explained(message: str, settings: Sequence[str] = ()) -> str:
-    """What a parser has to say about a configuration, with the mistake in front, and the name that was probably meant.
+    """What a parser has to say about a configuration, with the mistake in front, and the name that
+    was probably meant.
 
     Args:
         message: the parser's report.
@@ -28,7 +33,11 @@ def explained(message: str, settings: Sequence[str] = ()) -> str:
     if summary is None:
         reasons = _reasons(message)
         return "\n".join(reasons) if reasons else message
-    detail = [line for line in message.splitlines() if line.strip() and not line.lstrip(" -").startswith("Given value")]
+    detail = [
+        line
+        for line in message.splitlines()
+        if line.strip() and not line.lstrip(" -").startswith("Given value")
+    ]
     return f"{summary}\n\nIn detail: " + "\n".join(detail) if len(detail) > 1 else summary
 
 
@@ -48,23 +57,47 @@ def _summary(message: str, settings: Sequence[str]) -> str | None:
     if bare := re.findall(r"No module named '([\w.]+)'", message):
         wrong = re.findall(r"class_path '([\w.]+)'", message)
         near = _near(wrong[-1].rpartition(".")[2], _known_classes()) if wrong else ""
-        return f"there is no module {bare[-1]}, which {wrong[-1] if wrong else 'a class_path'} names.{near}"
-    if found := re.findall(r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        return (
+            f"there is no module {bare[-1]}, which {wrong[-1] if wrong else 'a class_path'} "
+            f"names.{near}"
+        )
+    if found := re.findall(
+        r"given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message
+    ):
         path, option = found[-1] if "lightning.Callback" not in found[-1][0] else found[0]
-        return f"{path} has no argument {option!r}.{_near(option, {name: name for name in _arguments(path)})}"
-    if bare := re.findall(r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --([\w.]+)", message):
+        return (
+            f"{path} has no argument "
+            f"{option!r}.{_near(option, {name: name for name in _arguments(path)})}"
+        )
+    if bare := re.findall(
+        r"does not accept option '([^']+)'|[Uu]nrecognized arguments: --([\w.]+)", message
+    ):
         option = "".join(bare[0])
         return f"there is no setting {option}.{_near_setting(option, settings)}"
     if bare := re.findall(r"invalid strategy name: `strategy='([^']*)'`", message):
-        return f"there is no strategy {bare[0]!r}.{_near(bare[0], {name: name for name in _strategies()})}"
+        return (
+            "there is no strategy "
+            f"{bare[0]!r}.{_near(bare[0], {name: name for name in _strategies()})}"
+        )
     for key in re.findall(r"'(\w+)': ", message):
-        if key not in ("class_path", "init_args") and difflib.get_close_matches(key, ("class_path", "init_args"), n=1, cutoff=0.85):
-            return f"there is a key {key!r} where a class is described.{_near(key, {k: k for k in ('class_path', 'init_args')})}"
+        if key not in ("class_path", "init_args") and difflib.get_close_matches(
+            key, ("class_path", "init_args"), n=1, cutoff=0.85
+        ):
+            return (
+                f"there is a key {key!r} where a class is "
+                f"described.{_near(key, {k: k for k in ('class_path', 'init_args')})}"
+            )
     if not _reasons(message) and (keys := [*re.finditer(r'Parser key "([\w.]+)"', message)]):
         report = message[keys[-1].end() :]
-        types, value = re.findall(r"Expected a <class '(\w+)'>", report), re.search(r"Given value: (.*)", report)
+        types, value = (
+            re.findall(r"Expected a <class '(\w+)'>", report),
+            re.search(r"Given value: (.*)", report),
+        )
         if types and value:
-            return f"{keys[-1][1]} should be {' or '.join(types).replace('NoneType', 'null')}. Found {value[1]}."
+            return (
+                f"{keys[-1][1]} should be {' or '.join(types).replace('NoneType', 'null')}. Found "
+                f"{value[1]}."
+            )
     return None
 
 
@@ -81,32 +114,46 @@ def _near(name: str, known: dict[str, str]) -> str:
 
 
 def _near_setting(name: str, settings: Sequence[str]) -> str:
-    """Like `_near`, for a dotted name: the first part that is wrong counts, whatever comes behind it."""
+    """Like `_near`, for a dotted name: the first part that is wrong counts, whatever comes behind
+    it.
+    """
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
         known = {".".join(setting.split(".")[:depth]) for setting in settings}
         part = ".".join(parts[:depth])
         if part not in known:
-            return _near(part, {setting: setting for setting in known if len(setting.split(".")) == depth})
+            return _near(
+                part, {setting: setting for setting in known if len(setting.split(".")) == depth}
+            )
     return ""
 
 
 def _public(module: str) -> Iterable[str]:
     """The names of a module's public members."""
     members = sys.modules.get(module)
-    names: Iterable[str] = getattr(members, "__all__", None) or (name for name in dir(members) if not name.startswith("_"))
+    names: Iterable[str] = getattr(members, "__all__", None) or (
+        name for name in dir(members) if not name.startswith("_")
+    )
     return [*names]
 
 
 def _known_classes() -> dict[str, str]:
-    """How to write every class that a short name may mean: this package's, and Lightning's callbacks and loggers."""
+    """How to write every class that a short name may mean: this package's, and Lightning's
+    callbacks and loggers.
+    """
     import lightning_byz
 
     known = {}
     pl = "lightning.pytorch" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning"
     for module in (f"{pl}.callbacks", f"{pl}.loggers", "lightning_byz.models", "lightning_byz"):
         members = importlib.import_module(module)
-        known.update({name: f"{module}.{name}" for name in _public(module) if inspect.isclass(getattr(members, name, None))})
+        known.update(
+            {
+                name: f"{module}.{name}"
+                for name in _public(module)
+                if inspect.isclass(getattr(members, name, None))
+            }
+        )
     return known
 
 
@@ -123,5 +170,7 @@ def _strategies() -> Iterable[str]:
     import lightning_byz
 
     pl = "lightning.pytorch" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning"
-    names: Iterable[str] = importlib.import_module(f"{pl}.strategies").StrategyRegistry.available_strategies()
+    names: Iterable[str] = importlib.import_module(
+        f"{pl}.strategies"
+    ).StrategyRegistry.available_strategies()
     return names

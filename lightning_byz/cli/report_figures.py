@@ -1,4 +1,6 @@
-"""The pictures of reports: legible in print, in grey and for the colour-blind (numbers in cells, markers and dashes besides colours)."""
+"""The pictures of reports: legible in print, in grey and for the colour-blind (numbers in cells,
+markers and dashes besides colours).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's, and a grey
-DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)))
+# Okabe and Ito's, and a grey
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")
+DASHES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (8, 2)),
+    (0, (3, 1, 1, 1)),
+)
 MARKERS = "osD^vXP*"
 MOST_LINES = len(COLOURS)
 """Of one panel; more cannot be told apart."""
@@ -76,10 +88,22 @@ def heatmap(
         percent: values are shares: 0 to 1, shown as percents.
     """
     wide = max(1, len(columns) - 1)
-    figure = Figure(figsize=(2.6 + 0.95 * len(columns), 1.5 + 0.42 * len(rows)), layout="constrained")
-    parts = figure.subplots(1, 2, width_ratios=[wide, 1], squeeze=False)[0] if len(columns) > 1 else [figure.subplots()]
+    figure = Figure(
+        figsize=(2.6 + 0.95 * len(columns), 1.5 + 0.42 * len(rows)), layout="constrained"
+    )
+    parts = (
+        figure.subplots(1, 2, width_ratios=[wide, 1], squeeze=False)[0]
+        if len(columns) > 1
+        else [figure.subplots()]
+    )
     shown = values[np.isfinite(values)]
-    low, high = (0.0, 1.0) if percent else (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
+    low, high = (
+        (0.0, 1.0)
+        if percent
+        else (float(shown.min()), float(shown.max()))
+        if len(shown)
+        else (0.0, 1.0)
+    )
     colours = matplotlib.colormaps["cividis"]
     image = None
     first = 0
@@ -88,12 +112,22 @@ def heatmap(
         image = axes.imshow(piece, cmap=colours, vmin=low, vmax=high, aspect="auto")
         for i, j in np.ndindex(*piece.shape):
             value, note = float(piece[i, j]), notes.get((i, first + j), "")
-            number = "" if math.isnan(value) else f"{100 * value:.0f}" if percent else f"{value:.3g}"
+            number = (
+                "" if math.isnan(value) else f"{100 * value:.0f}" if percent else f"{value:.3g}"
+            )
             shade = (value - low) / max(high - low, 1e-12)
             colour = "black" if math.isnan(value) or shade > 0.55 else "white"
             text = f"{number} {note}".strip()
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if note else 9)
-        axes.set_xticks(range(count), columns[first : first + count], rotation=30, ha="right", rotation_mode="anchor")
+            axes.text(
+                j, i, text, ha="center", va="center", color=colour, fontsize=7.5 if note else 9
+            )
+        axes.set_xticks(
+            range(count),
+            columns[first : first + count],
+            rotation=30,
+            ha="right",
+            rotation_mode="anchor",
+        )
         axes.set_yticks(range(len(rows)), rows if first == 0 else [""] * len(rows))
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -111,12 +145,17 @@ def heatmap(
     return figure
 
 
-def panels(lines: Mapping[str, Sequence[Line]], x: str, y: str, title: str, percent: bool) -> Figure:
+def panels(
+    lines: Mapping[str, Sequence[Line]], x: str, y: str, title: str, percent: bool
+) -> Figure:
     """A panel for each key of ``lines``, with one legend for all."""
     labels = list(dict.fromkeys(line.label for group in lines.values() for line in group))
     across = min(3, len(lines))
     down = math.ceil(len(lines) / across)
-    figure = Figure(figsize=(max(7.2, 3.1 * across), 2.5 * down + 0.5 + 0.2 * math.ceil(len(labels) / 3)), layout="constrained")
+    figure = Figure(
+        figsize=(max(7.2, 3.1 * across), 2.5 * down + 0.5 + 0.2 * math.ceil(len(labels) / 3)),
+        layout="constrained",
+    )
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(lines) :]:
         axes.set_visible(False)
@@ -124,11 +163,21 @@ def panels(lines: Mapping[str, Sequence[Line]], x: str, y: str, title: str, perc
     for axes, (name, group) in zip(grid.flat, lines.items(), strict=False):
         for line in group:
             i = labels.index(line.label)
-            look = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i], "markersize": 4, "linewidth": 1.4}
+            look = {
+                "color": COLOURS[i],
+                "linestyle": DASHES[i],
+                "marker": MARKERS[i],
+                "markersize": 4,
+                "linewidth": 1.4,
+            }
             every = max(1, len(line.x) // 6)
-            (handles[line.label],) = axes.plot(line.x, line.middle, markevery=(i % every, every), **look)
+            (handles[line.label],) = axes.plot(
+                line.x, line.middle, markevery=(i % every, every), **look
+            )
             if np.any(line.high > line.low):
-                axes.fill_between(line.x, line.low, line.high, color=COLOURS[i], alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    line.x, line.low, line.high, color=COLOURS[i], alpha=0.15, linewidth=0
+                )
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -143,14 +192,23 @@ def panels(lines: Mapping[str, Sequence[Line]], x: str, y: str, title: str, perc
             axes.set_xlabel(x)
     if labels != [""]:
         figure.legend(
-            [handles[label] for label in labels], labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8
+            [handles[label] for label in labels],
+            labels,
+            loc="outside lower center",
+            ncols=min(3, len(labels)),
+            fontsize=8,
         )
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def over_time(
-    values: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], rows: Sequence[str], title: str, label: str, mark: float | None
+    values: np.ndarray[Any, Any],
+    steps: np.ndarray[Any, Any],
+    rows: Sequence[str],
+    title: str,
+    label: str,
+    mark: float | None,
 ) -> Figure:
     """A row for each worker, a column for each step.
 
@@ -167,7 +225,12 @@ def over_time(
     ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     top = max(1.0, float(np.nanmax(values))) if np.isfinite(values).any() else 1.0
     image = axes.pcolormesh(
-        ends, np.arange(len(rows) + 1), values, cmap="cividis", vmin=min(0.0, float(np.nanmin(values))), vmax=top
+        ends,
+        np.arange(len(rows) + 1),
+        values,
+        cmap="cividis",
+        vmin=min(0.0, float(np.nanmin(values))),
+        vmax=top,
     )
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.invert_yaxis()

@@ -1,4 +1,6 @@
-"""``lightning-byz report``: one page of HTML, with pictures as PNG and PDF, from a grid's folder or a run's ``metrics.csv``."""
+"""``lightning-byz report``: one page of HTML, with pictures as PNG and PDF, from a grid's folder or
+a run's ``metrics.csv``.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,12 @@ class _Page:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes ``folder/report``: index.html, which needs no other file and no network, and each picture as PNG and PDF.
+    """Writes ``folder/report``: index.html, which needs no other file and no network, and each
+    picture as PNG and PDF.
 
     Args:
-        folder: of a grid (with ``results.csv``), or of a run with a CSVLogger (with ``metrics.csv``, or the newest one below it).
+        folder: of a grid (with ``results.csv``), or of a run with a CSVLogger (with
+            ``metrics.csv``, or the newest one below it).
 
     Returns:
         the page.
@@ -69,7 +73,8 @@ def write_report(folder: Path) -> Path:
             metrics = sorted(folder.glob("**/metrics.csv"), key=lambda path: path.stat().st_mtime)
             if not metrics:
                 raise ReportError(
-                    f"{folder} should hold {RESULTS}, as `lightning-byz grid` writes it, or metrics.csv, as a CSVLogger does. Found neither."
+                    f"{folder} should hold {RESULTS}, as `lightning-byz grid` writes it, or "
+                    "metrics.csv, as a CSVLogger does. Found neither."
                 )
             page = _of_run(metrics[-1])
         return _written(page, folder / "report")
@@ -83,12 +88,20 @@ def _written(page: _Page, output: Path) -> Path:
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=180)
         (output / f"{name}.png").write_bytes(image.getvalue())
-        pictures.append({"name": name, "caption": caption, "data": base64.b64encode(image.getvalue()).decode()})
+        pictures.append(
+            {"name": name, "caption": caption, "data": base64.b64encode(image.getvalue()).decode()}
+        )
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lightning_byz.cli", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("lightning_byz.cli", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     text = environment.get_template("report.html").render(
-        page=page, pictures=pictures, version=lightning_byz.__version__, when=datetime.now().strftime("%Y-%m-%d %H:%M")
+        page=page,
+        pictures=pictures,
+        version=lightning_byz.__version__,
+        when=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
     (output / "index.html").write_text(text)
     return output / "index.html"
@@ -98,7 +111,10 @@ def _read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = [*csv.DictReader(file)]
     if not rows:
-        raise ReportError(f"{path} should hold at least one line besides its header. Found none: has anything been run?")
+        raise ReportError(
+            f"{path} should hold at least one line besides its header. Found none: has anything "
+            "been run?"
+        )
     return rows
 
 
@@ -106,11 +122,15 @@ def _slug(*parts: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
-# -- a grid ---------------------------------------------------------------------------------------------------------------
+# -- a grid ----------------------------------------------------------------------------------------
 
 
 def _aggregation(row: Row) -> str:
-    return row["rule"] if row["pre_aggregation"] == "none" else f"{row['pre_aggregation']} + {row['rule']}"
+    return (
+        row["rule"]
+        if row["pre_aggregation"] == "none"
+        else f"{row['pre_aggregation']} + {row['rule']}"
+    )
 
 
 def _cell(row: Row) -> Cell:
@@ -130,25 +150,38 @@ def _of_grid(folder: Path) -> _Page:
     numbers = [float(row[metric]) for row in rows if row[metric]]
     percent = bool(numbers) and min(numbers) >= 0 and max(numbers) <= 1
     page = _Page(f"Grid {folder.resolve().name}")
-    count = {status: sum(row["status"] == status for row in rows) for status in ("finished", "diverged", "failed")}
+    count = {
+        status: sum(row["status"] == status for row in rows)
+        for status in ("finished", "diverged", "failed")
+    }
     page.facts = [
-        f"{len(rows)} cells: {', '.join(f'{number} {status}' for status, number in count.items() if number)}.",
-        f"{len(_names(rows, 'aggregation'))} aggregations, {len(_names(rows, 'attack'))} attacks, f in {{{', '.join(_names(rows, 'f'))}}}, "
-        f"heterogeneity: {', '.join(_names(rows, 'heterogeneity'))}; {len(_names(rows, 'seed'))} seed(s).",
+        f"{len(rows)} cells: "
+        f"{', '.join(f'{number} {status}' for status, number in count.items() if number)}.",
+        f"{len(_names(rows, 'aggregation'))} aggregations, {len(_names(rows, 'attack'))} attacks, "
+        f"f in {{{', '.join(_names(rows, 'f'))}}}, heterogeneity: "
+        f"{', '.join(_names(rows, 'heterogeneity'))}; {len(_names(rows, 'seed'))} seed(s).",
     ]
     settings = [_names(rows, key) for key in _SETTING]
     several = [key for key, values in zip(_SETTING, settings, strict=True) if len(values) > 1]
     worst: dict[str, dict[str, float]] = {}
     for setting in product(*settings):
         chosen = dict(zip(_SETTING, setting, strict=True))
-        here, curves = ([row for row in table if all(row[k] == v for k, v in chosen.items())] for table in (rows, points))
+        here, curves = (
+            [row for row in table if all(row[k] == v for k, v in chosen.items())]
+            for table in (rows, points)
+        )
         if not here:
             continue
         name = ", ".join(f"f = {chosen[key]}" if key == "f" else chosen[key] for key in several)
         worst[name] = _draw_setting(page, here, curves, metric, percent, name)
     if len(worst) > 1:
         aggregations = _names(rows, "aggregation")
-        values = np.array([[found.get(aggregation, np.nan) for found in worst.values()] for aggregation in aggregations])
+        values = np.array(
+            [
+                [found.get(aggregation, np.nan) for found in worst.values()]
+                for aggregation in aggregations
+            ]
+        )
         values = np.hstack([values, values.min(1, keepdims=True)])  # nan where one is
         missing = {
             (int(i), int(j)): "no result"
@@ -172,40 +205,74 @@ def _of_grid(folder: Path) -> _Page:
     _draw_suspicion(page, folder, rows)
     page.header = [*CELL_FIELDS, metric, "status", "wall_seconds"]
     for row in rows:
-        page.table.append([f"{float(row[metric]):.4f}" if key == metric and row[metric] else row[key] for key in page.header])
+        page.table.append(
+            [
+                f"{float(row[metric]):.4f}" if key == metric and row[metric] else row[key]
+                for key in page.header
+            ]
+        )
         if row["status"] != "finished":
             page.problems.append((f"{_cell(row).label}: {row['status']}", row["reason"]))
     return page
 
 
 def _draw_suspicion(page: _Page, folder: Path, rows: list[Row]) -> None:
-    """Adds the suspicion of each worker under each attack, of the first cell whose logs hold any."""
+    """Adds the suspicion of each worker under each attack, of the first cell whose logs hold
+    any.
+    """
     for attack in _names(rows, "attack")[: figures.MOST_LINES]:
         for row in (row for row in rows if row["attack"] == attack):
             logs = sorted((folder / "cells" / row["cell"]).glob("**/metrics.csv"))
             try:
-                found = _over_time(_columns(logs[-1]), "suspicion", f"{_SUSPICION}, {attack}", 1.0) if logs else None
+                found = (
+                    _over_time(_columns(logs[-1]), "suspicion", f"{_SUSPICION}, {attack}", 1.0)
+                    if logs
+                    else None
+                )
             except ReportError:  # its log has no line yet
                 continue
             if found is not None:
-                cell = ", ".join(row[key] for key in ("aggregation", "heterogeneity")) + f", f = {row['f']}, seed {row['seed']}"
-                page.pictures[_slug("suspicion", attack)] = found[0], f"{cell}. Crosses: accused. {_accusation(found[1])}."
+                cell = (
+                    ", ".join(row[key] for key in ("aggregation", "heterogeneity"))
+                    + f", f = {row['f']}, seed {row['seed']}"
+                )
+                page.pictures[_slug("suspicion", attack)] = (
+                    found[0],
+                    f"{cell}. Crosses: accused. {_accusation(found[1])}.",
+                )
                 break
 
 
 _SETTING = ("algorithm", "f", "heterogeneity")
 """What pictures do not mix."""
-_MEASURES = {"step": "step", "bytes_up": "megabytes that one worker sent", "simulated_seconds": "simulated seconds"}
-_NOT_THE_METRIC = {*CELL_FIELDS, *_MEASURES, "bytes_down", "status", "wall_seconds", "reason", "cell", "aggregation"}
+_MEASURES = {
+    "step": "step",
+    "bytes_up": "megabytes that one worker sent",
+    "simulated_seconds": "simulated seconds",
+}
+_NOT_THE_METRIC = {
+    *CELL_FIELDS,
+    *_MEASURES,
+    "bytes_down",
+    "status",
+    "wall_seconds",
+    "reason",
+    "cell",
+    "aggregation",
+}
 
 
-def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, percent: bool, name: str) -> dict[str, float]:
+def _draw_setting(
+    page: _Page, rows: list[Row], points: list[Row], metric: str, percent: bool, name: str
+) -> dict[str, float]:
     """Adds a setting's pictures to the page; each aggregation's worst result."""
     aggregations, attacks = _names(rows, "aggregation"), _names(rows, "attack")
     values = np.full((len(aggregations), len(attacks) + 1), np.nan)
     notes: dict[tuple[int, int], str] = {}
     for (i, aggregation), (j, attack) in product(enumerate(aggregations), enumerate(attacks)):
-        cells = [row for row in rows if (row["aggregation"], row["attack"]) == (aggregation, attack)]
+        cells = [
+            row for row in rows if (row["aggregation"], row["attack"]) == (aggregation, attack)
+        ]
         results = [float(row[metric]) for row in cells if row["status"] != "failed" and row[metric]]
         if results:
             values[i, j] = np.mean(results)
@@ -224,7 +291,14 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
         else:
             notes[i, len(attacks)] = "?"
     title = f"{metric.capitalize()} at the end{f', {name}' if name else ''}"
-    figure = figures.heatmap(values, aggregations, [*attacks, "worst"], notes, title + (", in percent" if percent else ""), percent)
+    figure = figures.heatmap(
+        values,
+        aggregations,
+        [*attacks, "worst"],
+        notes,
+        title + (", in percent" if percent else ""),
+        percent,
+    )
     caption = "Rules against attacks; the last column is the worst of its row. Mean of seeds"
     caption += ", ± half of their range" if any("±" in note for note in notes.values()) else ""
     caption += "; †: training diverged" if any("†" in note for note in notes.values()) else ""
@@ -236,22 +310,39 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
 
     for pre in _names(rows, "pre_aggregation"):
         shown = [
-            a for a in aggregations if any(row["aggregation"] == a and row["pre_aggregation"] in (pre, "none") for row in rows)
+            a
+            for a in aggregations
+            if any(
+                row["aggregation"] == a and row["pre_aggregation"] in (pre, "none") for row in rows
+            )
         ]
-        shown = [a for a in shown if pre == "none" or a.startswith(f"{pre} + ") or a.partition("(")[0] == "Mean"][
-            : figures.MOST_LINES
-        ]
+        shown = [
+            a
+            for a in shown
+            if pre == "none" or a.startswith(f"{pre} + ") or a.partition("(")[0] == "Mean"
+        ][: figures.MOST_LINES]
         lines = {
-            attack: [line for a in shown if (line := _line(points, a, attack, "step", metric)) is not None] for attack in attacks
+            attack: [
+                line
+                for a in shown
+                if (line := _line(points, a, attack, "step", metric)) is not None
+            ]
+            for attack in attacks
         }
         lines = {attack: group for attack, group in lines.items() if group}
         if lines:
             behind = "" if pre == "none" else f", {pre} in front of the rules"
             figure = figures.panels(
-                lines, "step", metric, f"{metric.capitalize()} over time{f', {name}' if name else ''}{behind}", percent
+                lines,
+                "step",
+                metric,
+                f"{metric.capitalize()} over time{f', {name}' if name else ''}{behind}",
+                percent,
             )
             seeds = len(_names(rows, "seed"))
-            caption = f"Mean of {seeds} seeds; the bands are their range." if seeds > 1 else "One seed."
+            caption = (
+                f"Mean of {seeds} seeds; the bands are their range." if seeds > 1 else "One seed."
+            )
             page.pictures[_slug("curves", name, "" if pre == "none" else pre)] = figure, caption
 
     worst_attack = {
@@ -259,15 +350,39 @@ def _draw_setting(page: _Page, rows: list[Row], points: list[Row], metric: str, 
         for a, row in zip(aggregations, values, strict=True)
         if np.isfinite(row[-1])
     }
-    best = sorted(worst_attack, key=lambda a: -values[aggregations.index(a), -1])[: figures.MOST_LINES]
+    best = sorted(worst_attack, key=lambda a: -values[aggregations.index(a), -1])[
+        : figures.MOST_LINES
+    ]
     for measure in ("bytes_up", "simulated_seconds"):
-        group = [line for a in best if (line := _line(points, a, worst_attack[a], measure, metric)) is not None and line.x[-1] > 0]
+        group = [
+            line
+            for a in best
+            if (line := _line(points, a, worst_attack[a], measure, metric)) is not None
+            and line.x[-1] > 0
+        ]
         if group:
-            group = [line._replace(x=line.x / 1e6) if measure == "bytes_up" else line for line in group]
-            title = f"{metric.capitalize()} against {_MEASURES[measure]}{f', {name}' if name else ''}"
-            figure = figures.panels({"under the attack that is worst for each": group}, _MEASURES[measure], metric, title, percent)
-            page.pictures[_slug(metric, measure, name)] = figure, "The best rules, each under the attack that is worst for it."
-    return {aggregation: float(row[-1]) for aggregation, row in zip(aggregations, values, strict=True) if np.isfinite(row[-1])}
+            group = [
+                line._replace(x=line.x / 1e6) if measure == "bytes_up" else line for line in group
+            ]
+            title = (
+                f"{metric.capitalize()} against {_MEASURES[measure]}{f', {name}' if name else ''}"
+            )
+            figure = figures.panels(
+                {"under the attack that is worst for each": group},
+                _MEASURES[measure],
+                metric,
+                title,
+                percent,
+            )
+            page.pictures[_slug(metric, measure, name)] = (
+                figure,
+                "The best rules, each under the attack that is worst for it.",
+            )
+    return {
+        aggregation: float(row[-1])
+        for aggregation, row in zip(aggregations, values, strict=True)
+        if np.isfinite(row[-1])
+    }
 
 
 def _line(points: list[Row], aggregation: str, attack: str, x: str, y: str) -> figures.Line | None:
@@ -278,10 +393,13 @@ def _line(points: list[Row], aggregation: str, attack: str, x: str, y: str) -> f
             curves.setdefault(point["cell"], []).append(point)
     if not curves:
         return None
-    return figures.band(aggregation, *([[float(point[key]) for point in curve] for curve in curves.values()] for key in (x, y)))
+    return figures.band(
+        aggregation,
+        *([[float(point[key]) for point in curve] for curve in curves.values()] for key in (x, y)),
+    )
 
 
-# -- a run ----------------------------------------------------------------------------------------------------------------
+# -- a run -----------------------------------------------------------------------------------------
 
 
 def _of_run(path: Path) -> _Page:
@@ -291,33 +409,50 @@ def _of_run(path: Path) -> _Page:
     page.facts = [f"{steps} steps. From {path}."]
     scores = {name: column for name, column in columns.items() if not name.startswith("byz/")}
     shares = {
-        name: column for name, column in scores.items() if column[1].min() >= 0 and column[1].max() <= 1 and "loss" not in name
+        name: column
+        for name, column in scores.items()
+        if column[1].min() >= 0 and column[1].max() <= 1 and "loss" not in name
     }
     losses = {name: column for name, column in scores.items() if "loss" in name}
     for title, chosen, percent in (("Scores", shares, True), ("Losses", losses, False)):
         if chosen:
             page.pictures[_slug(title)] = _curves(chosen, title, percent), f"{', '.join(chosen)}."
     geometry = {
-        name: columns[name] for name in ("byz/cosine", "byz/relative_error", "byz/byzantine_weight", "byz/kappa") if name in columns
+        name: columns[name]
+        for name in ("byz/cosine", "byz/relative_error", "byz/byzantine_weight", "byz/kappa")
+        if name in columns
     }
     if geometry:
         lines: dict[str, Sequence[figures.Line]] = {
-            name: [figures.band("", [column[0].tolist()], [column[1].tolist()])] for name, column in geometry.items()
+            name: [figures.band("", [column[0].tolist()], [column[1].tolist()])]
+            for name, column in geometry.items()
         }
         caption = (
-            "What survived of the honest workers' direction (cosine: 1 is all), how far the aggregate was from their mean, and what weight "
-            "the Byzantine rows had, where that is known."
+            "What survived of the honest workers' direction (cosine: 1 is all), how far the "
+            "aggregate was from their mean, and what weight the Byzantine rows had, where that is "
+            "known."
         )
         page.pictures["aggregation"] = _apart(lines, "What the rule made of it"), caption
     main = next((name for name in shares if "acc" in name), None)
-    for measure, label in (("bytes_up", _MEASURES["bytes_up"]), ("seconds", _MEASURES["simulated_seconds"])):
+    for measure, label in (
+        ("bytes_up", _MEASURES["bytes_up"]),
+        ("seconds", _MEASURES["simulated_seconds"]),
+    ):
         total = _total(columns, measure)
         if main is not None and total is not None and total[1][-1] > 0:
             at = np.interp(columns[main][0], *total) / (1e6 if measure == "bytes_up" else 1)
             line = figures.band(main, [at.tolist()], [columns[main][1].tolist()])
-            figure = figures.panels({"": [line]}, label, main, f"{main.capitalize()} against {label}", True)
-            page.pictures[_slug(main, measure)] = figure, "Summed up between the steps that were logged."
-    for kind, title, mark in (("suspicion", _SUSPICION, 1.0), ("weight", "Weight of each worker in the aggregate", None)):
+            figure = figures.panels(
+                {"": [line]}, label, main, f"{main.capitalize()} against {label}", True
+            )
+            page.pictures[_slug(main, measure)] = (
+                figure,
+                "Summed up between the steps that were logged.",
+            )
+    for kind, title, mark in (
+        ("suspicion", _SUSPICION, 1.0),
+        ("weight", "Weight of each worker in the aggregate", None),
+    ):
         found = _over_time(columns, kind, title, mark)
         if found is not None:
             figure, accused = found
@@ -331,12 +466,21 @@ def _of_run(path: Path) -> _Page:
                 page.facts.append(f"Workers that were accused: {', '.join(accused)}.")
     page.header = ["metric", "first", "last", "smallest", "largest"]
     for name, (_, values) in columns.items():
-        page.table.append([name, *(f"{value:.4g}" for value in (values[0], values[-1], values.min(), values.max()))])
+        page.table.append(
+            [
+                name,
+                *(f"{value:.4g}" for value in (values[0], values[-1], values.min(), values.max())),
+            ]
+        )
     return page
 
 
-def _over_time(columns: Mapping[str, Column], kind: str, title: str, mark: float | None) -> tuple[Figure, list[str]] | None:
-    """What was logged of each worker as ``byz/KIND/worker_I``, step by step, and the workers that reached the mark; None if nothing was."""
+def _over_time(
+    columns: Mapping[str, Column], kind: str, title: str, mark: float | None
+) -> tuple[Figure, list[str]] | None:
+    """What was logged of each worker as ``byz/KIND/worker_I``, step by step, and the workers that
+    reached the mark; None if nothing was.
+    """
     workers = _workers(columns, f"byz/{kind}/worker_")
     if not workers:
         return None
@@ -344,8 +488,14 @@ def _over_time(columns: Mapping[str, Column], kind: str, title: str, mark: float
     values = np.full((len(workers), len(at)), np.nan)
     for i, name in enumerate(workers.values()):
         values[i, np.searchsorted(at, columns[name][0])] = columns[name][1]
-    figure = figures.over_time(values, at, [f"worker {worker}" for worker in workers], title, kind, mark)
-    accused = [str(worker) for worker, row in zip(workers, values, strict=True) if mark is not None and np.nanmax(row) >= mark]
+    figure = figures.over_time(
+        values, at, [f"worker {worker}" for worker in workers], title, kind, mark
+    )
+    accused = [
+        str(worker)
+        for worker, row in zip(workers, values, strict=True)
+        if mark is not None and np.nanmax(row) >= mark
+    ]
     return figure, accused
 
 
@@ -374,7 +524,9 @@ def _column(rows: Sequence[Row], name: str) -> Column:
 
 
 def _total(columns: Mapping[str, Column], measure: str) -> Column | None:
-    """(steps, sum since the run began): as it was logged, or from what single steps logged, taken to hold until the next that did."""
+    """(steps, sum since the run began): as it was logged, or from what single steps logged, taken
+    to hold until the next that did.
+    """
     if f"byz/total_{measure}" in columns:
         return columns[f"byz/total_{measure}"]
     if f"byz/{measure}" not in columns:
@@ -384,20 +536,28 @@ def _total(columns: Mapping[str, Column], measure: str) -> Column | None:
 
 
 def _workers(columns: Mapping[str, Column], prefix: str) -> dict[int, str]:
-    found = {int(name.removeprefix(prefix)): name for name in columns if re.fullmatch(re.escape(prefix) + r"\d+", name)}
+    found = {
+        int(name.removeprefix(prefix)): name
+        for name in columns
+        if re.fullmatch(re.escape(prefix) + r"\d+", name)
+    }
     return dict(sorted(found.items()))
 
 
 def _curves(columns: Mapping[str, Column], title: str, percent: bool) -> Figure:
     chosen = list(columns.items())[: figures.MOST_LINES]
-    lines = [figures.band(name, [steps.tolist()], [values.tolist()]) for name, (steps, values) in chosen]
+    lines = [
+        figures.band(name, [steps.tolist()], [values.tolist()]) for name, (steps, values) in chosen
+    ]
     return figures.panels({"": lines}, "step", "", title, percent)
 
 
 def _apart(lines: Mapping[str, Sequence[figures.Line]], title: str) -> Figure:
     """Panels whose axes differ."""
     figure = Figure(figsize=(max(4.8, 3.1 * len(lines)), 2.8), layout="constrained")
-    for axes, (name, group) in zip(figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True):
+    for axes, (name, group) in zip(
+        figure.subplots(1, len(lines), squeeze=False)[0], lines.items(), strict=True
+    ):
         for line in group:
             axes.plot(line.x, line.middle, color=figures.COLOURS[0], linewidth=1.2)
         if "error" in name or "kappa" in name:

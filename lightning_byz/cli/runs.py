@@ -1,4 +1,6 @@
-"""Lightning's own command line, with the run's configuration in its loggers and mistakes that are named."""
+"""Lightning's own command line, with the run's configuration in its loggers and mistakes that are
+named.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,11 @@ from lightning_byz.extras import require
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 else:
-    _home = importlib.import_module("lightning.pytorch.cli" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning.cli")
+    _home = importlib.import_module(
+        "lightning.pytorch.cli"
+        if lightning_byz.faces.HOME == "lightning"
+        else "pytorch_lightning.cli"
+    )
     LightningCLI, SaveConfigCallback = _home.LightningCLI, _home.SaveConfigCallback
 
 
@@ -30,11 +36,14 @@ class ConfigurationError(ValueError):
 
 
 class LogConfig(SaveConfigCallback):
-    """Writes the run's whole configuration into its loggers as hyperparameters, and to the folder of its own, if it has one, as a file."""
+    """Writes the run's whole configuration into its loggers as hyperparameters, and to the folder
+    of its own, if it has one, as a file.
+    """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         first = trainer.loggers[0] if trainer.loggers else None
-        self.save_to_log_dir = first is not None and first.log_dir is not None  # others have one folder for all runs
+        # others have one folder for all runs
+        self.save_to_log_dir = first is not None and first.log_dir is not None
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -44,11 +53,12 @@ class LogConfig(SaveConfigCallback):
 
 
 class ByzantineCLI(LightningCLI):
-    """LightningCLI, all of whose classes may be named without their module where the name is this package's or Lightning's.
+    """LightningCLI, all of whose classes may be named without their module where the name is this
+    package's or Lightning's.
 
     Args:
-        arguments: of the command line, the first of which is a subcommand; or a configuration, which is made but not run. None: those
-            that the program was called with.
+        arguments: of the command line, the first of which is a subcommand; or a configuration,
+            which is made but not run. None: those that the program was called with.
 
     Raises:
         ConfigurationError: says what is wrong with the arguments or the configuration.
@@ -57,8 +67,11 @@ class ByzantineCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str] | Mapping[str, Any] | None = None) -> None:
         run = not isinstance(arguments, Mapping)
         try:
-            with warnings.catch_warnings():  # it thinks that whoever calls it from a program wants something else
-                warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+            # it thinks that whoever calls it from a program wants something else
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", message="LightningCLI's args parameter is intended"
+                )
                 super().__init__(
                     args=arguments if arguments is None or not run else [*arguments],  # type: ignore[arg-type]
                     run=run,

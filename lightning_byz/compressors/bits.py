@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 NUMPY_DTYPES = (torch.float16, torch.float32, torch.float64)
-"""The floating-point numbers that numpy knows: it compares them and packs bits several times as fast as torch does on a CPU."""
+"""The floating-point numbers that numpy knows: it compares them and packs bits several times as
+fast as torch does on a CPU.
+"""
 
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
-"""By the width of a code: the word whose bytes hold one code each, as many as one packed byte does."""
+"""By the width of a code: the word whose bytes hold one code each, as many as one packed byte does.
+"""
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -22,7 +25,8 @@ def packed_bytes(count: int, width: int) -> int:
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
-    """Packs integers ``[count]`` in 0 .. 2^width - 1 into bytes, uint8 ``[packed_bytes]``, the first one into the lowest bits.
+    """Packs integers ``[count]`` in 0 .. 2^width - 1 into bytes, uint8 ``[packed_bytes]``, the
+    first one into the lowest bits.
 
     Args:
         values: uint8 or bool ``[count]``.
@@ -36,10 +40,13 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
         return codes
     if width == 1 and codes.device.type == "cpu":
         return torch.from_numpy(np.packbits(codes.numpy(), bitorder="little"))
-    # A product with sum_i 2^(8 (p - 1) - (8 - w) i) moves code i of p, at bit 8 i, to bit w i of the word's highest byte, and nothing
-    # else there: all the shifts that two codes could meet by are different.
+    # A product with sum_i 2^(8 (p - 1) - (8 - w) i) moves code i of p, at bit 8 i, to bit w i of
+    # the word's highest byte, and nothing else there: all the shifts that two codes could meet by
+    # are different.
     words, top = codes.view(_WORDS[width]), 8 * (per_byte - 1)
-    return ((words * sum(1 << (top - (8 - width) * i) for i in range(per_byte))) >> top).to(torch.uint8)
+    return ((words * sum(1 << (top - (8 - width) * i) for i in range(per_byte))) >> top).to(
+        torch.uint8
+    )
 
 
 def pack_signs(x: Tensor) -> Tensor:
@@ -49,13 +56,17 @@ def pack_signs(x: Tensor) -> Tensor:
 
 
 def cut_bits(packed: Tensor, width: int, first: int, last: int) -> Tensor:
-    """Integers first .. last - 1 of those that `pack_bits` packed, packed, without a copy; first is a multiple of 32."""
+    """Integers first .. last - 1 of those that `pack_bits` packed, packed, without a copy; first is
+    a multiple of 32.
+    """
     start = first * width // 8 if first < last else 0
     return packed[start : start + packed_bytes(last - first, width)]
 
 
 def can_cut(count: int, first: int, last: int) -> bool:
-    """Whether `cut_bits` can cut first .. last - 1 out of ``count`` packed integers: whole words, or nothing."""
+    """Whether `cut_bits` can cut first .. last - 1 out of ``count`` packed integers: whole words,
+    or nothing.
+    """
     return first == last or (first % 32 == 0 and (last % 32 == 0 or last == count))
 
 
@@ -66,10 +77,14 @@ def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
     return shares.view(-1)[:count]
 
 
-def look_up_bits(packed: Tensor, width: int, count: int, meaning: Tensor, out: Tensor | None = None) -> Tensor:
-    """``meaning[code]`` for each of the ``count`` codes that `pack_bits` packed, ``[count]``, in ``out`` if there is one.
+def look_up_bits(
+    packed: Tensor, width: int, count: int, meaning: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """``meaning[code]`` for each of the ``count`` codes that `pack_bits` packed, ``[count]``, in
+    ``out`` if there is one.
 
-    One look-up per byte, in a table of all 256: four times as fast as unpacking codes and computing with them.
+    One look-up per byte, in a table of all 256: four times as fast as unpacking codes and computing
+    with them.
 
     Args:
         packed: from `pack_bits`.
@@ -95,10 +110,12 @@ def _codes_of_bytes(width: int, device: torch.device) -> Tensor:
 
 
 def at_least(rows: Sequence[Tensor], count: int) -> Tensor:
-    """The bits that are set in ``count >= 1`` of the rows or more, uint8 ``[bytes]``; nothing is unpacked.
+    """The bits that are set in ``count >= 1`` of the rows or more, uint8 ``[bytes]``; nothing is
+    unpacked.
 
-    The rows are added up bit by bit: plane i holds bit i of all the sums, 32 of them in a word, so that a row costs two operations on words
-    for every plane that its carry reaches; the sums are then compared with ``count`` from the highest plane down.
+    The rows are added up bit by bit: plane i holds bit i of all the sums, 32 of them in a word, so
+    that a row costs two operations on words for every plane that its carry reaches; the sums are
+    then compared with ``count`` from the highest plane down.
 
     Args:
         rows: packed bits of equal size, a multiple of 4 bytes.

@@ -16,9 +16,11 @@ from lightning_byz.types import Payload
 
 @dataclass(frozen=True)
 class _Blocks(Compressor):
-    """Compresses consecutive blocks of a vector, each as a vector of its own; a payload is the blocks' payloads, one after the other.
+    """Compresses consecutive blocks of a vector, each as a vector of its own; a payload is the
+    blocks' payloads, one after the other.
 
-    Contractive with the least alpha of its blocks, or unbiased with their largest omega: the blocks' squared errors and lengths add up.
+    Contractive with the least alpha of its blocks, or unbiased with their largest omega: the
+    blocks' squared errors and lengths add up.
     """
 
     inner: Compressor
@@ -26,7 +28,8 @@ class _Blocks(Compressor):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Compressor):
             raise TypeError(
-                f"`inner` of {type(self).__name__} should be a compressor, such as TopK(ratio=0.01). Found {self.inner!r}."
+                f"`inner` of {type(self).__name__} should be a compressor, such as "
+                f"TopK(ratio=0.01). Found {self.inner!r}."
             )
 
     @abstractmethod
@@ -40,10 +43,14 @@ class _Blocks(Compressor):
         blocks = torch.split(x, list(self.blocks(len(x))))
         return tuple(tensor for block in blocks for tensor in self.inner.encode(block, generator))
 
-    def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
+    def encode_difference(
+        self, x: Tensor, y: Tensor, generator: torch.Generator | None = None
+    ) -> Payload:
         sizes = list(self.blocks(len(x)))
         blocks = zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)
-        return tuple(tensor for a, b in blocks for tensor in self.inner.encode_difference(a, b, generator))
+        return tuple(
+            tensor for a, b in blocks for tensor in self.inner.encode_difference(a, b, generator)
+        )
 
     def _shares(self, payload: Payload, dim: int) -> Iterator[tuple[Payload, int]]:
         """Every block's payload, and its size."""
@@ -54,13 +61,19 @@ class _Blocks(Compressor):
             first = last
 
     def decode(self, payload: Payload, dim: int) -> Tensor:
-        return torch.cat([self.inner.decode(share, size) for share, size in self._shares(payload, dim)])
+        return torch.cat(
+            [self.inner.decode(share, size) for share, size in self._shares(payload, dim)]
+        )
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
-        return torch.stack([self.inner.valid(share, size) for share, size in self._shares(payload, dim)]).all()
+        return torch.stack(
+            [self.inner.valid(share, size) for share, size in self._shares(payload, dim)]
+        ).all()
 
     def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
-        return _side_by_side([(*self.inner.entries(share, size), size) for share, size in self._shares(payload, dim)])
+        return _side_by_side(
+            [(*self.inner.entries(share, size), size) for share, size in self._shares(payload, dim)]
+        )
 
     @property
     def sparse(self) -> bool:
@@ -81,15 +94,28 @@ class _Blocks(Compressor):
 
     def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
         shares: list[Payload] = [()] * (len(bounds) - 1)
-        for (block, size), inside in zip(self._shares(payload, dim), _inside(self.blocks(dim), bounds), strict=True):
-            shares = [(*share, *more) for share, more in zip(shares, self.inner.split(block, size, inside), strict=True)]
+        for (block, size), inside in zip(
+            self._shares(payload, dim), _inside(self.blocks(dim), bounds), strict=True
+        ):
+            shares = [
+                (*share, *more)
+                for share, more in zip(shares, self.inner.split(block, size, inside), strict=True)
+            ]
         return shares
 
     def contraction(self, dim: int) -> float | None:
-        return None if not self.contractive else min(self.inner.contraction(size) or 0.0 for size in self.blocks(dim))
+        return (
+            None
+            if not self.contractive
+            else min(self.inner.contraction(size) or 0.0 for size in self.blocks(dim))
+        )
 
     def variance(self, dim: int) -> float | None:
-        return None if not self.unbiased else max(self.inner.variance(size) or 0.0 for size in self.blocks(dim))
+        return (
+            None
+            if not self.unbiased
+            else max(self.inner.variance(size) or 0.0 for size in self.blocks(dim))
+        )
 
     @property
     def contractive(self) -> bool:
@@ -117,7 +143,8 @@ def _inside(sizes: Sequence[int], bounds: Sequence[int]) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class _BlockParts(WireFormat):
-    """What of every block lies in one share of the coordinates; blocks that lie elsewhere are there, and empty.
+    """What of every block lies in one share of the coordinates; blocks that lie elsewhere are
+    there, and empty.
 
     Args:
         parts: every block's format there, and how many coordinates of it.
@@ -137,21 +164,27 @@ class _BlockParts(WireFormat):
         return torch.cat([part.decode(share, size) for part, share, size in self._shares(payload)])
 
     def entries(self, payload: Payload, dim: int) -> tuple[Tensor, Tensor]:
-        return _side_by_side([(*part.entries(share, size), size) for part, share, size in self._shares(payload)])
+        return _side_by_side(
+            [(*part.entries(share, size), size) for part, share, size in self._shares(payload)]
+        )
 
     def valid(self, payload: Payload, dim: int) -> Tensor:
-        return torch.stack([part.valid(share, size) for part, share, size in self._shares(payload)]).all()
+        return torch.stack(
+            [part.valid(share, size) for part, share, size in self._shares(payload)]
+        ).all()
 
 
 @dataclass(frozen=True)
 class PerTensor(_Blocks):
-    """Compresses every parameter's gradient separately: ``PerTensor(TopK(ratio=0.01))`` keeps 1% of each, and at least one number.
+    """Compresses every parameter's gradient separately: ``PerTensor(TopK(ratio=0.01))`` keeps 1% of
+    each, and at least one number.
 
     No paper: a composition.
 
     Args:
         inner: the compressor of one tensor.
-        sizes: the tensors' numbers of elements, in order. None: the strategy fills in those of the parameters that are trained.
+        sizes: the tensors' numbers of elements, in order. None: the strategy fills in those of the
+            parameters that are trained.
 
     Raises:
         ValueError: when it is to compress without knowing the sizes, or a vector of another size.
@@ -166,17 +199,20 @@ class PerTensor(_Blocks):
     def blocks(self, dim: int) -> Sequence[int]:
         if self.sizes is None or sum(self.sizes) != dim or min(self.sizes) < 0:
             raise ValueError(
-                f"PerTensor should know the tensors' numbers of elements, which add up to the vector's {dim}. Found sizes={self.sizes}. "
-                "The strategy fills them in; elsewhere write compressor.for_sizes([p.numel() for p in model.parameters()])."
+                "PerTensor should know the tensors' numbers of elements, which add up to the "
+                f"vector's {dim}. Found sizes={self.sizes}. The strategy fills them in; elsewhere "
+                "write compressor.for_sizes([p.numel() for p in model.parameters()])."
             )
         return [size for size in self.sizes if size > 0]
 
 
 @dataclass(frozen=True)
 class PerShard(_Blocks):
-    """Compresses equal shares of the vector separately, so that a rank that aggregates one of them needs nothing of the others.
+    """Compresses equal shares of the vector separately, so that a rank that aggregates one of them
+    needs nothing of the others.
 
-    The bounds are multiples of 32; a vector too short for that many shards has fewer. No paper: a composition.
+    The bounds are multiples of 32; a vector too short for that many shards has fewer. No paper: a
+    composition.
 
     Args:
         inner: the compressor of one shard.

@@ -29,11 +29,13 @@ def _index_dtype(dim: int) -> torch.dtype:
 
 
 def largest(x: Tensor, count: int, minus: Tensor | None = None) -> Tensor:
-    """Increasing indices of the ``count`` numbers of largest magnitude in ``x [d]``, or in ``x - minus``; which ones of equals is left open.
+    """Increasing indices of the ``count`` numbers of largest magnitude in ``x [d]``, or in
+    ``x - minus``; which ones of equals is left open.
 
-    ``topk`` sorts far more than it needs. On a CPU, where few of many are wanted, the magnitudes of a sample give a threshold that a
-    few more than ``count`` numbers reach; of those the smallest are dropped. If the sample was misleading, everything is sorted. A
-    difference is made block by block, and never stored.
+    ``topk`` sorts far more than it needs. On a CPU, where few of many are wanted, the magnitudes of
+    a sample give a threshold that a few more than ``count`` numbers reach; of those the smallest
+    are dropped. If the sample was misleading, everything is sorted. A difference is made block by
+    block, and never stored.
     """
     d = len(x)
 
@@ -42,27 +44,40 @@ def largest(x: Tensor, count: int, minus: Tensor | None = None) -> Tensor:
 
     if x.device.type == "cpu" and x.dtype in NUMPY_DTYPES and d >= 2 * _SAMPLE and count <= d // 8:
         expected = _SAMPLE * count / d
-        rank = math.ceil(expected + 5 * math.sqrt(expected) + 10)  # five standard deviations on the safe side
-        threshold = numbers(torch.randint(d, (_SAMPLE,), generator=torch.Generator().manual_seed(0))).abs_().topk(rank).values[-1]
+        # five standard deviations on the safe side
+        rank = math.ceil(expected + 5 * math.sqrt(expected) + 10)
+        threshold = (
+            numbers(torch.randint(d, (_SAMPLE,), generator=torch.Generator().manual_seed(0)))
+            .abs_()
+            .topk(rank)
+            .values[-1]
+        )
         room, found, sizes = x.new_empty(_BLOCK), [], []
         for first in range(0, d, _BLOCK):
             block = room[: min(_BLOCK, d - first)]
             here = slice(first, first + len(block))
-            torch.abs(x[here], out=block) if minus is None else torch.sub(x[here], minus[here], out=block).abs_()
+            if minus is None:
+                torch.abs(x[here], out=block)
+            else:
+                torch.sub(x[here], minus[here], out=block).abs_()
             magnitudes = block.numpy()  # where comparisons and finding take a fifth of the time
-            index = np.flatnonzero(~(magnitudes < threshold.numpy()))  # nan is among them, as topk takes it for the largest
+            # nan is among them, as topk takes it for the largest
+            index = np.flatnonzero(~(magnitudes < threshold.numpy()))
             sizes.append(torch.from_numpy(magnitudes[index]))
             found.append(torch.from_numpy(index).add_(first))
         candidates, reached = torch.cat(found), torch.cat(sizes)
         if len(candidates) >= count:
             dropped = reached.topk(len(candidates) - count, largest=False, sorted=False).indices
-            return candidates[torch.ones_like(candidates, dtype=torch.bool).index_fill_(0, dropped, False)]
+            return candidates[
+                torch.ones_like(candidates, dtype=torch.bool).index_fill_(0, dropped, False)
+            ]
     return numbers(slice(None)).abs().topk(count, sorted=False).indices.sort().values
 
 
 @dataclass(frozen=True)
 class SparsePart(WireFormat):
-    """Values and their strictly increasing indices: those of a sparse payload that lie in one share of the coordinates.
+    """Values and their strictly increasing indices: those of a sparse payload that lie in one share
+    of the coordinates.
 
     Args:
         count: how many there are at most.
@@ -96,7 +111,8 @@ class SparsePart(WireFormat):
 
 @dataclass(frozen=True)
 class _Sparse(Compressor):
-    """Keeps K of d coordinates. The wire holds K values and K strictly increasing indices (int32, or int64 for d > 2^31 - 1).
+    """Keeps K of d coordinates. The wire holds K values and K strictly increasing indices (int32,
+    or int64 for d > 2^31 - 1).
 
     Args:
         ratio: K / d, in (0, 1]; K is ``max(1, floor(ratio * d))``.
@@ -110,11 +126,15 @@ class _Sparse(Compressor):
         name = type(self).__name__
         if (self.ratio is None) == (self.k is None):
             raise ValueError(
-                f"{name} needs exactly one of `ratio` and `k`. Found ratio={self.ratio}, k={self.k}. "
-                f"Write {name}(ratio=0.01) to keep 1% of the coordinates, or {name}(k=100)."
+                f"{name} needs exactly one of `ratio` and `k`. Found ratio={self.ratio}, "
+                f"k={self.k}. Write {name}(ratio=0.01) to keep 1% of the coordinates, or "
+                f"{name}(k=100)."
             )
         if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"`ratio` should be in (0, 1]. Found ratio={self.ratio}. {name}(ratio=0.01) keeps 1%.")
+            raise ValueError(
+                f"`ratio` should be in (0, 1]. Found ratio={self.ratio}. {name}(ratio=0.01) keeps "
+                "1%."
+            )
         if self.k is not None and self.k < 1:
             raise ValueError(f"`k` should be at least 1. Found k={self.k}.")
 
@@ -167,23 +187,29 @@ class _Sparse(Compressor):
 
     def split(self, payload: Payload, dim: int, bounds: Sequence[int]) -> list[Payload]:
         values, index = payload
-        places = torch.searchsorted(index, torch.tensor(bounds, dtype=index.dtype, device=index.device)).tolist()
+        places = torch.searchsorted(
+            index, torch.tensor(bounds, dtype=index.dtype, device=index.device)
+        ).tolist()
         cuts = zip(pairwise(places), bounds, strict=False)
         return [(values[start:end], index[start:end] - first) for (start, end), first in cuts]
 
 
 @dataclass(frozen=True)
 class TopK(_Sparse):
-    """Keeps the K coordinates of largest magnitude, exactly K of them: biased, contractive with alpha = K / d.
+    """Keeps the K coordinates of largest magnitude, exactly K of them: biased, contractive with
+    alpha = K / d.
 
-    Alistarh et al. 2018 (arXiv 1809.10505); Stich et al. 2018 (arXiv 1809.07599). Use it inside an algorithm that makes up
-    for its bias, such as ByzEF21SGDM. `PerTensor` and `PerShard` choose K of every tensor's, or shard's, coordinates instead.
+    Alistarh et al. 2018 (arXiv 1809.10505); Stich et al. 2018 (arXiv 1809.07599). Use it inside an
+    algorithm that makes up for its bias, such as ByzEF21SGDM. `PerTensor` and `PerShard` choose K
+    of every tensor's, or shard's, coordinates instead.
     """
 
     def pick(self, x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
         return largest(x, count)
 
-    def encode_difference(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Payload:
+    def encode_difference(
+        self, x: Tensor, y: Tensor, generator: torch.Generator | None = None
+    ) -> Payload:
         index = largest(x, self.count(len(x)), minus=y)
         return x[index] - y[index], index.to(_index_dtype(len(x)))
 
@@ -202,18 +228,30 @@ class _Random(_Sparse):
     def pick(self, x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
         if generator is None:
             raise ValueError(
-                f"{type(self).__name__} draws its coordinates from a generator. Found generator=None. Pass "
-                "torch.Generator().manual_seed(...), or round.private('compressor') inside an algorithm."
+                f"{type(self).__name__} draws its coordinates from a generator. Found "
+                "generator=None. Pass torch.Generator().manual_seed(...), or "
+                "round.private('compressor') inside an algorithm."
             )
-        # A permutation of 11 million costs 40 times the draw of 1% of them, so draw, drop repetitions, and draw again.
+        # A permutation of 11 million costs 40 times the draw of 1% of them, so draw, drop
+        # repetitions, and draw again.
         if 4 * count > len(x):
-            return torch.randperm(len(x), generator=generator, device=generator.device)[:count].sort().values.to(x.device)
+            return (
+                torch.randperm(len(x), generator=generator, device=generator.device)[:count]
+                .sort()
+                .values.to(x.device)
+            )
         picked = torch.empty(0, dtype=torch.int64, device=generator.device)
         while len(picked) < count:
-            more = torch.randint(len(x), (2 * (count - len(picked)) + 8,), generator=generator, device=generator.device)
+            more = torch.randint(
+                len(x),
+                (2 * (count - len(picked)) + 8,),
+                generator=generator,
+                device=generator.device,
+            )
             picked = torch.cat([picked, more])
             values, inverse = torch.unique(picked, return_inverse=True)
-            # A coordinate counts where it was first drawn, so that the first K different ones are a fair sample.
+            # A coordinate counts where it was first drawn, so that the first K different ones are a
+            # fair sample.
             first = torch.full_like(values, len(picked)).scatter_reduce_(
                 0, inverse, torch.arange(len(picked), device=picked.device), "amin"
             )
@@ -223,7 +261,8 @@ class _Random(_Sparse):
 
 @dataclass(frozen=True)
 class RandK(_Random):
-    """Keeps K coordinates drawn at random, times d / K: unbiased, omega = d / K - 1. For MARINA and DIANA, not for error feedback.
+    """Keeps K coordinates drawn at random, times d / K: unbiased, omega = d / K - 1. For MARINA and
+    DIANA, not for error feedback.
 
     Konecny et al. 2016 (arXiv 1610.05492), random masks.
     """
@@ -237,7 +276,8 @@ class RandK(_Random):
 
 @dataclass(frozen=True)
 class ContractiveRandK(_Random):
-    """Keeps K coordinates drawn at random, as they are: biased, contractive with alpha = K / d. For error feedback.
+    """Keeps K coordinates drawn at random, as they are: biased, contractive with alpha = K / d. For
+    error feedback.
 
     Stich et al., NeurIPS 2018 (arXiv 1809.07599).
     """

@@ -1,8 +1,8 @@
 """Data: each worker its own part, in its own order, and data sets to start with.
 
-``from lightning_byz.data import DigitsDataModule`` gives the class for the Lightning package at hand
-(see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning` hold the
-classes for one each.
+``from lightning_byz.data import DigitsDataModule`` gives the class for the Lightning package at
+hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning`
+hold the classes for one each.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,15 @@ from lightning_byz.data.base import DataNotFoundError
 from lightning_byz.data.digits import DigitsData
 from lightning_byz.data.images import CIFAR10Data, FashionMNISTData
 from lightning_byz.data.libsvm import LIBSVMData
-from lightning_byz.data.partitions import IID, ByLabel, Dirichlet, GammaSimilarity, Partition, Replicated, labels_of
+from lightning_byz.data.partitions import (
+    IID,
+    ByLabel,
+    Dirichlet,
+    GammaSimilarity,
+    Partition,
+    Replicated,
+    labels_of,
+)
 from lightning_byz.data.sampler import WorkerSampler
 from lightning_byz.faces import of_home
 

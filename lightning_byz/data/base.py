@@ -28,12 +28,14 @@ class DataNotFoundError(FileNotFoundError):
 class WorkerData(_Base):
     """A data module's loaders. Subclasses set ``training`` and ``held_out`` in ``setup``.
 
-    Every worker trains on its own part (see `WorkerSampler`), whether workers share a process or not. Without the ``byzantine_robust``
-    strategy a process is one worker.
+    Every worker trains on its own part (see `WorkerSampler`), whether workers share a process or
+    not. Without the ``byzantine_robust`` strategy a process is one worker.
 
     Args:
-        batch_size: samples of *one worker* in one step; a process loads batch_size x workers_per_process at a time.
-        seed: seed of the partition and of the order in which workers see their samples. None: the one that ``seed_everything`` set, or 0.
+        batch_size: samples of *one worker* in one step; a process loads batch_size x
+            workers_per_process at a time.
+        seed: seed of the partition and of the order in which workers see their samples. None: the
+            one that ``seed_everything`` set, or 0.
         num_workers: processes that load data, as for DataLoader.
         partition: which worker holds which samples; None: every n-th.
     """
@@ -43,12 +45,19 @@ class WorkerData(_Base):
     held_out_batch_size: int = 1000
     collate: Callable[[Any], Any] | None = None
 
-    def __init__(self, batch_size: int, seed: int | None, num_workers: int, partition: Partition | None) -> None:
+    def __init__(
+        self, batch_size: int, seed: int | None, num_workers: int, partition: Partition | None
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`batch_size` should be at least 1. Found batch_size={batch_size}.")
         check_partition(partition)
-        self.batch_size, self.seed, self.num_workers, self.partition = batch_size, seed, num_workers, partition
+        self.batch_size, self.seed, self.num_workers, self.partition = (
+            batch_size,
+            seed,
+            num_workers,
+            partition,
+        )
 
     def train_sampler(self) -> WorkerSampler:
         """The workers' streams of this process."""
@@ -56,7 +65,9 @@ class WorkerData(_Base):
         return WorkerSampler(
             self.training,  # type: ignore[arg-type]
             self.batch_size,
-            workers_per_process=1 if trainer is None else getattr(trainer.strategy, "workers_per_process", 1),
+            workers_per_process=1
+            if trainer is None
+            else getattr(trainer.strategy, "workers_per_process", 1),
             num_replicas=None if trainer is None else trainer.world_size,
             rank=None if trainer is None else trainer.global_rank,
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
@@ -66,13 +77,22 @@ class WorkerData(_Base):
     def train_dataloader(self) -> DataLoader[Any]:
         sampler = self.train_sampler()
         return DataLoader(
-            self.training, sampler.batch_size_per_process, sampler=sampler, num_workers=self.num_workers, collate_fn=self.collate
+            self.training,
+            sampler.batch_size_per_process,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
         )
 
     def val_dataloader(self) -> Any:
         if self.held_out is None:
             return []
-        return DataLoader(self.held_out, self.held_out_batch_size, num_workers=self.num_workers, collate_fn=self.collate)
+        return DataLoader(
+            self.held_out,
+            self.held_out_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+        )
 
     def test_dataloader(self) -> Any:
         return self.val_dataloader()
@@ -88,7 +108,9 @@ def download(url: str, path: Path, sha256: str) -> None:
         OSError: if the file cannot be had, or is not what it should be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as part:
         try:
             digest = hashlib.sha256()
             with urllib.request.urlopen(url, timeout=30) as source:

@@ -1,4 +1,6 @@
-"""Fashion-MNIST and CIFAR-10: images that are held in memory as bytes, and made ready a batch at a time."""
+"""Fashion-MNIST and CIFAR-10: images that are held in memory as bytes, and made ready a batch at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,27 @@ _PAD = 4
 
 
 class Images(Dataset[Any]):
-    """Images and their labels; `__getitems__` gives a whole batch ``(float32 [B, C, H, W], int64 [B])``.
+    """Images and their labels; `__getitems__` gives a whole batch
+    ``(float32 [B, C, H, W], int64 [B])``.
 
     Args:
         images: uint8 ``[N, C, H, W]``.
         targets: int64 ``[N]``.
         mean: of each channel, of values in [0, 1]; subtracted.
         std: of each channel; divided by.
-        augment: shift by up to 4 pixels and mirror at random. What happens to a sample depends on (seed, epoch, sample) alone.
+        augment: shift by up to 4 pixels and mirror at random. What happens to a sample depends on
+            (seed, epoch, sample) alone.
         seed: of the augmentation.
     """
 
     def __init__(
-        self, images: Tensor, targets: Tensor, mean: Sequence[float], std: Sequence[float], augment: bool = False, seed: int = 0
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: bool = False,
+        seed: int = 0,
     ) -> None:
         self.images, self.targets, self.augment, self.seed = images, targets, augment, seed
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
@@ -65,7 +75,10 @@ class Images(Dataset[Any]):
         way = self._ways[1][index][:, None]
         height, width = images.shape[2:]
         rows = torch.arange(height) + way // 2 // side
-        columns = torch.where(way % 2 == 0, torch.arange(width), torch.arange(width).flip(0)) + way // 2 % side
+        columns = (
+            torch.where(way % 2 == 0, torch.arange(width), torch.arange(width).flip(0))
+            + way // 2 % side
+        )
         padded = F.pad(images, [_PAD] * 4)
         batch = torch.arange(len(images))[:, None, None]
         return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -96,7 +109,9 @@ class _ImageData(WorkerData):
         self.folder = Path(folder)
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        """All images, uint8 ``[N, C, H, W]``, and labels, int64 ``[N]``, of the training or the test set, from the folder."""
+        """All images, uint8 ``[N, C, H, W]``, and labels, int64 ``[N]``, of the training or the
+        test set, from the folder.
+        """
         raise NotImplementedError
 
     def fetch(self) -> None:
@@ -119,8 +134,9 @@ class _ImageData(WorkerData):
 
     def _missing(self, why: str) -> DataNotFoundError:
         return DataNotFoundError(
-            f"{self.title} should lie in {self.folder.resolve()} as torchvision lays it out: {self.layout}. Found no such files, "
-            f"{why.rstrip('.')}. Put them there, or set `folder` to where they are."
+            f"{self.title} should lie in {self.folder.resolve()} as torchvision lays it out: "
+            f"{self.layout}. Found no such files, {why.rstrip('.')}. Put them there, or set "
+            "`folder` to where they are."
         )
 
     def setup(self, stage: str) -> None:
@@ -137,15 +153,20 @@ class _ImageData(WorkerData):
 
 
 class FashionMNISTData(_ImageData):
-    """All of FashionMNISTDataModule but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """All of FashionMNISTDataModule but its Lightning base class (see `lightning_byz.lightning` and
+    `.pytorch_lightning`).
 
-    Zalando's Fashion-MNIST (arXiv 1708.07747): 60,000 images for training and 10,000, held out for validation and testing, of 28 x 28 grey
-    values, ten classes. A batch is ``(images [B, 1, 28, 28] float32, of mean 0 and variance 1 over the training set, labels [B] int64)``.
+    Zalando's Fashion-MNIST (arXiv 1708.07747): 60,000 images for training and 10,000, held out for
+    validation and testing, of 28 x 28 grey values, ten classes. A batch is
+    ``(images [B, 1, 28, 28] float32, of mean 0 and variance 1 over the training set, labels [B]
+    int64)``.
 
     Args:
-        folder: where the data set is, or is to be put: files in ``folder/FashionMNIST/raw``, as torchvision lays them out.
+        folder: where the data set is, or is to be put: files in ``folder/FashionMNIST/raw``, as
+            torchvision lays them out.
         batch_size: samples of *one worker* in one step.
-        seed: seed of the partition and of the order in which workers see their samples. None: the one that ``seed_everything`` set, or 0.
+        seed: seed of the partition and of the order in which workers see their samples. None: the
+            one that ``seed_everything`` set, or 0.
         partition: which worker holds which samples, such as ``Dirichlet(0.1)``; None: every n-th.
         num_workers: processes that load data, as for DataLoader.
 
@@ -161,7 +182,9 @@ class FashionMNISTData(_ImageData):
     def present(self) -> bool:
         raw = self.folder / "FashionMNIST" / "raw"
         return all(
-            (raw / f"{part}-{kind}-ubyte").is_file() for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+            (raw / f"{part}-{kind}-ubyte").is_file()
+            for part in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
         )
 
     def fetch(self) -> None:
@@ -178,21 +201,23 @@ class FashionMNISTData(_ImageData):
 
 
 class CIFAR10Data(_ImageData):
-    """All of CIFAR10DataModule but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """All of CIFAR10DataModule but its Lightning base class (see `lightning_byz.lightning` and
+    `.pytorch_lightning`).
 
-    CIFAR-10 (Krizhevsky 2009): 50,000 images for training and 10,000, held out for validation and testing, of 32 x 32 pixels, ten classes. A
-    batch is ``(images [B, 3, 32, 32] float32, every channel of mean 0 and variance 1 over the training set, labels [B] int64)``.
+    CIFAR-10 (Krizhevsky 2009): 50,000 images for training and 10,000, held out for validation and
+    testing, of 32 x 32 pixels, ten classes. A batch is ``(images [B, 3, 32, 32] float32, every
+    channel of mean 0 and variance 1 over the training set, labels [B] int64)``.
 
     Args:
-        folder: where the data set is, or is to be put: files in ``folder/cifar-10-batches-py``, as torchvision lays them out. They are
-            pickles; nothing but arrays is read from them.
+        folder: where the data set is, or is to be put: files in ``folder/cifar-10-batches-py``, as
+            torchvision lays them out. They are pickles; nothing but arrays is read from them.
         batch_size: samples of *one worker* in one step.
-        seed: seed of the partition, the order in which workers see their samples, and the augmentation. None: the one that
-            ``seed_everything`` set, or 0.
+        seed: seed of the partition, the order in which workers see their samples, and the
+            augmentation. None: the one that ``seed_everything`` set, or 0.
         partition: which worker holds which samples, such as ``Dirichlet(0.1)``; None: every n-th.
         num_workers: processes that load data, as for DataLoader.
-        augment: shift training images by up to 4 pixels and mirror them, at random. What happens to a sample depends on the seed and the epoch
-            alone, not on the worker that sees it.
+        augment: shift training images by up to 4 pixels and mirror them, at random. What happens to
+            a sample depends on the seed and the epoch alone, not on the worker that sees it.
 
     Raises:
         DataNotFoundError: if the files are neither in the folder nor to be had.
@@ -256,7 +281,8 @@ class _Arrays(pickle.Unpickler):
         if harmless is not None:
             return harmless
         raise pickle.UnpicklingError(
-            f"A file of CIFAR-10 should hold arrays and lists. Found a call of {module}.{name}. Download the data set again."
+            f"A file of CIFAR-10 should hold arrays and lists. Found a call of {module}.{name}. "
+            "Download the data set again."
         )
 
     @classmethod

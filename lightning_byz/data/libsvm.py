@@ -20,7 +20,8 @@ HOME = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
 
 class _Known(NamedTuple):
     features: int
-    files: Mapping[str, str | None]  # file name: SHA-256 of the original text, or None if it is not to be downloaded
+    # file name: SHA-256 of the original text, or None if it is not to be downloaded
+    files: Mapping[str, str | None]
 
 
 KNOWN = {
@@ -38,7 +39,9 @@ KNOWN = {
             "w8a.t": "618929ecb01bebb841daec4cae4aa07b97832d29b08652452775598929547fde",
         },
     ),
-    "mushrooms": _Known(112, {"mushrooms": "f39a4eb628dc61a7d43760815b061c9e497aa728ce1ad8bde57a09ef6043b538"}),
+    "mushrooms": _Known(
+        112, {"mushrooms": "f39a4eb628dc61a7d43760815b061c9e497aa728ce1ad8bde57a09ef6043b538"}
+    ),
     "phishing": _Known(68, {"phishing": None}),
 }
 """The data sets whose sizes are known; any other name is read from its folder."""
@@ -51,21 +54,27 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 class LIBSVMData(WorkerData):
-    """All of LIBSVMDataModule but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`).
+    """All of LIBSVMDataModule but its Lightning base class (see `lightning_byz.lightning` and
+    `.pytorch_lightning`).
 
-    A data set of https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html, or any file in its format, held in memory, dense. A
-    batch is ``(features [B, d] float32, labels [B] int64)``; the labels in the file, such as -1 and +1, become 0, 1, ... in increasing order.
+    A data set of https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary.html, or any file
+    in its format, held in memory, dense. A batch is ``(features [B, d] float32, labels [B]
+    int64)``; the labels in the file, such as -1 and +1, become 0, 1, ... in increasing order.
 
-    Files are looked for in ``folder``: the training set under its name (``a9a``), the held-out set, for validation and testing, with
-    ``.t`` behind it (``a9a.t``), as text or with ``.bz2`` or ``.gz`` at the end. Without a ``.t`` file nothing is held out. Missing files of
-    ``a9a``, ``w8a`` and ``mushrooms`` are downloaded and checked.
+    Files are looked for in ``folder``: the training set under its name (``a9a``), the held-out set,
+    for validation and testing, with ``.t`` behind it (``a9a.t``), as text or with ``.bz2`` or
+    ``.gz`` at the end. Without a ``.t`` file nothing is held out. Missing files of ``a9a``, ``w8a``
+    and ``mushrooms`` are downloaded and checked.
 
     Args:
-        name: the data set, "a9a", "w8a", "mushrooms", "phishing", or the name of a file in ``folder``.
+        name: the data set, "a9a", "w8a", "mushrooms", "phishing", or the name of a file in
+            ``folder``.
         folder: where the files are, or are to be put.
-        normalize: scale every row to unit L2 norm, as papers on logistic regression often do; rows of zeros stay as they are.
+        normalize: scale every row to unit L2 norm, as papers on logistic regression often do; rows
+            of zeros stay as they are.
         batch_size: samples of *one worker* in one step.
-        seed: seed of the partition and of the order in which workers see their samples. None: the one that ``seed_everything`` set, or 0.
+        seed: seed of the partition and of the order in which workers see their samples. None: the
+            one that ``seed_everything`` set, or 0.
         partition: which worker holds which samples, such as ``Replicated()``; None: every n-th.
         num_workers: processes that load data, as for DataLoader; 0 is fastest here.
 
@@ -94,12 +103,15 @@ class LIBSVMData(WorkerData):
                 try:
                     download(HOME + name, self.folder / name, sha256)
                 except OSError as error:
-                    raise self._missing(name, f"and {HOME + name} did not give it: {error}") from error
+                    raise self._missing(
+                        name, f"and {HOME + name} did not give it: {error}"
+                    ) from error
 
     def _missing(self, name: str, why: str) -> DataNotFoundError:
         return DataNotFoundError(
-            f"LIBSVMDataModule({self.dataset!r}) reads the file {name}, {name}.bz2 or {name}.gz in {self.folder.resolve()}. Found none of them, "
-            f"{why.rstrip('.')}. Put it there from {HOME}, or set `folder` to where it is."
+            f"LIBSVMDataModule({self.dataset!r}) reads the file {name}, {name}.bz2 or {name}.gz "
+            f"in {self.folder.resolve()}. Found none of them, {why.rstrip('.')}. Put it there "
+            f"from {HOME}, or set `folder` to where it is."
         )
 
     def setup(self, stage: str) -> None:
@@ -107,7 +119,10 @@ class LIBSVMData(WorkerData):
         from sklearn.datasets import load_svmlight_files
 
         known = KNOWN.get(self.dataset)
-        training, held_out = _find(self.folder, self.dataset), _find(self.folder, self.dataset + ".t")
+        training, held_out = (
+            _find(self.folder, self.dataset),
+            _find(self.folder, self.dataset + ".t"),
+        )
         if training is None:
             raise self._missing(self.dataset, "and did not look elsewhere")
         if held_out is None and known is not None and self.dataset + ".t" in known.files:
@@ -116,7 +131,10 @@ class LIBSVMData(WorkerData):
         loaded = load_svmlight_files(paths, n_features=None if known is None else known.features)
         classes = torch.unique(torch.from_numpy(loaded[1]))
         sets = [
-            TensorDataset(self._rows(torch.from_numpy(x.toarray()).float()), self._labels(torch.from_numpy(y), classes))
+            TensorDataset(
+                self._rows(torch.from_numpy(x.toarray()).float()),
+                self._labels(torch.from_numpy(y), classes),
+            )
             for x, y in zip(loaded[::2], loaded[1::2], strict=True)
         ]
         self.training, self.held_out = sets[0], sets[1] if len(sets) > 1 else None
@@ -127,7 +145,7 @@ class LIBSVMData(WorkerData):
     def _labels(self, y: Tensor, classes: Tensor) -> Tensor:
         if not bool(torch.isin(y, classes).all()):
             raise ValueError(
-                f"{self.dataset}.t should have the labels of {self.dataset}, {classes.tolist()}. Found {torch.unique(y).tolist()}. Use files that "
-                "belong together."
+                f"{self.dataset}.t should have the labels of {self.dataset}, {classes.tolist()}. "
+                f"Found {torch.unique(y).tolist()}. Use files that belong together."
             )
         return torch.searchsorted(classes, y)

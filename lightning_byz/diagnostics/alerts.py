@@ -1,4 +1,6 @@
-"""How a suspicion reaches people: the log, wandb's alerts, and a function of the user's; and how ranks compare what they hold."""
+"""How a suspicion reaches people: the log, wandb's alerts, and a function of the user's; and how
+ranks compare what they hold.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,21 @@ class Suspect:
 
 
 def run_logger(trainer: Any) -> logging.Logger:
-    """A logger below Lightning's own, so that its messages are seen and filtered as Lightning's are."""
-    package = "lightning.pytorch" if type(trainer).__module__.startswith("lightning.") else "pytorch_lightning"
+    """A logger below Lightning's own, so that its messages are seen and filtered as Lightning's
+    are.
+    """
+    package = (
+        "lightning.pytorch"
+        if type(trainer).__module__.startswith("lightning.")
+        else "pytorch_lightning"
+    )
     return logging.getLogger(f"{package}.lightning_byz")
 
 
 def is_wandb(logger: Any) -> bool:
-    """Whether it is a WandbLogger, or made from one, of either package's Lightning; nothing is imported to know."""
+    """Whether it is a WandbLogger, or made from one, of either package's Lightning; nothing is
+    imported to know.
+    """
     return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)
 
 
@@ -68,7 +78,8 @@ def accuse(
     remark: str,
     on_suspect: Callable[[Suspect], None] | None,
 ) -> Suspect:
-    """Says on rank 0 that a worker is suspect: in the log, by ``wandb.alert`` of a WandbLogger, and to the user's function.
+    """Says on rank 0 that a worker is suspect: in the log, by ``wandb.alert`` of a WandbLogger, and
+    to the user's function.
 
     Args:
         trainer: the Trainer.
@@ -89,12 +100,13 @@ def accuse(
         others = ", by its own past"
         odds = (
             "a run of honest workers ever says so with probability at most "
-            f"{test.false_alarm_rate:g}. It is no proof: colluding workers can move what is measured "
-            "of an honest one."
+            f"{test.false_alarm_rate:g}. It is no proof: colluding workers can move what is "
+            "measured of an honest one."
         )
     message = (
         f"Suspect: {place}. Step {step}: {reason}. {test.evidence_shown(place.worker)}. "
-        f"Tested {int(test.pairs[place.worker])} times{others}; {odds}" + (f" {remark}" if remark else "")
+        f"Tested {int(test.pairs[place.worker])} times{others}; {odds}"
+        + (f" {remark}" if remark else "")
     )
     suspect = Suspect(place.worker, place.rank, place.host, place.device, step, reason, message)
     if not trainer.is_global_zero:
@@ -102,7 +114,9 @@ def accuse(
     run_logger(trainer).warning(message)
     for logger in trainer.loggers:
         if is_wandb(logger):
-            logger.experiment.alert(title=f"lightning_byz: rank {place.rank} on {place.host} is suspect", text=message)
+            logger.experiment.alert(
+                title=f"lightning_byz: rank {place.rank} on {place.host} is suspect", text=message
+            )
     if on_suspect is not None:
         on_suspect(suspect)
     return suspect
@@ -111,17 +125,21 @@ def accuse(
 def starts_afresh(who: str, test: SuspicionTest, before: int) -> str:
     """That the checkpoint's evidence, of ``before`` workers, is left out."""
     return (
-        f"{who}: its evidence starts afresh. The checkpoint's is of n={before} workers, or of other "
-        f"settings; here n={test.n}, f={test.f}, compare={test.compare!r}."
+        f"{who}: its evidence starts afresh. The checkpoint's is of n={before} workers, or of "
+        f"other settings; here n={test.n}, f={test.f}, compare={test.compare!r}."
     )
 
 
 def log_to_all(trainer: Any, values: dict[str, float]) -> None:
-    """Writes metrics to every logger at once, whatever ``log_every_n_steps`` says: looks are rare, and their steps are not Lightning's."""
+    """Writes metrics to every logger at once, whatever ``log_every_n_steps`` says: looks are rare,
+    and their steps are not Lightning's.
+    """
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
 
 
 def scores(test: SuspicionTest, places: Sequence[Whereabouts]) -> dict[str, float]:
     """``byz/suspicion/worker_<i>``: 0 is no evidence, 1 an accusation."""
-    return {f"byz/suspicion/worker_{place.worker}": float(test.scores[place.worker]) for place in places}
+    return {
+        f"byz/suspicion/worker_{place.worker}": float(test.scores[place.worker]) for place in places
+    }

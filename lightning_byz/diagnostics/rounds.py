@@ -1,4 +1,6 @@
-"""What a round says about its workers, for callbacks: who spoke, with which weight, and how far the rule's bound reaches."""
+"""What a round says about its workers, for callbacks: who spoke, with which weight, and how far the
+rule's bound reaches.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,16 @@ class Aggregated(NamedTuple):
     round: Round
 
     def again(self) -> Rows:
-        """The rows with the round's random stream at its start, so that the rule draws what it drew."""
+        """The rows with the round's random stream at its start, so that the rule draws what it
+        drew.
+        """
         return dataclasses.replace(self.rows, generator=self.round.shared("rule"))
 
 
 def aggregated(algorithm: Algorithm, outcome: Outcome) -> Aggregated | None:
-    """What the rule saw in a round; None if it could not run, as an algorithm may go on without it (Byz-VR-MARINA-PP)."""
+    """What the rule saw in a round; None if it could not run, as an algorithm may go on without it
+    (Byz-VR-MARINA-PP).
+    """
     present, cohort, rule = outcome.round.present, outcome.round.cohort, outcome.rule
     assert present is not None
     part = torch.ones_like(present) if cohort is None else cohort
@@ -53,7 +59,9 @@ def aggregated(algorithm: Algorithm, outcome: Outcome) -> Aggregated | None:
 
 
 def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
-    """``[n]`` float64: the weight of every worker's row, 0 for those that did not speak; None where the rule has no weights."""
+    """``[n]`` float64: the weight of every worker's row, 0 for those that did not speak; None where
+    the rule has no weights.
+    """
     rule, rows = seen.rule, seen.again()
     if isinstance(rule, Chain):
         rows, rule = rule.prepared(rows), rule.rule
@@ -68,7 +76,9 @@ def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
 
 
 class RoundLog:
-    """What a callback logs of rounds: measured where the server's half runs, logged at the batch's end."""
+    """What a callback logs of rounds: measured where the server's half runs, logged at the batch's
+    end.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, float] = {}
@@ -99,7 +109,8 @@ class Guarantee(NamedTuple):
 
     Attributes:
         kappa: the rule's constant for the rows present (`Aggregator.kappa`).
-        spread: ``1/h sum_i ||x_i - mean||^2`` of the honest rows, or of those that are taken for them.
+        spread: ``1/h sum_i ||x_i - mean||^2`` of the honest rows, or of those that are taken for
+            them.
         ratio: `worst_relative_error`; the guarantee holds below 1.
     """
 
@@ -109,12 +120,15 @@ class Guarantee(NamedTuple):
 
 
 def guarantee(seen: Aggregated, honest: Tensor | None = None) -> Guarantee | None:
-    """The guarantee meter of a round; None for rules without a proven kappa, and for rows of unequal shares.
+    """The guarantee meter of a round; None for rules without a proven kappa, and for rows of
+    unequal shares.
 
-    Measured are the rows that the rule saw (momenta, EF21 mirrors, ..., whatever the algorithm aggregates). If the honest workers are known,
-    these are the rows S. If not, S are the n - f rows nearest to each other: those nearest to the row whose n - f nearest, itself included,
-    are nearest. Liars among them can make their spread look smaller or larger than the honest one's by no more than they are near, so
-    it is an estimate, while "does not hold" of an honest set is a fact.
+    Measured are the rows that the rule saw (momenta, EF21 mirrors, ..., whatever the algorithm
+    aggregates). If the honest workers are known, these are the rows S. If not, S are the n - f rows
+    nearest to each other: those nearest to the row whose n - f nearest, itself included, are
+    nearest. Liars among them can make their spread look smaller or larger than the honest one's by
+    no more than they are near, so it is an estimate, while "does not hold" of an honest set is a
+    fact.
 
     Args:
         seen: what the rule saw.

@@ -1,4 +1,6 @@
-"""Sketch: short vectors whose distances are those of the long ones, so that monitors need not hold n gradients."""
+"""Sketch: short vectors whose distances are those of the long ones, so that monitors need not hold
+n gradients.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ _ROWS = 8
 
 
 class Sketch:
-    """A linear map of vectors ``[dim]`` to vectors ``[min(dim, size)]`` that keeps squared distances, in expectation, and norms.
+    """A linear map of vectors ``[dim]`` to vectors ``[min(dim, size)]`` that keeps squared
+    distances, in expectation, and norms.
 
-    Coordinate i, with a random sign, is added to coordinate i mod size (a count sketch: Charikar, Chen, Farach-Colton, ICALP 2002; as a
-    Johnson-Lindenstrauss map: Weinberger et al., ICML 2009, arXiv 0902.2206). A squared distance is off by about sqrt(2 / size) of itself, 0.55 % for
+    Coordinate i, with a random sign, is added to coordinate i mod size (a count sketch: Charikar,
+    Chen, Farach-Colton, ICALP 2002; as a Johnson-Lindenstrauss map: Weinberger et al., ICML 2009,
+    arXiv 0902.2206). A squared distance is off by about sqrt(2 / size) of itself, 0.55 % for
     65,536. Vectors that are no longer than that are kept as they are.
 
     The map is the same in all processes on the same kind of device, and in all steps of a run.
@@ -38,7 +42,8 @@ class Sketch:
 
         Args:
             out: ``[..., size]`` float32, what it is added to.
-            piece: ``[..., k]`` coordinates offset .. offset + k - 1 of the vectors. Vectors are to be cut at the same places every time.
+            piece: ``[..., k]`` coordinates offset .. offset + k - 1 of the vectors. Vectors are to
+                be cut at the same places every time.
             offset: where the piece begins.
         """
         length = piece.shape[-1]
@@ -61,7 +66,11 @@ class Sketch:
 
 
 def _signs(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """``[count]`` float32, +1 or -1; eight of every random byte, for drawing is what takes the time."""
-    drawn = torch.randint(0, 256, ((count + 7) // 8, 1), generator=generator, device=device, dtype=torch.uint8)
+    """``[count]`` float32, +1 or -1; eight of every random byte, for drawing is what takes the
+    time.
+    """
+    drawn = torch.randint(
+        0, 256, ((count + 7) // 8, 1), generator=generator, device=device, dtype=torch.uint8
+    )
     bits = (drawn >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
     return bits.flatten()[:count].float().mul_(2).sub_(1)

@@ -75,14 +75,20 @@ _SHOWN = 10
 _MEMORY, _WARM_UP, _DEVIATIONS, _DEVIATION_PROBABILITY = 50, 15, 8.0, 0.02
 
 _REASONS = {
-    ("distance", "high"): "its gradient lies farther from the others' than they lie from each other",
+    (
+        "distance",
+        "high",
+    ): "its gradient lies farther from the others' than they lie from each other",
     ("distance", "low"): "its gradient lies closer to the others' than they lie to each other",
     ("cosine", "high"): "its gradient agrees with the others' more than they agree with each other",
     ("cosine", "low"): "its gradient points away from the others'",
     ("norm", "high"): "its gradient is longer than the others'",
     ("norm", "low"): "its gradient is shorter than the others'",
     ("change", "high"): "its gradient changes more from step to step than the others'",
-    ("change", "low"): "its gradient changes less from step to step than the others', as if it were stuck",
+    (
+        "change",
+        "low",
+    ): "its gradient changes less from step to step than the others', as if it were stuck",
 }
 
 
@@ -111,7 +117,9 @@ class Look(NamedTuple):
 
 
 def look(rows: Tensor, here: Tensor) -> Look:
-    """Measures the rows ``[n, m]`` of those that are here ``[n]``; a row with a nan or an inf is infinitely far from all others."""
+    """Measures the rows ``[n, m]`` of those that are here ``[n]``; a row with a nan or an inf is
+    infinitely far from all others.
+    """
     finite = torch.isfinite(rows).all(1)
     rows = torch.where(finite[:, None], rows, 0.0)
     wide = rows.double()
@@ -168,7 +176,8 @@ class SuspicionTest:
         n: number of workers.
         f: how many of them may be faulty, 1 <= f < n / 2.
         false_alarm_rate: the probability, at most, that any honest worker is ever accused in a run.
-        compare: with the "others", where workers draw from one pool of data, or each with its "own_past", where their data differ.
+        compare: with the "others", where workers draw from one pool of data, or each with its
+            "own_past", where their data differ.
         gross: how many times others' norms and distances no honest worker's ever are.
     """
 
@@ -186,8 +195,8 @@ class SuspicionTest:
             )
         if not 0 < false_alarm_rate < 1:
             raise ValueError(
-                "`false_alarm_rate`, the probability that a run of honest workers ever accuses one, should be in (0, 1). Found "
-                f"{false_alarm_rate}."
+                "`false_alarm_rate`, the probability that a run of honest workers ever accuses "
+                f"one, should be in (0, 1). Found {false_alarm_rate}."
             )
         if compare not in get_args(Compare):
             raise ValueError(
@@ -219,17 +228,21 @@ class SuspicionTest:
         self._first: Look | None = None
         self.last: Look | None = None
 
-    # -- what is known ------------------------------------------------------------------------------------------------
+    # -- what is known -----------------------------------------------------------------------------
 
     @property
     def evidence(self) -> Tensor:
-        """``[n]`` float64: what was won by betting against each worker, from a capital of 1. See the module's text."""
+        """``[n]`` float64: what was won by betting against each worker, from a capital of 1. See
+        the module's text.
+        """
         usual = self._wealth.mean((1, 2, 3, 4)) + 1 / (self._pairs + 1)
         return torch.maximum(usual, self._gross + 1 / (self._looks + 1)) / 2
 
     @property
     def threshold(self) -> float:
-        """The evidence at which a worker is accused: with two tests and n workers, 1 / rate for each by the union bound."""
+        """The evidence at which a worker is accused: with two tests and n workers, 1 / rate for
+        each by the union bound.
+        """
         return self.n / self.false_alarm_rate
 
     @property
@@ -246,8 +259,9 @@ class SuspicionTest:
         """What speaks most against a worker."""
         if self._is_gross(worker):
             return (
-                f"its gradient is not finite, or more than {self.gross:g} times as long as the median "
-                "worker's, or as many times as far from the others' as most are from each other"
+                f"its gradient is not finite, or more than {self.gross:g} times as long as the "
+                "median worker's, or as many times as far from the others' as most are from each "
+                "other"
             )
         statistic, side, _, size, _, _ = self._decided(worker)
         if self.compare == "others":
@@ -297,11 +311,12 @@ class SuspicionTest:
             return "Its last gradient is not finite"
         numbers = (("norm", self.last.norm), ("distance", self.last.distance))
         return "Last seen: " + ", ".join(
-            f"{name} {float(values[worker]):.3g} (median worker {float(values[self.last.here].median()):.3g})"
+            f"{name} {float(values[worker]):.3g} (median worker "
+            f"{float(values[self.last.here].median()):.3g})"
             for name, values in numbers
         )
 
-    # -- a round ------------------------------------------------------------------------------------------------------
+    # -- a round -----------------------------------------------------------------------------------
 
     def observe(self, rows: Tensor, here: Tensor | None = None) -> list[int]:
         """Takes in one round: the first and the second of a pair in turn.
@@ -319,7 +334,8 @@ class SuspicionTest:
         self.last = seen
         f = max(0, self.f - len(self.excluded))
         if f == 0 or int((here & ~seen.finite).sum()) > f or int(here.sum()) <= 2 * f:
-            self._first = None  # nothing is as f says: an overflow of everybody's loss scale, or too few workers
+            # nothing is as f says: an overflow of everybody's loss scale, or too few workers
+            self._first = None
             return []
         self._bet_on_gross(seen, f)
         if self._first is None:
@@ -367,7 +383,9 @@ class SuspicionTest:
 
     @staticmethod
     def _begun(rounds: Tensor) -> Tensor:
-        """The part of the capital that is staked first in this round, 1 / (t (t + 1)): it adds up to 1 over all t."""
+        """The part of the capital that is staked first in this round, 1 / (t (t + 1)): it adds up
+        to 1 over all t.
+        """
         return 1 / (rounds * (rounds + 1)).clamp_min(1).double()
 
     def _bet(self, first: Look, second: Look, f: int) -> None:
@@ -473,7 +491,7 @@ class SuspicionTest:
             relative - center,
         )
 
-    # -- what users decide --------------------------------------------------------------------------------------------
+    # -- what users decide -------------------------------------------------------------------------
 
     def exclude(self, worker: int) -> None:
         """Nobody is compared with this worker any more, and there is one less among the others."""
@@ -490,10 +508,12 @@ class SuspicionTest:
             past[worker] = torch.nan
         self._first = None
 
-    # -- checkpoint ---------------------------------------------------------------------------------------------------
+    # -- checkpoint --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it remembers but for the first half of a pair, as plain containers of tensors."""
+        """All that it remembers but for the first half of a pair, as plain containers of
+        tensors.
+        """
         return {
             "wealth": self._wealth,
             "gross": self._gross,
@@ -517,8 +537,10 @@ class SuspicionTest:
         """
         if not self.fits(state):
             raise ValueError(
-                f"The checkpoint's suspicions should be of n={self.n}, f={self.f}, compare={self.compare!r}. Found tensors of shape "
-                f"{list(state['wealth'].shape)} instead of {list(self._wealth.shape)}. Resume with the settings of the run that wrote it."
+                f"The checkpoint's suspicions should be of n={self.n}, f={self.f}, "
+                f"compare={self.compare!r}. Found tensors of shape {list(state['wealth'].shape)} "
+                f"instead of {list(self._wealth.shape)}. Resume with the settings of the run that "
+                "wrote it."
             )
         self._wealth, self._gross = state["wealth"].clone(), state["gross"].clone()
         self._pairs, self._looks = state["pairs"].clone(), state["looks"].clone()

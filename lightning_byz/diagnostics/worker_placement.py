@@ -45,13 +45,16 @@ def describe(device: torch.device) -> str:
 
 
 def whereabouts(
-    device: torch.device, gather: Callable[[Tensor], Sequence[Tensor | None]], workers_per_process: int = 1
+    device: torch.device,
+    gather: Callable[[Tensor], Sequence[Tensor | None]],
+    workers_per_process: int = 1,
 ) -> list[Whereabouts]:
     """Where all workers run; a collective.
 
     Args:
         device: of this process.
-        gather: from this process's tensor, uint8 on the CPU, to those of all processes, in the order of ranks; None for one not heard.
+        gather: from this process's tensor, uint8 on the CPU, to those of all processes, in the
+            order of ranks; None for one not heard.
         workers_per_process: workers in one process.
     """
     own = f"{platform.node()}\n{describe(device)}".encode()[:_LENGTH]
@@ -61,5 +64,8 @@ def whereabouts(
     for rank, data in enumerate(gather(padded)):
         said = "?\n?" if data is None else text(bytes(data.tolist()), _LENGTH)  # it goes into logs
         host, name = (line.replace("\n", "?") for line in said.partition("\n")[::2])
-        places += [Whereabouts(rank * workers_per_process + i, rank, host, name) for i in range(workers_per_process)]
+        places += [
+            Whereabouts(rank * workers_per_process + i, rank, host, name)
+            for i in range(workers_per_process)
+        ]
     return places

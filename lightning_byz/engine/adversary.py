@@ -1,4 +1,6 @@
-"""Workers that lie: once all honest messages of a round are known, theirs become what an attack says."""
+"""Workers that lie: once all honest messages of a round are known, theirs become what an attack
+says.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ from lightning_byz.types import Payload, Round, keyed_generator
 class Adversary:
     """Some workers, and the attack that says what they send instead of their messages.
 
-    The attack sees decoded messages and its answers go through the same codec. Every process computes
-    the same lies. The attacker knows the server's state, and may try its lies on the server's half.
+    The attack sees decoded messages and its answers go through the same codec. Every process
+    computes the same lies. The attacker knows the server's state, and may try its lies on the
+    server's half.
 
     Args:
         attack: what the Byzantine workers send.
@@ -87,8 +90,8 @@ class Adversary:
             round: the round.
             server: the server's half, whose state does not change.
             index: number of the exchange.
-            liars: all workers that lie in this round, here or by another fault; their messages are not
-                shown as honest ones.
+            liars: all workers that lie in this round, here or by another fault; their messages are
+                not shown as honest ones.
         """
         messages, dim, dtype = list(everybody), server.dim, server.dtype
         cohort = server.algorithm.cohort(round).tolist()
@@ -104,7 +107,9 @@ class Adversary:
         forges = zip(self.byzantine, self.attack.forges(len(self.byzantine)), strict=True)
         own = [worker for worker, forged in forges if worker in rows or (forged and cohort[worker])]
         zero = torch.zeros(dim, dtype=dtype, device=messages[0].flags.device)
-        seen = torch.stack([rows[worker] for worker in honest]) if honest else zero.new_empty(0, dim)
+        seen = (
+            torch.stack([rows[worker] for worker in honest]) if honest else zero.new_empty(0, dim)
+        )
         trial = _Trial(server, server.state, tuple(messages), honest, own, codec, round)
         scene = Scene(
             generator=keyed_generator("attack", round.seed, round.step, device=seen.device),
@@ -177,7 +182,12 @@ class _Trial:
         """``[n, width]`` and ``[n]`` bool: all messages, and who is present."""
         server = self.server
         valid = (self.codec.valid(payload, server.dim) for _, payload in self.everybody)
-        present = torch.stack([(flags[0] == SPEAKS) & sound for (flags, _), sound in zip(self.everybody, valid, strict=True)]).cpu()
+        present = torch.stack(
+            [
+                (flags[0] == SPEAKS) & sound
+                for (flags, _), sound in zip(self.everybody, valid, strict=True)
+            ]
+        ).cpu()
         device = self.everybody[0].payload[0].device
         values = torch.zeros(len(present), server.width, dtype=server.dtype, device=device)
         for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):
@@ -189,7 +199,9 @@ class _Trial:
         return self.server.supposed(*self._decoded, self.round, algorithm, self.state)
 
     def aggregate(self, lies: Tensor) -> Tensor:
-        """The server's estimate ``[d]`` for these lies ``[b, d]``; zeros if it would skip the step."""
+        """The server's estimate ``[d]`` for these lies ``[b, d]``; zeros if it would skip the
+        step.
+        """
         values, present = self._decoded
         for worker, lie in zip(self.own, lies, strict=True):
             payload = _encoded(lie.to(self.server.dtype), worker, self.codec, self.round)
@@ -205,7 +217,8 @@ class _Trial:
             return self._estimate(dataclasses.replace(algorithm, aggregator=mean))  # type: ignore[type-var]
         values, present = self._decoded
         everybody = [*self.honest, *self.own]
-        values[everybody] = values[list(self.honest)].mean(0)  # a unanimous rule gives what all agree on
+        # a unanimous rule gives what all agree on
+        values[everybody] = values[list(self.honest)].mean(0)
         present[everybody] = True
         try:
             return self._estimate(algorithm)

@@ -1,4 +1,6 @@
-"""The round: from the local workers' gradients to one robust estimate, over any transport, for any method."""
+"""The round: from the local workers' gradients to one robust estimate, over any transport, for any
+method.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,25 @@ from lightning_byz.types import Payload, Round
 
 
 class Exchange:
-    """Runs an algorithm round by round and keeps its state: of the local workers, and of the server.
+    """Runs an algorithm round by round and keeps its state: of the local workers, and of the
+    server.
 
     Args:
         algorithm: the method, with f known.
         transport: a connected transport.
         seed: seed of the run's random streams.
-        shares: ``[n]`` float64 > 0, how much of the data each worker holds, for rules that weigh rows; None: all the same.
+        shares: ``[n]`` float64 > 0, how much of the data each worker holds, for rules that weigh
+            rows; None: all the same.
         index: number of the exchange in a run of several, each of which has streams of its own.
         name: what the gradients are of, for messages.
 
     Attributes:
         step: number of the next round.
-        previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms that need the drift.
+        previous: ``[d]`` the parameters at the last round that gave an estimate, for algorithms
+            that need the drift.
         observers: called with every outcome, where the server's half runs.
-        simulation: what simulated faults say of a step; liars are the first to arrive, and who never
-            arrives is silent.
+        simulation: what simulated faults say of a step; liars are the first to arrive, and who
+            never arrives is silent.
         quarantined: workers whose messages do not count from the next round on, the same on every
             rank; the rule's f stays, as far as it allows that for the rows that are left.
     """
@@ -99,15 +104,25 @@ class Exchange:
         """The round that comes next, as far as it is known before the workers compute.
 
         Args:
-            x: ``[d]``, the parameters; for algorithms that do not need the drift, any vector of their size, dtype and device.
+            x: ``[d]``, the parameters; for algorithms that do not need the drift, any vector of
+                their size, dtype and device.
         """
         n = self.transport.n
         rushing = torch.zeros(n, dtype=torch.bool)
         rushing[torch.tensor(sorted(self.simulation.liars_at(self.step)), dtype=torch.int64)] = True
         previous = self.previous if self.dim == len(x) else None
-        drift = None if previous is None else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
+        drift = (
+            None
+            if previous is None
+            else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
+        )
         round = Round(
-            step=self.step, n=n, seed=self.seed, drift=drift, rushing=rushing, arrivals=self.simulation.arrivals_at(self.step)
+            step=self.step,
+            n=n,
+            seed=self.seed,
+            drift=drift,
+            rushing=rushing,
+            arrivals=self.simulation.arrivals_at(self.step),
         )
         round = round._replace(measured=self.transport.measured)
         round = round._replace(cohort=self.algorithm.cohort(round))
@@ -119,16 +134,20 @@ class Exchange:
         assert round.cohort is not None
         cohort, rule = int(round.cohort.sum()), self.algorithm.rule(round)
         f, need = rule.f or 0, min(cohort, self.algorithm.first(round.n))
-        enough = (m for m in range(1, need + 1) if min(f, rule.most_f(m)) >= (f - need + m if need - m <= f else f))
+        enough = (
+            m
+            for m in range(1, need + 1)
+            if min(f, rule.most_f(m)) >= (f - need + m if need - m <= f else f)
+        )
         return Awaited(cohort - need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
     def open(self, x: Tensor) -> BucketedMessages | None:
-        """Begins the next round, so that buckets of the local workers' messages may leave before their
-        gradients are complete.
+        """Begins the next round, so that buckets of the local workers' messages may leave before
+        their gradients are complete.
 
-        Every rank may, and need not: what it has not sent is sent in `run`. None where the algorithm or
-        the transport wants whole messages.
+        Every rank may, and need not: what it has not sent is sent in `run`. None where the
+        algorithm or the transport wants whole messages.
 
         Args:
             x: as in `run`.
@@ -161,18 +180,21 @@ class Exchange:
             self.transport.meet(self.place)
 
     @torch.no_grad()
-    def run(self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None) -> Outcome:
+    def run(
+        self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None
+    ) -> Outcome:
         """One round.
 
         Args:
             contributions: one for each local worker, in order. Gradients are not modified.
-            x: ``[d]``, the parameters; for algorithms that do not need the drift, any vector of their
-                size, dtype and device.
-            trusted: ``[d]`` a gradient on trusted data; rank 0's counts. None, on all ranks, if there is
-                none.
+            x: ``[d]``, the parameters; for algorithms that do not need the drift, any vector of
+                their size, dtype and device.
+            trusted: ``[d]`` a gradient on trusted data; rank 0's counts. None, on all ranks, if
+                there is none.
 
         Returns:
-            the outcome. Its estimate is the same on every rank. If it has none, no state has changed.
+            the outcome. Its estimate is the same on every rank. If it has none, no state has
+            changed.
         """
         workers, server = self._sides(x)
         if self._opened is None:
@@ -209,7 +231,15 @@ class Exchange:
         round = round._replace(cohort=verdict.cohort, present=verdict.present)
         rows = Rows(torch.zeros(round.n, 0))
         outcome = Outcome(
-            round, None, verdict.used, lambda: rows, lambda: rows, self.algorithm.rule(round), message.nbytes, 0, verdict.seconds
+            round,
+            None,
+            verdict.used,
+            lambda: rows,
+            lambda: rows,
+            self.algorithm.rule(round),
+            message.nbytes,
+            0,
+            verdict.seconds,
         )
         if verdict.answer is None:
             return outcome._replace(reason=verdict.reason)
@@ -217,7 +247,9 @@ class Exchange:
         return outcome._replace(estimate=down.decode(verdict.answer, dim), bytes_down=down_bytes)
 
     def _agreed(self, round: Round, trusted: Tensor | None) -> Round:
-        """The round with rank 0's drift and trusted gradient: every rank's decisions are to be the same."""
+        """The round with rank 0's drift and trusted gradient: every rank's decisions are to be the
+        same.
+        """
         if round.drift is not None:
             round = round._replace(drift=self.transport.agree(round.drift))
         if trusted is not None:
@@ -225,7 +257,7 @@ class Exchange:
             round = round._replace(trusted=trusted if bool(all_finite(trusted)) else None)
         return round
 
-    # -- a closure that is evaluated again ----------------------------------------------------------
+    # -- a closure that is evaluated again ---------------------------------------------------------
 
     def memory(self) -> Any:
         """A copy of all that both halves remember here, for `repeat`."""
@@ -246,9 +278,10 @@ class Exchange:
         algorithm = self.algorithm
         if algorithm.needs_drift or algorithm.needs_previous:
             raise ValueError(
-                f"{type(algorithm).__name__} takes one gradient a step, because it looks at earlier "
-                "parameters. Found an optimizer that evaluates its closure several times a step, as "
-                "LBFGS and SAM do. Use another optimizer, or another algorithm, such as RobustSGD."
+                f"{type(algorithm).__name__} takes one gradient a step, because it looks at "
+                "earlier parameters. Found an optimizer that evaluates its closure several times "
+                "a step, as LBFGS and SAM do. Use another optimizer, or another algorithm, such "
+                "as RobustSGD."
             )
         if memory is None:
             self.dim = None
@@ -258,13 +291,13 @@ class Exchange:
             self._worker_side.remember(workers)
             self._server_side.remember(server)
 
-    # -- checkpoint ---------------------------------------------------------------------------------
+    # -- checkpoint --------------------------------------------------------------------------------
 
     def server_state(self, alone: bool = False) -> dict[str, Any]:
         """The server's half and the round number, as plain containers of tensors.
 
-        Where the server's state lies in shards it is collected at rank 0; the other ranks' answers hold
-        their shards.
+        Where the server's state lies in shards it is collected at rank 0; the other ranks' answers
+        hold their shards.
 
         Args:
             alone: this rank is the only one that asks. Without the other ranks' shards there is no
@@ -276,10 +309,16 @@ class Exchange:
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors of their own."""
-        return {worker: {name: t.clone() for name, t in state._asdict().items()} for worker, state in self.workers.items()}
+        return {
+            worker: {name: t.clone() for name, t in state._asdict().items()}
+            for worker, state in self.workers.items()
+        }
 
-    def load(self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor) -> None:
-        """Restores what `server_state` and `worker_states` gave; workers that are missing start afresh.
+    def load(
+        self, server: dict[str, Any], workers: dict[int, dict[str, Tensor]], like: Tensor
+    ) -> None:
+        """Restores what `server_state` and `worker_states` gave; workers that are missing start
+        afresh.
 
         Args:
             server: from `server_state`.
@@ -295,7 +334,8 @@ class Exchange:
         if whole is not None:
             server_side.load(whole)
         elif self.transport.serves:
-            return  # one rank saved without the others' shards: momenta are worth nothing without mirrors
+            # one rank saved without the others' shards: momenta are worth nothing without mirrors
+            return
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:

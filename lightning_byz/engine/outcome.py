@@ -13,8 +13,8 @@ from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Gradients, Round
 
 SILENT, SPEAKS, IDLE = 0, 1, 2
-"""What a worker says of itself in its first flag: its gradient is not finite; it has a message; it has
-no batch, or no loss.
+"""What a worker says of itself in its first flag: its gradient is not finite; it has a message; it
+has no batch, or no loss.
 """
 
 NO_LOSS = "No worker had a loss: training_step returned None, or there was no batch."
@@ -38,8 +38,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         round: the round, with ``present`` set.
-        estimate: the gradient estimate ``[d]``, in memory that the next round may use again; None if too few rows were present: the
-            step is to be skipped.
+        estimate: the gradient estimate ``[d]``, in memory that the next round may use again; None
+            if too few rows were present: the step is to be skipped.
         used: ``[P]`` bool, the parameters that more than f present workers have a gradient of.
         decode: makes the messages' rows, until the next round.
         look: makes the rows that the estimate stands for, until the next round.
@@ -65,17 +65,23 @@ class Outcome(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        """The decoded messages ``[n, d]``, or the columns of them that this rank aggregates; absent rows are 0."""
+        """The decoded messages ``[n, d]``, or the columns of them that this rank aggregates; absent
+        rows are 0.
+        """
         return self.decode()
 
     @property
     def seen(self) -> Rows:
-        """The rows that the estimate stands for, as ``rows``; those of workers that are not present mean nothing. On all ranks or on none."""
+        """The rows that the estimate stands for, as ``rows``; those of workers that are not present
+        mean nothing. On all ranks or on none.
+        """
         return self.look()
 
     @property
     def silent(self) -> list[int]:
-        """The workers that were to take part and whose message did not count, those in quarantine left aside."""
+        """The workers that were to take part and whose message did not count, those in quarantine
+        left aside.
+        """
         assert self.round.present is not None and self.round.cohort is not None
         absent = (self.round.cohort & ~self.round.present).nonzero().flatten().tolist()
         return [worker for worker in absent if worker not in self.quarantined]
@@ -88,4 +94,6 @@ def comes(round: Round, worker: int) -> bool:
 
 def flags_of(says: int, used: Tensor) -> Tensor:
     """A message's flags: what the worker says, then ``used``."""
-    return torch.cat([torch.tensor([says], dtype=torch.uint8, device=used.device), used.to(torch.uint8)])
+    return torch.cat(
+        [torch.tensor([says], dtype=torch.uint8, device=used.device), used.to(torch.uint8)]
+    )

@@ -63,10 +63,13 @@ class ServerSide:
         state: the server's state; None where it is not held.
         unchecked: rounds in which the algorithm's own answers are looked at.
         last: ``[d]`` the last estimate, where the next one differs from it in few coordinates.
-        columns: of every tensor of the state, whether its last dimension is that of the coordinates.
+        columns: of every tensor of the state, whether its last dimension is that of the
+            coordinates.
     """
 
-    def __init__(self, algorithm: Algorithm, transport: Transport, like: Tensor, shares: Tensor | None) -> None:
+    def __init__(
+        self, algorithm: Algorithm, transport: Transport, like: Tensor, shares: Tensor | None
+    ) -> None:
         self.algorithm, self.transport, self.shares = algorithm, transport, shares
         self.dim, self.dtype, self.unchecked = len(like), like.dtype, 2
         n = transport.n
@@ -121,17 +124,31 @@ class ServerSide:
             exposed=spoke & ~present & ~left_out,  # an honest worker checks what it sends
             quarantined=left_out,
         )
-        decode = cache(lambda: replace(blank, values=self._decoded(received, present, x[: self.width])))
+        decode = cache(
+            lambda: replace(blank, values=self._decoded(received, present, x[: self.width]))
+        )
         round = self._as_seen_here(round, present)
 
         used = (flags[present, 1:] != 0).sum(0) > min(rule.f or 0, max(0, int(present.sum()) - 1))
         seconds = self.algorithm.seconds(round)
-        outcome = Outcome(round, None, used, decode, decode, rule, sent.nbytes, 0, seconds, quarantined=quarantined)
+        outcome = Outcome(
+            round,
+            None,
+            used,
+            decode,
+            decode,
+            rule,
+            sent.nbytes,
+            0,
+            seconds,
+            quarantined=quarantined,
+        )
         answer: Payload | None = None
         try:
             estimate, answer = self._answer(_Heard(received, blank, decode, down, round))
         except TooFewRowsError as error:
-            nobody = not bool(spoke.any()) and int(idle.sum()) > (rule.f or 0)  # so that some honest worker says so
+            # so that some honest worker says so
+            nobody = not bool(spoke.any()) and int(idle.sum()) > (rule.f or 0)
             outcome = outcome._replace(reason=NO_LOSS if nobody else str(error))
         else:
             server = self.state
@@ -167,7 +184,8 @@ class ServerSide:
     def supposed(
         self, values: Tensor, present: Tensor, round: Round, algorithm: Algorithm, state: Any
     ) -> Tensor:
-        """The whole estimate ``[d]`` that a round would give; no state changes. For simulated attackers.
+        """The whole estimate ``[d]`` that a round would give; no state changes. For simulated
+        attackers.
 
         Args:
             values: ``[n, width]`` the decoded messages, in this rank's columns.
@@ -187,7 +205,9 @@ class ServerSide:
         return self.transport.assemble(estimate, self.dim)
 
     def _answer(self, heard: _Heard) -> tuple[Tensor, Payload]:
-        """The whole estimate as a worker decodes it, and the payload that told it; and the new state."""
+        """The whole estimate as a worker decodes it, and the payload that told it; and the new
+        state.
+        """
         round, values = heard.round, heard.blank.values
         assert round.present is not None
         shape_fits = self.whole is not None and self.whole.shape == (self.dim,)
@@ -214,33 +234,54 @@ class ServerSide:
         return whole, told
 
     def named(self, heard: _Heard) -> tuple[Tensor, Rows] | None:
-        """The coordinates here that some message names, and the messages' rows in these columns; None if most may be named."""
+        """The coordinates here that some message names, and the messages' rows in these columns;
+        None if most may be named.
+        """
         received, blank, round = heard.received, heard.blank, heard.round
         assert round.present is not None
-        if not ((self.algorithm.absorbs or self.algorithm.changes_named) and self.algorithm.codec(round).sparse):
+        if not (
+            (self.algorithm.absorbs or self.algorithm.changes_named)
+            and self.algorithm.codec(round).sparse
+        ):
             return None
         width = self.width
         speaking = _indices(round.present)
-        entries = [received.format.entries(received.messages[worker].payload, width) for worker in speaking]
+        entries = [
+            received.format.entries(received.messages[worker].payload, width) for worker in speaking
+        ]
         if 2 * sum(len(places) for places, _ in entries) > width:
             return None
         empty = torch.zeros(0, dtype=torch.int64, device=blank.values.device)
         index, places = torch.cat([empty, *(at for at, _ in entries)]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
         values = blank.values.new_zeros(round.n, len(index))
-        for worker, (_, numbers), place in zip(speaking, entries, places.split([len(at) for at, _ in entries]), strict=True):
+        for worker, (_, numbers), place in zip(
+            speaking, entries, places.split([len(at) for at, _ in entries]), strict=True
+        ):
             values[worker, place] = numbers
         return index, replace(blank, values=values, spans=None, dim=None)
 
-    def on_columns(self, index: Tensor, half: Callable[[Any], tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
-        """What a part of the server's half gives in some columns, and the state with what it left in them, which is written into."""
+    def on_columns(
+        self, index: Tensor, half: Callable[[Any], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Any]:
+        """What a part of the server's half gives in some columns, and the state with what it left
+        in them, which is written into.
+        """
         cut = self.columns
-        before = (t.index_select(-1, index) if columns else t for t, columns in zip(self.state, cut, strict=True))
+        before = (
+            t.index_select(-1, index) if columns else t
+            for t, columns in zip(self.state, cut, strict=True)
+        )
         result, after = half(type(self.state)(*before))
-        state = (t.index_copy_(-1, index, new) if columns else new for t, new, columns in zip(self.state, after, cut, strict=True))
+        state = (
+            t.index_copy_(-1, index, new) if columns else new
+            for t, new, columns in zip(self.state, after, cut, strict=True)
+        )
         return result, type(self.state)(*state)
 
     def estimate(self, heard: _Heard, named: tuple[Tensor, Rows] | None) -> Tensor:
-        """The estimate in all columns here. The server's state is the new one then. ``named``: from `named`."""
+        """The estimate in all columns here. The server's state is the new one then. ``named``: from
+        `named`.
+        """
         blank, round = heard.blank, heard.round
         lent = round._replace(room=self.pool)
         if named is None or not self.algorithm.absorbs:
@@ -249,27 +290,49 @@ class ServerSide:
                 self._check_server(estimate, after, blank)
         else:
             index, rows = named
-            _, absorbed = self.on_columns(index, lambda state: (index, self.algorithm.absorb(rows, state, round)))
+            _, absorbed = self.on_columns(
+                index, lambda state: (index, self.algorithm.absorb(rows, state, round))
+            )
             estimate, after = self.algorithm.answer(blank, absorbed, lent)
         self.pool.take_back(self.state, after)
         self.state = after
         return estimate
 
     def _check_server(self, estimate: Any, state: Any, blank: Rows) -> None:
-        """Raises unless the server's half gave an estimate of all columns here, and a state like the one before."""
+        """Raises unless the server's half gave an estimate of all columns here, and a state like
+        the one before.
+        """
         owner = f"{type(self.algorithm).__name__}.server"
         check_state(state, owner, self.state)
         width = self.width
-        if not isinstance(estimate, Tensor) or estimate.shape != (width,) or estimate.dtype != blank.values.dtype:
-            found = (tuple(estimate.shape), estimate.dtype) if isinstance(estimate, Tensor) else type(estimate).__name__
-            raise TypeError(f"{owner} should return an estimate of shape ({width},) and {blank.values.dtype}. Found {found}.")
+        if (
+            not isinstance(estimate, Tensor)
+            or estimate.shape != (width,)
+            or estimate.dtype != blank.values.dtype
+        ):
+            found = (
+                (tuple(estimate.shape), estimate.dtype)
+                if isinstance(estimate, Tensor)
+                else type(estimate).__name__
+            )
+            raise TypeError(
+                f"{owner} should return an estimate of shape ({width},) and {blank.values.dtype}. "
+                f"Found {found}."
+            )
 
     def _decoded(self, received: Received, present: Tensor, like: Tensor) -> Tensor:
-        """The messages' columns here as rows ``[n, width]``, in memory that the next round uses again; absent rows are 0."""
+        """The messages' columns here as rows ``[n, width]``, in memory that the next round uses
+        again; absent rows are 0.
+        """
         dim = len(like)
-        payloads = [message.payload if here else None for here, message in zip(present.tolist(), received.messages, strict=True)]
+        payloads = [
+            message.payload if here else None
+            for here, message in zip(present.tolist(), received.messages, strict=True)
+        ]
         if isinstance(received.format, Identity):  # they may lie there already
-            together = _side_by_side([None if payload is None else payload[0] for payload in payloads])
+            together = _side_by_side(
+                [None if payload is None else payload[0] for payload in payloads]
+            )
             if together is not None:
                 return together
         if (
@@ -283,7 +346,7 @@ class ServerSide:
             row.zero_() if payload is None else received.format.decode_into(payload, row)
         return self._rows
 
-    # -- what is remembered -------------------------------------------------------------------------
+    # -- what is remembered ------------------------------------------------------------------------
 
     def memory(self) -> tuple[Any, Tensor | None]:
         """A copy of the state and of the last estimate."""
@@ -335,7 +398,7 @@ def _indices(mask: Tensor) -> list[int]:
     return found
 
 
-# -- plans ------------------------------------------------------------------------------------------
+# -- plans -----------------------------------------------------------------------------------------
 
 
 def _plan(side: ServerSide, down: Compressor) -> _Plan:
@@ -393,13 +456,16 @@ class Revised(Whole):
         named = side.named(heard)
         if named is not None and algorithm.changes_named:
             index, rows = named
-            numbers, side.state = side.on_columns(index, lambda state: algorithm.server(rows, state, heard.round))
+            numbers, side.state = side.on_columns(
+                index, lambda state: algorithm.server(rows, state, heard.round)
+            )
         else:
             estimate = side.estimate(heard, named)
             index = places_of(estimate != transport.columns(last))
             numbers = estimate[index]
         answer = transport.revise(index, numbers, last)
-        # who writes into the estimate changes no state; a server may still be sending the one before
+        # who writes into the estimate changes no state; a server may still be sending the one
+        # before
         if side.whole is None or transport.measured:
             side.whole = last.clone()
         else:
@@ -424,13 +490,18 @@ class InPieces(_Plan):
             place += size
         assert downlink is not None
         side.state = type(side.state)(
-            *(torch.cat([state[i] for state in states], -1) if here else states[-1][i] for i, here in enumerate(side.columns))
+            *(
+                torch.cat([state[i] for state in states], -1) if here else states[-1][i]
+                for i, here in enumerate(side.columns)
+            )
         )
         whole = downlink.close()
         return whole, (whole,)
 
     def _with_results(self, rows: Rows, round: Round) -> Iterator[tuple[Rows, Algorithm]]:
-        """The rows' pieces, and the algorithm for each: with its rule, or with what its rule has found."""
+        """The rows' pieces, and the algorithm for each: with its rule, or with what its rule has
+        found.
+        """
         algorithm = self.side.algorithm
         if algorithm.aggregator.coordinate_wise:
             yield from ((piece, algorithm) for _, piece in rows.pieces())
@@ -461,7 +532,11 @@ def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
         return None
     starts = []
     for vector in vectors:
-        if vector is None or vector.stride() != (1,) or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if (
+            vector is None
+            or vector.stride() != (1,)
+            or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
             return None
         starts.append(vector.storage_offset())
     gap = starts[1] - starts[0]

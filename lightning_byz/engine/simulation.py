@@ -116,7 +116,9 @@ class Simulation(Honest):
         server: ServerSide,
         index: int,
     ) -> Received:
-        """On shards, whole messages are gathered for the adversaries to see; nobody counts these bytes."""
+        """On shards, whole messages are gathered for the adversaries to see; nobody counts these
+        bytes.
+        """
         transport, dim, dtype = server.transport, server.dim, server.dtype
         for adversary in self.adversaries:
             adversary.begin(index, dim, round)

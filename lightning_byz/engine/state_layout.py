@@ -1,4 +1,6 @@
-"""Which tensors of an algorithm's state have a number for every coordinate: the one place that knows."""
+"""Which tensors of an algorithm's state have a number for every coordinate: the one place that
+knows.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def columns_of(init: Callable[[Tensor], Any], dim: int, dtype: torch.dtype) -> t
 
 
 def check_state(state: Any, owner: str, before: Any = None) -> None:
-    """Raises unless an algorithm's state is a NamedTuple of tensors, of the shapes and dtypes that it had before.
+    """Raises unless an algorithm's state is a NamedTuple of tensors, of the shapes and dtypes that
+    it had before.
 
     Args:
         state: what a half of the algorithm gave.
@@ -32,31 +35,47 @@ def check_state(state: Any, owner: str, before: Any = None) -> None:
         before: the state of the round before; None: this is the first one.
     """
     if not isinstance(state, tuple) or not hasattr(state, "_asdict"):
-        raise TypeError(f"{owner} should return a state that is a NamedTuple of tensors. Found {type(state).__name__}.")
+        raise TypeError(
+            f"{owner} should return a state that is a NamedTuple of tensors. Found "
+            f"{type(state).__name__}."
+        )
     for name, value in state._asdict().items():
         if not isinstance(value, Tensor):
             raise TypeError(
-                f"{owner} should return a state that is a NamedTuple of tensors. Found {name}: {type(value).__name__}. Use "
-                "torch.tensor(...) for numbers."
+                f"{owner} should return a state that is a NamedTuple of tensors. Found {name}: "
+                f"{type(value).__name__}. Use torch.tensor(...) for numbers."
             )
     if before is None:
         return
-    kinds = [{name: (tuple(t.shape), t.dtype) for name, t in each._asdict().items()} for each in (before, state)]
+    kinds = [
+        {name: (tuple(t.shape), t.dtype) for name, t in each._asdict().items()}
+        for each in (before, state)
+    ]
     if kinds[0] != kinds[1]:
-        raise TypeError(f"{owner} should return a state like the one that it was given: {kinds[0]}. Found {kinds[1]}.")
+        raise TypeError(
+            f"{owner} should return a state like the one that it was given: {kinds[0]}. Found "
+            f"{kinds[1]}."
+        )
 
 
 def check_kept(state: Any, gradient: Tensor, owner: str) -> None:
-    """Raises if a state holds the gradient that it was made of, whose memory the next round uses again."""
+    """Raises if a state holds the gradient that it was made of, whose memory the next round uses
+    again.
+    """
     for name, value in state._asdict().items():
-        if value.numel() and value.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr():
+        if (
+            value.numel()
+            and value.untyped_storage().data_ptr() == gradient.untyped_storage().data_ptr()
+        ):
             raise ValueError(
-                f"{owner} keeps the gradient that it was given in its state: {name}. Its memory is used again in the next round. Keep "
-                "a copy: grads.current.clone()."
+                f"{owner} keeps the gradient that it was given in its state: {name}. Its memory "
+                "is used again in the next round. Keep a copy: grads.current.clone()."
             )
 
 
-def piece_of(state: Any, first: int, last: int, dim: int, columns: Sequence[bool] | None = None) -> Any:
+def piece_of(
+    state: Any, first: int, last: int, dim: int, columns: Sequence[bool] | None = None
+) -> Any:
     """The state in the columns first .. last - 1: views.
 
     Args:
@@ -67,7 +86,9 @@ def piece_of(state: Any, first: int, last: int, dim: int, columns: Sequence[bool
         columns: from `columns_of`; None: tensors whose last dimension is ``dim``.
     """
     cut = [t.ndim > 0 and t.shape[-1] == dim for t in state] if columns is None else columns
-    return type(state)(*(t[..., first:last] if here else t for t, here in zip(state, cut, strict=True)))
+    return type(state)(
+        *(t[..., first:last] if here else t for t, here in zip(state, cut, strict=True))
+    )
 
 
 def copied(state: Any) -> Any:
@@ -86,7 +107,9 @@ def restored(fresh: Any, saved: Mapping[str, Tensor], owner: str) -> Any:
     Raises:
         ValueError: if names or shapes differ.
     """
-    check_shapes({name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner)
+    check_shapes(
+        {name: tuple(value.shape) for name, value in fresh._asdict().items()}, saved, owner
+    )
     tensors = (saved[name].to(now, copy=True) for name, now in fresh._asdict().items())
     return type(fresh)(*tensors)  # with memory of its own, for it may be written into
 
@@ -99,7 +122,7 @@ def check_shapes(
     if shapes != found:
         raise ValueError(
             f"The checkpoint's state of the {owner} should have the tensors {dict(shapes)}. Found "
-            f"{found}. It belongs to another algorithm, or to other settings of it. Use the settings "
-            "that the checkpoint was written with, or start a new run from its weights: "
+            f"{found}. It belongs to another algorithm, or to other settings of it. Use the "
+            "settings that the checkpoint was written with, or start a new run from its weights: "
             "Model.load_from_checkpoint(path)."
         )

@@ -1,4 +1,6 @@
-"""The workers' half of a round: the local workers' messages, whole or bucket by bucket, and their states."""
+"""The workers' half of a round: the local workers' messages, whole or bucket by bucket, and their
+states.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from torch import Tensor
 
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor
-from lightning_byz.engine.outcome import IDLE, SILENT, SPEAKS, Contribution, Outcome, comes, flags_of
+from lightning_byz.engine.outcome import (
+    IDLE,
+    SILENT,
+    SPEAKS,
+    Contribution,
+    Outcome,
+    comes,
+    flags_of,
+)
 from lightning_byz.engine.state_layout import (
     check_kept,
     check_state,
@@ -49,7 +59,9 @@ class WorkerSide:
         self._pool = TensorPool()
 
     def bucketed(self, transport: Transport, round: Round, x: Tensor) -> BucketedMessages | None:
-        """The coming round's messages in buckets; None where the algorithm or the transport wants whole ones."""
+        """The coming round's messages in buckets; None where the algorithm or the transport wants
+        whole ones.
+        """
         if not (self.algorithm.coordinate_wise and transport.serves):
             return None
         codec = self.algorithm.codec(round)
@@ -137,18 +149,23 @@ class WorkerSide:
 
 
 def _is_finite(grads: Gradients | None, codec: Compressor) -> TypeGuard[Gradients]:
-    """Whether there are gradients, and all of them finite; not looked at where the payload would show it."""
+    """Whether there are gradients, and all of them finite; not looked at where the payload would
+    show it.
+    """
     if grads is None or codec.tells_nonfinite:
         return grads is not None
     return all(bool(all_finite(part)) for part in grads if part is not None)
 
 
 _BLOCK = 2**18
-"""Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache for the next."""
+"""Coordinates of which a worker's half is computed at a time: what one pass reads is in the cache
+for the next.
+"""
 
 
 class BucketedMessages:
-    """The local workers' messages of one round on their way up, bucket by bucket, and the states that they leave behind.
+    """The local workers' messages of one round on their way up, bucket by bucket, and the states
+    that they leave behind.
 
     Args:
         algorithm: a coordinate-wise one.
@@ -161,7 +178,8 @@ class BucketedMessages:
         check: look at the states that the algorithm makes.
 
     Attributes:
-        sound: by worker, whether each piece that it sent is finite: 0-d bool tensors, so that an accelerator is not waited for.
+        sound: by worker, whether each piece that it sent is finite: 0-d bool tensors, so that an
+            accelerator is not waited for.
         states: by worker, its next state.
     """
 
@@ -182,7 +200,9 @@ class BucketedMessages:
         self.like = x[:0]
         self.before, self.columns = dict(states), columns
         self.states = {
-            worker: type(state)(*(room(t) if here else t for t, here in zip(state, columns, strict=True)))
+            worker: type(state)(
+                *(room(t) if here else t for t, here in zip(state, columns, strict=True))
+            )
             for worker, state in states.items()
         }
         self.sound: dict[int, list[Tensor]] = {worker: [] for worker in states}
@@ -201,8 +221,8 @@ class BucketedMessages:
             contributions: one for each local worker, in order.
 
         Returns:
-            what this rank aggregates; a local worker's message, for its size; and the next state of the
-            local workers that have spoken.
+            what this rank aggregates; a local worker's message, for its size; and the next state of
+            the local workers that have spoken.
         """
         round = self.round
         assert round.cohort is not None
@@ -232,26 +252,45 @@ class BucketedMessages:
 
     @torch.no_grad()
     def send(self, grads: Sequence[Tensor | None]) -> None:
-        """The next bucket of every local worker's gradient; None for those that have none. They are to be left alone until the round ends."""
+        """The next bucket of every local worker's gradient; None for those that have none. They are
+        to be left alone until the round ends.
+        """
         first, last = self.uplink.buckets[self.uplink.sent]
         payloads = []
         for worker, g in zip(self.before, grads, strict=True):
             if g is None:  # absent workers send zeros of the same size
-                self.sound[worker].append(torch.zeros((), dtype=torch.bool, device=self.like.device))
+                self.sound[worker].append(
+                    torch.zeros((), dtype=torch.bool, device=self.like.device)
+                )
                 layout = self.codec.layout(last - first, self.like.dtype)
-                payloads.append(tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout))
+                payloads.append(
+                    tuple(self.like.new_zeros(field.shape, dtype=field.dtype) for field in layout)
+                )
                 continue
             cuts = [*range(first, last, _BLOCK), last]
-            blocks = [self._block(worker, g[a - first : b - first], a, b) for a, b in itertools.pairwise(cuts)]
-            payloads.append(blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True))))
+            blocks = [
+                self._block(worker, g[a - first : b - first], a, b)
+                for a, b in itertools.pairwise(cuts)
+            ]
+            payloads.append(
+                blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
+            )
         self.uplink.send(payloads)
 
     def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
         """What a worker sends of columns first .. last - 1."""
         whole = self.columns
-        before, next_ = (piece_of(state[worker], first, last, self.dim, whole) for state in (self.before, self.states))
-        places = {id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here}
-        round = self.round._replace(worker=worker, room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old))
+        before, next_ = (
+            piece_of(state[worker], first, last, self.dim, whole)
+            for state in (self.before, self.states)
+        )
+        places = {
+            id(old): place for old, place, here in zip(before, next_, whole, strict=True) if here
+        }
+        round = self.round._replace(
+            worker=worker,
+            room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old),
+        )
         payload, after = self.algorithm.worker(Gradients(g), before, round)
         if self.check:
             owner = f"{type(self.algorithm).__name__}.worker"
@@ -265,6 +304,9 @@ class BucketedMessages:
             if here and new is not place:
                 place.copy_(new)
         self.states[worker] = type(after)(
-            *(tensor if here else new for tensor, new, here in zip(self.states[worker], after, whole, strict=True))
+            *(
+                tensor if here else new
+                for tensor, new, here in zip(self.states[worker], after, whole, strict=True)
+            )
         )
         return payload

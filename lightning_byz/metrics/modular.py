@@ -1,6 +1,8 @@
-"""The same over many rounds: torchmetrics' Metric classes, for loops of your own and for ``self.log``.
+"""The same over many rounds: torchmetrics' Metric classes, for loops of your own and for
+``self.log``.
 
-All ranks see the same rounds, so what ranks are to agree on is the same number everywhere: it is averaged over ranks, never added up.
+All ranks see the same rounds, so what ranks are to agree on is the same number everywhere: it is
+averaged over ranks, never added up.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ class CosineToHonestMean(_MeanOverRounds):
 
 
 class EmpiricalKappa(Metric):
-    """The largest `functional.empirical_kappa` of all rounds, for kappa is a bound on every one of them."""
+    """The largest `functional.empirical_kappa` of all rounds, for kappa is a bound on every one of
+    them.
+    """
 
     higher_is_better = False
     full_state_update = False
@@ -107,7 +111,9 @@ class _Filter(Metric):
 
 
 class FilterPrecision(_Filter):
-    """Of all that were dropped in all rounds, the part that was Byzantine; 1 if nobody was dropped."""
+    """Of all that were dropped in all rounds, the part that was Byzantine; 1 if nobody was
+    dropped.
+    """
 
     def compute(self) -> Tensor:
         return self._share(self.caught, self.wronged)
@@ -121,7 +127,8 @@ class FilterRecall(_Filter):
 
 
 class Traffic(Metric):
-    """What a worker has sent and received in all rounds, and how long the server has waited by its simulated clock.
+    """What a worker has sent and received in all rounds, and how long the server has waited by its
+    simulated clock.
 
     ``compute`` gives a dict with "bytes_up" and "bytes_down" (payload of one worker) and "seconds".
     """

@@ -1,4 +1,6 @@
-"""Large tensors: fresh memory is slow, products of rows want them to begin at certain places, and numpy is quicker at some passes."""
+"""Large tensors: fresh memory is slow, products of rows want them to begin at certain places, and
+numpy is quicker at some passes.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,30 @@ from torch import Tensor
 
 
 def empty_rows(n: int, width: int, like: Tensor) -> Tensor:
-    """Room for rows ``[n, width]``, of the dtype and on the device of ``like``, each of which begins at a multiple of 64 bytes."""
+    """Room for rows ``[n, width]``, of the dtype and on the device of ``like``, each of which
+    begins at a multiple of 64 bytes.
+    """
     unit = max(1, 64 // like.element_size())
     return like.new_empty(n, -(-width // unit) * unit)[:, :width]
 
 
 def places_of(mask: Tensor) -> Tensor:
-    """Where a vector ``[d]`` of bools is true: increasing indices. On a CPU numpy takes a quarter of the time of ``nonzero``."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().flatten()
+    """Where a vector ``[d]`` of bools is true: increasing indices. On a CPU numpy takes a quarter
+    of the time of ``nonzero``.
+    """
+    return (
+        torch.from_numpy(np.flatnonzero(mask.numpy()))
+        if mask.device.type == "cpu"
+        else mask.nonzero().flatten()
+    )
 
 
 class TensorPool:
-    """Memory for the workers' next states (`Round.room`): that of states which nobody needs any more, because fresh memory is slow.
+    """Memory for the workers' next states (`Round.room`): that of states which nobody needs any
+    more, because fresh memory is slow.
 
-    What it has lent comes back once the state that holds it has had its day; tensors from elsewhere are never written into.
+    What it has lent comes back once the state that holds it has had its day; tensors from elsewhere
+    are never written into.
     """
 
     def __init__(self) -> None:
@@ -37,11 +49,15 @@ class TensorPool:
             if (spare.shape, spare.dtype, spare.device) == (like.shape, like.dtype, like.device):
                 return self._spare.pop(i)
         made = torch.empty_like(like)
-        self._lent = {key: lent for key, lent in self._lent.items() if lent() is not None} | {id(made): weakref.ref(made)}
+        self._lent = {key: lent for key, lent in self._lent.items() if lent() is not None} | {
+            id(made): weakref.ref(made)
+        }
         return made
 
     def take_back(self, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
-        """What was lent for the tensors of an ``old`` state, which are not among those of the ``new`` one."""
+        """What was lent for the tensors of an ``old`` state, which are not among those of the
+        ``new`` one.
+        """
         kept = {id(tensor) for tensor in new}
         for tensor in old:
             lent = self._lent.get(id(tensor))

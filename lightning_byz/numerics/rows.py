@@ -1,9 +1,10 @@
-"""Rows: the n vectors of a round, whole or one rank's slice of them, and the few operations that rules need.
+"""Rows: the n vectors of a round, whole or one rank's slice of them, and the few operations that
+rules need.
 
-Every rule is either coordinate-wise, and then it is a `map` over blocks of columns, or it looks at an n x n matrix of
-distances and answers with weights, and then it is `squared_distances` and `combine`. A pre-aggregation is a `mix`. A rule
-that is written with these runs unchanged when each rank holds only a slice of the columns, because whatever looks across
-columns goes through `sum`.
+Every rule is either coordinate-wise, and then it is a `map` over blocks of columns, or it looks at
+an n x n matrix of distances and answers with weights, and then it is `squared_distances` and
+`combine`. A pre-aggregation is a `mix`. A rule that is written with these runs unchanged when each
+rank holds only a slice of the columns, because whatever looks across columns goes through `sum`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from lightning_byz.numerics.memory import places_of
 from lightning_byz.numerics.order_statistics import median_of_rows, pruned_network
 
 _BLOCK = 65_536
-"""Columns that a core works on at a time: three float32 rows of them, as many as an operation touches, are 0.8 MB, about a second-level cache. Torch
-gives half as many to a thread at least, so that a block of as many times this as there are threads keeps all of them busy."""
+"""Columns that a core works on at a time: three float32 rows of them, as many as an operation
+touches, are 0.8 MB, about a second-level cache. Torch gives half as many to a thread at least, so
+that a block of as many times this as there are threads keeps all of them busy.
+"""
 
 _BLOCK_ON_ACCELERATOR = 1 << 20
 """The same where kernels cost more to launch than to fetch a block from memory again."""
@@ -34,31 +37,45 @@ _FEW = 32
 """So many rows are sorted by compiled code without writing any to memory."""
 
 _NARROW = 8_192
-"""Columns whose products and squares are summed in the rows' precision, by one thread, before they are added up in float64."""
+"""Columns whose products and squares are summed in the rows' precision, by one thread, before they
+are added up in float64.
+"""
 
 _WIDE = 32 * _NARROW
-"""Columns of which that is done at a time, whatever the number of threads is: it is to change no bit."""
+"""Columns of which that is done at a time, whatever the number of threads is: it is to change no
+bit.
+"""
 
 _BATCH = 8
-"""Matrices of so many columns that are multiplied at a time: 5 MB of 20 float32 rows, which stay in a cache."""
+"""Matrices of so many columns that are multiplied at a time: 5 MB of 20 float32 rows, which stay in
+a cache.
+"""
 
 _SAMPLE = 32_768
 """Numbers of a slice that are looked at to guess how large the largest are."""
 
 _CLOSE = 1e-2
-"""Rows whose squared distance is a smaller part of their squared norms have lost digits of it in float32 products, which keep 7 of the norms'."""
+"""Rows whose squared distance is a smaller part of their squared norms have lost digits of it in
+float32 products, which keep 7 of the norms'.
+"""
 
 _REACH = 200
-"""Rows may be 2^200 times as large as the others before they are shrunk: float64 holds fourth powers of that."""
+"""Rows may be 2^200 times as large as the others before they are shrunk: float64 holds fourth
+powers of that.
+"""
 
 _NOTHING = -1100
 """The exponent of 0, below all others."""
 
 _FAINT = 1e-20
-"""Squared norms below it may have lost digits to underflow, and those of the largest rows overflow."""
+"""Squared norms below it may have lost digits to underflow, and those of the largest rows overflow.
+"""
 
 
-AnyRows: TypeAlias = "Tensor | Rows | Sequence[Tensor] | NDArray[np.floating[Any]] | Sequence[NDArray[np.floating[Any]]]"
+AnyRows: TypeAlias = (
+    "Tensor | Rows | Sequence[Tensor] | NDArray[np.floating[Any]] | "
+    "Sequence[NDArray[np.floating[Any]]]"
+)
 """What rules take for n vectors of d numbers; see `Rows.of`."""
 
 
@@ -67,7 +84,9 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def _tensor(values: Any) -> Tensor:
-    """Numbers as a tensor; those of an array are copied, which may be read-only, or lie in memory backwards."""
+    """Numbers as a tensor; those of an array are copied, which may be read-only, or lie in memory
+    backwards.
+    """
     if isinstance(values, Tensor):
         return values
     return torch.tensor(np.ascontiguousarray(values) if isinstance(values, np.ndarray) else values)
@@ -80,23 +99,31 @@ class Rows:
     Attributes:
         values: ``[n_stored, d_local]``; never modified.
         index: the stored rows that take part, in order, or None for all. Selecting copies nothing.
-        mixing: ``[n, n_taking_part]`` float64; row i of the result is ``sum_j mixing[i, j] * row_j``, made block by block.
+        mixing: ``[n, n_taking_part]`` float64; row i of the result is
+            ``sum_j mixing[i, j] * row_j``, made block by block.
         total: adds up a small tensor over the ranks that hold the other slices.
         agree: gives every rank rank 0's copy of a small tensor that decisions depend on.
-        generator: the round's random stream, the same on every rank, for rules that shuffle or sample.
-        spans: which columns first .. last - 1 of the whole vectors this slice holds, in order; None: it is all there is.
+        generator: the round's random stream, the same on every rank, for rules that shuffle or
+            sample.
+        spans: which columns first .. last - 1 of the whole vectors this slice holds, in order;
+            None: it is all there is.
         dim: columns of the whole vectors; None: this slice is all there is.
-        last: ``[d_local]``, the rule's last result, for rules that remember it (`Aggregator.remembers`); None in the first round.
-        shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it (`Aggregator.weighted`); None: all
-            the same. They come from the run's configuration, never from a worker.
-        exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a nan; None: nobody knows.
+        last: ``[d_local]``, the rule's last result, for rules that remember it
+            (`Aggregator.remembers`); None in the first round.
+        shares: ``[n]`` float64 > 0, how much of the data each row stands for, for rules that use it
+            (`Aggregator.weighted`); None: all the same. They come from the run's configuration,
+            never from a worker.
+        exposed: ``[n]`` bool, the rows whose worker sent what no honest one can send, such as a
+            nan; None: nobody knows.
         quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None:
             nobody is.
-        compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of one operation after the other.
-        scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when they are read (see `in_range`);
-            None: by 1.
-        unit: a power of two. Inner products and squared norms and distances are those of the rows divided by it, so that a length in
-            the rows' own units has to be divided by it, too, before it is compared with theirs.
+        compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of
+            one operation after the other.
+        scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when
+            they are read (see `in_range`); None: by 1.
+        unit: a power of two. Inner products and squared norms and distances are those of the rows
+            divided by it, so that a length in the rows' own units has to be divided by it, too,
+            before it is compared with theirs.
     """
 
     values: Tensor
@@ -114,21 +141,26 @@ class Rows:
     compiled: bool = False
     scales: Tensor | None = None
     unit: float = 1.0
-    _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
-    """Values, index, and the inner products or the squared norms of these base rows, once somebody asked for them."""
+    _cache: dict[str, tuple[Tensor, Tensor | None, Tensor]] = field(
+        default_factory=dict, repr=False
+    )
+    """Values, index, and the inner products or the squared norms of these base rows, once somebody
+    asked for them.
+    """
     _room: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Memory for factors and results of products, of these rows and those made of them."""
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or not self.values.is_floating_point():
             raise ValueError(
-                "Rows hold a floating-point matrix [n, d], one row per worker. Found a tensor of shape "
-                f"{list(self.values.shape)} and {self.values.dtype}."
+                "Rows hold a floating-point matrix [n, d], one row per worker. Found a tensor of "
+                f"shape {list(self.values.shape)} and {self.values.dtype}."
             )
 
     @classmethod
     def of(cls, rows: AnyRows) -> Rows:
-        """Rows as they are; or a matrix ``[n, d]``, or n vectors ``[d]``, of torch or of numpy, as Rows.
+        """Rows as they are; or a matrix ``[n, d]``, or n vectors ``[d]``, of torch or of numpy, as
+        Rows.
 
         Raises:
             ValueError: if they are no floating-point matrix.
@@ -142,17 +174,28 @@ class Rows:
             vectors = [_tensor(row) for row in (rows if together else [rows])]
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"Rows hold a floating-point matrix [n, d], one row per worker. Found {type(rows).__name__}: {error}"
+                "Rows hold a floating-point matrix [n, d], one row per worker. Found "
+                f"{type(rows).__name__}: {error}"
             ) from error
         if not together:
             return cls(vectors[0])
         kinds = {(tuple(vector.shape), vector.dtype, vector.device) for vector in vectors}
         if len(kinds) != 1:
-            found = ", ".join(sorted(f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds)) or "none"
-            raise ValueError(f"Rows in a list should be vectors [d] of one length, dtype and device. Found {found}.")
+            found = (
+                ", ".join(
+                    sorted(
+                        f"{list(shape)} of {dtype} on {device}" for shape, dtype, device in kinds
+                    )
+                )
+                or "none"
+            )
+            raise ValueError(
+                "Rows in a list should be vectors [d] of one length, dtype and device. Found "
+                f"{found}."
+            )
         return cls(torch.stack(vectors))
 
-    # -- size ---------------------------------------------------------------------------------------------------------
+    # -- size --------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         if self.mixing is not None:
@@ -161,10 +204,12 @@ class Rows:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """The dtype that arithmetic runs in: float32 for half-precision rows, else the rows' own."""
+        """The dtype that arithmetic runs in: float32 for half-precision rows, else the rows'
+        own.
+        """
         return torch.float32 if self.values.element_size() < 4 else self.values.dtype
 
-    # -- selecting and mixing -----------------------------------------------------------------------------------------
+    # -- selecting and mixing ----------------------------------------------------------------------
 
     def select(self, keep: Tensor) -> Rows:
         """The rows at ``keep`` (indices, or a bool mask ``[n]``). Nothing is copied."""
@@ -181,7 +226,9 @@ class Rows:
         return replace(chosen, index=keep if self.index is None else self.index[keep])
 
     def mix(self, weights: Tensor) -> Rows:
-        """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by block when they are read."""
+        """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by
+        block when they are read.
+        """
         weights = weights.to(device=self.values.device, dtype=torch.float64)
         return replace(
             self,
@@ -204,13 +251,17 @@ class Rows:
         return self.values.device.type == "cpu"
 
     def _bounds(self, size: int | None = None) -> list[tuple[int, int]]:
-        """Where the blocks of columns begin and end; on a CPU they have the given size, or fit into its caches."""
+        """Where the blocks of columns begin and end; on a CPU they have the given size, or fit into
+        its caches.
+        """
         width = self.values.shape[1]
         size = size or _BLOCK * torch.get_num_threads() if self._on_cpu else _BLOCK_ON_ACCELERATOR
         return [(first, min(first + size, width)) for first in range(0, width, size)]
 
     def block(self, first: int, last: int) -> Tensor:
-        """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for reading only."""
+        """Columns first .. last - 1 of this slice, ``[n, last - first]`` in `work_dtype`, for
+        reading only.
+        """
         block = self._base(self.values[:, first:last]).to(self.work_dtype)
         if self.scales is not None:
             block = self._base(self.scales)[:, None] * block
@@ -225,7 +276,9 @@ class Rows:
         if not self._on_cpu:
             return mixing @ block
         out = block.new_empty(len(mixing), block.shape[1])
-        for first, matrices in self._matrices(block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)):
+        for first, matrices in self._matrices(
+            block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)
+        ):
             size = matrices.shape[2]
             made = self._reused("results", block, (len(matrices), len(mixing), size))
             torch.bmm(mixing.expand(len(matrices), -1, -1), matrices, out=made)
@@ -237,22 +290,31 @@ class Rows:
         return out
 
     def _reused(self, use: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Memory that the next call with this use and shape gets again: fresh memory is slow, and large pieces of it stay fresh."""
+        """Memory that the next call with this use and shape gets again: fresh memory is slow, and
+        large pieces of it stay fresh.
+        """
         room = self._room.get(use)
         if room is None or room.shape != shape or room.dtype != like.dtype:
             room = self._room[use] = like.new_zeros(shape)
         return room
 
     def _matrices(self, block: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-        """The columns of ``block [n, width]`` as matrices of ``size`` columns, followed by zeros: some ``[c, n, size]`` at a time, and where they begin.
+        """The columns of ``block [n, width]`` as matrices of ``size`` columns, followed by zeros:
+        some ``[c, n, size]`` at a time, and where they begin.
 
-        With some libraries the bits of a product depend on where in memory a matrix begins, and its rows; on its width; and on the number of
-        threads, unless each has a matrix of its own. Here all rows begin at multiples of 64 bytes (those that do not are copied), and there
-        are no fewer matrices than threads.
+        With some libraries the bits of a product depend on where in memory a matrix begins, and its
+        rows; on its width; and on the number of threads, unless each has a matrix of its own. Here
+        all rows begin at multiples of 64 bytes (those that do not are copied), and there are no
+        fewer matrices than threads.
         """
         (n, width), threads, unit = block.shape, torch.get_num_threads(), 64 // block.element_size()
         most = max(_BATCH, threads)
-        aligned = block.data_ptr() % 64 == 0 and block.stride(0) % unit == 0 and block.stride(1) == 1 and size % unit == 0
+        aligned = (
+            block.data_ptr() % 64 == 0
+            and block.stride(0) % unit == 0
+            and block.stride(1) == 1
+            and size % unit == 0
+        )
         for begin in range(0, width, most * size):
             first, part = begin, block[:, begin : begin + most * size]
             whole = part.shape[1] // size
@@ -280,7 +342,9 @@ class Rows:
         return factors if int(self.mixing.count_nonzero()) == int(factors.count_nonzero()) else None
 
     def _parts(self, first: int, last: int) -> Iterator[Tensor]:
-        """The rows' columns first .. last - 1 one by one, in `work_dtype`, for reading only; nothing is copied that need not be."""
+        """The rows' columns first .. last - 1 one by one, in `work_dtype`, for reading only;
+        nothing is copied that need not be.
+        """
         if self.mixing is not None:
             yield from self.block(first, last)
         elif self.scales is not None:
@@ -289,7 +353,9 @@ class Rows:
             yield from (self.values[i, first:last].to(self.work_dtype) for i in self._stored)
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading only."""
+        """Blocks of columns (first, last, ``[n, last - first]``) in `work_dtype`, for reading
+        only.
+        """
         for first, last in self._bounds():
             yield first, last, self.block(first, last)
 
@@ -308,7 +374,9 @@ class Rows:
         return wide if self.unit == 1 else wide / self.unit
 
     def with_values(self, values: Tensor) -> Rows:
-        """Other rows ``[m, d_local]`` of which all else is as of these: columns, random stream, shares."""
+        """Other rows ``[m, d_local]`` of which all else is as of these: columns, random stream,
+        shares.
+        """
         return replace(self, values=values, index=None, mixing=None)
 
     @property
@@ -317,13 +385,22 @@ class Rows:
         return self.generator or torch.Generator().manual_seed(0)
 
     def columns(self, index: Tensor) -> Rows:
-        """The rows in some columns of the whole vectors only, given by their indices; a slice keeps those that it holds."""
+        """The rows in some columns of the whole vectors only, given by their indices; a slice keeps
+        those that it holds.
+        """
         index = index.to(self.values.device)
-        kept = [index[(index >= first) & (index < last)] - first + place for place, first, last in self._places()]
-        return replace(self, values=self.values[:, torch.cat(kept)], last=None, dim=None, spans=None)
+        kept = [
+            index[(index >= first) & (index < last)] - first + place
+            for place, first, last in self._places()
+        ]
+        return replace(
+            self, values=self.values[:, torch.cat(kept)], last=None, dim=None, spans=None
+        )
 
     def span(self, first: int, last: int) -> Rows:
-        """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that it holds, copied where they lie apart."""
+        """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that
+        it holds, copied where they lie apart.
+        """
         kept = [
             self.values[:, place + max(first, begin) - begin : place + min(last, end) - begin]
             for place, begin, end in self._places()
@@ -333,28 +410,35 @@ class Rows:
         return replace(self, values=values, last=None, dim=None, spans=None)
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
-        """For every span: where it begins in this slice, and where it begins and ends in the whole vectors."""
+        """For every span: where it begins in this slice, and where it begins and ends in the whole
+        vectors.
+        """
         place = 0
         for first, last in ((0, self.values.shape[1]),) if self.spans is None else self.spans:
             yield place, first, last
             place += last - first
 
     def pieces(self) -> Iterator[tuple[int, Rows]]:
-        """The rows of one span after the other, and where it begins in the whole vectors; for work on one coordinate at a time."""
+        """The rows of one span after the other, and where it begins in the whole vectors; for work
+        on one coordinate at a time.
+        """
         for place, first, last in self._places():
             values = self.values[:, place : place + last - first]
             yield first, replace(self, values=values, spans=((first, last),), last=None, _cache={})
 
-    # -- looking across columns ---------------------------------------------------------------------------------------
+    # -- looking across columns --------------------------------------------------------------------
 
     def sum(self, partial: Tensor) -> Tensor:
         """A small tensor of partial sums over this slice's columns, added up over all slices."""
         return self.total(partial)
 
     def finite(self, norms: bool = True) -> Tensor:
-        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``norms``: look by way of `squared_norms`, which many rules ask for next."""
+        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``norms``: look by
+        way of `squared_norms`, which many rules ask for next.
+        """
         base = replace(self, mixing=None)
-        if self.mixing is not None and bool((self.mixing.abs().sum(1) > 1 + 1e-9).any()):  # finite rows may add up to others
+        # finite rows may add up to others
+        if self.mixing is not None and bool((self.mixing.abs().sum(1) > 1 + 1e-9).any()):
             bad = torch.zeros(len(self), dtype=torch.bool, device=self.values.device)
             for _, _, block in self.blocks():
                 bad |= torch.stack([~all_finite(row) for row in block])
@@ -364,7 +448,9 @@ class Rows:
             bad = bad if self.mixing is None else ((self.mixing != 0) & bad).any(1)
         else:  # a finite norm tells, and rules ask for norms next
             unsure = (
-                (~base.squared_norms().isfinite()).nonzero().flatten().tolist() if norms and self._is_quick else range(len(base))
+                (~base.squared_norms().isfinite()).nonzero().flatten().tolist()
+                if norms and self._is_quick
+                else range(len(base))
             )
             bad = torch.zeros(len(base), dtype=torch.bool, device=self.values.device)
             for i in unsure:
@@ -375,7 +461,9 @@ class Rows:
         return self.sum(bad) == 0
 
     def _keeps_shifts(self) -> bool:
-        """Whether all rows move by the same vector if all base rows do: the weights of each add up to the same number."""
+        """Whether all rows move by the same vector if all base rows do: the weights of each add up
+        to the same number.
+        """
         if self.mixing is None:
             return True
         sums = self.mixing.sum(1)
@@ -384,11 +472,14 @@ class Rows:
     def gram(self) -> Tensor:
         """``[n, n]`` float64 inner products, after a shift of all rows that cancels in distances.
 
-        No row's size may cost another row's digits. Products of float32 rows on a CPU are made in float32, block by block, and added up in
-        float64, which keeps 7 digits of the rows' norms; where two rows are so close that their distance would not have 5 of them left,
-        or a number leaves float32's range, they are made again in float64, where they are exact and cannot overflow. Rows that are float64
-        already are first centred by their coordinate-wise median, which f rows cannot move far from the others; if they were mixed with
-        weights of different sums (clipped ones), they are made for that. For all other mixtures the base rows' products do.
+        No row's size may cost another row's digits. Products of float32 rows on a CPU are made in
+        float32, block by block, and added up in float64, which keeps 7 digits of the rows' norms;
+        where two rows are so close that their distance would not have 5 of them left, or a number
+        leaves float32's range, they are made again in float64, where they are exact and cannot
+        overflow. Rows that are float64 already are first centred by their coordinate-wise median,
+        which f rows cannot move far from the others; if they were mixed with weights of different
+        sums (clipped ones), they are made for that. For all other mixtures the base rows' products
+        do.
         """
         if self.mixing is not None and self._keeps_shifts():
             return self.mixing @ replace(self, mixing=None).gram() @ self.mixing.T
@@ -396,12 +487,16 @@ class Rows:
         if known is not None:
             return known
         quick = self._is_quick and (self.mixing is None or self._factors is not None)
-        return self._keep("products", self._corrected(self._quick_products()) if quick else self._exact_products())
+        return self._keep(
+            "products", self._corrected(self._quick_products()) if quick else self._exact_products()
+        )
 
     def _known(self, what: str) -> Tensor | None:
         """What somebody has asked for already, of exactly these rows."""
         values, index, known = self._cache.get(what, (None, None, None))
-        return known if values is self.values and index is self.index and self.mixing is None else None
+        return (
+            known if values is self.values and index is self.index and self.mixing is None else None
+        )
 
     def _keep(self, what: str, made: Tensor) -> Tensor:
         """The same, kept for whoever asks next."""
@@ -412,7 +507,8 @@ class Rows:
     @property
     def _is_quick(self) -> bool:
         """Whether float32 products are faster, and what they say."""
-        whole = torch.get_float32_matmul_precision() == "highest"  # else the user allows products of fewer digits
+        # else the user allows products of fewer digits
+        whole = torch.get_float32_matmul_precision() == "highest"
         return self._on_cpu and whole and self.work_dtype == torch.float32
 
     def _quick_products(self) -> Tensor:
@@ -428,10 +524,13 @@ class Rows:
         return self.sum(products)
 
     def _corrected(self, products: Tensor) -> Tensor:
-        """Inner products from float32, with those of rows for which that is not enough made again."""
+        """Inner products from float32, with those of rows for which that is not enough made
+        again.
+        """
         squares = products.diagonal()
         both = squares[:, None] + squares[None, :]
-        apart = (both - 2 * products > _CLOSE * both) & (both > _FAINT)  # no comparison with a nan or an inf holds on both sides
+        # no comparison with a nan or an inf holds on both sides
+        apart = (both - 2 * products > _CLOSE * both) & (both > _FAINT)
         close = ~apart.fill_diagonal_(True).all(1) | ~products.isfinite().all(1)
         close = self.agree(close.double()) > 0
         if bool(close.any()):
@@ -447,7 +546,11 @@ class Rows:
                 if self.mixing is not None:
                     wide = self.mixing @ narrow.double()
                 else:
-                    room = torch.empty(narrow.shape, dtype=torch.float64, device=block.device) if room is None else room
+                    room = (
+                        torch.empty(narrow.shape, dtype=torch.float64, device=block.device)
+                        if room is None
+                        else room
+                    )
                     wide = room[:, : narrow.shape[1]].copy_(narrow)
                 if self.unit != 1:
                     wide /= self.unit
@@ -457,16 +560,21 @@ class Rows:
         return self.sum(products)
 
     def squared_distances(self) -> Tensor:
-        """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf`` where it overflows."""
+        """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf``
+        where it overflows.
+        """
         if self.mixing is None or not self._keeps_shifts():
             products = self.gram()
             squares = products.diagonal()
             distances = squares[:, None] + squares[None, :] - 2 * products
-        else:  # ||sum_k (m_ik - m_jk) x_k||^2, from base distances, whose entries depend on two rows each
+        else:
+            # ||sum_k (m_ik - m_jk) x_k||^2, from base distances, whose entries depend on two rows
+            # each
             products = replace(self, mixing=None).gram()
             squares = products.diagonal()
             pairs = squares[:, None] + squares[None, :] - 2 * products
-            difference = self.mixing[:, None, :] - self.mixing[None, :, :]  # [m, m, k], and sums to 0 over k
+            # [m, m, k], and sums to 0 over k
+            difference = self.mixing[:, None, :] - self.mixing[None, :, :]
             distances = -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, pairs, difference)
         distances = torch.nan_to_num(distances, nan=torch.inf, posinf=torch.inf).clamp_min(0)
         distances = torch.minimum(distances, distances.T).fill_diagonal_(0)
@@ -477,11 +585,16 @@ class Rows:
         known = self._known("squares")
         if known is not None:
             return known
-        products = None if self.work_dtype == torch.float64 else self._known("products")  # float64 rows are shifted first
-        return self._keep("squares", self._squares(None) if products is None else self.agree(products.diagonal()))
+        # float64 rows are shifted first
+        products = None if self.work_dtype == torch.float64 else self._known("products")
+        return self._keep(
+            "squares", self._squares(None) if products is None else self.agree(products.diagonal())
+        )
 
     def squared_distances_to(self, center: Tensor | None) -> Tensor:
-        """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the origin)."""
+        """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the
+        origin).
+        """
         return self.squared_norms() if center is None else self._squares(center)
 
     def _squares(self, center: Tensor | None) -> Tensor:
@@ -508,7 +621,10 @@ class Rows:
             if dtype == torch.float64:
                 sums = [torch.dot(wide, wide) for wide in (part.double() for part in parts)]
             else:  # a norm is twice as fast as a product
-                sums = [torch.linalg.vector_norm(_chunks(part), dim=-1).double().square().sum() for part in parts]
+                sums = [
+                    torch.linalg.vector_norm(_chunks(part), dim=-1).double().square().sum()
+                    for part in parts
+                ]
             squares += torch.stack(sums)
         return self.agree(self.sum(squares))
 
@@ -524,12 +640,15 @@ class Rows:
         return norms
 
     def in_range(self, f: int) -> Rows:
-        """The same rows, for rules that square numbers: so that no square of theirs leaves float64's range.
+        """The same rows, for rules that square numbers: so that no square of theirs leaves
+        float64's range.
 
-        `unit` becomes about the size of the largest row when the f largest are left out, which f rows cannot choose: it is no larger
-        than the largest of the other n - f. Rows that are 2^200 times as large, f at most, are shrunk to that by a power of two: what
-        bears whatever f rows hold bears these in their place. (Where not even that power can be written, they become 0.) Only float64
-        rows need it, and only if a norm is above 2^200 or below 2^-200; all others are returned as they are.
+        `unit` becomes about the size of the largest row when the f largest are left out, which f
+        rows cannot choose: it is no larger than the largest of the other n - f. Rows that are 2^200
+        times as large, f at most, are shrunk to that by a power of two: what bears whatever f rows
+        hold bears these in their place. (Where not even that power can be written, they become 0.)
+        Only float64 rows need it, and only if a norm is above 2^200 or below 2^-200; all others are
+        returned as they are.
         """
         if self.work_dtype != torch.float64 or self.unit != 1 or self.scales is not None:
             return self
@@ -548,16 +667,20 @@ class Rows:
         rows = replace(self, unit=2.0**usual, _cache={})
         if not bool(beyond.any()):
             return rows
-        if rows.mixing is not None:  # products are those of the base rows, which may be large where the mixed ones are not
+        # products are those of the base rows, which may be large where the mixed ones are not
+        if rows.mixing is not None:
             rows = rows.with_values(rows.dense())
         return rows._times(2.0 ** -beyond.double())
 
     def _exponents(self) -> Tensor:
-        """``[n]`` int: 2 to that is the size of every row's largest number, about; `_NOTHING` if it is 0."""
+        """``[n]`` int: 2 to that is the size of every row's largest number, about; `_NOTHING` if it
+        is 0.
+        """
         largest = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
         for _, _, block in self.blocks():
             largest = torch.maximum(largest, block.abs().amax(1))
-        mantissa, exponent = torch.frexp(self.agree(self.sum(largest * 2.0**-32)))  # no sum over slices overflows
+        # no sum over slices overflows
+        mantissa, exponent = torch.frexp(self.agree(self.sum(largest * 2.0**-32)))
         return torch.where(mantissa > 0, exponent + 32, _NOTHING)
 
     def _times(self, factors: Tensor) -> Rows:
@@ -570,17 +693,24 @@ class Rows:
         return replace(self, scales=scales, _cache={})
 
     def kth_largest(self, magnitudes: Tensor, k: int) -> Tensor:
-        """The k-th largest number of a vector ``[d_local]`` of numbers >= 0 that lies in slices as these rows do; the least one if it has fewer.
+        """The k-th largest number of a vector ``[d_local]`` of numbers >= 0 that lies in slices as
+        these rows do; the least one if it has fewer.
 
-        Bits of such numbers are ordered as the numbers are, so that counting the leading ones, some more at a time, finds it in all slices.
+        Bits of such numbers are ordered as the numbers are, so that counting the leading ones, some
+        more at a time, finds it in all slices.
         """
-        bits = magnitudes.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()])
+        bits = magnitudes.view(
+            {2: torch.int16, 4: torch.int32, 8: torch.int64}[magnitudes.element_size()]
+        )
         shift, found = 8 * magnitudes.element_size() - 1, 0
         left = min(k, int(self._count(bits)))
-        # A sample tells below which number it need not be sought; if that was misleading, it is sought among all.
+        # A sample tells below which number it need not be sought; if that was misleading, it is
+        # sought among all.
         step, first = max(1, len(bits) // _SAMPLE), max(0, shift - 11)
         reached = self._leading(bits[::step], shift - first, first, step).flip(0).cumsum(0).flip(0)
-        floor = int((reached >= 1.5 * left).sum() - 1) << first if bool(reached[0] >= 1.5 * left) else 0
+        floor = (
+            int((reached >= 1.5 * left).sum() - 1) << first if bool(reached[0] >= 1.5 * left) else 0
+        )
         likely = bits[places_of(bits >= floor)]
         bits = likely if int(self._count(likely)) >= left else bits
         while shift:
@@ -599,33 +729,49 @@ class Rows:
         return self.sum(torch.tensor([len(vector)], dtype=torch.float64, device=vector.device))
 
     def _leading(self, bits: Tensor, width: int, shift: int, weight: float = 1.0) -> Tensor:
-        """``[2^width]`` float64: how often each number occurs among ``bits >> shift``, in all slices, times this slice's weight."""
+        """``[2^width]`` float64: how often each number occurs among ``bits >> shift``, in all
+        slices, times this slice's weight.
+        """
         return self.sum(weight * torch.bincount(bits >> shift, minlength=2**width).double())
 
     def norm(self, vector: Tensor) -> Tensor:
-        """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as these rows do."""
-        square = self.agree(self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square()))
+        """``||vector||``, a 0-d float64 tensor, of a vector ``[d_local]`` that lies in slices as
+        these rows do.
+        """
+        square = self.agree(
+            self.sum(torch.linalg.vector_norm(vector, dtype=torch.float64).square())
+        )
         if 2.0**-900 < float(square) < torch.inf:
             return square.sqrt()
-        return replace(self, values=vector[None], index=None, mixing=None, scales=None, unit=1.0, _cache={}).norms()[0]
+        return replace(
+            self, values=vector[None], index=None, mixing=None, scales=None, unit=1.0, _cache={}
+        ).norms()[0]
 
-    # -- from n vectors to one ----------------------------------------------------------------------------------------
+    # -- from n vectors to one ---------------------------------------------------------------------
 
-    def map(self, rule: Callable[[Tensor], Tensor], passes: int = 1, averages: bool = False) -> Tensor:
-        """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector ``[d_local]``.
+    def map(
+        self, rule: Callable[[Tensor], Tensor], passes: int = 1, averages: bool = False
+    ) -> Tensor:
+        """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector
+        ``[d_local]``.
 
         Args:
             rule: of a block.
-            passes: how often it reads what it makes of the rows; with more than one, compiled code gets columns that fit into a cache.
-            averages: it gives means of numbers of a column, whose sums may overflow where they do not: then it is given smaller ones.
+            passes: how often it reads what it makes of the rows; with more than one, compiled code
+                gets columns that fit into a cache.
+            averages: it gives means of numbers of a column, whose sums may overflow where they do
+                not: then it is given smaller ones.
         """
         width = self.values.shape[1]
         out = self.values.new_empty(width)
         if not self.compiled:
             bounds = self._bounds()
-        else:  # one pass over rows as they are stored; over selected or mixed ones, as much at a time as is worth a copy
+        else:
+            # one pass over rows as they are stored; over selected or mixed ones, as much at a time
+            # as is worth a copy
             rule = _compiled(rule)
-            one_pass = passes == 1 and len(self) <= _FEW  # else compiled code writes rows to memory in between
+            # else compiled code writes rows to memory in between
+            one_pass = passes == 1 and len(self) <= _FEW
             whole = self.index is None and self.mixing is None and (one_pass or not self._on_cpu)
             size = width if whole else _BLOCK_ON_ACCELERATOR // 4
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
@@ -640,7 +786,8 @@ class Rows:
         return out
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0 * inf is nan.
+        """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0
+        * inf is nan.
 
         A mean is never larger than the largest of its numbers, not even by rounding.
         """
@@ -664,8 +811,9 @@ _COMPILED: dict[Any, Callable[[Tensor], Tensor]] = {}
 
 
 def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on a GPU, so that it is done once for functions of the
-    same code and the same numbers; for methods, and for functions that hold anything else, every time.
+    """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on
+    a GPU, so that it is done once for functions of the same code and the same numbers; for methods,
+    and for functions that hold anything else, every time.
     """
     # here, as it imports the compiler
     torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]
@@ -681,7 +829,9 @@ def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _chunks(block: Tensor) -> Tensor:
-    """Columns ``[..., width]`` as ``[..., chunks, _NARROW]``, followed by zeros; as one chunk if they are fewer."""
+    """Columns ``[..., width]`` as ``[..., chunks, _NARROW]``, followed by zeros; as one chunk if
+    they are fewer.
+    """
     size = min(block.shape[-1], _NARROW)
     missing = -block.shape[-1] % size
     whole = torch.nn.functional.pad(block, (0, missing)) if missing else block

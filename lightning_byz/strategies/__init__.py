@@ -4,19 +4,19 @@ Only callbacks, diagnostics and the two faces of the package (`lightning_byz.lig
 `lightning_byz.pytorch_lightning`) import it.
 
 * The hooks: `strategy`; those about processes: `process_hooks`. The names of strategies: `names`.
-* Before the first step: `resolve` decides f, the algorithm and the transport where the user left them
-  open; `validate` refuses what cannot work.
+* Before the first step: `resolve` decides f, the algorithm and the transport where the user left
+  them open; `validate` refuses what cannot work.
 * Forward and backward: `workers` computes this process's workers, one after the other;
-  `extra_gradients` computes further gradients (at earlier parameters, over all data, on trusted data);
-  `module_attributes`, `module_buffers` and `random_states` give each worker its own; `step_outputs` joins
-  what training steps return, `step_logs` what they log.
-* From backward to ``p.grad``: `gradient_sync` says when, `gradient_exchange` runs the round and writes the
-  result, `overlap` decides whether messages leave while backward runs, `flat_parameters` lies between a
-  model and vectors.
+  `extra_gradients` computes further gradients (at earlier parameters, over all data, on trusted
+  data); `module_attributes`, `module_buffers` and `random_states` give each worker its own;
+  `step_outputs` joins what training steps return, `step_logs` what they log.
+* From backward to ``p.grad``: `gradient_sync` says when, `gradient_exchange` runs the round and
+  writes the result, `overlap` decides whether messages leave while backward runs, `flat_parameters`
+  lies between a model and vectors.
 * After a round: `round_report` says who was silent and stops a run that has diverged;
   `unmoved_parameters` finds those that too few workers use.
-* Processes: `processes` (torch.distributed, or one), `server_processes` (a parameter server, whose workers
-  may die and come back), `reductions` of what ranks report.
+* Processes: `processes` (torch.distributed, or one), `server_processes` (a parameter server, whose
+  workers may die and come back), `reductions` of what ranks report.
 * Checkpoints: `checkpoint` saves and restores, `resuming_with_others` fits one to other workers,
   `checkpoint_barrier` notices a rank that saves alone.
 """

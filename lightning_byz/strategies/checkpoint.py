@@ -44,7 +44,9 @@ def run_state(
 
 
 def collect(strategy: Any) -> dict[str, Any]:
-    """All workers' states and ranks' random states, at rank 0. All ranks call it, unless one saves alone."""
+    """All workers' states and ranks' random states, at rank 0. All ranks call it, unless one saves
+    alone.
+    """
     processes = strategy.processes
     local = [exchange.worker_states() for exchange in strategy.exchanges]
     workers, states = processes.collected(local, random_states.snapshot(strategy.root_device))
@@ -62,14 +64,15 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
     if saved is None:
         if strategy.n > 1:
             log.info(
-                "The checkpoint holds no state of byzantine_robust: the algorithm starts afresh from its weights."
+                "The checkpoint holds no state of byzantine_robust: the algorithm starts afresh "
+                "from its weights."
             )
         return
     if len(saved["server"]) not in (len(strategy.optimizers), len(strategy.exchanges)):
         raise ValueError(
             f"The checkpoint holds the state of {len(saved['server'])} optimizers. Found "
-            f"{len(strategy.optimizers)}. Resume with the same optimizers, or start a new run from its "
-            "weights: Model.load_from_checkpoint(path)."
+            f"{len(strategy.optimizers)}. Resume with the same optimizers, or start a new run "
+            "from its weights: Model.load_from_checkpoint(path)."
         )
     follow = strategy.followed(saved["n"])
     groups = strategy.groups[: len(saved["server"])]
@@ -85,7 +88,10 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
 
 
 def _adapted(
-    strategy: Any, saved: Mapping[str, Any], groups: list[Any], follow: resuming_with_others.Followed
+    strategy: Any,
+    saved: Mapping[str, Any],
+    groups: list[Any],
+    follow: resuming_with_others.Followed,
 ) -> Mapping[str, Any]:
     """The state for the workers of this run, which may be others."""
     before, n = saved["n"], strategy.n
@@ -100,7 +106,9 @@ def _adapted(
         saved = resuming_with_others.without_states(saved)
     likes = [group.example() for group in groups]
     algorithms = [group.exchange.algorithm for group in groups]
-    return resuming_with_others.adapted(saved, follow, strategy.workers_per_process, algorithms, likes)
+    return resuming_with_others.adapted(
+        saved, follow, strategy.workers_per_process, algorithms, likes
+    )
 
 
 def _say_what_is_missing(saved: Mapping[str, Any], follow: resuming_with_others.Followed) -> None:
@@ -112,11 +120,11 @@ def _say_what_is_missing(saved: Mapping[str, Any], follow: resuming_with_others.
         return
     if server["server"] is None:
         warn(
-            "The checkpoint was written by one rank alone, which held its shard of the state only. The "
-            "algorithm starts afresh."
+            "The checkpoint was written by one rank alone, which held its shard of the state "
+            "only. The algorithm starts afresh."
         )
     elif missing:
         warn(
-            f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with a fresh "
-            "state."
+            f"The checkpoint was written by one rank alone. Workers {sorted(missing)} start with "
+            "a fresh state."
         )

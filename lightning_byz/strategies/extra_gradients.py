@@ -1,7 +1,8 @@
-"""Gradients besides the minibatch's own: at the previous parameters, over all of a worker's data, on trusted data.
+"""Gradients besides the minibatch's own: at the previous parameters, over all of a worker's data,
+on trusted data.
 
-Each takes forward and backward passes that nobody notices: nothing is logged, and parameters, ``p.grad``, buffers, metrics and random
-states are afterwards what they were.
+Each takes forward and backward passes that nobody notices: nothing is logged, and parameters,
+``p.grad``, buffers, metrics and random states are afterwards what they were.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ class ExtraGradients:
             return
         if self._full is not None or self._previous is not None:
             raise UnsupportedSetupError(
-                f"{type(algorithm).__name__} needs one minibatch per optimizer step. Found a second one "
-                "before the step: gradient accumulation has been switched on. Leave "
+                f"{type(algorithm).__name__} needs one minibatch per optimizer step. Found a "
+                "second one before the step: gradient accumulation has been switched on. Leave "
                 "GradientAccumulationScheduler out."
             )
         if strategy.trusted_data is not None and self.trusted is None:
@@ -144,7 +145,9 @@ class ExtraGradients:
         exchange, trainer = strategy.exchanges[0], strategy.lightning_module.trainer
         workers = list(exchange.transport.workers)
         limit = exchange.algorithm.full_batches
-        whole = not isinstance(trainer.limit_train_batches, int) and trainer.limit_train_batches == 1.0
+        whole = (
+            not isinstance(trainer.limit_train_batches, int) and trainer.limit_train_batches == 1.0
+        )
         if limit is None and not whole:
             limit = int(trainer.num_training_batches)
         totals = [MeanGradient() for _ in workers]
@@ -186,7 +189,8 @@ class ExtraGradients:
 
 
 class QuietPasses:
-    """Forward and backward passes of a module's training step that leave nothing behind but their gradient.
+    """Forward and backward passes of a module's training step that leave nothing behind but their
+    gradient.
 
     Args:
         module: the LightningModule.
@@ -194,7 +198,8 @@ class QuietPasses:
         attributes: what training steps assign on it.
         precision: the precision plugin, whose autocast and loss scale are used.
         device: the device of the module.
-        training_step: ``(batch, *rest, **kwargs) -> output``, the module's training step in the plugin's context.
+        training_step: ``(batch, *rest, **kwargs) -> output``, the module's training step in the
+            plugin's context.
     """
 
     def __init__(
@@ -206,11 +211,25 @@ class QuietPasses:
         device: torch.device,
         training_step: Callable[..., Any],
     ) -> None:
-        self.module, self.buffers, self.attributes, self.precision, self.device = module, buffers, attributes, precision, device
+        self.module, self.buffers, self.attributes, self.precision, self.device = (
+            module,
+            buffers,
+            attributes,
+            precision,
+            device,
+        )
         self.training_step = training_step
 
-    def gradient(self, layout: FlatParameters, worker: int, key: Sequence[int], args: Sequence[Any], kwargs: Any) -> Pass | None:
-        """The gradient of one batch's loss at the parameters as they are, or None if it gives no loss.
+    def gradient(
+        self,
+        layout: FlatParameters,
+        worker: int,
+        key: Sequence[int],
+        args: Sequence[Any],
+        kwargs: Any,
+    ) -> Pass | None:
+        """The gradient of one batch's loss at the parameters as they are, or None if it gives no
+        loss.
 
         Args:
             layout: the parameters.
@@ -225,7 +244,12 @@ class QuietPasses:
         outer = vars(self.module).get("log")
         vars(self.module)["log"] = WorkerLog().record
         try:
-            with self.buffers.scratch(worker), self.attributes.scratch(worker), _metrics_kept(self.module), random_states.worker_rng(self.device, *key):
+            with (
+                self.buffers.scratch(worker),
+                self.attributes.scratch(worker),
+                _metrics_kept(self.module),
+                random_states.worker_rng(self.device, *key),
+            ):
                 output = self.training_step(*args, **kwargs)
                 loss = output.get("loss") if isinstance(output, dict) else output
                 if not isinstance(loss, Tensor):
@@ -280,7 +304,9 @@ class MeanGradient:
 
 @contextmanager
 def random_states_kept(device: torch.device) -> Iterator[None]:
-    """All global random states (torch, CUDA, numpy, Python) are afterwards what they were before."""
+    """All global random states (torch, CUDA, numpy, Python) are afterwards what they were
+    before.
+    """
     before = random_states.snapshot(device)
     try:
         yield
@@ -291,9 +317,16 @@ def random_states_kept(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _metrics_kept(module: nn.Module) -> Iterator[None]:
     """The states of torchmetrics inside the module are afterwards what they were before."""
-    metrics: list[Any] = [part for part in module.modules() if hasattr(part, "_defaults") and hasattr(part, "_update_count")]
+    metrics: list[Any] = [
+        part
+        for part in module.modules()
+        if hasattr(part, "_defaults") and hasattr(part, "_update_count")
+    ]
     names = ("_update_count", "_computed", "_forward_cache")
-    before = [{name: _copied(getattr(metric, name, None)) for name in (*metric._defaults, *names)} for metric in metrics]
+    before = [
+        {name: _copied(getattr(metric, name, None)) for name in (*metric._defaults, *names)}
+        for metric in metrics
+    ]
     try:
         yield
     finally:
@@ -303,12 +336,20 @@ def _metrics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+    return (
+        value.clone()
+        if isinstance(value, Tensor)
+        else list(value)
+        if isinstance(value, list)
+        else value
+    )
 
 
 @contextmanager
 def parameters_at(layout: FlatParameters, x: Tensor) -> Iterator[None]:
-    """The parameters have the values ``x [d]`` inside, and their own again afterwards, bit for bit. No graph may be alive."""
+    """The parameters have the values ``x [d]`` inside, and their own again afterwards, bit for bit.
+    No graph may be alive.
+    """
     before = [p.detach().clone() for p in layout.parameters]
     layout.write_parameters(x)
     try:
@@ -319,7 +360,7 @@ def parameters_at(layout: FlatParameters, x: Tensor) -> Iterator[None]:
                 p.copy_(value)
 
 
-# -- a worker's whole data ------------------------------------------------------------------------------------------------
+# -- a worker's whole data -------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -338,7 +379,8 @@ def whole_data(
     device: torch.device,
     by_hand: Callable[[Any, int], Any] | None = None,
 ) -> Iterator[Iterator[Sequence[Any]]]:
-    """A second pass over the training data, beside the one that is under way, which does not notice.
+    """A second pass over the training data, beside the one that is under way, which does not
+    notice.
 
     Augmentation, shuffling and the loader's processes run on random streams of this key.
 
@@ -350,20 +392,27 @@ def whole_data(
         by_hand: how the module cuts a batch, see `BatchSplitter`.
 
     Yields:
-        an iterator over one batch, or None, for each local worker. With WorkerSampler these are the worker's own part, every sample
-        once, shuffled; else the process's batches, cut as in a step.
+        an iterator over one batch, or None, for each local worker. With WorkerSampler these are the
+        worker's own part, every sample once, shuffled; else the process's batches, cut as in a
+        step.
 
     Raises:
         ValueError: if the data cannot be read a second time.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "Full-gradient rounds read the training data a second time, beside the epoch under way, which needs one DataLoader over a "
-            f"map-style dataset. Found {type(loader).__name__}"
+            "Full-gradient rounds read the training data a second time, beside the epoch under "
+            "way, which needs one DataLoader over a map-style dataset. Found "
+            f"{type(loader).__name__}"
             + (f" over {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else "")
-            + ". Use such a DataLoader, or an algorithm without full gradients, such as ClippedDifferences."
+            + ". Use such a DataLoader, or an algorithm without full gradients, such as "
+            "ClippedDifferences."
         )
-    sources = (loader.generator, getattr(loader.sampler, "generator", None), getattr(loader.batch_sampler, "generator", None))
+    sources = (
+        loader.generator,
+        getattr(loader.sampler, "generator", None),
+        getattr(loader.batch_sampler, "generator", None),
+    )
     generators = [source for source in sources if isinstance(source, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     with random_states_kept(device):
@@ -380,7 +429,10 @@ def _parts(
 ) -> Iterator[Sequence[Any]]:
     sampler = loader.sampler
     if isinstance(sampler, _Parted):
-        streams = [iter(_again(loader, _chunks(sampler, worker, key), (*key, worker))) for worker in workers]
+        streams = [
+            iter(_again(loader, _chunks(sampler, worker, key), (*key, worker)))
+            for worker in workers
+        ]
         yield from zip_longest(*streams)
         return
     for batch in _again(loader, loader.batch_sampler, key):
@@ -390,7 +442,10 @@ def _parts(
 def _chunks(sampler: _Parted, worker: int, key: tuple[int, int]) -> list[list[int]]:
     part, generator = sampler.parts[worker], keyed_generator("full data order", *key, worker)
     order = [int(part[i]) for i in torch.randperm(len(part), generator=generator).tolist()]
-    return [order[first : first + sampler.batch_size] for first in range(0, len(order), sampler.batch_size)]
+    return [
+        order[first : first + sampler.batch_size]
+        for first in range(0, len(order), sampler.batch_size)
+    ]
 
 
 def _again(loader: DataLoader[Any], batch_sampler: Any, key: Sequence[int]) -> DataLoader[Any]:
@@ -416,14 +471,16 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-# -- trusted data ---------------------------------------------------------------------------------------------------------
+# -- trusted data ----------------------------------------------------------------------------------
 
 
 class TrustedData:
-    """Batches of trusted samples, drawn from a stream keyed by the step, so that a resumed run draws the same ones.
+    """Batches of trusted samples, drawn from a stream keyed by the step, so that a resumed run
+    draws the same ones.
 
     Args:
-        data: a DataLoader over a map-style dataset, whose batch size and ``collate_fn`` count; a dataset, which is one batch; or a batch.
+        data: a DataLoader over a map-style dataset, whose batch size and ``collate_fn`` count; a
+            dataset, which is one batch; or a batch.
 
     Raises:
         ValueError: if a DataLoader's dataset cannot be indexed.
@@ -438,8 +495,9 @@ class TrustedData:
             return
         if isinstance(data.dataset, IterableDataset) or not data.batch_size:
             raise ValueError(
-                "`trusted_data` should be a DataLoader with a batch_size over a map-style dataset, a dataset, or a batch. Found a "
-                f"DataLoader over {type(data.dataset).__name__} with batch_size={data.batch_size}."
+                "`trusted_data` should be a DataLoader with a batch_size over a map-style "
+                "dataset, a dataset, or a batch. Found a DataLoader over "
+                f"{type(data.dataset).__name__} with batch_size={data.batch_size}."
             )
         self._loader = data
 

@@ -39,13 +39,19 @@ class FlatParameters:
         return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.bool)
 
     def rows(self, workers: int) -> Tensor:
-        """Room for the gradients of so many workers, ``[workers, d]``: the same in every step, because fresh memory is slow."""
+        """Room for the gradients of so many workers, ``[workers, d]``: the same in every step,
+        because fresh memory is slow.
+        """
         if self._rows is None or len(self._rows) != workers:
-            self._rows = empty_rows(workers, self.dim, torch.empty(0, dtype=self.dtype, device=self.device))
+            self._rows = empty_rows(
+                workers, self.dim, torch.empty(0, dtype=self.dtype, device=self.device)
+            )
         return self._rows
 
     def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
-        """The gradients as a vector ``[d]``, times ``scale``; 0 where a parameter has none. ``out``: where to; None: into a new one."""
+        """The gradients as a vector ``[d]``, times ``scale``; 0 where a parameter has none.
+        ``out``: where to; None: into a new one.
+        """
         flat = self.like() if out is None else out
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
             self.read_gradient(p, piece)
@@ -79,12 +85,17 @@ class FlatParameters:
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
             p.copy_(piece.view(p.shape))
 
-    def write_gradients(self, flat: Tensor, used: Sequence[bool], scale: float = 1.0, views: bool = False) -> None:
-        """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that nobody used.
+    def write_gradients(
+        self, flat: Tensor, used: Sequence[bool], scale: float = 1.0, views: bool = False
+    ) -> None:
+        """Sets ``p.grad`` from a vector ``[d]``, times ``scale``; to None for parameters that
+        nobody used.
 
         ``views``: gradients may lie in the vector's own memory, which then is theirs.
         """
-        for piece, p, is_used in zip(torch.split(flat, self.sizes), self.parameters, used, strict=True):
+        for piece, p, is_used in zip(
+            torch.split(flat, self.sizes), self.parameters, used, strict=True
+        ):
             if not is_used:
                 p.grad = None
                 continue

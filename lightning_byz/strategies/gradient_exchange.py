@@ -13,8 +13,8 @@ from lightning_byz.strategies.workers import parameters_of_round
 def exchange_gradients(strategy: Any, group: GradientGroup) -> None:
     """Runs one round for a group's gradients, and writes what comes of it.
 
-    Where there is no estimate, ``p.grad`` is None, so that an optimizer leaves the parameters alone; with
-    a loss scaler it is inf, so that the scaler skips the step and backs off.
+    Where there is no estimate, ``p.grad`` is None, so that an optimizer leaves the parameters
+    alone; with a loss scaler it is inf, so that the scaler skips the step and backs off.
 
     Args:
         strategy: the RobustStrategy.
@@ -58,7 +58,9 @@ def exchange_gradients(strategy: Any, group: GradientGroup) -> None:
 
 
 def loss_scaler(strategy: Any) -> Any:
-    """What scales the loss: the precision plugin's, or in manual optimization one of the module's."""
+    """What scales the loss: the precision plugin's, or in manual optimization one of the
+    module's.
+    """
     module = strategy.lightning_module
     scaler = getattr(strategy.precision_plugin, "scaler", None)
     if scaler is None and module is not None and not module.automatic_optimization:

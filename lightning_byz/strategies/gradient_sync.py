@@ -1,13 +1,17 @@
-"""Where gradients are exchanged: at the end of a backward pass, as under DDP, or at the step of their optimizer.
+"""Where gradients are exchanged: at the end of a backward pass, as under DDP, or at the step of
+their optimizer.
 
-Parameters belong to groups: those of one optimizer, and those that are in none. A backward pass is about the groups that have
-a parameter that requires a gradient. Where it ends, their gradients are exchanged, so that ``p.grad`` is the aggregate for every
-hook, clipping and optimizer step that follows. Three things put that off:
+Parameters belong to groups: those of one optimizer, and those that are in none. A backward pass is
+about the groups that have a parameter that requires a gradient. Where it ends, their gradients are
+exchanged, so that ``p.grad`` is the aggregate for every hook, clipping and optimizer step that
+follows. Three things put that off:
 
 * inside `Strategy.block_backward_sync` gradients add up locally, as micro-batches do;
-* if a backward pass is about several optimizers and the method remembers earlier gradients, each group waits for its own
-  optimizer's step, or `clip_gradients`: the other optimizer's loss is not to enter its memory;
-* ``loss.backward()`` by hand is seen by hooks on the parameters, and exchanged at the next step of an optimizer.
+* if a backward pass is about several optimizers and the method remembers earlier gradients, each
+  group waits for its own optimizer's step, or `clip_gradients`: the other optimizer's loss is not
+  to enter its memory;
+* ``loss.backward()`` by hand is seen by hooks on the parameters, and exchanged at the next step of
+  an optimizer.
 """
 
 from __future__ import annotations
@@ -23,7 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.strategies.flat_parameters import FlatParameters
@@ -31,11 +38,15 @@ from lightning_byz.strategies.overlap import Overlap
 
 log = logging.getLogger("lightning_byz")
 
-_TOGGLE = "with self.toggled_optimizer(optimizer): ... around its forward and backward passes and its step"
+_TOGGLE = (
+    "with self.toggled_optimizer(optimizer): ... around its forward and backward passes and its "
+    "step"
+)
 
 
 class GradientGroup:
-    """The parameters of one optimizer, or those that no optimizer has, and what is in their ``p.grad``.
+    """The parameters of one optimizer, or those that no optimizer has, and what is in their
+    ``p.grad``.
 
     Args:
         name: for messages.
@@ -45,17 +56,28 @@ class GradientGroup:
 
     Attributes:
         layout: the parameters that the group's last backward pass was about.
-        pending: a backward pass has left gradients of this process's own, which are not exchanged yet.
+        pending: a backward pass has left gradients of this process's own, which are not exchanged
+            yet.
         local: ids of the parameters whose ``p.grad`` is this process's own.
-        rows: by local worker, its gradients since the last exchange, in a process of several workers.
+        rows: by local worker, its gradients since the last exchange, in a process of several
+            workers.
         used: by local worker, ``[P]`` the parameters that have one.
         poisoned: the last exchange gave no aggregate, and an inf in its place.
     """
 
     def __init__(
-        self, name: str, parameters: Callable[[], Iterable[Tensor]], exchange: Exchange, of_optimizer: bool = True
+        self,
+        name: str,
+        parameters: Callable[[], Iterable[Tensor]],
+        exchange: Exchange,
+        of_optimizer: bool = True,
     ) -> None:
-        self.name, self.parameters, self.exchange, self.of_optimizer = name, parameters, exchange, of_optimizer
+        self.name, self.parameters, self.exchange, self.of_optimizer = (
+            name,
+            parameters,
+            exchange,
+            of_optimizer,
+        )
         self.fresh_starts = 0
         self._algorithm = exchange.algorithm  # which does not know the parameters' sizes yet
         self.forget()
@@ -83,8 +105,9 @@ class GradientGroup:
             self.fresh_starts += 1
             if self.fresh_starts == 1:
                 log.warning(
-                    "The set of trained parameters has changed: the algorithm's state (momenta, EF21 estimates) starts afresh. "
-                    "Each time that it does is counted, and said at the end."
+                    "The set of trained parameters has changed: the algorithm's state (momenta, "
+                    "EF21 estimates) starts afresh. Each time that it does is counted, and said "
+                    "at the end."
                 )
             self.exchange.dim = None
         self.layout, self.overlap = FlatParameters(parameters), None
@@ -107,19 +130,26 @@ class GradientGroup:
         """The parameters' values ``[d]``."""
         return self._present().read_parameters()
 
-    # -- aggregates, and gradients of this process's own ----------------------------------------------------------------
+    # -- aggregates, and gradients of this process's own -------------------------------------------
 
     def _members(self) -> Sequence[Tensor]:
         assert self.layout is not None
         return self.layout.parameters
 
     def holds_aggregate(self) -> bool:
-        """Whether some ``p.grad`` is an aggregate, or whatever else is not this process's own gradient, and not 0."""
+        """Whether some ``p.grad`` is an aggregate, or whatever else is not this process's own
+        gradient, and not 0.
+        """
         self.local.intersection_update(id(p) for p in self._members() if p.grad is not None)
-        return any(p.grad is not None and id(p) not in self.local and bool(p.grad.any()) for p in self._members())
+        return any(
+            p.grad is not None and id(p) not in self.local and bool(p.grad.any())
+            for p in self._members()
+        )
 
     def set_aside(self) -> None:
-        """Takes aggregates out of ``p.grad``, so that the coming exchange is about this process's own gradients alone."""
+        """Takes aggregates out of ``p.grad``, so that the coming exchange is about this process's
+        own gradients alone.
+        """
         for p in self._members():
             if p.grad is None:
                 self.local.discard(id(p))
@@ -148,27 +178,37 @@ class GradientGroup:
         self.put_back()
 
     def stepped(self) -> None:
-        """An optimizer has used what is in ``p.grad``: other tensors that are there later on are no aggregates."""
+        """An optimizer has used what is in ``p.grad``: other tensors that are there later on are no
+        aggregates.
+        """
         self._fresh = False
         self._seen = {id(p): weakref.ref(p.grad) for p in self.parameters() if p.grad is not None}
 
     def set_by_hand(self) -> bool:
-        """Whether somebody has put gradients into ``p.grad`` himself, after the last step: those of torch.autograd.grad, say."""
+        """Whether somebody has put gradients into ``p.grad`` himself, after the last step: those of
+        torch.autograd.grad, say.
+        """
         if self._fresh or self.pending:
             return False
         here = [p for p in self.parameters() if p.grad is not None]
         return any(id(p) not in self._seen or self._seen[id(p)]() is not p.grad for p in here)
 
-    # -- what nobody may do in between ------------------------------------------------------------------------------------
+    # -- what nobody may do in between -------------------------------------------------------------
 
     def note(self, p: Tensor) -> None:
-        """Remembers a parameter's value: it should not change while its gradient is this process's own."""
+        """Remembers a parameter's value: it should not change while its gradient is this process's
+        own.
+        """
         self._norms[id(p)] = torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
 
     def note_gradients(self) -> None:
-        """Remembers the gradients of this process's own: nobody should edit them before they are exchanged."""
+        """Remembers the gradients of this process's own: nobody should edit them before they are
+        exchanged.
+        """
         here = [p for p in self._members() if id(p) in self.local]
-        self._versions = {id(p): (weakref.ref(p.grad), p.grad._version) for p in here if p.grad is not None}
+        self._versions = {
+            id(p): (weakref.ref(p.grad), p.grad._version) for p in here if p.grad is not None
+        }
 
     def check_parameters(self) -> None:
         """Raises if parameters have moved although their gradients were never exchanged."""
@@ -177,12 +217,16 @@ class GradientGroup:
         for p in self._members():
             if p.grad is None or id(p) not in self._norms:
                 continue
-            if not torch.equal(torch.linalg.vector_norm(p.detach(), dtype=torch.float64), self._norms[id(p)]):
+            if not torch.equal(
+                torch.linalg.vector_norm(p.detach(), dtype=torch.float64), self._norms[id(p)]
+            ):
                 raise RuntimeError(
-                    f"Parameters of {self.name} have changed while their gradients were those of this process alone, so that "
-                    "every process has a model of its own now. Gradients are exchanged at the end of self.manual_backward(loss), "
-                    "and at a step of an optimizer. Call self.manual_backward(loss) instead of loss.backward(), outside of "
-                    "toggle_model(sync_grad=False), before you change parameters by hand."
+                    f"Parameters of {self.name} have changed while their gradients were those of "
+                    "this process alone, so that every process has a model of its own now. "
+                    "Gradients are exchanged at the end of self.manual_backward(loss), and at a "
+                    "step of an optimizer. Call self.manual_backward(loss) instead of "
+                    "loss.backward(), outside of toggle_model(sync_grad=False), before you "
+                    "change parameters by hand."
                 )
 
     def check_gradients(self) -> None:
@@ -197,20 +241,24 @@ class GradientGroup:
                 continue
             if len(self.rows) > 1:
                 raise RuntimeError(
-                    "Gradients have been edited between micro-batches. In-process workers keep their own ones until the exchange, and "
-                    "p.grad shows their mean, so that the edit would be lost. Edit gradients after the last micro-batch, in "
+                    "Gradients have been edited between micro-batches. In-process workers keep "
+                    "their own ones until the exchange, and p.grad shows their mean, so that the "
+                    "edit would be lost. Edit gradients after the last micro-batch, in "
                     "on_before_optimizer_step, or use accumulate_grad_batches=1."
                 )
             raise RuntimeError(
-                f"Gradients of {self.name} have been edited before they were exchanged. A backward pass that reaches the "
-                "parameters of several optimizers leaves each one's gradients to its own optimizer.step() or "
-                f"self.clip_gradients(optimizer), because {type(self.exchange.algorithm).__name__} remembers earlier ones. "
-                f"Train one optimizer at a time: {_TOGGLE}; then gradients are exchanged where manual_backward ends."
+                f"Gradients of {self.name} have been edited before they were exchanged. A "
+                "backward pass that reaches the parameters of several optimizers leaves each "
+                "one's gradients to its own optimizer.step() or self.clip_gradients(optimizer), "
+                f"because {type(self.exchange.algorithm).__name__} remembers earlier ones. Train "
+                f"one optimizer at a time: {_TOGGLE}; then gradients are exchanged where "
+                "manual_backward ends."
             )
 
 
 class GradientSync:
-    """Decides when the gradients of which groups are exchanged, and sees every way in which they get into ``p.grad``.
+    """Decides when the gradients of which groups are exchanged, and sees every way in which they
+    get into ``p.grad``.
 
     Args:
         groups: one for each optimizer, and one for parameters that are in none, if there are any.
@@ -231,16 +279,25 @@ class GradientSync:
         overlap: bool,
         precision: Any,
     ) -> None:
-        self.groups, self._exchange, self.manual, self._may_overlap = list(groups), exchange, manual, overlap
+        self.groups, self._exchange, self.manual, self._may_overlap = (
+            list(groups),
+            exchange,
+            manual,
+            overlap,
+        )
         self.blocked = False
         self.in_training_step = False
         self._alone = all(group.exchange.transport.workers_per_process == 1 for group in groups)
         self._in_backward = False
         self._stepping = False  # inside of Strategy.optimizer_step
         self._overlapped: GradientGroup | None = None
-        self._places: dict[int, tuple[GradientGroup, int]] = {}  # by id of a parameter: its group now, and where in its layout
-        self._nodes: dict[int, tuple[Any, Any]] = {}  # by id of a parameter: what accumulates its gradient, and our hook on it
-        self._of_optimizer: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[GradientGroup]]] = weakref.WeakKeyDictionary()
+        # by id of a parameter: its group now, and where in its layout
+        self._places: dict[int, tuple[GradientGroup, int]] = {}
+        # by id of a parameter: what accumulates its gradient, and our hook on it
+        self._nodes: dict[int, tuple[Any, Any]] = {}
+        self._of_optimizer: weakref.WeakKeyDictionary[
+            Optimizer, tuple[int, list[GradientGroup]]
+        ] = weakref.WeakKeyDictionary()
         self._hooks = [
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
@@ -257,8 +314,8 @@ class GradientSync:
         fresh_starts = sum(group.fresh_starts for group in self.groups)
         if fresh_starts > 1:
             log.warning(
-                f"The algorithm's state has started afresh {fresh_starts} times: so often the trained "
-                "parameters changed."
+                f"The algorithm's state has started afresh {fresh_starts} times: so often the "
+                "trained parameters changed."
             )
 
     def forget(self) -> None:
@@ -290,13 +347,13 @@ class GradientSync:
         finally:
             self.in_training_step = False
 
-    # -- a backward pass ------------------------------------------------------------------------------------------------
+    # -- a backward pass ---------------------------------------------------------------------------
 
     def about(self) -> list[GradientGroup]:
         """The groups that a backward pass is about now, each with its layout.
 
-        A parameter of several optimizers counts for the one of which the fewest parameters are frozen, so that it goes with
-        the optimizer that is toggled.
+        A parameter of several optimizers counts for the one of which the fewest parameters are
+        frozen, so that it goes with the optimizer that is toggled.
         """
         members = [(group, list(group.parameters())) for group in self.groups]
         members.sort(key=lambda pair: sum(not p.requires_grad for p in pair[1]))
@@ -314,7 +371,9 @@ class GradientSync:
         return sorted(found, key=self.groups.index)
 
     def _watch(self, groups: Sequence[GradientGroup]) -> None:
-        """Puts hooks where gradients are accumulated: there they run after every hook on the parameter itself."""
+        """Puts hooks where gradients are accumulated: there they run after every hook on the
+        parameter itself.
+        """
         for p in (p for group in groups for p in group._members()):
             if id(p) not in self._nodes:
                 node = get_gradient_edge(p).node
@@ -330,11 +389,14 @@ class GradientSync:
         if group is self._overlapped:
             assert group.overlap is not None
             group.overlap.arrived(i, p)
-        elif not self._in_backward and (self.manual or not group.of_optimizer):  # loss.backward() by hand
+        elif not self._in_backward and (self.manual or not group.of_optimizer):
+            # loss.backward() by hand
             if self.manual:
                 group.note(p)
             for each in self.groups:
-                each.pending |= each.layout is not None and any(q.requires_grad for q in each.layout.parameters)
+                each.pending |= each.layout is not None and any(
+                    q.requires_grad for q in each.layout.parameters
+                )
 
     @contextmanager
     def backward(self, overlap: bool) -> Iterator[list[GradientGroup]]:
@@ -352,8 +414,9 @@ class GradientSync:
             group.check_gradients()
             if self.blocked and group.holds_aggregate():
                 raise RuntimeError(
-                    f"A backward pass inside toggle_model(sync_grad=False) should start from zeroed gradients, or add to such a "
-                    f"pass's. Found the aggregate of an earlier exchange in the gradients of {group.name}. Call "
+                    "A backward pass inside toggle_model(sync_grad=False) should start from "
+                    "zeroed gradients, or add to such a pass's. Found the aggregate of an "
+                    f"earlier exchange in the gradients of {group.name}. Call "
                     "optimizer.zero_grad() first."
                 )
             if not self.blocked:
@@ -377,7 +440,11 @@ class GradientSync:
     def _at_once(self, groups: Sequence[GradientGroup]) -> list[GradientGroup]:
         """The groups whose gradients are exchanged where this backward pass ends."""
         several = self.manual and sum(group.of_optimizer for group in groups) > 1
-        return [g for g in groups if not (several and g.of_optimizer and not g.exchange.algorithm.stateless)]
+        return [
+            g
+            for g in groups
+            if not (several and g.of_optimizer and not g.exchange.algorithm.stateless)
+        ]
 
     @contextmanager
     def _running(self, at_once: Sequence[GradientGroup], overlap: bool) -> Iterator[None]:
@@ -397,11 +464,13 @@ class GradientSync:
             self._in_backward, self._overlapped = False, None
 
     def _clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Stands in for the precision plugin's: here a group that waits for its step is exchanged."""
+        """Stands in for the precision plugin's: here a group that waits for its step is
+        exchanged.
+        """
         self.settle(optimizer)
         self._clip(optimizer, *args, **kwargs)
 
-    # -- an optimizer's step --------------------------------------------------------------------------------------------
+    # -- an optimizer's step -----------------------------------------------------------------------
 
     def of(self, optimizer: Optimizer) -> list[GradientGroup]:
         """The groups that have parameters of this optimizer."""
@@ -409,19 +478,24 @@ class GradientSync:
         known, groups = self._of_optimizer.get(optimizer, (-1, []))
         if known != count:
             mine = {id(p) for part in optimizer.param_groups for p in part["params"]}
-            groups = [group for group in self.groups if any(id(p) in mine for p in group.parameters())]
+            groups = [
+                group for group in self.groups if any(id(p) in mine for p in group.parameters())
+            ]
             self._of_optimizer[optimizer] = (count, groups)
         return groups
 
     def settle(self, optimizer: Optimizer) -> None:
-        """Exchanges what is still this process's own among the gradients of an optimizer; leaves aggregates alone."""
+        """Exchanges what is still this process's own among the gradients of an optimizer; leaves
+        aggregates alone.
+        """
         for group in self.of(optimizer):
             if not group.pending and not (self.manual and group.set_by_hand()):
                 continue
             if not self._alone and self.in_training_step:
                 raise RuntimeError(
-                    "In-process workers share one model, so that no optimizer may step inside training_step. Found a step of "
-                    f"{type(optimizer).__name__}. Return the loss and let Lightning step, or use one worker per process."
+                    "In-process workers share one model, so that no optimizer may step inside "
+                    f"training_step. Found a step of {type(optimizer).__name__}. Return the loss "
+                    "and let Lightning step, or use one worker per process."
                 )
             if group.layout is None or not group.pending:
                 group.over([p for p in group.parameters() if p.requires_grad])
@@ -434,7 +508,8 @@ class GradientSync:
     def step(
         self, optimizer: Optimizer, closure: Callable[..., Any], may_repeat: bool
     ) -> Callable[..., Any]:
-        """The closure of a step, after which gradients are aggregates. Evaluated again, it begins with the memory of before.
+        """The closure of a step, after which gradients are aggregates. Evaluated again, it begins
+        with the memory of before.
 
         Args:
             optimizer: the optimizer.
@@ -473,18 +548,24 @@ class GradientSync:
             return None
         if self._in_backward:
             raise RuntimeError(
-                f"An optimizer should step after backward. Found a step of {type(optimizer).__name__} during it, before the gradients "
-                "are exchanged, as hooks that step each parameter alone make it. Step after backward."
+                "An optimizer should step after backward. Found a step of "
+                f"{type(optimizer).__name__} during it, before the gradients are exchanged, as "
+                "hooks that step each parameter alone make it. Step after backward."
             )
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if callable(closure):
             if self._stepping:
                 return None
             wrapped = self.step(optimizer, closure, may_repeat(optimizer))
-            return (args, {**kwargs, "closure": wrapped}) if "closure" in kwargs else ((args[0], wrapped, *args[2:]), kwargs)
+            return (
+                (args, {**kwargs, "closure": wrapped})
+                if "closure" in kwargs
+                else ((args[0], wrapped, *args[2:]), kwargs)
+            )
         self.settle(optimizer)
         for group in groups:
-            if group.poisoned and group.layout is not None:  # no loss scaler has looked at it: the step is left out
+            # no loss scaler has looked at it: the step is left out
+            if group.poisoned and group.layout is not None:
                 group.layout.clear_gradients()
         return None
 
@@ -500,7 +581,10 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def gradient_groups(
-    module: Any, optimizers: Sequence[Optimizer], exchange: Callable[[int, str], Exchange], alone: bool
+    module: Any,
+    optimizers: Sequence[Optimizer],
+    exchange: Callable[[int, str], Exchange],
+    alone: bool,
 ) -> list[GradientGroup]:
     """The parameters of each optimizer, and those that need a gradient and are in none.
 
@@ -515,13 +599,19 @@ def gradient_groups(
         name = f"optimizer {i} ({type(optimizer).__name__})"
         groups.append(GradientGroup(name, partial(parameters_of, optimizer), exchange(i, name)))
     inside = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
-    rest = [(name, p) for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside]
+    rest = [
+        (name, p)
+        for name, p in module.named_parameters()
+        if p.requires_grad and id(p) not in inside
+    ]
     if alone or not rest:
         return groups
-    names = ", ".join(name for name, _ in rest[:3]) + (f" and {len(rest) - 3} more" if len(rest) > 3 else "")
+    names = ", ".join(name for name, _ in rest[:3]) + (
+        f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+    )
     log.info(
-        f"byzantine_robust: {names} need a gradient and are in no optimizer. Their gradients are exchanged too, as DDP does; "
-        "requires_grad_(False) spares that."
+        f"byzantine_robust: {names} need a gradient and are in no optimizer. Their gradients are "
+        "exchanged too, as DDP does; requires_grad_(False) spares that."
     )
 
     def parameters_of_nobody() -> list[Tensor]:
@@ -529,9 +619,16 @@ def gradient_groups(
         return [p for _, p in rest if id(p) not in now]
 
     name = "the parameters in no optimizer"
-    return [*groups, GradientGroup(name, parameters_of_nobody, exchange(len(groups), name), of_optimizer=False)]
+    return [
+        *groups,
+        GradientGroup(name, parameters_of_nobody, exchange(len(groups), name), of_optimizer=False),
+    ]
 
 
 def may_repeat(optimizer: Optimizer) -> bool:
-    """Whether an optimizer may evaluate its closure several times a step: of torch's own only LBFGS does."""
-    return isinstance(optimizer, torch.optim.LBFGS) or not type(optimizer).__module__.startswith("torch.optim.")
+    """Whether an optimizer may evaluate its closure several times a step: of torch's own only LBFGS
+    does.
+    """
+    return isinstance(optimizer, torch.optim.LBFGS) or not type(optimizer).__module__.startswith(
+        "torch.optim."
+    )

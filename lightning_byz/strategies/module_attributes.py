@@ -1,4 +1,6 @@
-"""What a training step leaves on the module: every in-process worker has its own, as every process would."""
+"""What a training step leaves on the module: every in-process worker has its own, as every process
+would.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ _MISSING = object()
 class WorkerAttributes:
     """The attributes that training steps assign (an RNN's state, a counter), by local worker.
 
-    Looked at are the attributes of the LightningModule and of all modules in it whose class is not torch's own. Metrics of
-    torchmetrics are left out: one that is updated by all workers counts all of their samples. Attributes that are changed in
-    place (a list, a replay buffer, an environment) are shared by the workers of a process.
+    Looked at are the attributes of the LightningModule and of all modules in it whose class is not
+    torch's own. Metrics of torchmetrics are left out: one that is updated by all workers counts all
+    of their samples. Attributes that are changed in place (a list, a replay buffer, an environment)
+    are shared by the workers of a process.
 
     Args:
         module: the LightningModule.
@@ -28,7 +31,9 @@ class WorkerAttributes:
         self._module = module
         self._own: list[dict[tuple[nn.Module, str], Any]] = [{} for _ in range(workers)]
         self._shown: dict[tuple[nn.Module, str], Any] = {}
-        lightning = next((base for base in type(module).__mro__ if base.__name__ == "LightningModule"), nn.Module)
+        lightning = next(
+            (base for base in type(module).__mro__ if base.__name__ == "LightningModule"), nn.Module
+        )
         self._ignored = {*vars(lightning()), "log", "training"}
 
     def _found(self) -> dict[tuple[nn.Module, str], Any]:
@@ -36,12 +41,20 @@ class WorkerAttributes:
         for part in self._module.modules():
             if type(part).__module__.startswith("torch.") or hasattr(part, "_update_count"):
                 continue
-            found.update({(part, name): value for name, value in vars(part).items() if name not in self._ignored})
+            found.update(
+                {
+                    (part, name): value
+                    for name, value in vars(part).items()
+                    if name not in self._ignored
+                }
+            )
         return found
 
     @contextmanager
     def scratch(self, worker: int) -> Iterator[None]:
-        """The module has this local worker's attributes inside; what is assigned there is forgotten."""
+        """The module has this local worker's attributes inside; what is assigned there is
+        forgotten.
+        """
         shared = self._found()
         for (part, name), value in self._own[worker].items():
             setattr(part, name, value)
@@ -51,7 +64,9 @@ class WorkerAttributes:
             self._restore(shared, self._found())
 
     @staticmethod
-    def _restore(shared: dict[tuple[nn.Module, str], Any], now: Iterable[tuple[nn.Module, str]]) -> None:
+    def _restore(
+        shared: dict[tuple[nn.Module, str], Any], now: Iterable[tuple[nn.Module, str]]
+    ) -> None:
         for part, name in now:
             if (part, name) not in shared:
                 delattr(part, name)
@@ -66,7 +81,11 @@ class WorkerAttributes:
             yield
             return
         shared, own = self._found(), self._own[worker]
-        for key in [key for key in own if key in self._shown and shared.get(key, _MISSING) is not self._shown[key]]:
+        for key in [
+            key
+            for key in own
+            if key in self._shown and shared.get(key, _MISSING) is not self._shown[key]
+        ]:
             for each in self._own:  # somebody has assigned it between steps
                 each.pop(key, None)
             del self._shown[key]
@@ -77,18 +96,27 @@ class WorkerAttributes:
             yield
         finally:
             after = self._found()
-            own.update({key: value for key, value in after.items() if before.get(key, _MISSING) is not value})
+            own.update(
+                {
+                    key: value
+                    for key, value in after.items()
+                    if before.get(key, _MISSING) is not value
+                }
+            )
             self._restore(shared, after)
 
     def show(self) -> None:
-        """Outside of training steps the module has the first worker's attributes, as rank 0 would."""
+        """Outside of training steps the module has the first worker's attributes, as rank 0
+        would.
+        """
         self._shown = dict(self._own[0]) if len(self._own) > 1 else {}
         for (part, name), value in self._shown.items():
             setattr(part, name, value)
 
 
 class ChangesByHand:
-    """What one training step of an in-process worker changes that all workers share, so that it happens once for each.
+    """What one training step of an in-process worker changes that all workers share, so that it
+    happens once for each.
 
     Args:
         module: the LightningModule.
@@ -102,19 +130,35 @@ class ChangesByHand:
 
     @staticmethod
     def _print(p: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(p.detach(), dtype=torch.float64) if p.is_floating_point() else p.detach().double().sum()
+        return (
+            torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
+            if p.is_floating_point()
+            else p.detach().double().sum()
+        )
 
     def _containers(self) -> dict[str, int]:
         sizes = {}
         for prefix, part in self._module.named_modules():
-            if not type(part).__module__.startswith("torch.") and not hasattr(part, "_update_count"):
-                mine = {n: v for n, v in vars(part).items() if isinstance(v, (list, dict, set)) and not n.startswith("_")}
-                sizes.update({f"{prefix}.{name}".lstrip("."): len(value) for name, value in mine.items()})
+            if not type(part).__module__.startswith("torch.") and not hasattr(
+                part, "_update_count"
+            ):
+                mine = {
+                    n: v
+                    for n, v in vars(part).items()
+                    if isinstance(v, (list, dict, set)) and not n.startswith("_")
+                }
+                sizes.update(
+                    {f"{prefix}.{name}".lstrip("."): len(value) for name, value in mine.items()}
+                )
         return sizes
 
     def names(self) -> list[str]:
         """The parameters and containers that have changed since this object was made."""
         now = dict(self._module.named_parameters())
-        moved = [name for name, before in self._parameters.items() if name in now and not torch.equal(self._print(now[name]), before)]
+        moved = [
+            name
+            for name, before in self._parameters.items()
+            if name in now and not torch.equal(self._print(now[name]), before)
+        ]
         sizes = self._containers()
         return moved + [name for name, size in sizes.items() if self._sizes.get(name, size) != size]

@@ -1,4 +1,6 @@
-"""Buffers: every worker starts a step from the same ones. Statistics are aggregated by a robust rule, data are one worker's."""
+"""Buffers: every worker starts a step from the same ones. Statistics are aggregated by a robust
+rule, data are one worker's.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +27,32 @@ _NORMS = (
 
 
 def shared_tensors(module: nn.Module) -> list[Tensor]:
-    """What all processes have in common at the start: parameters and buffers, but for sparse ones."""
-    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.layout == torch.strided]
+    """What all processes have in common at the start: parameters and buffers, but for sparse
+    ones.
+    """
+    return [
+        tensor
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.layout == torch.strided
+    ]
 
 
 class WorkerBuffers:
     """The buffers of a module, and a copy of them for every local worker.
 
-    A process of one worker lets the module's own buffers change. In a process of several, each worker's forward and backward
-    pass see a copy of its own, so that no pass changes in place what another one still needs.
+    A process of one worker lets the module's own buffers change. In a process of several, each
+    worker's forward and backward pass see a copy of its own, so that no pass changes in place what
+    another one still needs.
 
-    Buffers of torch's batch and instance normalization are statistics: numbers that all workers estimate. Others are data, such
-    as a queue of keys, unless they are named: a median of different workers' data is nobody's.
+    Buffers of torch's batch and instance normalization are statistics: numbers that all workers
+    estimate. Others are data, such as a queue of keys, unless they are named: a median of different
+    workers' data is nobody's.
 
     Args:
         module: the module; its submodules' buffers included.
         workers: number of local workers.
-        statistics: names of buffers that are statistics too, as in ``named_buffers``, or patterns such as ``"*.running_*"``.
+        statistics: names of buffers that are statistics too, as in ``named_buffers``, or patterns
+            such as ``"*.running_*"``.
 
     Raises:
         ValueError: if a pattern fits no buffer.
@@ -54,7 +65,8 @@ class WorkerBuffers:
         for pattern in self._statistics:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(
-                    f"`aggregated_buffers` should name buffers of the module. Found {pattern!r}, which fits none of {', '.join(names) or 'none'}."
+                    f"`aggregated_buffers` should name buffers of the module. Found {pattern!r}, "
+                    f"which fits none of {', '.join(names) or 'none'}."
                 )
         self._places = self._found()
         self._copies: list[list[Tensor]] | None = None
@@ -66,7 +78,9 @@ class WorkerBuffers:
         return len(self._places)
 
     def _found(self) -> list[tuple[nn.Module, str]]:
-        """Where the module's buffers are now, each of them once. Sparse ones are each process's own."""
+        """Where the module's buffers are now, each of them once. Sparse ones are each process's
+        own.
+        """
         places, seen, self._is_data = [], set(), []
         for prefix, owner in self._module.named_modules():
             norm = isinstance(owner, _NORMS)
@@ -75,14 +89,22 @@ class WorkerBuffers:
                     seen.add(id(buffer))
                     places.append((owner, name))
                     full = f"{prefix}.{name}".lstrip(".")
-                    self._is_data.append(not norm and not any(fnmatch.fnmatch(full, pattern) for pattern in self._statistics))
+                    self._is_data.append(
+                        not norm
+                        and not any(fnmatch.fnmatch(full, pattern) for pattern in self._statistics)
+                    )
         return places
 
     def _read(self) -> list[Tensor]:
-        """The buffers. One that has been deleted, or set to None, since the step began counts as unchanged."""
+        """The buffers. One that has been deleted, or set to None, since the step began counts as
+        unchanged.
+        """
         found = [getattr(owner, name, None) for owner, name in self._places]
         here = [isinstance(buffer, Tensor) and buffer.layout == torch.strided for buffer in found]
-        return [now if ok else before for now, ok, before in zip(found, here, self.start or found, strict=True)]  # type: ignore[misc]
+        return [
+            now if ok else before  # type: ignore[misc]
+            for now, ok, before in zip(found, here, self.start or found, strict=True)
+        ]
 
     def _write(self, tensors: Sequence[Tensor]) -> None:
         for (owner, name), tensor in zip(self._places, tensors, strict=True):
@@ -102,12 +124,15 @@ class WorkerBuffers:
         self._left = [(weakref.ref(buffer), buffer._version) for buffer in self._read()]
 
     def refresh(self) -> None:
-        """Takes over buffers that somebody changed, made or removed between steps (a callback, a loaded checkpoint, pruning).
+        """Takes over buffers that somebody changed, made or removed between steps (a callback, a
+        loaded checkpoint, pruning).
 
         On ranks, all have to change them alike: such changes are not exchanged.
         """
         places = self._found()
-        if places != self._places or (self._copies is not None and any(map(_differs, self._read(), self.start))):
+        if places != self._places or (
+            self._copies is not None and any(map(_differs, self._read(), self.start))
+        ):
             self._places = places
             self.begin()
         elif self._copies is None:
@@ -135,7 +160,9 @@ class WorkerBuffers:
 
     @contextmanager
     def scratch(self, worker: int) -> Iterator[None]:
-        """The module has copies of this local worker's buffers inside, which are then thrown away."""
+        """The module has copies of this local worker's buffers inside, which are then thrown
+        away.
+        """
         original = self._read()
         self._write([buffer.clone() for buffer in self._now(worker)])
         try:
@@ -159,14 +186,23 @@ class WorkerBuffers:
             groups.setdefault((self.start[i].dtype, self._is_data[i]), []).append(i)
         return groups
 
-    def _believed(self, speaking: Sequence[tuple[int, Sequence[Tensor]]], data: Sequence[bool]) -> Sequence[Tensor] | None:
+    def _believed(
+        self, speaking: Sequence[tuple[int, Sequence[Tensor]]], data: Sequence[bool]
+    ) -> Sequence[Tensor] | None:
         """What the first worker whose data are all finite has said; None if there is none."""
         if not any(data):
             return None
         for worker, vectors in speaking:
-            if all(bool(all_finite(v)) for v, is_data in zip(vectors, data, strict=True) if is_data and v.is_floating_point()):
+            if all(
+                bool(all_finite(v))
+                for v, is_data in zip(vectors, data, strict=True)
+                if is_data and v.is_floating_point()
+            ):
                 if worker != self._source:
-                    log.info(f"byzantine_robust: buffers that are data (queues, memory banks) are those of worker {worker} from now on.")
+                    log.info(
+                        "byzantine_robust: buffers that are data (queues, memory banks) are "
+                        f"those of worker {worker} from now on."
+                    )
                     self._source = worker
                 return vectors
         return None
@@ -175,24 +211,37 @@ class WorkerBuffers:
     def merge(self, transport: Transport, touched: Tensor, present: Tensor, f: int) -> None:
         """Ends a step: all workers get the same buffers.
 
-        Statistics in floating point are the coordinate-wise median over the workers that are present; their integers come from
-        the first of these. Data are those of the first worker that is present and whose data are all finite: worker 0's, as a
-        rule, who is believed. Those that no more than f workers changed are reset.
+        Statistics in floating point are the coordinate-wise median over the workers that are
+        present; their integers come from the first of these. Data are those of the first worker
+        that is present and whose data are all finite: worker 0's, as a rule, who is believed. Those
+        that no more than f workers changed are reset.
 
         Args:
             transport: the run's transport.
-            touched: ``[B]`` bool, the buffers that more than f workers changed; the same on every rank.
+            touched: ``[B]`` bool, the buffers that more than f workers changed; the same on every
+                rank.
             present: ``[n]`` bool.
             f: Byzantine workers to tolerate.
         """
         merged = list(self.start)
         which = touched.nonzero().flatten().tolist()
         if which:
-            groups = self._groups(which)  # one vector of each kind travels, and not every buffer alone
-            layout = [Field((sum(self.start[i].numel() for i in group),), dtype) for (dtype, _), group in groups.items()]
+            # one vector of each kind travels, and not every buffer alone
+            groups = self._groups(which)
+            layout = [
+                Field((sum(self.start[i].numel() for i in group),), dtype)
+                for (dtype, _), group in groups.items()
+            ]
             messages = [
                 [
-                    torch.cat([(now[i] if now[i].shape == self.start[i].shape else self.start[i]).reshape(-1) for i in group])
+                    torch.cat(
+                        [
+                            (
+                                now[i] if now[i].shape == self.start[i].shape else self.start[i]
+                            ).reshape(-1)
+                            for i in group
+                        ]
+                    )
                     for group in groups.values()
                 ]
                 for now in map(self._now, range(self._workers))
@@ -221,9 +270,15 @@ class WorkerBuffers:
 
 
 def _medians(rows: Tensor, sizes: Sequence[int], f: int) -> Sequence[Tensor | None]:
-    """The coordinate-wise median of ``rows [n, sum(sizes)]``, one row of each worker, cut into these sizes; None where too few are finite."""
-    if len(sizes) > 1 and not bool(all_finite(rows)):  # who has a nan in one tensor has a say in the others
-        return [_medians(part, [size], f)[0] for part, size in zip(torch.split(rows, list(sizes), 1), sizes, strict=True)]
+    """The coordinate-wise median of ``rows [n, sum(sizes)]``, one row of each worker, cut into
+    these sizes; None where too few are finite.
+    """
+    # who has a nan in one tensor has a say in the others
+    if len(sizes) > 1 and not bool(all_finite(rows)):
+        return [
+            _medians(part, [size], f)[0]
+            for part, size in zip(torch.split(rows, list(sizes), 1), sizes, strict=True)
+        ]
     try:
         return torch.split(CoordinateMedian(f=min(f, (len(rows) - 1) // 2))(rows), list(sizes))
     except TooFewRowsError:

@@ -21,12 +21,15 @@ log = logging.getLogger("lightning_byz")
 
 
 class Overlap:
-    """Reads the only local worker's gradients as backward makes them, and sends its message's buckets as soon as they are filled.
+    """Reads the only local worker's gradients as backward makes them, and sends its message's
+    buckets as soon as they are filled.
 
-    Backward fills the vector from its end, roughly: the last parameters get their gradients first. Buckets leave in one order, which all
-    ranks share, so that a parameter without a gradient holds its bucket and all later ones back until `gradient` is asked for. What has been
-    read of ``p.grad`` is released at once: the estimate will take its place. If the algorithm wants whole vectors, nothing is sent, but
-    gradients are read while they are in a cache, and their memory serves for the next ones.
+    Backward fills the vector from its end, roughly: the last parameters get their gradients first.
+    Buckets leave in one order, which all ranks share, so that a parameter without a gradient holds
+    its bucket and all later ones back until `gradient` is asked for. What has been read of
+    ``p.grad`` is released at once: the estimate will take its place. If the algorithm wants whole
+    vectors, nothing is sent, but gradients are read while they are in a cache, and their memory
+    serves for the next ones.
 
     Args:
         layout: the parameters.
@@ -36,7 +39,9 @@ class Overlap:
     def __init__(self, layout: FlatParameters, exchange: Exchange) -> None:
         self.layout, self.exchange = layout, exchange
         self.broken = False
-        """Whether a parameter's gradient has changed after it was sent, once: this model's backward passes cannot be overlapped."""
+        """Whether a parameter's gradient has changed after it was sent, once: this model's backward
+        passes cannot be overlapped.
+        """
         self._starts = list(accumulate(layout.sizes, initial=0))
         self._upload: BucketedMessages | None = None
         self.began = False
@@ -64,7 +69,10 @@ class Overlap:
         if buckets != self._buckets:
             spans = list(pairwise(self._starts))
             self._buckets = buckets
-            self._touched = [[b for b, (first, last) in enumerate(buckets) if a < last and first < z and a < z] for a, z in spans]
+            self._touched = [
+                [b for b, (first, last) in enumerate(buckets) if a < last and first < z and a < z]
+                for a, z in spans
+            ]
         self._missing = [0] * len(buckets)
         for touched in self._touched:
             for b in touched:
@@ -74,7 +82,11 @@ class Overlap:
     def arrived(self, i: int, parameter: Tensor) -> None:
         """The gradient of the i-th parameter is there."""
         again = i in self._written
-        if again and self._upload is not None and any(b < self._upload.uplink.sent for b in self._touched[i]):
+        if (
+            again
+            and self._upload is not None
+            and any(b < self._upload.uplink.sent for b in self._touched[i])
+        ):
             self._late = True
             return
         with self._on_one_stream(parameter.grad):
@@ -90,8 +102,9 @@ class Overlap:
                 self._upload.send([row[first:last]])
 
     def _on_one_stream(self, gradient: Tensor | None) -> AbstractContextManager[object]:
-        """A bucket holds gradients that autograd may have made on several streams of an accelerator, as it
-        runs each operation's backward on the stream of its forward. They are read on one.
+        """A bucket holds gradients that autograd may have made on several streams of an
+        accelerator, as it runs each operation's backward on the stream of its forward. They are
+        read on one.
         """
         if self._stream is None:
             return nullcontext()
@@ -115,18 +128,23 @@ class Overlap:
 
     def used(self) -> Tensor:
         """``[P]`` bool: the parameters that have a gradient."""
-        return self.layout.used() | torch.tensor([i in self._written for i in range(len(self.layout.parameters))], dtype=torch.bool)
+        return self.layout.used() | torch.tensor(
+            [i in self._written for i in range(len(self.layout.parameters))], dtype=torch.bool
+        )
 
     def gradient(self) -> Tensor | None:
-        """The whole gradient ``[d]``, after a backward pass that was overlapped; None if there is none, or another one than was sent."""
+        """The whole gradient ``[d]``, after a backward pass that was overlapped; None if there is
+        none, or another one than was sent.
+        """
         self._upload, self.began = None, False
         if not bool(self.used().any()):
             return None
         if self._late:
             self.broken = True
             warnings.warn(
-                "byzantine_robust: a parameter received a gradient a second time in one backward pass, after the first was sent (reentrant "
-                "checkpointing does that). This worker is silent in this step, and sends its message after backward from now on. "
+                "byzantine_robust: a parameter received a gradient a second time in one backward "
+                "pass, after the first was sent (reentrant checkpointing does that). This worker "
+                "is silent in this step, and sends its message after backward from now on. "
                 "Sharded(overlap=False) does so from the start.",
                 stacklevel=2,
             )
@@ -138,7 +156,9 @@ class Overlap:
 
 
 def may_overlap(strategy: Any, transport: Transport) -> bool:
-    """Whether gradients are read during backward, and sent where the algorithm lets them; logs why not."""
+    """Whether gradients are read during backward, and sent where the algorithm lets them; logs why
+    not.
+    """
     if not transport.overlaps or strategy.workers_per_process > 1:
         return False
     algorithm = strategy.resolved

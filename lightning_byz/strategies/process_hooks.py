@@ -85,7 +85,7 @@ class ProcessHooks(_Base):
         assert self.model is not None
         self.model.to(self.root_device)
 
-    # -- collectives that Lightning asks for --------------------------------------------------------
+    # -- collectives that Lightning asks for -------------------------------------------------------
 
     def barrier(self, name: str | None = None) -> None:
         if not self.processes.alone:

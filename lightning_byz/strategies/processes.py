@@ -44,7 +44,8 @@ class Processes(ABC):
     """
 
     is_behind = False
-    """Whether this batch's round is known to be closed, so that nothing has to be computed for it."""
+    """Whether this batch's round is known to be closed, so that nothing has to be computed for it.
+    """
 
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
@@ -61,7 +62,9 @@ class Processes(ABC):
         """Tells the cluster environment, and all that logs on rank 0 only, which rank this is."""
         strategy, environment = self.strategy, self.strategy.cluster_environment
         if environment is not None:
-            environment.set_global_rank(strategy.node_rank * strategy.num_processes + strategy.local_rank)
+            environment.set_global_rank(
+                strategy.node_rank * strategy.num_processes + strategy.local_rank
+            )
             environment.set_world_size(strategy.num_nodes * strategy.num_processes)
             self._size = environment.world_size()  # whoever has started the processes knows better
         rank_zero_only.rank = strategy.global_rank  # type: ignore[attr-defined]
@@ -108,7 +111,7 @@ class Processes(ABC):
     def end_validation(self) -> None:  # noqa: B027
         """A validation has ended."""
 
-    # -- what Lightning asks for --------------------------------------------------------------------
+    # -- what Lightning asks for -------------------------------------------------------------------
 
     @abstractmethod
     def barrier(self, name: str | None) -> None:
@@ -126,7 +129,7 @@ class Processes(ABC):
     def decide(self, decision: bool, everybody: bool) -> bool:
         """One decision for all: whether everybody votes for it, or anybody."""
 
-    # -- checkpoints --------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     @abstractmethod
     def begin_checkpoint(self, checkpoint: dict[str, Any], filepath: Any) -> bool:
@@ -166,13 +169,16 @@ class Processes(ABC):
 
     @abstractmethod
     def _to_rank_0(self, tensors: list[Tensor], layout: list[Field]) -> dict[int, Tensor] | None:
-        """At rank 0, by rank, the packed tensors of all that are heard; elsewhere None or its own."""
+        """At rank 0, by rank, the packed tensors of all that are heard; elsewhere None or its
+        own.
+        """
 
 
 class TorchProcesses(Processes):
     """The processes of torch.distributed, or the only one.
 
-    A process of its own is a group of one, for samplers and code of the project that ask for a rank.
+    A process of its own is a group of one, for samplers and code of the project that ask for a
+    rank.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -206,12 +212,12 @@ class TorchProcesses(Processes):
         if dist.get_world_size() != self.size:
             strategy = self.strategy
             raise UnsupportedSetupError(
-                "The run should have as many processes as torch.distributed's process group. Found "
-                f"{self.size} (Trainer(num_nodes={strategy.num_nodes}, devices="
-                f"{strategy.num_processes}), cluster environment "
+                "The run should have as many processes as torch.distributed's process group. "
+                f"Found {self.size} (Trainer(num_nodes={strategy.num_nodes}, "
+                f"devices={strategy.num_processes}), cluster environment "
                 f"{type(strategy.cluster_environment).__name__}) and a group of "
-                f"{dist.get_world_size()}. Give the Trainer the devices and nodes of the whole group, "
-                "or a cluster environment that knows its world_size."
+                f"{dist.get_world_size()}. Give the Trainer the devices and nodes of the whole "
+                "group, or a cluster environment that knows its world_size."
             )
 
     def _connect(self) -> None:
@@ -295,16 +301,18 @@ class TorchProcesses(Processes):
         return int(votes) == self.size if everybody else int(votes) > 0
 
     def begin_checkpoint(self, checkpoint: dict[str, Any], filepath: Any) -> bool:
-        """Always. Asks at the store whether all ranks are here, so that they may enter collectives."""
+        """Always. Asks at the store whether all ranks are here, so that they may enter
+        collectives.
+        """
         self.saved_alone = self.interrupted
         if self.alone or self._store_barrier is None:
             return True
         absent = self._store_barrier.absent(self.strategy.save_patience)
         if absent:
             warnings.warn(
-                f"Rank {self.strategy.global_rank} saves {filepath} without ranks {absent}, which do "
-                "not come here. The checkpoint holds the weights, but the algorithm's state at rank 0 "
-                "only: a run that resumes from it starts the rest of it afresh. Call "
+                f"Rank {self.strategy.global_rank} saves {filepath} without ranks {absent}, which "
+                "do not come here. The checkpoint holds the weights, but the algorithm's state "
+                "at rank 0 only: a run that resumes from it starts the rest of it afresh. Call "
                 "trainer.save_checkpoint on every rank.",
                 stacklevel=2,
             )

@@ -16,11 +16,15 @@ from lightning_byz.types import keyed_seed
 
 @contextmanager
 def worker_rng(device: torch.device, *key: int) -> Iterator[None]:
-    """Torch's global RNG (CPU and ``device``) runs on a stream of its own inside, and goes on as if nothing was outside."""
+    """Torch's global RNG (CPU and ``device``) runs on a stream of its own inside, and goes on as if
+    nothing was outside.
+    """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         seed = keyed_seed("forward", *key)
-        if device.type == "cpu":  # torch.manual_seed would note it for every accelerator that has not started, which takes longer
+        # torch.manual_seed would note it for every accelerator that has not started, which takes
+        # longer
+        if device.type == "cpu":
             torch.default_generator.manual_seed(seed)
         else:
             torch.manual_seed(seed)
@@ -28,7 +32,9 @@ def worker_rng(device: torch.device, *key: int) -> Iterator[None]:
 
 
 def reset() -> None:
-    """All global random states (torch, numpy, Python) as Lightning's seed_everything left them; nothing, where it was not called."""
+    """All global random states (torch, numpy, Python) as Lightning's seed_everything left them;
+    nothing, where it was not called.
+    """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is not None:
         random.seed(int(seed))
@@ -37,10 +43,16 @@ def reset() -> None:
 
 
 def snapshot(device: torch.device) -> tuple[Tensor, ...]:
-    """The states of torch's, CUDA's, numpy's and Python's global RNG, as tensors of fixed shape and dtype."""
+    """The states of torch's, CUDA's, numpy's and Python's global RNG, as tensors of fixed shape and
+    dtype.
+    """
     version, ints, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.empty(0, dtype=torch.uint8)
+    cuda = (
+        torch.cuda.get_rng_state(device)
+        if device.type == "cuda"
+        else torch.empty(0, dtype=torch.uint8)
+    )
     return (
         torch.get_rng_state(),
         cuda,
@@ -60,4 +72,6 @@ def restore(device: torch.device, states: tuple[Tensor, ...]) -> None:
     version, *values = ints.tolist()
     random.setstate((version, tuple(values), gauss[1].item() if gauss[0] else None))
     position, has_gauss, cached = rest.tolist()
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    np.random.set_state(
+        ("MT19937", keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached)
+    )

@@ -1,4 +1,6 @@
-"""Reductions over workers or ranks: what ``reduce_fx`` and ``reduce_op`` name, over the values that are finite."""
+"""Reductions over workers or ranks: what ``reduce_fx`` and ``reduce_op`` name, over the values that
+are finite.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Reduction(NamedTuple):
 
 def _mean(values: Tensor) -> Tensor:
     total = values.sum(0)
-    return total / len(values) if total.is_floating_point() else total // len(values)  # integers stay integers, as in DDP
+    # integers stay integers, as in DDP
+    return total / len(values) if total.is_floating_point() else total // len(values)
 
 
 REDUCTIONS = {
@@ -42,16 +45,22 @@ REDUCTIONS = {
 }
 
 _FUNCTIONS = {
-    torch.mean: "mean", torch.sum: "sum", torch.max: "max", torch.min: "min",
-    sum: "sum", max: "max", min: "min",
+    torch.mean: "mean",
+    torch.sum: "sum",
+    torch.max: "max",
+    torch.min: "min",
+    sum: "sum",
+    max: "max",
+    min: "min",
 }
 
 
 def reduction(how: Any) -> Reduction | None:
-    """The reduction of this name, in capitals or not, or that a function or a ``ReduceOp`` of PyTorch stands for; None if there is none.
+    """The reduction of this name, in capitals or not, or that a function or a ``ReduceOp`` of
+    PyTorch stands for; None if there is none.
 
-    ``"avg"`` is the mean. Of functions these are known: `torch.mean`, `torch.sum`, `torch.max`, `torch.min`, and Python's ``sum``, ``max`` and
-    ``min``, as in ``LightningModule.log``.
+    ``"avg"`` is the mean. Of functions these are known: `torch.mean`, `torch.sum`, `torch.max`,
+    `torch.min`, and Python's ``sum``, ``max`` and ``min``, as in ``LightningModule.log``.
     """
     if callable(how) and not hasattr(how, "name"):
         return REDUCTIONS.get(_FUNCTIONS.get(how, ""))
@@ -61,7 +70,11 @@ def reduction(how: Any) -> Reduction | None:
 
 def is_finite(values: Tensor) -> Tensor:
     """Which values are neither nan nor infinite; integers all are."""
-    return torch.isfinite(values) if values.is_floating_point() else torch.ones_like(values, dtype=torch.bool)
+    return (
+        torch.isfinite(values)
+        if values.is_floating_point()
+        else torch.ones_like(values, dtype=torch.bool)
+    )
 
 
 def over_finite(values: Tensor, how: Reduction) -> Tensor:
@@ -80,15 +93,17 @@ def over_finite(values: Tensor, how: Reduction) -> Tensor:
 
 
 class MetricReducer:
-    """Reduces tensors over ranks, and remembers what Lightning's two calls for a mean have in common.
+    """Reduces tensors over ranks, and remembers what Lightning's two calls for a mean have in
+    common.
 
-    Lightning reduces a metric's mean in two calls: the sum of the values, then that of their weights, an
-    integer. So the mean of an integer right after one of floating-point numbers is over the ranks whose
-    number was finite, and exact.
+    Lightning reduces a metric's mean in two calls: the sum of the values, then that of their
+    weights, an integer. So the mean of an integer right after one of floating-point numbers is over
+    the ranks whose number was finite, and exact.
     """
 
     def __init__(self) -> None:
-        self._weighed: tuple[Tensor, torch.dtype] | None = None  # which values were finite; their dtype
+        # which values were finite; their dtype
+        self._weighed: tuple[Tensor, torch.dtype] | None = None
 
     def reduce(
         self, tensor: Tensor, reduce_op: Any, gather: Callable[[Tensor], list[Tensor]]
@@ -112,8 +127,8 @@ class MetricReducer:
         finite, weighed, self._weighed = is_finite(values), self._weighed, None
         if not bool(finite.all()):
             warn(
-                f"byzantine_robust: {int((~finite).sum())} of {len(values)} values of a reduction were "
-                "not finite and left out."
+                f"byzantine_robust: {int((~finite).sum())} of {len(values)} values of a reduction "
+                "were not finite and left out."
             )
         if how.name != "mean":
             return over_finite(values, how)

@@ -1,4 +1,6 @@
-"""What is decided before the first step where the user left it open: the algorithm, its f, and the transport."""
+"""What is decided before the first step where the user left it open: the algorithm, its f, and the
+transport.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 
 log = logging.getLogger("lightning_byz")
 
-DEFAULT_ALGORITHM = RobustSGD(aggregator=CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True)
-"""CAF that trusts no row much shorter than the others, uncompressed: the choice of docs/default-algorithm.md for a project whose learning rate was tuned for DDP."""
+DEFAULT_ALGORITHM = RobustSGD(
+    aggregator=CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True
+)
+"""CAF that trusts no row much shorter than the others, uncompressed: the choice of
+docs/default-algorithm.md for a project whose learning rate was tuned for DDP.
+"""
 
 
 def resolve_algorithm(
@@ -30,7 +36,8 @@ def resolve_algorithm(
 
     Args:
         algorithm: None for the default.
-        num_byzantine: f, or None for as many as the algorithm allows, up to a third. `Mean` tolerates nobody, whatever it is.
+        num_byzantine: f, or None for as many as the algorithm allows, up to a third. `Mean`
+            tolerates nobody, whatever it is.
         processes: number of processes.
         workers_per_process: workers of each.
 
@@ -43,18 +50,25 @@ def resolve_algorithm(
     if n <= 2 and not {f for f in (num_byzantine, rule.f) if f}:
         if n == 2:
             warn(
-                f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients are averaged as DDP does. "
-                "Use at least 3 workers (devices, or workers_per_process) to tolerate one that lies."
+                f"byzantine_robust runs with n={n} workers: nothing can be outvoted, so gradients "
+                "are averaged as DDP does. Use at least 3 workers (devices, or "
+                "workers_per_process) to tolerate one that lies."
             )
         if n == 1 and not default:
             warn(
-                f"One worker has nobody to exchange gradients with: this run is plain Lightning, without {type(algorithm).__name__}. Use "
-                "several (devices, or workers_per_process)."
+                "One worker has nobody to exchange gradients with: this run is plain Lightning, "
+                f"without {type(algorithm).__name__}. Use several (devices, or "
+                "workers_per_process)."
             )
         return RobustSGD(aggregator=Mean()) if default else algorithm.averaging()
-    if num_byzantine is not None and rule.f not in (None, num_byzantine) and not isinstance(rule, Mean):
+    if (
+        num_byzantine is not None
+        and rule.f not in (None, num_byzantine)
+        and not isinstance(rule, Mean)
+    ):
         raise ValueError(
-            f"`num_byzantine` and the rule's f should agree. Found num_byzantine={num_byzantine} and {rule!r}. Give f once."
+            f"`num_byzantine` and the rule's f should agree. Found num_byzantine={num_byzantine} "
+            f"and {rule!r}. Give f once."
         )
     f = num_byzantine if num_byzantine is not None else rule.f
     most, usual, caveats = algorithm.most_f(n), max(1, (n - 1) // 3), list[str]()
@@ -64,9 +78,12 @@ def resolve_algorithm(
         f = min(usual, max(0, most))
         if f < usual and isinstance(rule.rule if isinstance(rule, Chain) else rule, SMEA):
             caveats.append(
-                f"SMEA tolerates f={f} of n={n} workers here, not a third, {usual}: these would be too many subsets to search."
+                f"SMEA tolerates f={f} of n={n} workers here, not a third, {usual}: these would "
+                "be too many subsets to search."
             )
-        log.info(f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it.")
+        log.info(
+            f"byzantine_robust: n={n} workers, tolerating f={f}; set num_byzantine to change it."
+        )
     resolved = algorithm.with_f(f)
     if f > most:
         try:
@@ -75,8 +92,8 @@ def resolve_algorithm(
         except ValueError as error:
             message = str(error)
         raise ValueError(
-            f"num_byzantine={f} is too large for n={n} workers (processes x workers_per_process = {processes} x "
-            f"{workers_per_process}). {message}"
+            f"num_byzantine={f} is too large for n={n} workers (processes x workers_per_process = "
+            f"{processes} x {workers_per_process}). {message}"
         )
     if f == 0 and num_byzantine != 0:
         warn(f"byzantine_robust: {type(rule).__name__} tolerates no Byzantine worker among n={n}.")
@@ -92,7 +109,8 @@ _SMALL = 1 << 20
 
 
 def default_transport(algorithm: Algorithm, processes: int, nbytes: int) -> Transport:
-    """Where the user names none: in this process, or over torch.distributed as moves the fewest bytes, or, where these are few, in the fewest collectives.
+    """Where the user names none: in this process, or over torch.distributed as moves the fewest
+    bytes, or, where these are few, in the fewest collectives.
 
     Args:
         algorithm: the resolved algorithm.
@@ -101,23 +119,35 @@ def default_transport(algorithm: Algorithm, processes: int, nbytes: int) -> Tran
     """
     if processes == 1:
         return InProcess()
-    sparse_up_dense_down = getattr(getattr(algorithm, "compressor", None), "sparse", False) and not algorithm.changes_few
+    sparse_up_dense_down = (
+        getattr(getattr(algorithm, "compressor", None), "sparse", False)
+        and not algorithm.changes_few
+    )
     return AllGather() if nbytes <= _SMALL or sparse_up_dense_down else Sharded()
 
 
 @rank_zero_only
 def explain_transport(algorithm: Algorithm, transport: Transport) -> None:
-    """Logs how messages travel, and what comes down on shards in answer to messages that name few coordinates each."""
+    """Logs how messages travel, and what comes down on shards in answer to messages that name few
+    coordinates each.
+    """
     log.info(f"byzantine_robust: messages travel by {type(transport).__name__}.")
-    if not transport.in_shards or not getattr(getattr(algorithm, "compressor", None), "sparse", False):
+    if not transport.in_shards or not getattr(
+        getattr(algorithm, "compressor", None), "sparse", False
+    ):
         return
     name, rule = type(algorithm).__name__, algorithm.aggregator
     if algorithm.changes_few:
-        log.info(f"{name} on Sharded: of the estimate, only the coordinates that have changed are sent down.")
+        log.info(
+            f"{name} on Sharded: of the estimate, only the coordinates that have changed are sent "
+            "down."
+        )
     else:
         log.info(
-            f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. With few ranks AllGather moves fewer bytes; so do "
-            "ByzEF21SGDM here, with a rule that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean, and ByzEF21SGDMBC, with any rule."
+            f"{name} with {rule!r} on Sharded: the whole estimate is sent down, uncompressed. "
+            "With few ranks AllGather moves fewer bytes; so do ByzEF21SGDM here, with a rule "
+            "that looks at one coordinate at a time, such as CoordinateMedian or TrimmedMean, "
+            "and ByzEF21SGDMBC, with any rule."
         )
 
 

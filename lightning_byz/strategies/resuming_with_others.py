@@ -45,8 +45,8 @@ def followed(workers: Sequence[int | None] | None, before: int, n: int) -> Follo
     outside = [worker for worker in workers if worker is not None and worker >= before]
     if len(workers) > n or outside:
         raise ValueError(
-            f"`resume_workers` should name up to n={n} workers, of 0 .. {before - 1}: the checkpoint is "
-            f"of {before} workers. Found {list(workers)}."
+            f"`resume_workers` should name up to n={n} workers, of 0 .. {before - 1}: the "
+            f"checkpoint is of {before} workers. Found {list(workers)}."
         )
     return [*workers, *[None] * (n - len(workers))]
 

@@ -1,4 +1,6 @@
-"""What a round's outcome means for the run: who was silent, whether steps are skipped, what stays still."""
+"""What a round's outcome means for the run: who was silent, whether steps are skipped, what stays
+still.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ log = logging.getLogger("lightning_byz")
 
 
 class TooFewGradientsError(RuntimeError):
-    """More steps in a row than ``max_skipped_steps`` allows had too few finite gradients: training has diverged."""
+    """More steps in a row than ``max_skipped_steps`` allows had too few finite gradients: training
+    has diverged.
+    """
 
 
 class RoundReport:
@@ -44,21 +48,29 @@ class RoundReport:
         self._few_users = FewUsers()
 
     def note_silence(self, outcome: Outcome, transport: Transport) -> None:
-        """Logs who was silent, the 1st, 10th, 100th, ... time. Called where the server's half runs."""
+        """Logs who was silent, the 1st, 10th, 100th, ... time. Called where the server's half
+        runs.
+        """
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
                 came = comes(outcome.round, worker)
                 why = transport.why_silent(worker) if came else "did not come"
                 warn(
-                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the step "
-                    f"went on without it. This was time {count}."
+                    f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the "
+                    f"step went on without it. This was time {count}."
                 )
 
     def note_unmoved(
-        self, module: nn.Module, parameters: Sequence[Tensor], wanted: Sequence[Tensor], used: Tensor, f: int
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        used: Tensor,
+        f: int,
     ) -> None:
-        """Warns once of parameters that no more than f workers ever use, on the ranks of these workers.
+        """Warns once of parameters that no more than f workers ever use, on the ranks of these
+        workers.
 
         Args:
             module: the LightningModule, for names.
@@ -84,7 +96,8 @@ class RoundReport:
         if outcome.reason == NO_LOSS:
             if not self._told_no_loss:
                 log.info(
-                    f"byzantine_robust: step {step} is skipped, and so are later ones like it. {NO_LOSS}"
+                    f"byzantine_robust: step {step} is skipped, and so are later ones like it. "
+                    f"{NO_LOSS}"
                 )
             self._told_no_loss = True
             return
@@ -93,9 +106,9 @@ class RoundReport:
         if self.skipped_in_a_row > self.max_skipped_steps:
             raise TooFewGradientsError(
                 f"{self.skipped_in_a_row} steps in a row had too few finite gradients "
-                f"(max_skipped_steps={self.max_skipped_steps}). {outcome.reason} Silent in the last one: "
-                f"workers {outcome.silent}. Look for nan or inf in their data or losses, or lower the "
-                "learning rate."
+                f"(max_skipped_steps={self.max_skipped_steps}). {outcome.reason} Silent in the "
+                f"last one: workers {outcome.silent}. Look for nan or inf in their data or "
+                "losses, or lower the learning rate."
             )
 
     def state(self) -> dict[str, Any]:

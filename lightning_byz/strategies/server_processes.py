@@ -1,5 +1,5 @@
-"""Processes on a parameter server: what collectives, checkpoints and the launcher become when workers
-may die and come back.
+"""Processes on a parameter server: what collectives, checkpoints and the launcher become when
+workers may die and come back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _POSITION = "lightning_byz_position"
 
 
 class ServerProcesses(Processes):
-    """Processes that meet at a `ParameterServer`, which they find, and outlive each other, by themselves.
+    """Processes that meet at a `ParameterServer`, which they find, and outlive each other, by
+    themselves.
 
     Args:
         strategy: the RobustStrategy, whose transport is a `ParameterServer`.
@@ -55,7 +56,7 @@ class ServerProcesses(Processes):
         self._metrics: list[tuple[Any, Any, Any]] = []
         self._refusals = Refusals("gathered tensors", "rank")
 
-    # -- the beginning and the end --------------------------------------------------------------------------------------
+    # -- the beginning and the end -----------------------------------------------------------------
 
     def launcher(self) -> Any:
         strategy = self.strategy
@@ -63,8 +64,8 @@ class ServerProcesses(Processes):
             return None
         if strategy._start_method != "popen":
             raise UnsupportedSetupError(
-                "On a parameter server processes start with popen, so that each may die alone. Found "
-                f"start_method={strategy._start_method!r}. Leave it out."
+                "On a parameter server processes start with popen, so that each may die alone. "
+                f"Found start_method={strategy._start_method!r}. Leave it out."
             )
         return surviving_launcher(strategy._launchers._SubprocessScriptLauncher, self)
 
@@ -74,7 +75,11 @@ class ServerProcesses(Processes):
         environment, module = self.strategy.cluster_environment, self.strategy.lightning_module
         tensors = [] if module is None else shared_tensors(module)
         nbytes = sum(0 if nn.parameter.is_lazy(tensor) else tensor.nbytes for tensor in tensors)
-        host, port, rank = environment.main_address, environment.main_port, environment.global_rank()
+        host, port, rank = (
+            environment.main_address,
+            environment.main_port,
+            environment.global_rank(),
+        )
         self._keep(self.transport.open(rank, self.size, host, port, nbytes))
 
     def rejoin(self) -> None:
@@ -106,7 +111,10 @@ class ServerProcesses(Processes):
         self.name_ranks()
         missing = self.transport.wait_for_all()
         if missing:
-            log.warning(f"Ranks {missing} have not come in {self.transport.start_timeout:.0f} s. The run begins without them.")
+            log.warning(
+                f"Ranks {missing} have not come in {self.transport.start_timeout:.0f} s. The run "
+                "begins without them."
+            )
 
     def leave(self) -> None:
         for metric, available, sync in reversed(self._metrics):
@@ -126,14 +134,19 @@ class ServerProcesses(Processes):
         received = self.transport.from_server("model", buffer.numpy().tobytes())
         if len(received) != len(buffer):
             raise ValueError(
-                f"All ranks should have the same model. Found {len(received)} bytes of parameters and buffers at rank 0, and {len(buffer)} "
-                f"at rank {self.transport.rank}. Build it alike on all hosts."
+                f"All ranks should have the same model. Found {len(received)} bytes of parameters "
+                f"and buffers at rank 0, and {len(buffer)} at rank {self.transport.rank}. Build "
+                "it alike on all hosts."
             )
-        for tensor, shared in zip(tensors, unpack(torch.frombuffer(bytearray(received), dtype=torch.uint8), layout), strict=True):
+        for tensor, shared in zip(
+            tensors,
+            unpack(torch.frombuffer(bytearray(received), dtype=torch.uint8), layout),
+            strict=True,
+        ):
             if not torch.equal(shared, tensor.cpu()):
                 tensor.copy_(shared)
 
-    # -- where the run is -----------------------------------------------------------------------------------------------
+    # -- where the run is --------------------------------------------------------------------------
 
     @property
     def _apart(self) -> bool:
@@ -152,7 +165,9 @@ class ServerProcesses(Processes):
         """Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
         self.transport.at(self.transport.position + 1)
         trainer = self.strategy.lightning_module.trainer
-        self._for_ranks = self.transport.wanting() if batch_idx % trainer.accumulate_grad_batches == 0 else []
+        self._for_ranks = (
+            self.transport.wanting() if batch_idx % trainer.accumulate_grad_batches == 0 else []
+        )
         if self._for_ranks:
             trainer.save_checkpoint(f"snapshot for ranks {self._for_ranks}")
 
@@ -179,7 +194,7 @@ class ServerProcesses(Processes):
         self._for_ranks, self.saved_alone = [], True
         return False
 
-    # -- collectives ----------------------------------------------------------------------------------------------------
+    # -- collectives -------------------------------------------------------------------------------
 
     def barrier(self, name: str | None) -> None:
         """Waits for all that are alive."""
@@ -189,9 +204,13 @@ class ServerProcesses(Processes):
         self.transport.from_everybody(f"barrier {name}", b"\1", 1)
 
     def broadcast(self, obj: Any, src: int) -> Any:
-        """The server's object. It travels as torch.save writes it and is read without running code: tensors, numbers, strings, containers."""
+        """The server's object. It travels as torch.save writes it and is read without running code:
+        tensors, numbers, strings, containers.
+        """
         if src != 0:
-            raise UnsupportedSetupError(f"On a parameter server only rank 0 broadcasts. Found src={src}. Use src=0.")
+            raise UnsupportedSetupError(
+                f"On a parameter server only rank 0 broadcasts. Found src={src}. Use src=0."
+            )
         if self.transport.rank == 0:
             buffer = io.BytesIO()
             torch.save(obj, buffer)
@@ -199,8 +218,8 @@ class ServerProcesses(Processes):
                 torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
             except pickle.UnpicklingError as error:
                 raise UnsupportedSetupError(
-                    "A parameter server broadcasts tensors, numbers, strings and containers of these, so that nobody has to run what it is sent. "
-                    f"Found {type(obj).__name__}."
+                    "A parameter server broadcasts tensors, numbers, strings and containers of "
+                    f"these, so that nobody has to run what it is sent. Found {type(obj).__name__}."
                 ) from error
             self.transport.from_server("broadcast", buffer.getvalue())
             return obj
@@ -221,16 +240,21 @@ class ServerProcesses(Processes):
         body = described(tensor)
         most = self.transport.largest_message if not same_shape else len(body)
         bodies = self.transport.from_everybody("gather tensors", body, most)
-        heard = [self._refusals.read(rank, read_tensor, body, tensor, same_shape) for rank, body in bodies.items()]
+        heard = [
+            self._refusals.read(rank, read_tensor, body, tensor, same_shape)
+            for rank, body in bodies.items()
+        ]
         tensors = [read for read in heard if read is not None]
         return tensors or [tensor]
 
     def decide(self, decision: bool, everybody: bool) -> bool:
-        """A decision that up to f workers cannot force: the server's own, overruled by more than f votes of workers.
+        """A decision that up to f workers cannot force: the server's own, overruled by more than f
+        votes of workers.
 
         Args:
             decision: this rank's vote.
-            everybody: whether one "no" is enough for "no"; else one "yes" for "yes". "One" is the server, or more than f workers.
+            everybody: whether one "no" is enough for "no"; else one "yes" for "yes". "One" is the
+                server, or more than f workers.
         """
         heard = self.transport.from_everybody("decision", b"\1" if decision else b"\2", 1)
         strong = b"\2" if everybody else b"\1"
@@ -240,13 +264,17 @@ class ServerProcesses(Processes):
         return everybody != (heard.get(0) == strong or votes > f)
 
     def begin_training(self, module: nn.Module) -> None:
-        """Metrics of torchmetrics sync through the server, where they would find no process group and report this rank's part alone."""
+        """Metrics of torchmetrics sync through the server, where they would find no process group
+        and report this rank's part alone.
+        """
         metrics: list[Any] = list(module.modules())
         for metric in metrics:
             if hasattr(metric, "distributed_available_fn") and hasattr(metric, "dist_sync_fn"):
                 self._metrics.append((metric, metric.distributed_available_fn, metric.dist_sync_fn))
                 metric.distributed_available_fn = lambda: not self._apart
-                metric.dist_sync_fn = lambda tensor, group=None: self._gathered(tensor, same_shape=False)
+                metric.dist_sync_fn = lambda tensor, group=None: self._gathered(
+                    tensor, same_shape=False
+                )
 
     def note_validated(self, samples: int) -> None:
         self.validated += samples
@@ -263,7 +291,7 @@ class ServerProcesses(Processes):
             for logger in trainer.loggers:
                 logger.log_metrics({"validated_samples": float(total)}, step=trainer.global_step)
 
-    # -- checkpoints --------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def _to_rank_0(self, tensors: list[Tensor], layout: list[Field]) -> dict[int, Tensor] | None:
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8)
@@ -286,7 +314,9 @@ def surviving_launcher(base: Any, served: ServerProcesses) -> Any:
     """
 
     class _SurvivingLauncher(base):  # type: ignore[misc]
-        def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        def launch(
+            self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
+        ) -> Any:
             environment = self.cluster_environment
             environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
             if not environment.creates_processes_externally:

@@ -1,4 +1,6 @@
-"""What training steps log, and their losses: gathered from all workers, reduced once, logged once."""
+"""What training steps log, and their losses: gathered from all workers, reduced once, logged
+once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Field
-from lightning_byz.strategies.reductions import REDUCTIONS, Reduction, is_finite, over_finite, reduction
+from lightning_byz.strategies.reductions import (
+    REDUCTIONS,
+    Reduction,
+    is_finite,
+    over_finite,
+    reduction,
+)
 from lightning_byz.transports import Transport
 from lightning_byz.transports.parsing import FLAGS, Refusals, StepRow, logged_names, step_row
 
@@ -75,12 +83,14 @@ def _number(value: Any) -> Tensor | None:
 _NOT_LOGGED = -1.7976931348623157e308
 """Stands for "this worker did not log it": the lowest float64, which no honest metric takes."""
 
+
 class StepLogs:
     """Reduces the workers' logged values to one each.
 
-    Every rank says what it logged in one small collective, which all ranks enter after every training step, whether they logged
-    anything or not: a worker that skips a ``self.log`` cannot leave the others waiting. Names travel as JSON, only when one is new.
-    What cannot be an honest worker's is taken for its silence.
+    Every rank says what it logged in one small collective, which all ranks enter after every
+    training step, whether they logged anything or not: a worker that skips a ``self.log`` cannot
+    leave the others waiting. Names travel as JSON, only when one is new. What cannot be an honest
+    worker's is taken for its silence.
 
     Attributes:
         loss: the median of the workers' finite losses in the last step, or None.
@@ -126,7 +136,12 @@ class StepLogs:
                     said.setdefault(call.name, []).append(number.cpu())
                     self._note_kwargs(call)
             self._float64 |= log.float64
-            spoken.append({name: _reduction(self._kwargs[name]).of(torch.stack(values)) for name, values in said.items()})
+            spoken.append(
+                {
+                    name: _reduction(self._kwargs[name]).of(torch.stack(values))
+                    for name, values in said.items()
+                }
+            )
         local = {name for values in spoken for name in values}
 
         rows = self._gather(logs, spoken, local, transport, device, silenced)
@@ -135,27 +150,42 @@ class StepLogs:
             self._learn(local, news, transport, device)
             rows = self._gather(logs, spoken, local, transport, device, silenced)
 
-        losses = torch.tensor([torch.nan if row is None else row.loss for row in rows], dtype=torch.float64)
+        losses = torch.tensor(
+            [torch.nan if row is None else row.loss for row in rows], dtype=torch.float64
+        )
         finite = losses[is_finite(losses)]
         self.loss = None if not len(finite) else torch.quantile(finite, 0.5).to(device)
-        counted = [row for row, counts in zip(rows, honest, strict=True) if row is not None and counts]
+        counted = [
+            row for row, counts in zip(rows, honest, strict=True) if row is not None and counts
+        ]
         calls = []
         for i, name in enumerate(self._names):
-            if name not in self._kwargs or all(row is None or row.values[i] == _NOT_LOGGED for row in rows):
+            if name not in self._kwargs or all(
+                row is None or row.values[i] == _NOT_LOGGED for row in rows
+            ):
                 continue
             kwargs = {key: value for key, value in self._kwargs[name].items() if key != "sync_dist"}
-            column = torch.tensor([row.values[i] for row in counted if row.values[i] != _NOT_LOGGED], dtype=torch.float64)
+            column = torch.tensor(
+                [row.values[i] for row in counted if row.values[i] != _NOT_LOGGED],
+                dtype=torch.float64,
+            )
             skipped = int((~is_finite(column)).sum())
             if skipped:
                 self.skipped[name] = self.skipped.get(name, 0) + skipped
-            value = over_finite(column, _reduction(kwargs)) if skipped < len(column) else torch.tensor(torch.nan)
+            value = (
+                over_finite(column, _reduction(kwargs))
+                if skipped < len(column)
+                else torch.tensor(torch.nan)
+            )
             precision = torch.float64 if name in self._float64 else torch.float32
             size = sum(row.sizes[i] for row in counted) or 1
             calls.append(Call(name, value.to(precision), {**kwargs, "batch_size": size}))
         return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
 
     def _note_kwargs(self, call: Call) -> None:
-        """How a value is logged here. Lightning wants it to be logged in one way, so a way that was learned from others stays."""
+        """How a value is logged here. Lightning wants it to be logged in one way, so a way that was
+        learned from others stays.
+        """
         if call.name not in self._learned:
             self._kwargs[call.name] = call.kwargs
 
@@ -170,7 +200,10 @@ class StepLogs:
             self._take(name, described)
 
     def _described(self, name: str) -> dict[str, Any]:
-        return {**_plain(self._kwargs[name]), **({"float64": True} if name in self._float64 else {})}
+        return {
+            **_plain(self._kwargs[name]),
+            **({"float64": True} if name in self._float64 else {}),
+        }
 
     def _take(self, name: str, described: dict[str, Any]) -> None:
         """Logs a name as somebody else does."""
@@ -191,21 +224,39 @@ class StepLogs:
         known = set(local) <= set(self._names)
         messages = []
         for log, values in zip(logs, spoken, strict=True):
-            head = torch.tensor([float(known), float(log.samples)], dtype=torch.float64, device=device)
+            head = torch.tensor(
+                [float(known), float(log.samples)], dtype=torch.float64, device=device
+            )
             loss = torch.nan if log.loss is None else log.loss
             sizes = [float(log.sizes.get(name, log.samples)) for name in self._names]
             body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names), *sizes]
-            numbers_on_device = [torch.as_tensor(number, dtype=torch.float64, device=device).reshape(()) for number in body]
+            numbers_on_device = [
+                torch.as_tensor(number, dtype=torch.float64, device=device).reshape(())
+                for number in body
+            ]
             messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
         layout = [Field((3 + 2 * len(self._names),), torch.float64)]
         return [
-            None if heard is None or worker in silenced else self.refusals.read(worker, step_row, heard[0].tolist())
+            None
+            if heard is None or worker in silenced
+            else self.refusals.read(worker, step_row, heard[0].tolist())
             for worker, heard in enumerate(transport.gather(messages, layout))
         ]
 
-    def _learn(self, local: Collection[str], news: Sequence[int], transport: Transport, device: torch.device) -> None:
-        """All ranks learn all names, and how most log them. ``news``: the workers that say that they have new ones."""
-        described = {name: self._described(name) for name in sorted({*local, *self._names} & self._kwargs.keys())}
+    def _learn(
+        self,
+        local: Collection[str],
+        news: Sequence[int],
+        transport: Transport,
+        device: torch.device,
+    ) -> None:
+        """All ranks learn all names, and how most log them. ``news``: the workers that say that
+        they have new ones.
+        """
+        described = {
+            name: self._described(name)
+            for name in sorted({*local, *self._names} & self._kwargs.keys())
+        }
         everybody = self._texts(json.dumps(described).encode(), transport, device)
         ways = dict[str, Counter[str]]()
         for worker, said in enumerate(everybody):
@@ -214,27 +265,43 @@ class StepLogs:
                 self.refusals.note(worker, "It claims to log something new, and does not say what.")
             for name in new:
                 if name in ways or len(self._names) + len(ways) < _MOST_NAMES:
-                    ways.setdefault(name, Counter())[json.dumps((said or {})[name], sort_keys=True)] += 1
+                    ways.setdefault(name, Counter())[
+                        json.dumps((said or {})[name], sort_keys=True)
+                    ] += 1
                 else:
-                    self.refusals.note(worker, f"At most {_MOST_NAMES} names are logged. Found more, such as {name[:80]!r}.")
+                    self.refusals.note(
+                        worker,
+                        f"At most {_MOST_NAMES} names are logged. Found more, such as "
+                        f"{name[:80]!r}.",
+                    )
         self._names = sorted([*self._names, *ways])
         for name, counts in ways.items():
             if name not in self._kwargs:
                 self._take(name, json.loads(counts.most_common(1)[0][0]))
                 self._learned.add(name)
 
-    def _texts(self, text: bytes, transport: Transport, device: torch.device) -> list[dict[str, dict[str, Any]] | None]:
-        """What all n workers say of their names; None for one that was not heard, or makes no sense."""
+    def _texts(
+        self, text: bytes, transport: Transport, device: torch.device
+    ) -> list[dict[str, dict[str, Any]] | None]:
+        """What all n workers say of their names; None for one that was not heard, or makes no
+        sense.
+        """
         copies = transport.workers_per_process
         size = torch.tensor([len(text)], dtype=torch.int64, device=device)
         heard = transport.gather([[size]] * copies, [Field((1,), torch.int64)])
-        sizes = [0 if length is None else min(max(int(length[0]), 0), _LONGEST_TEXT) for length in heard]
+        sizes = [
+            0 if length is None else min(max(int(length[0]), 0), _LONGEST_TEXT) for length in heard
+        ]
         longest = max(sizes)
         padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: len(text)] = torch.frombuffer(bytearray(text[:longest]), dtype=torch.uint8).to(device)
+        padded[: len(text)] = torch.frombuffer(bytearray(text[:longest]), dtype=torch.uint8).to(
+            device
+        )
         received = transport.gather([[padded]] * copies, [Field((longest,), torch.uint8)])
         return [
-            None if data is None else self.refusals.read(worker, logged_names, bytes(data[0][:length].cpu().tolist()))
+            None
+            if data is None
+            else self.refusals.read(worker, logged_names, bytes(data[0][:length].cpu().tolist()))
             for worker, (length, data) in enumerate(zip(sizes, received, strict=True))
         ]
 
@@ -247,12 +314,22 @@ _MOST_NAMES = 10_000
 
 
 def _reduction(kwargs: dict[str, Any]) -> Reduction:
-    """How a ``self.log`` call wants its values reduced. Lightning refuses functions that `reduction` does not know, once it is told to log."""
+    """How a ``self.log`` call wants its values reduced. Lightning refuses functions that
+    `reduction` does not know, once it is told to log.
+    """
     return reduction(kwargs.get("reduce_fx", "mean")) or REDUCTIONS["mean"]
 
 
 def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a ``self.log`` call that others need to log the same, as JSON can carry them."""
-    flags = {key: None if value is None else bool(value) for key, value in kwargs.items() if key in FLAGS}
-    attribute = {key: value for key, value in kwargs.items() if key == "metric_attribute" and isinstance(value, str)}
+    """The arguments of a ``self.log`` call that others need to log the same, as JSON can carry
+    them.
+    """
+    flags = {
+        key: None if value is None else bool(value) for key, value in kwargs.items() if key in FLAGS
+    }
+    attribute = {
+        key: value
+        for key, value in kwargs.items()
+        if key == "metric_attribute" and isinstance(value, str)
+    }
     return {**flags, **attribute, "reduce_fx": _reduction(kwargs).name}

@@ -12,8 +12,9 @@ from torch import Tensor
 def joined(values: Sequence[Any]) -> Any:
     """The workers' values as the value of the whole batch.
 
-    Tensors of one sample a row are concatenated, numbers in tensors without a dimension are averaged, lists are put one behind
-    the other, dicts and tuples are joined entry by entry. Of anything else the first one is taken.
+    Tensors of one sample a row are concatenated, numbers in tensors without a dimension are
+    averaged, lists are put one behind the other, dicts and tuples are joined entry by entry. Of
+    anything else the first one is taken.
 
     Args:
         values: one for each worker that has one, at least one.

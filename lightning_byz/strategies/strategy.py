@@ -1,10 +1,11 @@
-"""ByzantineRobustStrategy: Lightning's hooks, in the order in which a run calls them. Each hands over.
+"""ByzantineRobustStrategy: Lightning's hooks, in the order in which a run calls them. Each hands
+over.
 
 The seam is the end of `Strategy.backward`, where DDP's gradients are reduced
-(`lightning_byz.strategies.gradient_sync`). There the local workers' gradients go through an `Exchange`,
-and the estimate that comes back is written to ``p.grad``
-(`lightning_byz.strategies.gradient_exchange`). Hooks, clipping, the optimizer and its schedule are the
-user's, untouched.
+(`lightning_byz.strategies.gradient_sync`). There the local workers' gradients go through an
+`Exchange`, and the estimate that comes back is written to ``p.grad``
+(`lightning_byz.strategies.gradient_exchange`). Hooks, clipping, the optimizer and its schedule are
+the user's, untouched.
 """
 
 from __future__ import annotations
@@ -52,36 +53,44 @@ from lightning_byz.transports import Transport
 class RobustStrategy(ProcessHooks):
     """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
 
-    All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and `.pytorch_lightning`). The arguments
-    ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``, ``process_group_backend``,
-    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy. Its other arguments (``find_unused_parameters``, ...) are taken,
-    and answered with one warning that says that they are not needed.
+    All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and
+    `.pytorch_lightning`). The arguments ``accelerator``, ``parallel_devices``,
+    ``cluster_environment``, ``checkpoint_io``, ``precision_plugin``, ``process_group_backend``,
+    ``timeout`` and ``start_method`` are those of Lightning's DDPStrategy. Its other arguments
+    (``find_unused_parameters``, ...) are taken, and answered with one warning that says that they
+    are not needed.
 
     Args:
-        algorithm: what workers send and what is made of it. None: ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``,
-            which is CAF, uncompressed; with one or two workers, a plain mean without momentum.
-        transport: how messages travel. None: `InProcess` for one process; for several, `Sharded`, or `AllGather` where that is faster: for
-            gradients of up to a megabyte, and for sparse messages whose answer is dense.
-        workers_per_process: workers that one process simulates; each gets its part of every batch. The run has
-            n = processes x workers_per_process workers.
-        num_byzantine: f, the number of Byzantine workers to tolerate. None: the most that the rule allows, up to
-            max(1, (n - 1) // 3) for n >= 3.
-        seed: seed of the package's own random streams (compressors, attacks, dropout). None: the seed that ``seed_everything``
-            set, or 0.
-        worker_weights: n positive numbers, how much of the data each worker holds, such as its number of samples; in the order of workers
-            (process by process). Rules that can (CoordinateMedian, GeometricMedian, Mean) weigh its row by it; others refuse. It is
+        algorithm: what workers send and what is made of it. None:
+            ``RobustSGD(worker_momentum=0.9, undo_worker_momentum=True)``, which is CAF,
+            uncompressed; with one or two workers, a plain mean without momentum.
+        transport: how messages travel. None: `InProcess` for one process; for several, `Sharded`,
+            or `AllGather` where that is faster: for gradients of up to a megabyte, and for sparse
+            messages whose answer is dense.
+        workers_per_process: workers that one process simulates; each gets its part of every batch.
+            The run has n = processes x workers_per_process workers.
+        num_byzantine: f, the number of Byzantine workers to tolerate. None: the most that the rule
+            allows, up to max(1, (n - 1) // 3) for n >= 3.
+        seed: seed of the package's own random streams (compressors, attacks, dropout). None: the
+            seed that ``seed_everything`` set, or 0.
+        worker_weights: n positive numbers, how much of the data each worker holds, such as its
+            number of samples; in the order of workers (process by process). Rules that can
+            (CoordinateMedian, GeometricMedian, Mean) weigh its row by it; others refuse. It is
             yours to say, never a worker's. None: all alike, as in DDP.
-        trusted_data: samples that no worker can have touched, for algorithms that compare with a gradient on them (DStar): a
-            DataLoader over a map-style dataset, of which every step draws a batch; a small dataset, which is one batch; or a batch.
-            Rank 0 computes the gradient; the other ranks need no data, but an argument.
-        max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite gradient, before training
-            stops with an error.
-        aggregated_buffers: names of buffers, or patterns such as ``"*.mean"``, that are statistics as BatchNorm's are: their
-            coordinate-wise median over the workers is taken. Other buffers than those of torch's batch and instance
-            normalization are data (queues, memory banks): those of worker 0, or of the next one where 0 is silent.
-        resume_workers: for a checkpoint of a run with other workers: whose state of that run worker 0, 1, ... of this one goes on
-            with; None, and workers beyond the list, are new. ``[0, 2, 3]`` resumes without worker 1. None: every worker goes on
-            with the state of its own number.
+        trusted_data: samples that no worker can have touched, for algorithms that compare with a
+            gradient on them (DStar): a DataLoader over a map-style dataset, of which every step
+            draws a batch; a small dataset, which is one batch; or a batch. Rank 0 computes the
+            gradient; the other ranks need no data, but an argument.
+        max_skipped_steps: steps in a row that may be skipped because too few workers gave a finite
+            gradient, before training stops with an error.
+        aggregated_buffers: names of buffers, or patterns such as ``"*.mean"``, that are statistics
+            as BatchNorm's are: their coordinate-wise median over the workers is taken. Other
+            buffers than those of torch's batch and instance normalization are data (queues, memory
+            banks): those of worker 0, or of the next one where 0 is silent.
+        resume_workers: for a checkpoint of a run with other workers: whose state of that run worker
+            0, 1, ... of this one goes on with; None, and workers beyond the list, are new.
+            ``[0, 2, 3]`` resumes without worker 1. None: every worker goes on with the state of its
+            own number.
     """
 
     save_patience = 60.0
@@ -119,7 +128,13 @@ class RobustStrategy(ProcessHooks):
             precision_plugin=precision_plugin,
         )
         check_arguments(
-            algorithm, transport, workers_per_process, num_byzantine, max_skipped_steps, worker_weights, of_ddp
+            algorithm,
+            transport,
+            workers_per_process,
+            num_byzantine,
+            max_skipped_steps,
+            worker_weights,
+            of_ddp,
         )
         resuming_with_others.check_argument(resume_workers)
         self.algorithm, self.transport = algorithm, transport
@@ -143,7 +158,7 @@ class RobustStrategy(ProcessHooks):
         self.exchanges: list[Exchange] = []
         self._reducer = MetricReducer()
 
-    # -- the beginning and the end ------------------------------------------------------------------
+    # -- the beginning and the end -----------------------------------------------------------------
 
     def teardown(self) -> None:
         self._watch(None)
@@ -210,7 +225,7 @@ class RobustStrategy(ProcessHooks):
                 exchange.simulation = self.simulation
         return self.simulation
 
-    # -- a step -------------------------------------------------------------------------------------
+    # -- a step ------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -253,7 +268,9 @@ class RobustStrategy(ProcessHooks):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Inside, gradients add up locally: micro-batches, and ``toggle_model(sync_grad=False)``."""
+        """Inside, gradients add up locally: micro-batches, and
+        ``toggle_model(sync_grad=False)``.
+        """
         if self.sync is None:
             yield
             return
@@ -263,7 +280,9 @@ class RobustStrategy(ProcessHooks):
     def optimizer_step(
         self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any
     ) -> Any:
-        """The user's. In automatic optimization its closure returns the median of all workers' losses."""
+        """The user's. In automatic optimization its closure returns the median of all workers'
+        losses.
+        """
         if self.sync is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.local_workers is not None
@@ -284,12 +303,14 @@ class RobustStrategy(ProcessHooks):
         super().on_validation_end()
         self.processes.end_validation()
 
-    # -- checkpoints --------------------------------------------------------------------------------
+    # -- checkpoints -------------------------------------------------------------------------------
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Adds the algorithm's state, and every process's random state, to the ordinary checkpoint."""
+        """Adds the algorithm's state, and every process's random state, to the ordinary
+        checkpoint.
+        """
         if self.processes.begin_checkpoint(checkpoint, filepath):
             if self.exchanges and "optimizer_states" in checkpoint:
                 checkpoint[CHECKPOINT_KEY] = collect(self)

@@ -58,6 +58,6 @@ def described(found: Sequence[Tensor], module: nn.Module, f: int) -> str:
     more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
     return (
         f"byzantine_robust: parameters that only f={f} workers or fewer have gradients of do not "
-        f"move, since these might all be liars. Found {', '.join(shown[:10])}{more}. Give more workers "
-        "data that use them, or lower num_byzantine."
+        f"move, since these might all be liars. Found {', '.join(shown[:10])}{more}. Give more "
+        "workers data that use them, or lower num_byzantine."
     )

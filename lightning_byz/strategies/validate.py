@@ -37,10 +37,14 @@ _OF_DDP = {
     "skip_all_reduce_unused_params": "parameters that no worker uses are left alone",
     "ddp_comm_state": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
     "ddp_comm_hook": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
-    "ddp_comm_wrapper": "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)",
+    "ddp_comm_wrapper": (
+        "messages are made by the algorithm: ByzantineRobustStrategy(algorithm=...)"
+    ),
     "model_averaging_period": "parameters are the same on all ranks after every step",
 }
-"""Arguments of Lightning's DDPStrategy and of DistributedDataParallel, and why they are not needed here."""
+"""Arguments of Lightning's DDPStrategy and of DistributedDataParallel, and why they are not needed
+here.
+"""
 
 
 def check_arguments(
@@ -61,11 +65,13 @@ def check_arguments(
     check_arguments_of_ddp(of_ddp)
     if algorithm is not None and not isinstance(algorithm, Algorithm):
         raise TypeError(
-            "`algorithm` should be an Algorithm, such as RobustSGD(aggregator=TrimmedMean()). Found "
-            f"{algorithm!r}."
+            "`algorithm` should be an Algorithm, such as RobustSGD(aggregator=TrimmedMean()). "
+            f"Found {algorithm!r}."
         )
     if transport is not None and not isinstance(transport, Transport):
-        raise TypeError(f"`transport` should be a Transport, such as AllGather(). Found {transport!r}.")
+        raise TypeError(
+            f"`transport` should be a Transport, such as AllGather(). Found {transport!r}."
+        )
     for name, value, least in (
         ("workers_per_process", workers_per_process, 1),
         ("num_byzantine", num_byzantine, 0),
@@ -92,10 +98,16 @@ def check_arguments_of_ddp(arguments: Mapping[str, Any]) -> None:
     """
     unknown = sorted(arguments.keys() - _OF_DDP.keys())
     if unknown:
-        raise TypeError(f"ByzantineRobustStrategy takes no argument {', '.join(map(repr, unknown))}. See help(ByzantineRobustStrategy).")
+        raise TypeError(
+            f"ByzantineRobustStrategy takes no argument {', '.join(map(repr, unknown))}. See "
+            "help(ByzantineRobustStrategy)."
+        )
     if arguments:
         said = "; ".join(f"{name}: {_OF_DDP[name]}" for name in arguments)
-        warn(f"byzantine_robust: these arguments of DDP are not needed and have no effect. {said}. Leave them out.")
+        warn(
+            f"byzantine_robust: these arguments of DDP are not needed and have no effect. {said}. "
+            "Leave them out."
+        )
 
 
 def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
@@ -112,57 +124,91 @@ def check_setup(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
     module, workers = strategy.lightning_module, strategy.workers_per_process
     if strategy._layer_sync is not None:
         raise UnsupportedSetupError(
-            "Trainer(sync_batchnorm=True) lets every worker's activations into all others' forward passes, where no rule "
-            "can outvote them. Leave it out: byzantine_robust merges BatchNorm statistics by their median."
+            "Trainer(sync_batchnorm=True) lets every worker's activations into all others' "
+            "forward passes, where no rule can outvote them. Leave it out: byzantine_robust "
+            "merges BatchNorm statistics by their median."
         )
-    synced = [name for name, part in module.named_modules() if isinstance(part, torch.nn.SyncBatchNorm)]
+    synced = [
+        name for name, part in module.named_modules() if isinstance(part, torch.nn.SyncBatchNorm)
+    ]
     if synced:
         raise UnsupportedSetupError(
-            "SyncBatchNorm lets every worker's activations into all others' forward passes, where no rule can outvote them. Found it at "
-            f"{', '.join(synced[:3])}. Use BatchNorm: byzantine_robust merges its statistics by their median."
+            "SyncBatchNorm lets every worker's activations into all others' forward passes, "
+            f"where no rule can outvote them. Found it at {', '.join(synced[:3])}. Use BatchNorm: "
+            "byzantine_robust merges its statistics by their median."
         )
     if workers > 1 and not module.automatic_optimization:
         raise UnsupportedSetupError(
-            f"In-process workers (workers_per_process={workers}) need automatic optimization: manual "
-            "optimization steps inside training_step, before the other workers have a gradient. Use one worker per process: "
-            "Trainer(devices=n) with workers_per_process=1."
+            f"In-process workers (workers_per_process={workers}) need automatic optimization: "
+            "manual optimization steps inside training_step, before the other workers have a "
+            "gradient. Use one worker per process: Trainer(devices=n) with workers_per_process=1."
         )
-    sparse = [name for name, part in module.named_modules() if getattr(part, "sparse", False) is True]
+    sparse = [
+        name for name, part in module.named_modules() if getattr(part, "sparse", False) is True
+    ]
     if sparse:
-        raise UnsupportedSetupError(f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set sparse=False there.")
-    unreal = [name for name, p in module.named_parameters() if p.requires_grad and not p.is_floating_point()]
+        raise UnsupportedSetupError(
+            f"Gradients should be dense. Found sparse=True in {', '.join(sparse)}. Set "
+            "sparse=False there."
+        )
+    unreal = [
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and not p.is_floating_point()
+    ]
     if unreal:
         raise UnsupportedSetupError(
-            f"Parameters should be real numbers, because rules order them. Found {', '.join(unreal)}. Keep them as real and imaginary "
-            "parts (torch.view_as_real)."
+            "Parameters should be real numbers, because rules order them. Found "
+            f"{', '.join(unreal)}. Keep them as real and imaginary parts (torch.view_as_real)."
         )
-    averages = any(type(callback).__name__ == "StochasticWeightAveraging" for callback in trainer.callbacks)
+    averages = any(
+        type(callback).__name__ == "StochasticWeightAveraging" for callback in trainer.callbacks
+    )
     if workers > 1 and averages and any(b.is_floating_point() for b in module.buffers()):
         raise UnsupportedSetupError(
-            "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an optimizer step, which in-process workers "
-            f"(workers_per_process={workers}) do not merge. Use one worker per process, or GroupNorm."
+            "StochasticWeightAveraging recomputes BatchNorm statistics in passes without an "
+            f"optimizer step, which in-process workers (workers_per_process={workers}) do not "
+            "merge. Use one worker per process, or GroupNorm."
         )
     one_gradient = algorithm.needs_drift or algorithm.needs_previous
-    if one_gradient and any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in strategy.optimizers):
+    if one_gradient and any(
+        isinstance(optimizer, torch.optim.LBFGS) for optimizer in strategy.optimizers
+    ):
         raise UnsupportedSetupError(
-            f"LBFGS evaluates its closure several times a step, and {type(algorithm).__name__} looks at the parameters of the step before. "
-            "Use another optimizer, or another algorithm, such as RobustSGD()."
+            f"LBFGS evaluates its closure several times a step, and {type(algorithm).__name__} "
+            "looks at the parameters of the step before. Use another optimizer, or another "
+            "algorithm, such as RobustSGD()."
         )
-    inside = {id(p) for optimizer in strategy.optimizers for part in optimizer.param_groups for p in part["params"]}
-    outside = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside]
+    inside = {
+        id(p)
+        for optimizer in strategy.optimizers
+        for part in optimizer.param_groups
+        for p in part["params"]
+    }
+    outside = [
+        name for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside
+    ]
     if outside and (algorithm.needs_previous or algorithm.needs_trusted):
         raise UnsupportedSetupError(
-            f"{type(algorithm).__name__} computes further gradients of the optimizer's parameters. Found parameters that need a gradient "
-            f"and are in no optimizer: {', '.join(outside[:3])}. Give them to the optimizer, or freeze them: requires_grad_(False)."
+            f"{type(algorithm).__name__} computes further gradients of the optimizer's "
+            "parameters. Found parameters that need a gradient and are in no optimizer: "
+            f"{', '.join(outside[:3])}. Give them to the optimizer, or freeze them: "
+            "requires_grad_(False)."
         )
     _check_passes(strategy, trainer, algorithm)
 
 
 def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
-    """Refuses set-ups in which the gradients that the algorithm asks for besides the minibatch's cannot be computed."""
+    """Refuses set-ups in which the gradients that the algorithm asks for besides the minibatch's
+    cannot be computed.
+    """
     name, manual = type(algorithm).__name__, not strategy.lightning_module.automatic_optimization
     if algorithm.needs_previous and (trainer.accumulate_grad_batches > 1 or manual):
-        found = "manual optimization" if manual else f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+        found = (
+            "manual optimization"
+            if manual
+            else f"accumulate_grad_batches={trainer.accumulate_grad_batches}"
+        )
         raise UnsupportedSetupError(
             f"{name} needs the gradient of one minibatch at two iterates. Found {found}. "
             "Use automatic optimization with Trainer(accumulate_grad_batches=1) and larger batches."
@@ -170,23 +216,27 @@ def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
     if strategy.trusted_data is None:
         if algorithm.needs_trusted:
             raise UnsupportedSetupError(
-                f"{algorithm!r} compares with a gradient on trusted data. Found none. Give some: ByzantineRobustStrategy(..., "
-                "trusted_data=DataLoader(clean_samples, batch_size=64))."
+                f"{algorithm!r} compares with a gradient on trusted data. Found none. Give some: "
+                "ByzantineRobustStrategy(..., trusted_data=DataLoader(clean_samples, "
+                "batch_size=64))."
             )
         return
     if not algorithm.uses_trusted:
         raise UnsupportedSetupError(
-            f"`trusted_data` is for algorithms that compare with a gradient on it. Found {name}, which does not. Leave it out, or use DStar()."
+            f"`trusted_data` is for algorithms that compare with a gradient on it. Found {name}, "
+            "which does not. Leave it out, or use DStar()."
         )
     if manual:
         raise UnsupportedSetupError(
-            "`trusted_data` needs automatic optimization: its gradient is that of training_step, which takes a step of its own in "
-            "manual optimization. Leave it out, or use automatic optimization."
+            "`trusted_data` needs automatic optimization: its gradient is that of training_step, "
+            "which takes a step of its own in manual optimization. Leave it out, or use automatic "
+            "optimization."
         )
 
 
 def check_all_gather(strategy: Any, sync_grads: bool) -> None:
-    """Refuses what would let workers into each other's gradients, or gather parts that are not there.
+    """Refuses what would let workers into each other's gradients, or gather parts that are not
+    there.
 
     Args:
         strategy: the RobustStrategy.
@@ -197,20 +247,21 @@ def check_all_gather(strategy: Any, sync_grads: bool) -> None:
     """
     if sync_grads and strategy.n > 1:
         raise UnsupportedSetupError(
-            "all_gather(sync_grads=True) would let each worker into the others' gradients, past the "
-            "rule. Use sync_grads=False: the other workers' parts are then constants."
+            "all_gather(sync_grads=True) would let each worker into the others' gradients, past "
+            "the rule. Use sync_grads=False: the other workers' parts are then constants."
         )
     workers = strategy.workers_per_process
     if workers > 1 and strategy.sync is not None and strategy.sync.in_training_step:
         raise UnsupportedSetupError(
-            "self.all_gather in training_step would gather the parts of all workers, of which in-process "
-            f"workers (workers_per_process={workers}) compute one after the other. Use one worker per "
-            "process: Trainer(devices=n)."
+            "self.all_gather in training_step would gather the parts of all workers, of which "
+            f"in-process workers (workers_per_process={workers}) compute one after the other. Use "
+            "one worker per process: Trainer(devices=n)."
         )
 
 
 def explain_one_sample(error: ValueError, samples: int, workers_per_process: int) -> None:
-    """Raises the error of a training step in words about workers, if a norm layer was given one sample.
+    """Raises the error of a training step in words about workers, if a norm layer was given one
+    sample.
 
     Args:
         error: what the step raised.
@@ -219,8 +270,8 @@ def explain_one_sample(error: ValueError, samples: int, workers_per_process: int
     """
     if samples == 1 and workers_per_process > 1 and "more than 1 value per channel" in str(error):
         raise ValueError(
-            "Batch normalization needs at least two samples for each worker. Found one, because a "
-            f"batch is cut among {workers_per_process} in-process workers. Use a batch_size of at least "
-            f"{2 * workers_per_process} (and drop_last=True), fewer workers_per_process, or a norm "
-            f"that looks at one sample, such as GroupNorm. torch said: {error}"
+            "Batch normalization needs at least two samples for each worker. Found one, because "
+            f"a batch is cut among {workers_per_process} in-process workers. Use a batch_size of "
+            f"at least {2 * workers_per_process} (and drop_last=True), fewer workers_per_process, "
+            f"or a norm that looks at one sample, such as GroupNorm. torch said: {error}"
         ) from error

@@ -33,7 +33,9 @@ class NoBatch:
 
 
 def parameters_of_round(group: GradientGroup) -> Tensor:
-    """The parameters ``[d]``, where the algorithm looks at their values; else something of their shape."""
+    """The parameters ``[d]``, where the algorithm looks at their values; else something of their
+    shape.
+    """
     if group.layout is not None and group.exchange.algorithm.needs_drift:
         return group.layout.read_parameters()
     return group.example()
@@ -86,7 +88,7 @@ class LocalWorkers(ABC):
         """Of a worker's random stream in this training step."""
         return (self.strategy.exchanges[0].seed, self.micro_step, worker)
 
-    # -- forward ------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, rest: Sequence[Any], kwargs: Any) -> Any:
         """Every worker's training step, on its part of the batch; what they log is logged once.
@@ -140,7 +142,12 @@ class LocalWorkers(ABC):
             stream = random_states.worker_rng(strategy.root_device, *self._key(worker))
             vars(module)["log"] = log.record
             try:
-                with self.buffers.of(i), self.attributes.of(i), strategy.sync.training_step(), stream:
+                with (
+                    self.buffers.of(i),
+                    self.attributes.of(i),
+                    strategy.sync.training_step(),
+                    stream,
+                ):
                     outputs[i] = self._training_step(part, *rest, **kwargs)
             except ValueError as error:
                 explain_one_sample(error, log.samples, self.count)
@@ -193,15 +200,17 @@ class LocalWorkers(ABC):
         self.strategy.lightning_module.log(call.name, call.value, **call.kwargs)
 
     def _name_changes_by_hand(self, changes: ChangesByHand | None) -> None:
-        """One warning about what the first training step has changed that all workers here share."""
+        """One warning about what the first training step has changed that all workers here
+        share.
+        """
         names = [] if changes is None else changes.names()
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warn(
                 f"byzantine_robust: training_step changes {', '.join(names[:3])}{more} by hand. "
-                f"In-process workers (workers_per_process={self.count}) share it, so that this happens "
-                "once for each of them in every step. Do it in on_train_batch_end, or use one worker per "
-                "process."
+                f"In-process workers (workers_per_process={self.count}) share it, so that this "
+                "happens once for each of them in every step. Do it in on_train_batch_end, or "
+                "use one worker per process."
             )
 
     @abstractmethod
@@ -212,11 +221,16 @@ class LocalWorkers(ABC):
     def _output(self, outputs: list[Any]) -> Any:
         """What Lightning goes on with, given the workers' outputs."""
 
-    # -- backward -----------------------------------------------------------------------------------
+    # -- backward ----------------------------------------------------------------------------------
 
     @abstractmethod
     def backward(
-        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+        self,
+        scaled: Tensor,
+        groups: Sequence[GradientGroup],
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Every worker's backward pass.
 
@@ -229,7 +243,9 @@ class LocalWorkers(ABC):
         """
 
     def agreed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """In automatic optimization, an optimizer's closure that returns the workers' median loss."""
+        """In automatic optimization, an optimizer's closure that returns the workers' median
+        loss.
+        """
         module = self.strategy.lightning_module
 
         def evaluate() -> Any:
@@ -262,9 +278,11 @@ class LocalWorkers(ABC):
     def _gradient(
         self, i: int, group: GradientGroup, layout: FlatParameters, unscale: float
     ) -> tuple[Tensor | None, Tensor]:
-        """A worker's gradient, None if it has none, and ``[P]`` bool, the parameters that have one."""
+        """A worker's gradient, None if it has none, and ``[P]`` bool, the parameters that have
+        one.
+        """
 
-    # -- checkpoint ---------------------------------------------------------------------------------
+    # -- checkpoint --------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What goes into a checkpoint."""
@@ -283,13 +301,24 @@ class OneWorker(LocalWorkers):
         return [batch]
 
     def _output(self, outputs: list[Any]) -> Any:
-        return outputs[0] if outputs[0] is not None else _stand_in(self.logs, self.strategy.root_device)
+        return (
+            outputs[0]
+            if outputs[0] is not None
+            else _stand_in(self.logs, self.strategy.root_device)
+        )
 
     def backward(
-        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+        self,
+        scaled: Tensor,
+        groups: Sequence[GradientGroup],
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         strategy = self.strategy
-        strategy.precision_plugin.backward(scaled, strategy.lightning_module, optimizer, *args, **kwargs)
+        strategy.precision_plugin.backward(
+            scaled, strategy.lightning_module, optimizer, *args, **kwargs
+        )
 
     def _gradient(
         self, i: int, group: GradientGroup, layout: FlatParameters, unscale: float
@@ -304,7 +333,9 @@ class OneWorker(LocalWorkers):
 
 
 class WorkersInTurn(LocalWorkers):
-    """Several workers of one process: each forward pass, then each backward pass, one after the other."""
+    """Several workers of one process: each forward pass, then each backward pass, one after the
+    other.
+    """
 
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         super().__init__(strategy, training_step)
@@ -315,8 +346,8 @@ class WorkersInTurn(LocalWorkers):
         if self.micro_step == 0 and parts[-1] is None:
             raise ValueError(
                 f"The first batch should have at least one sample for each of the {self.count} "
-                f"in-process workers. Found {self.batches.size(batch)}. Use a larger batch_size, or a "
-                "smaller workers_per_process."
+                f"in-process workers. Found {self.batches.size(batch)}. Use a larger batch_size, "
+                "or a smaller workers_per_process."
             )
         return parts
 
@@ -331,12 +362,18 @@ class WorkersInTurn(LocalWorkers):
         return {**joined(extras), "loss": loss} if extras else loss
 
     def backward(
-        self, scaled: Tensor, groups: Sequence[GradientGroup], optimizer: Any, *args: Any, **kwargs: Any
+        self,
+        scaled: Tensor,
+        groups: Sequence[GradientGroup],
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Gradients are added up in the groups' rows."""
         strategy = self.strategy
         assert self._scale_probe is not None
-        # By what Lightning and the precision plugin scaled the loss, they have scaled each worker's.
+        # By what Lightning and the precision plugin scaled the loss, they have scaled each
+        # worker's.
         (factor,) = torch.autograd.grad(scaled, self._scale_probe)
         layouts = [group.layout for group in groups if group.layout is not None]
         for group, layout in zip(groups, layouts, strict=True):
@@ -368,7 +405,9 @@ class WorkersInTurn(LocalWorkers):
 
     @staticmethod
     def _show_mean(group: GradientGroup) -> None:
-        """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look at it."""
+        """Until the exchange, ``p.grad`` is the mean of this process's workers, for hooks that look
+        at it.
+        """
         here = [i for i, row in enumerate(group.rows) if row is not None]
         used = [used for used in group.used if used is not None]
         assert group.layout is not None

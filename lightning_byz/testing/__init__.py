@@ -1,9 +1,10 @@
 """Laws that every part should hold, runnable on anybody's.
 
 ``check_aggregator(rule)``, ``check_algorithm(algorithm)``, ``check_attack(attack)``,
-``check_compressor(compressor)`` and ``check_transport(make)`` raise an AssertionError that lists every law
-that is broken. ``aggregator_laws(rule)`` and its siblings answer with all laws and what was found. A rule
-is anything that maps a matrix ``[n, d]`` to a vector ``[d]``, of this package or of another.
+``check_compressor(compressor)`` and ``check_transport(make)`` raise an AssertionError that lists
+every law that is broken. ``aggregator_laws(rule)`` and its siblings answer with all laws and what
+was found. A rule is anything that maps a matrix ``[n, d]`` to a vector ``[d]``, of this package or
+of another.
 """
 
 from lightning_byz.testing.aggregators import AnyRule, aggregator_laws, check_aggregator

@@ -41,11 +41,13 @@ def aggregator_laws(
     """All laws, and whether a rule holds them.
 
     Args:
-        rule: maps ``[n, d]`` to ``[d]``. An `Aggregator` of this package gets ``f``; any other callable has to know it already.
+        rule: maps ``[n, d]`` to ``[d]``. An `Aggregator` of this package gets ``f``; any other
+            callable has to know it already.
         n: rows.
         f: rows that may be anything.
         d: columns.
-        robust: f arbitrary rows move it by no more than (1 + sqrt n) times the honest rows' diameter.
+        robust: f arbitrary rows move it by no more than (1 + sqrt n) times the honest rows'
+            diameter.
         symmetric: the order of the rows does not matter.
         unanimous: equal rows give that row.
         translation_equivariant: it moves with the rows.
@@ -58,11 +60,15 @@ def aggregator_laws(
 
 
 def check_aggregator(rule: AnyRule, n: int = 11, f: int = 2, d: int = 13, **claims: bool) -> None:
-    """Raises an AssertionError that names every law that a rule breaks; the arguments are those of `aggregator_laws`."""
+    """Raises an AssertionError that names every law that a rule breaks; the arguments are those of
+    `aggregator_laws`.
+    """
     raise_broken(rule, aggregator_laws(rule, n, f, d, **claims))
 
 
-def _aggregator_cases(rule: AnyRule, n: int, f: int, d: int, claims: dict[str, bool]) -> Iterator[Case]:
+def _aggregator_cases(
+    rule: AnyRule, n: int, f: int, d: int, claims: dict[str, bool]
+) -> Iterator[Case]:
     x = random_rows(n, d, 0)
 
     def unanimity() -> None:
@@ -84,12 +90,16 @@ def _aggregator_cases(rule: AnyRule, n: int, f: int, d: int, claims: dict[str, b
         for dtype in (torch.float64, torch.float32):
             given = (50 * x).to(dtype)
             rule(given)
-            assert torch.equal(given, (50 * x).to(dtype)), f"the caller's {dtype} rows were overwritten"
+            assert torch.equal(given, (50 * x).to(dtype)), (
+                f"the caller's {dtype} rows were overwritten"
+            )
 
     def own_memory() -> None:
         given = x.float()
         rule(given).fill_(7)
-        assert torch.equal(given, x.float()), "writing into the result writes into the caller's rows"
+        assert torch.equal(given, x.float()), (
+            "writing into the result writes into the caller's rows"
+        )
 
     def bits() -> None:
         assert torch.equal(rule(x.clone()), rule(x.clone())), "two calls on the same rows differ"
@@ -110,18 +120,34 @@ def _aggregator_cases(rule: AnyRule, n: int, f: int, d: int, claims: dict[str, b
     yield "the result has memory of its own", own_memory
     yield "same input, same bits", bits
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        yield f"{str(dtype).removeprefix('torch.')} rows give such a result", partial(_keeps_dtype, rule, x, dtype)
+        yield (
+            f"{str(dtype).removeprefix('torch.')} rows give such a result",
+            partial(_keeps_dtype, rule, x, dtype),
+        )
     yield "a large common mean costs no digits", common_mean
     if claims["robust"]:
-        mean = 50.0 if claims["translation_equivariant"] else 5.0  # far from 0, where a rule may not favour it
+        # far from 0, where a rule may not favour it
+        mean = 50.0 if claims["translation_equivariant"] else 5.0
         for name, value in _JUNK.items():
             junk = torch.full((f, d), value, dtype=torch.float32)
             yield f"f rows of {name}", partial(_withstands, rule, n, junk, mean)
         one_nan = torch.cat([torch.zeros(f, d - 1), torch.full((f, 1), math.nan)], 1)
         yield "one nan in a row", partial(_withstands, rule, n, one_nan, mean)
-        yield "f equal rows, far away", partial(_withstands, rule, n, random_rows(1, d, 98, 0.0, 30.0, torch.float32).expand(f, d), mean)
+        yield (
+            "f equal rows, far away",
+            partial(
+                _withstands,
+                rule,
+                n,
+                random_rows(1, d, 98, 0.0, 30.0, torch.float32).expand(f, d),
+                mean,
+            ),
+        )
         sizes = 10.0 ** (6 * torch.arange(f) - 2)
-        yield "f rows of different sizes", partial(_withstands, rule, n, sizes[:, None].expand(f, d), mean)
+        yield (
+            "f rows of different sizes",
+            partial(_withstands, rule, n, sizes[:, None].expand(f, d), mean),
+        )
         if isinstance(rule, Aggregator):
             yield "n = 2f is refused", partial(_refuses, rule.with_f(n // 2), n // 2 * 2, d)
 
@@ -136,12 +162,18 @@ def _keeps_dtype(rule: AnyRule, x: Tensor, dtype: torch.dtype) -> None:
 def _withstands(rule: AnyRule, n: int, junk: Tensor, mean: float) -> None:
     honest = random_rows(n - len(junk), junk.shape[1], 2, mean=mean, dtype=torch.float32)
     center = honest.double().mean(0)
-    diameter = float(torch.cdist(honest.double(), honest.double(), compute_mode="donot_use_mm_for_euclid_dist").max())
+    diameter = float(
+        torch.cdist(
+            honest.double(), honest.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        ).max()
+    )
     for rows in (torch.cat([junk, honest]), torch.cat([honest, junk])):
         out = rule(rows.to(honest.dtype)).double()
         assert bool(torch.isfinite(out).all()), "the result is not finite"
         moved = float(torch.linalg.vector_norm(out - center))
-        assert moved <= (1 + n**0.5) * diameter, f"the result is {moved:.3g} from the honest mean; their diameter is {diameter:.3g}"
+        assert moved <= (1 + n**0.5) * diameter, (
+            f"the result is {moved:.3g} from the honest mean; their diameter is {diameter:.3g}"
+        )
 
 
 def _refuses(rule: AnyRule, n: int, d: int) -> None:

@@ -49,12 +49,16 @@ def _cases(algorithm: Algorithm, n: int, f: int, d: int) -> Iterator[Case]:
     yield "both halves are pure: same arguments, same answers", partial(_is_pure, algorithm, n, d)
     yield "gradients are not modified, and not kept", partial(_leaves_gradients, algorithm, n, d)
     for dtype in (torch.float32, torch.float64):
-        yield f"the estimate is a vector [d] of {dtype}", partial(_estimates, algorithm, n, d, dtype)
+        yield (
+            f"the estimate is a vector [d] of {dtype}",
+            partial(_estimates, algorithm, n, d, dtype),
+        )
     yield "a run goes on from its checkpoint, bit for bit", partial(_resumes, algorithm, n, d)
     yield "a round that skips leaves all states as they were", partial(_skips, algorithm, n, d)
     yield "who is silent keeps its state", partial(_keeps_the_silent, algorithm, n, d)
-    yield "f liars that send junk move it by no more than honest rows", partial(
-        _withstands, algorithm, n, f, d
+    yield (
+        "f liars that send junk move it by no more than honest rows",
+        partial(_withstands, algorithm, n, f, d),
     )
     if algorithm.coordinate_wise:
         yield "the worker's half of pieces is that of the whole", partial(_in_pieces, algorithm, d)
@@ -70,7 +74,9 @@ class _Run:
         self.x: Tensor | None = None
 
     def round(self, grads: Sequence[Tensor | None]) -> Outcome:
-        """One round; None: this worker has no gradient. Parameters move by a tenth of the estimate."""
+        """One round; None: this worker has no gradient. Parameters move by a tenth of the
+        estimate.
+        """
         like = next(g for g in grads if g is not None)
         self.x = torch.zeros_like(like) if self.x is None else self.x
         used = torch.ones(1, dtype=torch.bool)
@@ -150,7 +156,9 @@ def _estimates(algorithm: Algorithm, n: int, d: int, dtype: torch.dtype) -> None
     for k in range(_ROUNDS):
         estimate = run.round(_gradients(n, d, k, dtype)).estimate
         assert estimate is not None, f"round {k} gave no estimate"
-        assert (estimate.shape, estimate.dtype) == ((d,), dtype), f"found {estimate.shape} {estimate.dtype}"
+        assert (estimate.shape, estimate.dtype) == ((d,), dtype), (
+            f"found {estimate.shape} {estimate.dtype}"
+        )
         assert bool(estimate.isfinite().all()), f"not finite in round {k}"
 
 

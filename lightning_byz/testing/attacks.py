@@ -11,7 +11,9 @@ from lightning_byz.attacks import Attack, DataAttack, Scene
 from lightning_byz.testing.laws import Case, Law, raise_broken, random_rows, stream, verdicts
 
 
-def attack_laws(attack: Attack, h: int = 8, b: int = 3, d: int = 13, *, symmetric: bool = True) -> list[Law]:
+def attack_laws(
+    attack: Attack, h: int = 8, b: int = 3, d: int = 13, *, symmetric: bool = True
+) -> list[Law]:
     """All laws, and whether an attack on messages holds them.
 
     Args:
@@ -22,17 +24,26 @@ def attack_laws(attack: Attack, h: int = 8, b: int = 3, d: int = 13, *, symmetri
         symmetric: the order of the honest messages does not matter.
     """
     if isinstance(attack, DataAttack):
-        raise TypeError(f"The laws are about attacks on messages. Found {attack!r}, an attack on data.")
+        raise TypeError(
+            f"The laws are about attacks on messages. Found {attack!r}, an attack on data."
+        )
     return verdicts(_attack_cases(attack, h, b, d, symmetric))
 
 
-def check_attack(attack: Attack, h: int = 8, b: int = 3, d: int = 13, *, symmetric: bool = True) -> None:
-    """Raises an AssertionError that names every law that an attack breaks; the arguments are those of `attack_laws`."""
+def check_attack(
+    attack: Attack, h: int = 8, b: int = 3, d: int = 13, *, symmetric: bool = True
+) -> None:
+    """Raises an AssertionError that names every law that an attack breaks; the arguments are those
+    of `attack_laws`.
+    """
     raise_broken(attack, attack_laws(attack, h, b, d, symmetric=symmetric))
 
 
 def _attack_cases(attack: Attack, h: int, b: int, d: int, symmetric: bool) -> Iterator[Case]:
-    honest, own = random_rows(h, d, 1, dtype=torch.float32), random_rows(b, d, 2, dtype=torch.float32)
+    honest, own = (
+        random_rows(h, d, 1, dtype=torch.float32),
+        random_rows(b, d, 2, dtype=torch.float32),
+    )
 
     def lies(honest: Tensor = honest, own: Tensor = own) -> Tensor:
         scene = Scene(
@@ -46,7 +57,9 @@ def _attack_cases(attack: Attack, h: int, b: int, d: int, symmetric: bool) -> It
     def shape() -> None:
         for dtype in (torch.float32, torch.float64):
             out = lies(honest.to(dtype), own.to(dtype))
-            assert out.shape == own.shape, f"messages of shape {list(out.shape)} for {list(own.shape)}"
+            assert out.shape == own.shape, (
+                f"messages of shape {list(out.shape)} for {list(own.shape)}"
+            )
             assert out.dtype == dtype, f"messages of {out.dtype} among {dtype}"
 
     def untouched() -> None:
@@ -59,12 +72,16 @@ def _attack_cases(attack: Attack, h: int, b: int, d: int, symmetric: bool) -> It
         assert lies(honest, own[:0]).shape == (0, d), "messages from nobody"
 
     def bits() -> None:
-        assert torch.equal(lies().nan_to_num(), lies().nan_to_num()), "two calls with the same stream differ"
+        assert torch.equal(lies().nan_to_num(), lies().nan_to_num()), (
+            "two calls with the same stream differ"
+        )
 
     def alone() -> None:
         assert lies(honest[:1], own[:1]).shape == (1, d), "one honest worker is not enough for it"
         if attack.alone:
-            assert lies(honest[:0], own).shape == (b, d), "it says that it needs no honest worker, and does"
+            assert lies(honest[:0], own).shape == (b, d), (
+                "it says that it needs no honest worker, and does"
+            )
 
     def order() -> None:
         torch.testing.assert_close(lies(honest.flip(0)), lies(), equal_nan=True)

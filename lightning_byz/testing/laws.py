@@ -50,10 +50,19 @@ def raise_broken(subject: Any, laws: Sequence[Law]) -> None:
 def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
     """Raises unless two tensors agree, relative to the larger one."""
     size = float(expected.double().abs().max())
-    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance * max(size, 1e-30))
+    torch.testing.assert_close(
+        found.double(), expected.double(), rtol=tolerance, atol=tolerance * max(size, 1e-30)
+    )
 
 
-def random_rows(n: int, d: int, seed: int, mean: float = 1.0, scale: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_rows(
+    n: int,
+    d: int,
+    seed: int,
+    mean: float = 1.0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """``[n, d]`` normal numbers, the same for the same seed."""
     noise = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (mean + scale * noise).to(dtype)

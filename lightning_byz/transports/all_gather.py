@@ -8,11 +8,13 @@ from lightning_byz.types import Payload
 
 
 class AllGather(Collective):
-    """One all-gather of the payloads over torch.distributed; every rank then aggregates all n messages.
+    """One all-gather of the payloads over torch.distributed; every rank then aggregates all n
+    messages.
 
-    A rank moves n payloads a round. Who must be honest: every *process* (a collective waits for all of them, and each computes
-    its own result); the gradients that they send may be anything. What decisions depend on (distances, norms) is rank 0's, so
-    that unlike machines cannot pick different rows.
+    A rank moves n payloads a round. Who must be honest: every *process* (a collective waits for all
+    of them, and each computes its own result); the gradients that they send may be anything. What
+    decisions depend on (distances, norms) is rank 0's, so that unlike machines cannot pick
+    different rows.
     """
 
     def bytes_down(self, message: Message, answer: Payload) -> int:

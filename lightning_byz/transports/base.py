@@ -1,7 +1,7 @@
 """The transport interface: the only place where processes meet.
 
-`Transport` is a `Link` between processes with four abstract methods. What else one may be able to do
-has a class each, with answers that hold for a plain one.
+`Transport` is a `Link` between processes with four abstract methods. What else one may be able to
+do has a class each, with answers that hold for a plain one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from lightning_byz.types import Payload, Round
 
 
 class Uplink(ABC):
-    """The messages of a round on their way up, bucket by bucket, in the order of ``buckets``, which is the same on every rank.
+    """The messages of a round on their way up, bucket by bucket, in the order of ``buckets``, which
+    is the same on every rank.
 
     Attributes:
-        buckets: the columns first .. last - 1 of each; the last ones of the vector come first, as backward passes fill them.
+        buckets: the columns first .. last - 1 of each; the last ones of the vector come first, as
+            backward passes fill them.
         sent: how many have been sent.
     """
 
@@ -30,11 +32,15 @@ class Uplink(ABC):
 
     @abstractmethod
     def send(self, payloads: Sequence[Payload]) -> None:
-        """The next bucket of every local worker's message. The tensors are to be left alone until `close` has returned."""
+        """The next bucket of every local worker's message. The tensors are to be left alone until
+        `close` has returned.
+        """
 
     @abstractmethod
     def close(self, flags: Sequence[Tensor]) -> Received:
-        """What this rank aggregates, once all buckets are sent. ``flags``: of every local worker, as in `Message`."""
+        """What this rank aggregates, once all buckets are sent. ``flags``: of every local worker,
+        as in `Message`.
+        """
 
 
 class Downlink(ABC):
@@ -60,7 +66,9 @@ class Link(ABC):
     world_size: int = 1
     workers_per_process: int = 1
     connects_processes: bool = False
-    """Whether it finds, connects and outlives the run's processes itself, in place of torch.distributed."""
+    """Whether it finds, connects and outlives the run's processes itself, in place of
+    torch.distributed.
+    """
 
     def connect(
         self, rank: int, world_size: int, workers_per_process: int, device: torch.device
@@ -80,10 +88,11 @@ class Link(ABC):
         first = self.rank * self.workers_per_process
         return range(first, first + self.workers_per_process)
 
-    def meet(self, place: str) -> None:  # noqa: B027  # only ranks of collectives can miss each other
+    def meet(self, place: str) -> None:  # noqa: B027
         """Told before each exchange in which all ranks take part: where this rank is.
 
-        Ranks that say different things raise an error that names them, where the transport can know.
+        Ranks that say different things raise an error that names them, where the transport can
+        know.
 
         Args:
             place: a short text, the same on all ranks: what is exchanged, and in which step.
@@ -93,7 +102,9 @@ class Link(ABC):
     def gather(
         self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]
     ) -> Sequence[tuple[Tensor, ...] | None]:
-        """One tuple of tensors of this layout from every local worker, to those of all n workers, in order; None for one not heard."""
+        """One tuple of tensors of this layout from every local worker, to those of all n workers,
+        in order; None for one not heard.
+        """
 
     @abstractmethod
     def agree(self, tensor: Tensor) -> Tensor:
@@ -105,8 +116,8 @@ class Link(ABC):
 
 
 class Columns(ABC):
-    """Who aggregates which columns, and how the estimate reaches the ranks that did not. By default every
-    rank has all columns.
+    """Who aggregates which columns, and how the estimate reaches the ranks that did not. By default
+    every rank has all columns.
     """
 
     in_shards: bool = False
@@ -155,7 +166,9 @@ class Columns(ABC):
         return None
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
-        """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``: for simulations and monitors."""
+        """Whole vectors ``[..., dim]`` on every rank, given this rank's columns ``[..., width]``:
+        for simulations and monitors.
+        """
         return columns
 
     def collect(self, columns: Tensor, dim: int) -> Tensor:
@@ -164,22 +177,29 @@ class Columns(ABC):
 
 
 class Buckets:
-    """Whether messages travel in pieces, so that they leave while backward runs. By default they do not."""
+    """Whether messages travel in pieces, so that they leave while backward runs. By default they do
+    not.
+    """
 
     overlaps: bool = False
     """Whether messages may leave while backward runs."""
 
     def cut(self, codec: Compressor | None) -> None:
-        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may travel in many pieces; else None."""
+        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may
+        travel in many pieces; else None.
+        """
 
     def uplink(
         self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round
     ) -> Uplink | None:
-        """The way up for the messages of a round of a coordinate-wise algorithm; None: whole messages only."""
+        """The way up for the messages of a round of a coordinate-wise algorithm; None: whole
+        messages only.
+        """
         return None
 
     def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
-        """The way down for an estimate in several pieces, one for each of `Columns.spans`, where there are several.
+        """The way down for an estimate in several pieces, one for each of `Columns.spans`, where
+        there are several.
 
         ``out``: as in `Columns.spread`.
         """
@@ -187,12 +207,14 @@ class Buckets:
 
 
 class Serving:
-    """Whether one process serves, and the others see no messages but their own. By default every process
-    runs the server's half.
+    """Whether one process serves, and the others see no messages but their own. By default every
+    process runs the server's half.
     """
 
     measured: bool = False
-    """Whether messages arrive one by one: a round closes when the first k have come, and goes on without the dead."""
+    """Whether messages arrive one by one: a round closes when the first k have come, and goes on
+    without the dead.
+    """
 
     @property
     def serves(self) -> bool:
@@ -203,7 +225,8 @@ class Serving:
         """Told before workers compute: for whom the coming round will wait."""
 
     def arrivals(self) -> Tensor | None:
-        """``[n]`` float64, the seconds after which the messages of the last round came, inf for those that did not.
+        """``[n]`` float64, the seconds after which the messages of the last round came, inf for
+        those that did not.
 
         None if not `measured`.
         """
@@ -214,7 +237,9 @@ class Serving:
         return "gave no finite gradient"
 
     def publish(self, verdict: Verdict, down: Compressor, dim: int, dtype: torch.dtype) -> None:
-        """Tells the others what came of the round, in a process that serves. ``down``: the format of the answer."""
+        """Tells the others what came of the round, in a process that serves. ``down``: the format
+        of the answer.
+        """
 
     def submit(
         self,
@@ -225,23 +250,43 @@ class Serving:
         dtype: torch.dtype,
         round: Round,
     ) -> Verdict:
-        """The local workers' messages to the server, and what came of the round, in a process that does not serve."""
+        """The local workers' messages to the server, and what came of the round, in a process that
+        does not serve.
+        """
         raise NotImplementedError
 
 
 class Transport(Link, Columns, Buckets, Serving):
-    """Moves the messages of a round from all workers to wherever they are aggregated, and the estimate back."""
+    """Moves the messages of a round from all workers to wherever they are aggregated, and the
+    estimate back.
+    """
 
     @abstractmethod
     def bytes_down(self, message: Message, answer: Payload) -> int:
-        """Bytes of payload that a worker receives in a round in which each sends ``message`` and a server would send ``answer``."""
+        """Bytes of payload that a worker receives in a round in which each sends ``message`` and a
+        server would send ``answer``.
+        """
 
-    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
-        """What this rank aggregates of the messages of all n workers, given those of the local ones."""
+    def exchange(
+        self,
+        messages: Sequence[Message],
+        codec: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        round: Round,
+    ) -> Received:
+        """What this rank aggregates of the messages of all n workers, given those of the local
+        ones.
+        """
         return self.deliver(self.everybody(messages, codec, dim, dtype, round), codec, dim)
 
     def everybody(
-        self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+        self,
+        messages: Sequence[Message],
+        codec: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        round: Round,
     ) -> list[Message]:
         """The whole messages of all n workers, in order, given those of the local ones."""
         layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
@@ -253,7 +298,11 @@ class Transport(Link, Columns, Buckets, Serving):
         return Received(list(everybody), codec, self._valid(everybody, codec, dim))
 
     def _valid(self, messages: Sequence[Message], format: WireFormat, width: int) -> Tensor:
-        """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other columns; those without a payload are not."""
+        """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other
+        columns; those without a payload are not.
+        """
         no = torch.zeros((), dtype=torch.bool, device=messages[0].flags.device)
-        valid = torch.stack([format.valid(payload, width) if payload else no for _, payload in messages])
+        valid = torch.stack(
+            [format.valid(payload, width) if payload else no for _, payload in messages]
+        )
         return self.total((~valid).double()) == 0

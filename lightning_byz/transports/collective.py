@@ -1,4 +1,6 @@
-"""What the transports over torch.distributed share: who is connected, and who sends what to whom."""
+"""What the transports over torch.distributed share: who is connected, and who sends what to
+whom.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from lightning_byz.transports.wire import pack, packed_size, unpack
 
 
 class Collective(Transport):
-    """A transport over torch.distributed, with any backend. Every rank has to take part in every call."""
+    """A transport over torch.distributed, with any backend. Every rank has to take part in every
+    call.
+    """
 
-    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+    def connect(
+        self, rank: int, world_size: int, workers_per_process: int, device: torch.device
+    ) -> None:
         if world_size == 1:
             raise ValueError(
-                f"{type(self).__name__} connects several processes. Found one. Use Trainer(devices=n), or leave `transport` out to hold "
-                "all workers in this process."
+                f"{type(self).__name__} connects several processes. Found one. Use "
+                "Trainer(devices=n), or leave `transport` out to hold all workers in this process."
             )
         super().connect(rank, world_size, workers_per_process, device)
         self._gloo = dist.get_backend() == "gloo"
@@ -33,12 +39,16 @@ class Collective(Transport):
     def meet(self, place: str) -> None:
         self._meeting.begin(place)
 
-    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
+    def gather(
+        self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]
+    ) -> list[tuple[Tensor, ...]]:
         """The result is in memory that the next gather of the same size uses again."""
         device, size = messages[0][0].device, packed_size(layout)
         share = len(messages) * size
         if share not in self._received:
-            self._received[share] = torch.zeros(self.world_size, share, dtype=torch.uint8, device=self._device)
+            self._received[share] = torch.zeros(
+                self.world_size, share, dtype=torch.uint8, device=self._device
+            )
         received = self._received[share]
         own = received[self.rank]
         for message, out in zip(messages, own.view(len(messages), size), strict=True):
@@ -61,11 +71,15 @@ class Collective(Transport):
             dist.broadcast(shared, src=0)
         return shared.to(tensor.device)
 
-    def _swap(self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]) -> None:
-        """Sends ``outgoing[r]`` to each other rank r, which receives it in its ``incoming``, straight from one's memory to the other's.
+    def _swap(
+        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """Sends ``outgoing[r]`` to each other rank r, which receives it in its ``incoming``,
+        straight from one's memory to the other's.
 
         Args:
-            outgoing: contiguous tensors for every rank; those for this rank are left alone. Empty ones are not sent.
+            outgoing: contiguous tensors for every rank; those for this rank are left alone. Empty
+                ones are not sent.
             incoming: contiguous tensors of the same shapes and dtypes, on the backend's device.
         """
         outgoing = [[tensor.to(self._device) for tensor in tensors] for tensors in outgoing]
@@ -74,7 +88,10 @@ class Collective(Transport):
         self._meeting.wait(requests)
 
     def _start_swap(
-        self, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[Sequence[Tensor]], lane: int = 0
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        incoming: Sequence[Sequence[Tensor]],
+        lane: int = 0,
     ) -> list[Request]:
         """The same, begun, of tensors on the backend's device.
 
@@ -90,13 +107,22 @@ class Collective(Transport):
         tag = self._meeting.tag + lane
         operations: list[tuple[int, Any, Tensor]] = []
         for distance in range(1, self.world_size):
-            source, target = (self.rank - distance) % self.world_size, (self.rank + distance) % self.world_size
-            operations += [(source, dist.irecv, tensor) for tensor in incoming[source] if tensor.numel()]
-            operations += [(target, dist.isend, tensor) for tensor in outgoing[target] if tensor.numel()]
+            source, target = (
+                (self.rank - distance) % self.world_size,
+                (self.rank + distance) % self.world_size,
+            )
+            operations += [
+                (source, dist.irecv, tensor) for tensor in incoming[source] if tensor.numel()
+            ]
+            operations += [
+                (target, dist.isend, tensor) for tensor in outgoing[target] if tensor.numel()
+            ]
         if not operations:
             return []
         with self._meeting.naming_lost_ranks():
             if self._gloo:
                 return [(rank, begin(tensor, rank, tag=tag)) for rank, begin, tensor in operations]
-            works = dist.batch_isend_irecv([dist.P2POp(begin, tensor, rank) for rank, begin, tensor in operations])
+            works = dist.batch_isend_irecv(
+                [dist.P2POp(begin, tensor, rank) for rank, begin, tensor in operations]
+            )
         return [(None, work) for work in works]

@@ -14,12 +14,15 @@ from lightning_byz.types import Payload
 
 
 class InProcess(Transport):
-    """n workers in one process: nothing is sent, and bytes are counted as if a server gathered the messages.
+    """n workers in one process: nothing is sent, and bytes are counted as if a server gathered the
+    messages.
 
     Who must be honest: nobody; this is a simulation.
     """
 
-    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+    def connect(
+        self, rank: int, world_size: int, workers_per_process: int, device: torch.device
+    ) -> None:
         if world_size != 1:
             raise ValueError(
                 f"InProcess holds all workers in one process. Found world_size={world_size}. "
@@ -27,7 +30,9 @@ class InProcess(Transport):
             )
         super().connect(rank, world_size, workers_per_process, device)
 
-    def gather(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> list[tuple[Tensor, ...]]:
+    def gather(
+        self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]
+    ) -> list[tuple[Tensor, ...]]:
         return [tuple(message) for message in messages]
 
     def agree(self, tensor: Tensor) -> Tensor:

@@ -93,7 +93,9 @@ class Meeting:
         self._said[:_SIZE] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
         if attached is not None:
             self._said[_SIZE : _SIZE + len(attached)] = attached
-        receive = [(r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others]
+        receive = [
+            (r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others
+        ]
         send = [(r, partial(dist.isend, self._said, r, self.group, _TAG)) for r in self.others]
         self._requests = [(rank, self._started(rank, start)) for rank, start in receive + send]
 
@@ -131,7 +133,9 @@ class Meeting:
         requests, self._requests = self._requests, []
         if not requests:
             return
-        failed = [(rank, error) for rank, request in requests if (error := _failure(request)) is not None]
+        failed = [
+            (rank, error) for rank, request in requests if (error := _failure(request)) is not None
+        ]
         lost = dict(failed)
         heard = {rank: self._heard[rank, :_SIZE] for rank in self.others if rank not in lost}
         mine = self._said[:_SIZE]
@@ -145,9 +149,10 @@ class Meeting:
         found = "; ".join(f"{_ranks(ranks)} at {text!r}" for text, ranks in places.items())
         gone = f"; {_ranks(sorted(lost))} did not answer" if lost else ""
         raise OutOfStepError(
-            f"Ranks are out of step, as with uneven numbers of batches: {found}{gone}. All should be at the same place before "
-            "they exchange anything. Give every rank the same number of batches, and let all ranks, or none, take part in each "
-            "backward pass, optimizer step, barrier and reduction."
+            f"Ranks are out of step, as with uneven numbers of batches: {found}{gone}. All should "
+            "be at the same place before they exchange anything. Give every rank the same number "
+            "of batches, and let all ranks, or none, take part in each backward pass, optimizer "
+            "step, barrier and reduction."
         )
 
     def wait(self, requests: Iterable[Request]) -> None:
@@ -172,22 +177,27 @@ class Meeting:
             raise self._lost(self._unreachable(), error) from error
 
     def _unreachable(self) -> list[int]:
-        """The ranks to which nothing can be sent any more; a message that nobody takes tells nothing."""
+        """The ranks to which nothing can be sent any more; a message that nobody takes tells
+        nothing.
+        """
         probe = torch.zeros(1, dtype=torch.uint8)
         gone = []
         for rank in self.others if self.group is not None else ():
             began = time.monotonic()
             if _failure(partial(dist.isend, probe, rank, self.group, _TAG + 1), _PROBE) is not None:
                 if time.monotonic() - began >= _PROBE.total_seconds():
-                    break  # after this gloo closes every connection, so that all other ranks would look gone
+                    # after this gloo closes every connection, so that all other ranks would look
+                    # gone
+                    break
                 gone.append(rank)
         return gone
 
     def _lost(self, ranks: Sequence[int], error: RuntimeError) -> RankLostError:
         who = f"{_ranks(ranks)} did" if ranks else "another rank did"
         return RankLostError(
-            f"Rank {self.rank} was at {self.place!r}, and {who} not answer: a process has ended, hangs, or has left this part "
-            f"of the program. Look at its own output first. torch.distributed said: {str(error).splitlines()[0][:300]}"
+            f"Rank {self.rank} was at {self.place!r}, and {who} not answer: a process has ended, "
+            "hangs, or has left this part of the program. Look at its own output first. "
+            f"torch.distributed said: {str(error).splitlines()[0][:300]}"
         )
 
 

@@ -14,7 +14,8 @@ class Message(NamedTuple):
     """What one worker contributes to a round.
 
     Attributes:
-        flags: uint8 ``[1 + P]``: whether the worker takes part, then for each of P parameters whether it has a gradient.
+        flags: uint8 ``[1 + P]``: whether the worker takes part, then for each of P parameters
+            whether it has a gradient.
         payload: the encoded vector.
     """
 
@@ -32,7 +33,8 @@ class Received(NamedTuple):
 
     Attributes:
         messages: of all n workers, in order.
-        format: how their payloads are decoded: to vectors of the columns of this rank's `Transport.span`.
+        format: how their payloads are decoded: to vectors of the columns of this rank's
+            `Transport.span`.
         valid: ``[n]`` bool, whether they may be, by all ranks' shares of them.
     """
 

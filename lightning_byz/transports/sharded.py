@@ -28,29 +28,37 @@ _UP, _DOWN = 1, 2
 
 
 def shard_bounds(dim: int, shards: int) -> list[int]:
-    """Where equal shares of ``dim`` coordinates begin and end: multiples of 32, or ``dim``; those behind the end are empty."""
+    """Where equal shares of ``dim`` coordinates begin and end: multiples of 32, or ``dim``; those
+    behind the end are empty.
+    """
     size = -(-dim // (32 * shards)) * 32
     return [min(i * size, dim) for i in range(shards + 1)]
 
 
 class Sharded(Collective):
-    """All-to-all of the payloads by coordinates over torch.distributed: of d coordinates a rank aggregates d / ranks, of all n workers.
+    """All-to-all of the payloads by coordinates over torch.distributed: of d coordinates a rank
+    aggregates d / ranks, of all n workers.
 
-    A rank sends its message once, cut into shares, and receives the result once: as many bytes as an all-reduce moves without compression,
-    whatever n is. Server state, an EF21 mirror say, lies in shares too. Norms, distances and the search for nan are of whole vectors: the
-    shares' small sums are added up over the ranks. Payloads that cannot be cut (`LowRank`) are sent whole to everybody, and decoded there
-    for its share only.
+    A rank sends its message once, cut into shares, and receives the result once: as many bytes as
+    an all-reduce moves without compression, whatever n is. Server state, an EF21 mirror say, lies
+    in shares too. Norms, distances and the search for nan are of whole vectors: the shares' small
+    sums are added up over the ranks. Payloads that cannot be cut (`LowRank`) are sent whole to
+    everybody, and decoded there for its share only.
 
-    Messages of coordinate-wise algorithms (`Algorithm.coordinate_wise`) travel in buckets, of which every rank has a share. A bucket leaves
-    as soon as the backward pass has filled it; the answer comes down bucket by bucket, too, as soon as the rule knows it. The results are
-    those of whole messages. The last coordinates go first; a parameter without a gradient holds its bucket back until backward has ended.
+    Messages of coordinate-wise algorithms (`Algorithm.coordinate_wise`) travel in buckets, of which
+    every rank has a share. A bucket leaves as soon as the backward pass has filled it; the answer
+    comes down bucket by bucket, too, as soon as the rule knows it. The results are those of whole
+    messages. The last coordinates go first; a parameter without a gradient holds its bucket back
+    until backward has ended.
 
-    Who must be honest: every *process*, as for `AllGather`; in addition each makes its share of the result for all others. What decisions
-    depend on (distances, norms) is rank 0's.
+    Who must be honest: every *process*, as for `AllGather`; in addition each makes its share of the
+    result for all others. What decisions depend on (distances, norms) is rank 0's.
 
     Args:
-        overlap: send buckets; False: messages and results in one piece each, after backward. All ranks must be told the same.
-        bucket_size: bytes of a bucket's message, about, and at most as many coordinates. There are 64 buckets at most; then they are larger.
+        overlap: send buckets; False: messages and results in one piece each, after backward. All
+            ranks must be told the same.
+        bucket_size: bytes of a bucket's message, about, and at most as many coordinates. There are
+            64 buckets at most; then they are larger.
     """
 
     in_shards = True
@@ -61,12 +69,17 @@ class Sharded(Collective):
 
     def __init__(self, overlap: bool = True, bucket_size: int = 2**22) -> None:
         if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
-            raise ValueError(f"`bucket_size` should be a number of bytes, an integer of at least 1. Found {bucket_size!r}.")
+            raise ValueError(
+                "`bucket_size` should be a number of bytes, an integer of at least 1. Found "
+                f"{bucket_size!r}."
+            )
         self.overlap, self.bucket_size = overlap, bucket_size
         self._bucket: int | None = None  # coordinates of a bucket; None: there is only one
         self._bounds: dict[int, list[int]] = {}
 
-    def connect(self, rank: int, world_size: int, workers_per_process: int, device: torch.device) -> None:
+    def connect(
+        self, rank: int, world_size: int, workers_per_process: int, device: torch.device
+    ) -> None:
         super().connect(rank, world_size, workers_per_process, device)
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
         self._bounds.clear()
@@ -74,11 +87,15 @@ class Sharded(Collective):
     def cut(self, codec: Compressor | None) -> None:
         self._bucket = None
         if codec is not None and self.overlap:
-            self._bucket = min(32 * self.bucket_size // codec.nbytes(32, torch.float32), self.bucket_size)
+            self._bucket = min(
+                32 * self.bucket_size // codec.nbytes(32, torch.float32), self.bucket_size
+            )
         self._bounds.clear()
 
     def bounds(self, dim: int) -> list[int]:
-        """Where the ranks' shares of the buckets begin and end: bucket by bucket, rank by rank; all but the last are multiples of 32."""
+        """Where the ranks' shares of the buckets begin and end: bucket by bucket, rank by rank; all
+        but the last are multiples of 32.
+        """
         if dim in self._bounds:
             return self._bounds[dim]
         size = dim
@@ -87,14 +104,18 @@ class Sharded(Collective):
             size = -(-max(self._bucket, dim // _MOST_BUCKETS, 1) // unit) * unit
         cuts = [0]
         for first in range(0, dim, max(1, size)) or (0,):
-            cuts += [first + cut for cut in shard_bounds(min(size, dim - first), self.world_size)[1:]]
+            cuts += [
+                first + cut for cut in shard_bounds(min(size, dim - first), self.world_size)[1:]
+            ]
         self._bounds[dim] = cuts
         return cuts
 
     def spans_of(self, rank: int, dim: int) -> tuple[tuple[int, int], ...]:
         """The columns that a rank aggregates: its share of every bucket."""
         bounds = self.bounds(dim)
-        return tuple((bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, self.world_size))
+        return tuple(
+            (bounds[i], bounds[i + 1]) for i in range(rank, len(bounds) - 1, self.world_size)
+        )
 
     def spans(self, dim: int) -> tuple[tuple[int, int], ...]:
         return self.spans_of(self.rank, dim)
@@ -109,9 +130,16 @@ class Sharded(Collective):
     def bytes_down(self, message: Message, answer: Payload) -> int:
         return sum(tensor.nbytes for tensor in answer)
 
-    # -- up -----------------------------------------------------------------------------------------------------------
+    # -- up ----------------------------------------------------------------------------------------
 
-    def exchange(self, messages: Sequence[Message], codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Received:
+    def exchange(
+        self,
+        messages: Sequence[Message],
+        codec: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        round: Round,
+    ) -> Received:
         """The result is in memory that the next exchange of the same layout uses again."""
         uplink = self.uplink(codec, dim, dtype, round)
         if uplink is not None:
@@ -129,29 +157,50 @@ class Sharded(Collective):
         flags = Field(tuple(messages[0].flags.shape), torch.uint8)
         if codec.sparse:
             layouts = self._announced(shares, codec.layout(dim, dtype))
-            incoming = [[_empty(field, self._device) for field in (flags, *layout)] for layout in layouts]
+            incoming = [
+                [_empty(field, self._device) for field in (flags, *layout)] for layout in layouts
+            ]
             shares = [
-                mine if layouts[worker] else [()] * self.world_size for worker, mine in zip(self.workers, shares, strict=True)
+                mine if layouts[worker] else [()] * self.world_size
+                for worker, mine in zip(self.workers, shares, strict=True)
             ]
         else:
-            incoming = [list(tensors) for tensors in zip(*self._rows((flags, *format.layout(last - first, dtype))), strict=True)]
+            incoming = [
+                list(tensors)
+                for tensors in zip(
+                    *self._rows((flags, *format.layout(last - first, dtype))), strict=True
+                )
+            ]
 
         outgoing = [
-            [tensor for message, mine in zip(messages, shares, strict=True) for tensor in (message.flags, *mine[rank])]
+            [
+                tensor
+                for message, mine in zip(messages, shares, strict=True)
+                for tensor in (message.flags, *mine[rank])
+            ]
             for rank in range(self.world_size)
         ]
         expected = [
-            [tensor for worker in range(rank * len(messages), (rank + 1) * len(messages)) for tensor in incoming[worker]]
+            [
+                tensor
+                for worker in range(rank * len(messages), (rank + 1) * len(messages))
+                for tensor in incoming[worker]
+            ]
             for rank in range(self.world_size)
         ]
         for tensor, out in zip(outgoing[self.rank], expected[self.rank], strict=True):
             out.copy_(tensor)
         self._swap(outgoing, expected)
         device = messages[0].flags.device
-        received = [Message(flags.to(device), tuple(t.to(device) for t in payload)) for flags, *payload in incoming]
+        received = [
+            Message(flags.to(device), tuple(t.to(device) for t in payload))
+            for flags, *payload in incoming
+        ]
         return Received(received, format, self._valid(received, format, last - first))
 
-    def uplink(self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round) -> Uplink | None:
+    def uplink(
+        self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round
+    ) -> Uplink | None:
         """Its result is in memory that the next round uses again."""
         return _Uplink(self, codec, dim, dtype) if codec.coordinate_wise else None
 
@@ -165,21 +214,36 @@ class Sharded(Collective):
             ]
         return self._room[layout]
 
-    def _announced(self, shares: Sequence[Sequence[Payload]], whole: Sequence[Field]) -> list[list[Field]]:
-        """The layouts of what will arrive here of all n workers' payloads, whose shares differ in size.
+    def _announced(
+        self, shares: Sequence[Sequence[Payload]], whole: Sequence[Field]
+    ) -> list[list[Field]]:
+        """The layouts of what will arrive here of all n workers' payloads, whose shares differ in
+        size.
 
-        A payload whose shares do not add up to the layout of a whole one is not sent at all: its layout is empty.
+        A payload whose shares do not add up to the layout of a whole one is not sent at all: its
+        layout is empty.
 
         Args:
             shares: of every local worker, for every rank.
             whole: the layout of a payload.
         """
-        sizes = torch.tensor([[[len(tensor) for tensor in share] for share in mine] for mine in shares])
-        gathered = self.gather([[worker] for worker in sizes], [Field(tuple(sizes.shape[1:]), torch.int64)])
+        sizes = torch.tensor(
+            [[[len(tensor) for tensor in share] for share in mine] for mine in shares]
+        )
+        gathered = self.gather(
+            [[worker] for worker in sizes], [Field(tuple(sizes.shape[1:]), torch.int64)]
+        )
         table = torch.stack([worker for (worker,) in gathered])  # [n, ranks, tensors]
-        sound = (table >= 0).flatten(1).all(1) & (table.sum(1) == torch.tensor([field.shape[0] for field in whole])).all(1)
+        sound = (table >= 0).flatten(1).all(1) & (
+            table.sum(1) == torch.tensor([field.shape[0] for field in whole])
+        ).all(1)
         return [
-            [Field((size, *field.shape[1:]), field.dtype) for size, field in zip(here, whole, strict=True)] if fits else []
+            [
+                Field((size, *field.shape[1:]), field.dtype)
+                for size, field in zip(here, whole, strict=True)
+            ]
+            if fits
+            else []
             for here, fits in zip(table[:, self.rank].tolist(), sound.tolist(), strict=True)
         ]
 
@@ -193,30 +257,47 @@ class Sharded(Collective):
         here = []
         for flags, payload in everybody:
             shares = codec.split(payload, dim, bounds)[self.rank :: self.world_size]
-            here.append(Message(flags, shares[0] if len(shares) == 1 else tuple(map(torch.cat, zip(*shares, strict=True)))))
+            here.append(
+                Message(
+                    flags,
+                    shares[0]
+                    if len(shares) == 1
+                    else tuple(map(torch.cat, zip(*shares, strict=True))),
+                )
+            )
         return Received(here, format, self._valid(here, format, width))
 
     def _format(self, codec: Compressor, dim: int) -> WireFormat | None:
-        """How this rank's share of a payload is decoded; None if payloads cannot be cut into all ranks' shares."""
+        """How this rank's share of a payload is decoded; None if payloads cannot be cut into all
+        ranks' shares.
+        """
         if codec.coordinate_wise:
             return codec
         parts = [codec.part(dim, first, last) for first, last in pairwise(self.bounds(dim))]
         return None if any(part is None for part in parts) else parts[self.rank]
 
-    # -- down ---------------------------------------------------------------------------------------------------------
+    # -- down --------------------------------------------------------------------------------------
 
     def downlink(self, dim: int, like: Tensor, out: Tensor | None) -> Downlink:
         return _Downlink(self, dim, like, out)
 
     def spread(
-        self, answer: Payload, codec: Compressor, dim: int, dtype: torch.dtype, out: Tensor | None = None
+        self,
+        answer: Payload,
+        codec: Compressor,
+        dim: int,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Payload]:
         if isinstance(codec, Identity):  # numbers arrive where they belong
             whole = self._joined(answer[0], dim, range(self.world_size), out)
             return whole, (whole,)
         spans = [self.spans_of(rank, dim) for rank in range(self.world_size)]
         widths = [sum(last - first for first, last in mine) for mine in spans]
-        answers = [[_empty(field, self._device) for field in codec.layout(width, dtype)] for width in widths]
+        answers = [
+            [_empty(field, self._device) for field in codec.layout(width, dtype)]
+            for width in widths
+        ]
         device = answer[0].device
         for tensor, own in zip(answer, answers[self.rank], strict=True):
             own.copy_(tensor)
@@ -227,20 +308,34 @@ class Sharded(Collective):
         return whole, tuple(tensor for share in answers for tensor in share)
 
     @staticmethod
-    def _decode(share: Payload, codec: Compressor, width: int, spans: Sequence[tuple[int, int]], whole: Tensor) -> None:
-        """Puts what a share of a payload stands for where it belongs; where that can be, in blocks that are in a cache when they are put."""
+    def _decode(
+        share: Payload,
+        codec: Compressor,
+        width: int,
+        spans: Sequence[tuple[int, int]],
+        whole: Tensor,
+    ) -> None:
+        """Puts what a share of a payload stands for where it belongs; where that can be, in blocks
+        that are in a cache when they are put.
+        """
         if not codec.coordinate_wise:
             parts = torch.split(codec.decode(share, width), [last - first for first, last in spans])
             for (first, last), numbers in zip(spans, parts, strict=True):
                 whole[first:last] = numbers
             return
-        blocks = [(a, min(a + _BLOCK, last)) for first, last in spans for a in range(first, last, _BLOCK)]
-        pieces = codec.split(share, width, list(accumulate((last - first for first, last in blocks), initial=0)))
+        blocks = [
+            (a, min(a + _BLOCK, last)) for first, last in spans for a in range(first, last, _BLOCK)
+        ]
+        pieces = codec.split(
+            share, width, list(accumulate((last - first for first, last in blocks), initial=0))
+        )
         for (first, last), piece in zip(blocks, pieces, strict=True):
             codec.decode_into(piece, whole[first:last])
 
     def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload:
-        """Every rank sends the coordinates of its share that have changed, or all of it where that is less; shares are not in buckets here."""
+        """Every rank sends the coordinates of its share that have changed, or all of it where that
+        is less; shares are not in buckets here.
+        """
         spans = list(pairwise(self.bounds(len(last))))
         first, end = spans[self.rank]
         mine = last[first:end]
@@ -249,7 +344,9 @@ class Sharded(Collective):
         count = len(share[0])
         if sum(tensor.nbytes for tensor in share) >= mine.nbytes:
             count, share = -1, (mine.index_copy(0, index, numbers),)
-        said = self.gather([[torch.tensor([count])]] * self.workers_per_process, [Field((1,), torch.int64)])
+        said = self.gather(
+            [[torch.tensor([count])]] * self.workers_per_process, [Field((1,), torch.int64)]
+        )
         counts = [int(said[rank * self.workers_per_process][0]) for rank in range(self.world_size)]
         answers = [
             [_empty(Field((count,), dtype), self._device) for dtype in (last.dtype, torch.int32)]
@@ -274,10 +371,18 @@ class Sharded(Collective):
     def collect(self, columns: Tensor, dim: int) -> Tensor:
         return self._joined(columns, dim, range(1))
 
-    def _joined(self, columns: Tensor, dim: int, ranks: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """Whole vectors at these ranks, in ``out`` if there is one that the backend can receive into; elsewhere this rank's columns."""
+    def _joined(
+        self, columns: Tensor, dim: int, ranks: Sequence[int], out: Tensor | None = None
+    ) -> Tensor:
+        """Whole vectors at these ranks, in ``out`` if there is one that the backend can receive
+        into; elsewhere this rank's columns.
+        """
         rows = columns.reshape(math.prod(columns.shape[:-1]), columns.shape[-1])
-        own = [piece for row in rows for piece in torch.split(row, [last - first for first, last in self.spans(dim)])]
+        own = [
+            piece
+            for row in rows
+            for piece in torch.split(row, [last - first for first, last in self.spans(dim)])
+        ]
         outgoing = [own if rank in ranks else [] for rank in range(self.world_size)]
         if self.rank not in ranks:
             self._swap(outgoing, [[]] * self.world_size)
@@ -286,7 +391,11 @@ class Sharded(Collective):
         if whole is None or whole.device != self._device:
             whole = torch.empty(*columns.shape[:-1], dim, dtype=columns.dtype, device=self._device)
         incoming = [
-            [row[first:last] for row in whole.view(-1, dim) for first, last in self.spans_of(rank, dim)]
+            [
+                row[first:last]
+                for row in whole.view(-1, dim)
+                for first, last in self.spans_of(rank, dim)
+            ]
             for rank in range(self.world_size)
         ]
         for piece, place in zip(own, incoming[self.rank], strict=True):
@@ -319,8 +428,13 @@ class _Uplink(Uplink):
         for cuts in self.cuts:
             ends.append((place - (cuts[transport.rank + 1] - cuts[transport.rank]), place))
             place = ends[-1][0]
-        lengths = {at: [field.shape[0] for field in codec.layout(at, dtype)] for at in {at for pair in ends for at in pair}}
-        self.places = [list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends]
+        lengths = {
+            at: [field.shape[0] for field in codec.layout(at, dtype)]
+            for at in {at for pair in ends for at in pair}
+        }
+        self.places = [
+            list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends
+        ]
         if transport._gloo:  # a sender need not wait for a receiver whose backward pass is slower
             for bucket, requests in enumerate(self.requests):
                 requests += transport._start_swap([[]] * world, self._expected(bucket), _UP)
@@ -340,13 +454,21 @@ class _Uplink(Uplink):
     def send(self, payloads: Sequence[Payload]) -> None:
         transport, cuts = self.transport, self.cuts[self.sent]
         dim, bounds = cuts[-1] - cuts[0], [cut - cuts[0] for cut in cuts]
-        shares = [self.codec.split(tuple(t.to(transport._device) for t in payload), dim, bounds) for payload in payloads]
-        outgoing = [[tensor for mine in shares for tensor in mine[rank]] for rank in range(transport.world_size)]
+        shares = [
+            self.codec.split(tuple(t.to(transport._device) for t in payload), dim, bounds)
+            for payload in payloads
+        ]
+        outgoing = [
+            [tensor for mine in shares for tensor in mine[rank]]
+            for rank in range(transport.world_size)
+        ]
         expected = self._expected(self.sent)
         for tensor, out in zip(outgoing[transport.rank], expected[transport.rank], strict=True):
             out.copy_(tensor)
         nothing: list[list[Tensor]] = [[]] * transport.world_size
-        self.requests[self.sent] += transport._start_swap(outgoing, nothing if transport._gloo else expected, _UP)
+        self.requests[self.sent] += transport._start_swap(
+            outgoing, nothing if transport._gloo else expected, _UP
+        )
         self.kept.append(shares)
         self.sent += 1
 
@@ -357,17 +479,29 @@ class _Uplink(Uplink):
             self.transport._meeting.wait(requests)
             width = cuts[self.transport.rank + 1] - cuts[self.transport.rank]
             for worker in range(self.transport.n):  # while later buckets are on their way
-                piece = tuple(rows[worker, first:last] for rows, (first, last) in zip(self.rows, places, strict=True))
+                piece = tuple(
+                    rows[worker, first:last]
+                    for rows, (first, last) in zip(self.rows, places, strict=True)
+                )
                 valid[worker] &= self.codec.valid(piece, width)
         self.kept.clear()
         device = flags[0].device
-        said = self.transport.gather([[flag] for flag in flags], [Field(tuple(flags[0].shape), torch.uint8)])
-        received = [Message(flag, tuple(rows[worker].to(device) for rows in self.rows)) for worker, (flag,) in enumerate(said)]
-        return Received(received, self.codec, self.transport.total((~valid).double()).to(device) == 0)
+        said = self.transport.gather(
+            [[flag] for flag in flags], [Field(tuple(flags[0].shape), torch.uint8)]
+        )
+        received = [
+            Message(flag, tuple(rows[worker].to(device) for rows in self.rows))
+            for worker, (flag,) in enumerate(said)
+        ]
+        return Received(
+            received, self.codec, self.transport.total((~valid).double()).to(device) == 0
+        )
 
 
 class _Downlink(Downlink):
-    """Every rank's pieces to everybody, one after the other. Arguments as in `Transport.downlink`."""
+    """Every rank's pieces to everybody, one after the other. Arguments as in
+    `Transport.downlink`.
+    """
 
     def __init__(self, transport: Sharded, dim: int, like: Tensor, out: Tensor | None) -> None:
         self.transport, self.device, whole = transport, like.device, out
@@ -378,7 +512,9 @@ class _Downlink(Downlink):
         self.requests: list[Request] = []
         if transport._gloo:
             for piece in range(len(self.spans[0])):
-                self.requests += transport._start_swap([[]] * transport.world_size, self._expected(piece), _DOWN)
+                self.requests += transport._start_swap(
+                    [[]] * transport.world_size, self._expected(piece), _DOWN
+                )
 
     def _expected(self, piece: int) -> list[list[Tensor]]:
         return [[self.whole[slice(*spans[piece])]] for spans in self.spans]
@@ -388,7 +524,9 @@ class _Downlink(Downlink):
         (own,) = expected[transport.rank]
         own.copy_(piece)
         nothing: list[list[Tensor]] = [[]] * transport.world_size
-        self.requests += transport._start_swap([[own]] * transport.world_size, nothing if transport._gloo else expected, _DOWN)
+        self.requests += transport._start_swap(
+            [[own]] * transport.world_size, nothing if transport._gloo else expected, _DOWN
+        )
         self.sent += 1
 
     def close(self) -> Tensor:

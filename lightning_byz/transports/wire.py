@@ -1,4 +1,6 @@
-"""Tensors to bytes and back, for messages whose layout the receiver already knows. Nothing is ever unpickled."""
+"""Tensors to bytes and back, for messages whose layout the receiver already knows. Nothing is ever
+unpickled.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ def pack(message: Sequence[Tensor], layout: Sequence[Field], out: Tensor) -> Non
     for tensor, field, offset in zip(message, layout, offsets, strict=True):
         if tuple(tensor.shape) != field.shape or tensor.dtype != field.dtype:
             raise ValueError(
-                f"A message should hold {field}. Found shape {tuple(tensor.shape)}, {tensor.dtype}. "
-                "A compressor's encode must follow its layout."
+                f"A message should hold {field}. Found shape {tuple(tensor.shape)}, "
+                f"{tensor.dtype}. A compressor's encode must follow its layout."
             )
         if field.nbytes:  # an empty slice may start anywhere, and cannot be viewed as another dtype
             out[offset : offset + field.nbytes].view(field.dtype).copy_(tensor.reshape(-1))

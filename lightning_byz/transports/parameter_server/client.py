@@ -1,4 +1,6 @@
-"""A worker's end of the line: one question at a time, and a limit to how long the server may be away."""
+"""A worker's end of the line: one question at a time, and a limit to how long the server may be
+away.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from collections.abc import Sequence
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from lightning_byz.transports.parameter_server.errors import LeftBehindError, RunIsOverError, ServerLostError
+from lightning_byz.transports.parameter_server.errors import (
+    LeftBehindError,
+    RunIsOverError,
+    ServerLostError,
+)
 from lightning_byz.transports.parameter_server.keys import Pair
 from lightning_byz.transports.parameter_server.protocol import BadFrameError, Head, Kind, parse
 from lightning_byz.transports.parameter_server.server import DEAD_AFTER, prepare
@@ -35,7 +41,15 @@ class Client:
         latest: the position that the server was at when it last answered.
     """
 
-    def __init__(self, address: str, rank: int, token: bytes, keys: Pair, server_key: bytes, lost_after: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        rank: int,
+        token: bytes,
+        keys: Pair,
+        server_key: bytes,
+        lost_after: float,
+    ) -> None:
         self.address, self.rank, self.token, self.lost_after = address, rank, token, lost_after
         self.session = bytes(16)
         self.latest = 0
@@ -59,7 +73,8 @@ class Client:
         self._socket.connect(address)
 
     def join(self, entry: int, patience: float) -> bool:
-        """Signs in, as soon as the server is there. Whether the run has begun without this process, which then `want`s a snapshot.
+        """Signs in, as soon as the server is there. Whether the run has begun without this process,
+        which then `want`s a snapshot.
 
         Args:
             entry: which of the program's entry points (fit, test, ...) this is, counted from 0.
@@ -74,16 +89,26 @@ class Client:
         refused_until = time.monotonic() + 2 * DEAD_AFTER
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
-            head, _ = self._ask(hello, b"", (Kind.WELCOME, Kind.BEGUN, Kind.REFUSED, Kind.CLOSED), again=_ASK_AGAIN, until=deadline)
+            head, _ = self._ask(
+                hello,
+                b"",
+                (Kind.WELCOME, Kind.BEGUN, Kind.REFUSED, Kind.CLOSED),
+                again=_ASK_AGAIN,
+                until=deadline,
+            )
             if head.kind in (Kind.WELCOME, Kind.BEGUN):
                 self.session = head.session
                 return head.kind is Kind.BEGUN
             if head.kind is Kind.CLOSED:
-                raise RunIsOverError("This entry point of the program has ended without this process.")
-            if time.monotonic() > refused_until:  # until then it may be this rank's own connection of before
+                raise RunIsOverError(
+                    "This entry point of the program has ended without this process."
+                )
+            # until then it may be this rank's own connection of before
+            if time.monotonic() > refused_until:
                 raise ServerLostError(
-                    f"A rank should be one process. Found another one that serves as rank {self.rank} at {self.address}. Give every process "
-                    "its own NODE_RANK and LOCAL_RANK."
+                    "A rank should be one process. Found another one that serves as rank "
+                    f"{self.rank} at {self.address}. Give every process its own NODE_RANK and "
+                    "LOCAL_RANK."
                 )
             time.sleep(_ASK_AGAIN)
         why = self._likely_cause()
@@ -91,7 +116,9 @@ class Client:
             f"No server at {self.address} let rank {self.rank} in for {patience:.0f} s.{why}"
         )
 
-    def call(self, position: int, name: str, layout: int, body: bytes | memoryview) -> memoryview | None:
+    def call(
+        self, position: int, name: str, layout: int, body: bytes | memoryview
+    ) -> memoryview | None:
         """What came of a collective; None if the server passed this position without it.
 
         Raises:
@@ -101,7 +128,9 @@ class Client:
         head = Head(Kind.CALL, self.session, self.token, self.rank, position, layout, name)
         answer, result = self._ask(head, body, (Kind.RESULT, Kind.NEVER, Kind.BEHIND))
         if answer.kind is Kind.BEHIND:
-            raise LeftBehindError(f"Rank {self.rank} is at batch {position}, and the server at {answer.layout}.")
+            raise LeftBehindError(
+                f"Rank {self.rank} is at batch {position}, and the server at {answer.layout}."
+            )
         return result if answer.kind is Kind.RESULT else None
 
     def want(self) -> memoryview:
@@ -112,7 +141,9 @@ class Client:
     def leave(self) -> None:
         """Says good-bye."""
         if self._away_since is None:
-            self._socket.send_multipart([Head(Kind.BYE, self.session, self.token, self.rank).pack(), b""], zmq.NOBLOCK)
+            self._socket.send_multipart(
+                [Head(Kind.BYE, self.session, self.token, self.rank).pack(), b""], zmq.NOBLOCK
+            )
         self.close()
 
     def close(self) -> None:
@@ -121,9 +152,16 @@ class Client:
         self._context.destroy(linger=1000)
 
     def _ask(
-        self, head: Head, body: bytes | memoryview, answers: Sequence[Kind], again: float | None = None, until: float | None = None
+        self,
+        head: Head,
+        body: bytes | memoryview,
+        answers: Sequence[Kind],
+        again: float | None = None,
+        until: float | None = None,
     ) -> tuple[Head, memoryview]:
-        """Sends a question, again whenever the connection was made anew, and waits for one of these answers to it."""
+        """Sends a question, again whenever the connection was made anew, and waits for one of these
+        answers to it.
+        """
         question: list[bytes | memoryview] = [head.pack(), body]
         self._socket.send_multipart(question, copy=len(body) < 65536)
         asked = time.monotonic()
@@ -136,19 +174,25 @@ class Client:
                 try:
                     answer, result = parse([frame.buffer for frame in frames])
                 except BadFrameError as error:
-                    raise ServerLostError(f"The server at {self.address} speaks another protocol: {error}.") from error
+                    raise ServerLostError(
+                        f"The server at {self.address} speaks another protocol: {error}."
+                    ) from error
                 if answer.kind is not Kind.PING:
-                    self.latest = max(self.latest, answer.layout if head.kind is not Kind.HELLO else 0)
+                    self.latest = max(
+                        self.latest, answer.layout if head.kind is not Kind.HELLO else 0
+                    )
                 if answer.kind in answers and (
-                    head.kind is not Kind.CALL or (answer.position, answer.name) == (head.position, head.name)
+                    head.kind is not Kind.CALL
+                    or (answer.position, answer.name) == (head.position, head.name)
                 ):
                     return answer, result
                 self._refused(answer, result)
             now = time.monotonic()
             if self._away_since is not None and now - self._away_since > self.lost_after:
                 raise ServerLostError(
-                    f"The server at {self.address} has not been there for {self.lost_after:.0f} s. The run has ended with it. Resume from its "
-                    f"last checkpoint: trainer.fit(..., ckpt_path=...).{self._likely_cause()}"
+                    f"The server at {self.address} has not been there for {self.lost_after:.0f} "
+                    "s. The run has ended with it. Resume from its last checkpoint: "
+                    f"trainer.fit(..., ckpt_path=...).{self._likely_cause()}"
                     if self._met
                     else f"No server at {self.address} has let rank {self.rank} in."
                     f"{self._likely_cause()}"
@@ -165,8 +209,8 @@ class Client:
         if not self._failed:
             return ""
         return (
-            f" It is reached, but has ended the handshake {self._failed} times. The likely cause is "
-            "the key: `server.key` in the `keys` directory of this host should be that of the "
+            f" It is reached, but has ended the handshake {self._failed} times. The likely cause "
+            "is the key: `server.key` in the `keys` directory of this host should be that of the "
             "server's host."
         )
 
@@ -175,10 +219,14 @@ class Client:
         if answer.kind is Kind.CLOSED and text == "over":
             raise RunIsOverError("The run has ended without this process.")
         if answer.kind in (Kind.CLOSED, Kind.REFUSED):
-            raise ServerLostError(f"The server at {self.address} has ended this process's run: {text}")
+            raise ServerLostError(
+                f"The server at {self.address} has ended this process's run: {text}"
+            )
 
     def _watch(self) -> bool:
-        """Takes note of the connection's fate; whether it has just been made anew, and what was asked may be lost."""
+        """Takes note of the connection's fate; whether it has just been made anew, and what was
+        asked may be lost.
+        """
         anew = False
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
@@ -186,9 +234,10 @@ class Client:
                 anew, self._away_since, self._failed, self._met = True, None, 0, True
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise ServerLostError(
-                    f"The server at {self.address} does not know the key of rank {self.rank}. Its `keys` directory should hold "
-                    f"rank{self.rank}.key, and this host's the secret half of the same pair. "
-                    "Or it has dropped this rank, and its log says why."
+                    f"The server at {self.address} does not know the key of rank {self.rank}. Its "
+                    f"`keys` directory should hold rank{self.rank}.key, and this host's the "
+                    "secret half of the same pair. Or it has dropped this rank, and its log says "
+                    "why."
                 )
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failed += 1

@@ -1,4 +1,6 @@
-"""The server's bookkeeping, without a socket or a clock of its own: who is there, who said what, what came of it."""
+"""The server's bookkeeping, without a socket or a clock of its own: who is there, who said what,
+what came of it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Member:
         token: names its process; empty before its first hello.
         route: where to answer; None if it is not connected.
         waiting: its only unanswered call.
-        active: whether collectives wait for it; one that rejoins becomes active with its first call.
+        active: whether collectives wait for it; one that rejoins becomes active with its first
+            call.
         wants: whether it waits for a snapshot.
         starting: whether it starts from one, and has not called yet.
         left: whether it said good-bye.
@@ -107,8 +110,8 @@ class Call:
 class Desk:
     """Takes messages in, and puts answers into ``outbox``.
 
-    Every worker has at most one unanswered call, so what is held is bounded: a body for each rank, and the results of the last
-    ``backlog`` positions.
+    Every worker has at most one unanswered call, so what is held is bounded: a body for each rank,
+    and the results of the last ``backlog`` positions.
 
     Args:
         ranks: number of processes; the server is rank 0.
@@ -149,9 +152,11 @@ class Desk:
         self._told: dict[str, float] = {}
         self._all_lost = -RECONNECT
 
-    # -- what comes in ------------------------------------------------------------------------------------------------
+    # -- what comes in -----------------------------------------------------------------------------
 
-    def receive(self, route: bytes, frames: Sequence[memoryview | bytes], owner: int | None, now: float) -> None:
+    def receive(
+        self, route: bytes, frames: Sequence[memoryview | bytes], owner: int | None, now: float
+    ) -> None:
         """One message.
 
         Args:
@@ -166,7 +171,9 @@ class Desk:
         except BadFrameError as error:
             self._reject(str(error), owner, now)
 
-    def _receive(self, route: bytes, head: Head, body: memoryview, owner: int | None, now: float) -> None:
+    def _receive(
+        self, route: bytes, head: Head, body: memoryview, owner: int | None, now: float
+    ) -> None:
         if owner is not None and head.rank != owner:
             raise BadFrameError("rank of another key")
         member = self.members.get(head.rank)
@@ -193,7 +200,9 @@ class Desk:
         else:
             raise BadFrameError("not for a server")
 
-    def _hello(self, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
+    def _hello(
+        self, member: Member, route: bytes, head: Head, body: memoryview, now: float
+    ) -> None:
         if len(body):
             raise BadFrameError("body of a hello")
         if member.dropped:
@@ -206,14 +215,22 @@ class Desk:
         if member.token != head.token:
             if member.route is not None and not member.left:
                 member.knocked = route, head
-                self._answer(route, Kind.REFUSED, head, b"taken")  # until its connection is known to be gone
+                # until its connection is known to be gone
+                self._answer(route, Kind.REFUSED, head, b"taken")
                 raise BadFrameError("rank is taken")
-            member.token, member.waiting, member.left, member.starting = head.token, None, False, False
+            member.token, member.waiting, member.left, member.starting = (
+                head.token,
+                None,
+                False,
+                False,
+            )
             member.active, member.wants = not self.begun, self.begun
         member.route, member.heard, member.knocked = route, now, None
         self._answer(route, Kind.BEGUN if member.wants else Kind.WELCOME, head)
 
-    def _called(self, rank: int, member: Member, route: bytes, head: Head, body: memoryview, now: float) -> None:
+    def _called(
+        self, rank: int, member: Member, route: bytes, head: Head, body: memoryview, now: float
+    ) -> None:
         key = (head.position, head.name)
         member.wants = member.starting = False
         if head.position > self.position + 1:
@@ -236,12 +253,23 @@ class Desk:
     def _take(self, rank: int, now: float) -> None:
         """Moves a waiting call's body into the open collective, if that is where it belongs."""
         call, waiting = self.call, self.members[rank].waiting
-        if call is None or waiting is None or waiting.key != call.key or rank in call.bodies or rank in call.silent:
+        if (
+            call is None
+            or waiting is None
+            or waiting.key != call.key
+            or rank in call.bodies
+            or rank in call.silent
+        ):
             return
         self.members[rank].waiting = waiting._replace(body=memoryview(b""))
         call.seconds[rank] = now - call.opened
         least, most = call.sizes
-        if rank in call.asked and len(waiting.body) and waiting.layout == call.layout and least <= len(waiting.body) <= most:
+        if (
+            rank in call.asked
+            and len(waiting.body)
+            and waiting.layout == call.layout
+            and least <= len(waiting.body) <= most
+        ):
             call.bodies[rank] = waiting.body
             return
         call.silent.add(rank)
@@ -255,11 +283,11 @@ class Desk:
         if now - self._told.get(reason, -1.0) >= 1.0 or reason not in self._told:
             self._told[reason] = now
             log.warning(
-                f"ParameterServer refused a message{'' if rank is None else f' of rank {rank}'}: {reason}. This was number "
-                f"{self.rejected[reason]}."
+                f"ParameterServer refused a message{'' if rank is None else f' of rank {rank}'}: "
+                f"{reason}. This was number {self.rejected[reason]}."
             )
 
-    # -- what the server does -----------------------------------------------------------------------------------------
+    # -- what the server does ----------------------------------------------------------------------
 
     def advance(self, position: int) -> None:
         """The server has come to a new batch: what it did not enter before, it never will."""
@@ -267,7 +295,11 @@ class Desk:
         oldest = position - self.backlog
         self.results = {key: result for key, result in self.results.items() if key[0] >= oldest}
         for rank, member in self.members.items():
-            if member.waiting is not None and member.waiting.key[0] < position and member.route is not None:
+            if (
+                member.waiting is not None
+                and member.waiting.key[0] < position
+                and member.route is not None
+            ):
                 kind = Kind.NEVER if member.waiting.key[0] >= oldest else Kind.BEHIND
                 self._settle(rank, kind)
 
@@ -298,7 +330,9 @@ class Desk:
         )
 
     def _may_come(self, rank: int, call: Call, now: float) -> bool:
-        """Whether a rank that has not answered this collective may still do so: it is alive, and does not wait in a later one."""
+        """Whether a rank that has not answered this collective may still do so: it is alive, and
+        does not wait in a later one.
+        """
         member = self.members[rank]
         here = member.route is not None or (now < self._all_lost + RECONNECT and not member.dropped)
         return (
@@ -341,7 +375,12 @@ class Desk:
             member = self.members[rank]
             if member.wants and member.route is not None:
                 member.wants, member.starting, member.given = False, True, self.position
-                self._answer(member.route, Kind.SNAPSHOT, Head(Kind.WANT, token=member.token, rank=rank), checkpoint)
+                self._answer(
+                    member.route,
+                    Kind.SNAPSHOT,
+                    Head(Kind.WANT, token=member.token, rank=rank),
+                    checkpoint,
+                )
 
     def wanting(self) -> list[int]:
         """The ranks that wait for a snapshot, and have not had one just before."""
@@ -355,7 +394,11 @@ class Desk:
 
     def deserted(self) -> bool:
         """Whether nobody is left who may still ask for something."""
-        present = [member for member in self.members.values() if member.route is not None and not member.left]
+        present = [
+            member
+            for member in self.members.values()
+            if member.route is not None and not member.left
+        ]
         return not any(member.active or member.wants or member.starting for member in present)
 
     def all_lost(self, now: float) -> None:
@@ -406,14 +449,21 @@ class Desk:
             if member.route == route:
                 member.route, member.lost = None, now
                 if not member.left:
-                    log.warning(f"ParameterServer: rank {rank} is gone. The run goes on without it.")
+                    log.warning(
+                        f"ParameterServer: rank {rank} is gone. The run goes on without it."
+                    )
 
     def shut(self, reason: str) -> None:
         """Tells everybody that the run is over."""
         self.closing = reason
         for rank, member in self.members.items():
             if member.route is not None and not member.left and (member.wants or reason != "over"):
-                self._answer(member.route, Kind.CLOSED, Head(Kind.BYE, token=member.token, rank=rank), reason.encode())
+                self._answer(
+                    member.route,
+                    Kind.CLOSED,
+                    Head(Kind.BYE, token=member.token, rank=rank),
+                    reason.encode(),
+                )
             if member.knocked is not None:
                 route, hello = member.knocked
                 self._answer(route, Kind.CLOSED, hello, reason.encode())
@@ -425,7 +475,12 @@ class Desk:
         position, name = member.waiting.key
         member.waiting = None
         if member.route is not None:
-            self._answer(member.route, kind, Head(Kind.CALL, token=member.token, rank=rank, position=position, name=name), body)
+            self._answer(
+                member.route,
+                kind,
+                Head(Kind.CALL, token=member.token, rank=rank, position=position, name=name),
+                body,
+            )
 
     def _answer(self, route: bytes, kind: Kind, to: Head, body: bytes = b"") -> None:
         head = Head(kind, self.session, to.token, to.rank, to.position, self.position, to.name)

@@ -273,9 +273,7 @@ class Door:
                     oldest = next(iter(self._strangers))
                     del self._strangers[oldest]
                     self._cut(oldest)
-                    self._say(
-                        "too many connections of which nothing was heard; the oldest was cut"
-                    )
+                    self._say("too many connections of which nothing was heard; the oldest was cut")
             elif kind == zmq.EVENT_DISCONNECTED:
                 self._strangers.pop(value, None)
             elif kind == zmq.EVENT_ACCEPT_FAILED:

@@ -1,4 +1,6 @@
-"""CURVE keys: one pair for the server, and one for every rank, so that a key is one worker's identity."""
+"""CURVE keys: one pair for the server, and one for every rank, so that a key is one worker's
+identity.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ class Pair(NamedTuple):
 
 
 def make_keys(directory: str | Path, ranks: int) -> Path:
-    """Writes ``server.key``, ``rank1.key``, ... and their secret halves ``*.key_secret``, readable by this user only.
+    """Writes ``server.key``, ``rank1.key``, ... and their secret halves ``*.key_secret``, readable
+    by this user only.
 
-    The server's host needs all public halves and its own secret; rank r's host needs ``server.key`` and ``rank{r}.key_secret``.
+    The server's host needs all public halves and its own secret; rank r's host needs ``server.key``
+    and ``rank{r}.key_secret``.
 
     Args:
         directory: made if it does not exist. Existing keys are not replaced.
@@ -34,7 +38,10 @@ def make_keys(directory: str | Path, ranks: int) -> Path:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     present = sorted(path.name for path in directory.glob("*.key*"))
     if present:
-        raise FileExistsError(f"`directory` should hold no keys yet. Found {', '.join(present)} in {directory}. Take an empty one.")
+        raise FileExistsError(
+            f"`directory` should hold no keys yet. Found {', '.join(present)} in {directory}. "
+            "Take an empty one."
+        )
     umask = os.umask(0o077)
     try:
         for name in (SERVER, *(f"rank{rank}" for rank in range(1, ranks))):
@@ -56,8 +63,9 @@ def load_key(directory: Path, name: str, secret: bool) -> Pair:
     path = directory / f"{name}.key{'_secret' if secret else ''}"
     if not path.exists():
         raise FileNotFoundError(
-            f"`keys` of ParameterServer should hold {path.name}. Not found in {directory}. Make keys with "
-            "`lightning_byz.make_keys(directory, ranks)`, and copy to each host those that it needs."
+            f"`keys` of ParameterServer should hold {path.name}. Not found in {directory}. Make "
+            "keys with `lightning_byz.make_keys(directory, ranks)`, and copy to each host those "
+            "that it needs."
         )
     public, private = load_certificate(path)
     if secret and private is None:

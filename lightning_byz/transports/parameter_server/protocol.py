@@ -1,4 +1,6 @@
-"""What a frame's head says, and how it is checked. Heads are fixed structures and bodies raw bytes: nothing is ever unpickled."""
+"""What a frame's head says, and how it is checked. Heads are fixed structures and bodies raw bytes:
+nothing is ever unpickled.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ LONGEST_NAME = 256
 class Kind(IntEnum):
     """What a message is about: first those of workers, then those of the server."""
 
-    HELLO = 1  # I am this rank, in this process (token), at this entry point of the program (position)
+    # I am this rank, in this process (token), at this entry point of the program (position)
+    HELLO = 1
     CALL = 2  # my part of the collective with this name at this position
     WANT = 3  # I cannot catch up: a snapshot, please
     BYE = 4  # I have left
@@ -41,9 +44,10 @@ class Head(NamedTuple):
         session: 16 bytes that name the server's process, made anew by each; zeros in a hello.
         token: 16 bytes that name the worker's process, made anew by each.
         rank: the worker's process. From the server: the same.
-        position: the number of the batch that the sender is at, from 1; 0 before the first. From the server: in a result that of the
-            collective; in a snapshot that where it was made.
-        layout: a fingerprint of the body's shapes and dtypes. From the server: the position that it is at.
+        position: the number of the batch that the sender is at, from 1; 0 before the first. From
+            the server: in a result that of the collective; in a snapshot that where it was made.
+        layout: a fingerprint of the body's shapes and dtypes. From the server: the position that it
+            is at.
         name: the collective's name, unique within a position.
     """
 
@@ -67,7 +71,9 @@ def rank_of(head: bytes) -> int:
 
 
 class BadFrameError(ValueError):
-    """A message that no honest peer sends. Its text is one of a few reasons, by which they are counted."""
+    """A message that no honest peer sends. Its text is one of a few reasons, by which they are
+    counted.
+    """
 
 
 def parse(frames: Sequence[memoryview | bytes]) -> tuple[Head, memoryview]:
@@ -87,7 +93,9 @@ def parse(frames: Sequence[memoryview | bytes]) -> tuple[Head, memoryview]:
     if length > LONGEST_NAME or len(frames[0]) != _HEAD.size + length:
         raise BadFrameError("length of the head")
     try:
-        return Head(Kind(kind), session, token, rank, position, layout, head[_HEAD.size :].decode("ascii")), memoryview(frames[1])
+        return Head(
+            Kind(kind), session, token, rank, position, layout, head[_HEAD.size :].decode("ascii")
+        ), memoryview(frames[1])
     except ValueError as error:  # an unknown kind, or a name that is not ASCII
         raise BadFrameError("unknown kind or name") from error
 

@@ -28,7 +28,9 @@ log = logging.getLogger("lightning_byz")
 HEARTBEAT = 2.0
 """Seconds between ZeroMQ's own heartbeats, which its threads exchange while Python computes."""
 DEAD_AFTER = 10.0
-"""Seconds without one after which a connection counts as broken. A killed process's connection breaks at once."""
+"""Seconds without one after which a connection counts as broken. A killed process's connection
+breaks at once.
+"""
 _TICK = 0.02
 _PING_EVERY = 0.25
 _STATUS_EVERY = 10.0
@@ -101,10 +103,12 @@ class Server:
         self._thread = threading.Thread(target=self._serve, name="parameter-server", daemon=True)
         self._thread.start()
 
-    # -- for the main thread ------------------------------------------------------------------------------------------
+    # -- for the main thread -----------------------------------------------------------------------
 
     def ask(self, action: Callable[[], Any]) -> Any:
-        """Runs an action on the desk, while the server's thread keeps off, and has the answers sent that it gives rise to."""
+        """Runs an action on the desk, while the server's thread keeps off, and has the answers sent
+        that it gives rise to.
+        """
         if not self._thread.is_alive():
             raise RuntimeError("The thread of ParameterServer has ended with the error above.")
         with self._lock:
@@ -129,7 +133,8 @@ class Server:
         return done.result()
 
     def close(self, reason: str, patience: float) -> None:
-        """Stops serving: after a run, once everybody has left or ``patience`` seconds have passed; after an error, at once.
+        """Stops serving: after a run, once everybody has left or ``patience`` seconds have passed;
+        after an error, at once.
 
         Args:
             reason: "over" at a run's end; else what went wrong.
@@ -157,7 +162,7 @@ class Server:
         except BlockingIOError:
             return  # it rings already
 
-    # -- the thread ---------------------------------------------------------------------------------------------------
+    # -- the thread --------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         while not self._stopped:
@@ -193,7 +198,9 @@ class Server:
             self.desk.all_lost(now)
 
     def _read(self, now: float) -> None:
-        """What has arrived, up to a number of messages, so that nobody can keep the server from the rest of its work."""
+        """What has arrived, up to a number of messages, so that nobody can keep the server from the
+        rest of its work.
+        """
         for _ in range(_AT_ONCE):
             parcel = self._link.get() if self._link.backlog < _AT_ONCE else None
             if parcel is None:
@@ -218,7 +225,9 @@ class Server:
             )
 
     def _look_for_the_missing(self, now: float) -> None:
-        """Pings connections that may be dead: sending to a broken one fails. The longer it is silent, the rarer."""
+        """Pings connections that may be dead: sending to a broken one fails. The longer it is
+        silent, the rarer.
+        """
         for rank, member in self.desk.members.items():
             since = now - max(member.heard, member.pinged)
             if member.route is not None and since > max(_PING_EVERY, 0.1 * (now - member.heard)):
