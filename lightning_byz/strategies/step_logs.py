@@ -5,10 +5,12 @@ once.
 from __future__ import annotations
 
 import json
+import math
 import numbers
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -150,11 +152,10 @@ class StepLogs:
             self._learn(local, news, transport, device)
             rows = self._gather(logs, spoken, local, transport, device, silenced)
 
-        losses = torch.tensor(
-            [torch.nan if row is None else row.loss for row in rows], dtype=torch.float64
-        )
-        finite = losses[is_finite(losses)]
-        self.loss = None if not len(finite) else torch.quantile(finite, 0.5).to(device)
+        losses = [row.loss for row in rows if row is not None and math.isfinite(row.loss)]
+        self.loss = None
+        if losses:
+            self.loss = torch.tensor(median(losses), dtype=torch.float64, device=device)
         counted = [
             row for row, counts in zip(rows, honest, strict=True) if row is not None and counts
         ]
