@@ -104,8 +104,8 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
-from lightning_byz.faces import INSTALLED, of_home, register_with
 from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
+from lightning_byz.which_lightning import INSTALLED, of_home, register_with
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base

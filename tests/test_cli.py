@@ -16,7 +16,7 @@ import yaml
 import lightning_byz
 from lightning_byz import cli
 from lightning_byz.cli import catalogue
-from lightning_byz.extras import MissingExtraError, require
+from lightning_byz.optional_dependencies import MissingExtraError, require
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "digits.yaml"
@@ -245,7 +245,7 @@ def test_a_logger_that_is_not_installed_says_what_to_install(
 ):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "lightning_byz.extras.importlib.util.find_spec",
+        "lightning_byz.optional_dependencies.importlib.util.find_spec",
         lambda name: None if name == extra else find(name),
     )
     assert fit("--config", CONFIG, f"--trainer.logger={logger}", "--trainer.logger.save_dir=x") == 1
@@ -605,7 +605,7 @@ def test_version_and_unknown_commands(capsys):
 
 def test_a_missing_extra_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(
-        "lightning_byz.extras.importlib.util.find_spec",
+        "lightning_byz.optional_dependencies.importlib.util.find_spec",
         lambda name: None if name == "matplotlib" else object(),
     )
     with pytest.raises(

@@ -22,7 +22,7 @@ from lightning_byz import (
 )
 from lightning_byz.data import DataNotFoundError, base, libsvm
 from lightning_byz.data.images import Images
-from lightning_byz.extras import MissingExtraError
+from lightning_byz.optional_dependencies import MissingExtraError
 
 TRAINING = b"-1 1:3 3:4\n+1 2:1\n-1 \n+1 1:-2 4:0.5\n"
 HELD_OUT = b"+1 4:1\n-1 1:1\n"
@@ -278,7 +278,9 @@ def test_what_to_do_without_images(tmp_path, monkeypatch, module, dataset):
     assert calls == [(str(tmp_path), True)]
     with pytest.raises(DataNotFoundError, match="did not look elsewhere"):
         module(str(tmp_path)).setup("fit")
-    monkeypatch.setattr("lightning_byz.extras.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(
+        "lightning_byz.optional_dependencies.importlib.util.find_spec", lambda name: None
+    )
     with pytest.raises(MissingExtraError, match=r"pip install 'lightning-byz\[data\]'"):
         module(str(tmp_path)).prepare_data()
 

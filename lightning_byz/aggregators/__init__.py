@@ -1,4 +1,17 @@
-"""Aggregators: robust rules from n vectors to one, and the pre-aggregations that go before them."""
+"""Aggregators: robust rules from n vectors to one, and the pre-aggregations that go before them.
+
+`base` is what a rule has to be: one method. A new one goes into a file of its own, or beside its
+kin, and into ``__all__`` here; the command line lists what is there.
+
+* One coordinate at a time: `coordinate_wise` (median, trimmed mean, MeaMed, Phocas),
+  `majority_vote`.
+* By distances: `krum`, `geometric_median`, `centered_clipping`, `subsets` (MDA, MoNNA, ... keep the
+  n - f rows that belong together), `subset_search` (the same by trying all), `spectral` (CAF, DnC),
+  `sign_guard`, `medoid` (inner products that f rows cannot spoil).
+* Before a rule: `nearest_neighbor_mixing`, `bucketing`, `clipping` (ARC); `chain` puts them there.
+
+Only numerics is below them.
+"""
 
 from lightning_byz.aggregators.base import (
     Aggregator,

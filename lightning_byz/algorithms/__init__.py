@@ -1,5 +1,9 @@
 """Algorithms: one published method per file, with its worker half and its server half side by
 side.
+
+`base` is what a method has to have: a rule, a codec, and two pairs of functions. `traits` holds
+what it may have besides, with a paragraph each. `robust_sgd` is the one to read first: momentum
+and a rule; the default is one of these. The others are named after their papers.
 """
 
 from lightning_byz.algorithms.base import Algorithm, NoState

@@ -1,5 +1,10 @@
 """Attacks: what Byzantine workers do, for research and for tests; and faults, which happen to
 honest ones.
+
+`base` holds the two interfaces. On messages: `messages`, `mixture` of several, `remembering` those
+of earlier rounds, `optimized` against the server's rule. On a worker's own samples: `data`. Without
+intent: `faults`. The callback `ByzantineWorkers` puts them into a run, where
+`lightning_byz.engine.adversary` applies those on messages.
 """
 
 from lightning_byz.attacks.base import Attack, DataAttack, Scene

@@ -1,9 +1,14 @@
 """Callbacks: some install a fault, others observe; none steers the training.
 
+Faults, for simulations: `byzantine_workers` (lies), `stragglers` (late or dead workers). Observers:
+`robustness_monitor` (what a rule let through), `suspicion_monitor` (who lies). For a run under
+Lightning's own strategies: `shadow_mode` (what a rule would have said), `replica_check` and
+`duplicate_batch_check` (copies that differ, batches that are the same).
+
 ``from lightning_byz.callbacks import ByzantineWorkers`` gives the class for the Lightning package
-at hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning`
-hold the classes for one each. What is here without Lightning, such as `ByzantineWorkersCallback`,
-is all of a callback but its base class.
+at hand (see `lightning_byz.which_lightning`); `lightning_byz.lightning` and
+`lightning_byz.pytorch_lightning` hold the classes for one each. What is here, such as
+`ByzantineWorkersCallback`, is all of a callback but its base class.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +20,7 @@ from lightning_byz.callbacks.robustness_monitor import RobustnessMonitorCallback
 from lightning_byz.callbacks.shadow_mode import ShadowModeCallback
 from lightning_byz.callbacks.stragglers import StragglersCallback
 from lightning_byz.callbacks.suspicion_monitor import SuspicionMonitorCallback
-from lightning_byz.faces import of_home
+from lightning_byz.which_lightning import of_home
 
 if TYPE_CHECKING:
     from lightning_byz.lightning import (

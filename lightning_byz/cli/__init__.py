@@ -1,5 +1,9 @@
 """The command line ``lightning-byz``: Lightning's own ``fit``, ``validate``, ``test`` and
 ``predict`` from YAML files, ``grid``, ``report``, ``list``, ``keys``, ``demo``.
+
+`runs` is Lightning's command line, with `mistakes` in a configuration named in a sentence. A grid
+is read by `grid_file`, `grids` hands its cells to processes that run `grid_cells`, and `reports`
+shows what came of them, with pictures by `report_figures`. `catalogue` lists all parts.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import lightning_byz
-from lightning_byz.extras import MissingExtraError, require
+from lightning_byz.optional_dependencies import MissingExtraError, require
 
 _LIGHTNING = {
     "fit": (

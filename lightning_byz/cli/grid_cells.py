@@ -25,7 +25,7 @@ from lightning_byz.engine.outcome import Outcome
 from lightning_byz.strategies.round_report import TooFewGradientsError
 from lightning_byz.strategies.strategy import is_robust
 
-if TYPE_CHECKING or lightning_byz.faces.HOME == "lightning":
+if TYPE_CHECKING or lightning_byz.which_lightning.HOME == "lightning":
     from lightning.pytorch import Callback
 else:
     from pytorch_lightning import Callback

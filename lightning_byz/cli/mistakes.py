@@ -144,7 +144,11 @@ def _known_classes() -> dict[str, str]:
     import lightning_byz
 
     known = {}
-    pl = "lightning.pytorch" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning"
+    pl = (
+        "lightning.pytorch"
+        if lightning_byz.which_lightning.HOME == "lightning"
+        else "pytorch_lightning"
+    )
     for module in (f"{pl}.callbacks", f"{pl}.loggers", "lightning_byz.models", "lightning_byz"):
         members = importlib.import_module(module)
         known.update(
@@ -169,7 +173,11 @@ def _arguments(path: str) -> Iterable[str]:
 def _strategies() -> Iterable[str]:
     import lightning_byz
 
-    pl = "lightning.pytorch" if lightning_byz.faces.HOME == "lightning" else "pytorch_lightning"
+    pl = (
+        "lightning.pytorch"
+        if lightning_byz.which_lightning.HOME == "lightning"
+        else "pytorch_lightning"
+    )
     names: Iterable[str] = importlib.import_module(
         f"{pl}.strategies"
     ).StrategyRegistry.available_strategies()

@@ -14,14 +14,14 @@ import yaml
 
 import lightning_byz
 from lightning_byz.cli.mistakes import explained
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 else:
     _home = importlib.import_module(
         "lightning.pytorch.cli"
-        if lightning_byz.faces.HOME == "lightning"
+        if lightning_byz.which_lightning.HOME == "lightning"
         else "pytorch_lightning.cli"
     )
     LightningCLI, SaveConfigCallback = _home.LightningCLI, _home.SaveConfigCallback

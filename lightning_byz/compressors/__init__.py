@@ -1,4 +1,9 @@
-"""Compressors: what goes on the wire instead of a dense vector."""
+"""Compressors: what goes on the wire instead of a dense vector.
+
+`base` is what one has to be: a layout, `encode` and `decode`. `identity` sends everything, `sparse`
+few coordinates, `quantization` few bits (`bits` packs them), `low_rank` factors of matrices.
+`blocks` applies one to parts of a vector: per tensor, per shard.
+"""
 
 from lightning_byz.compressors.base import Compressor, Field, WireFormat
 from lightning_byz.compressors.blocks import PerShard, PerTensor

@@ -1,8 +1,12 @@
 """Data: each worker its own part, in its own order, and data sets to start with.
 
+`partitions` says which worker holds which samples, `sampler` gives them in that worker's order, and
+`batches` cuts a batch among the workers of one process. `base` is what the data modules share:
+`digits`, `images`, `libsvm`.
+
 ``from lightning_byz.data import DigitsDataModule`` gives the class for the Lightning package at
-hand (see `lightning_byz.faces`); `lightning_byz.lightning` and `lightning_byz.pytorch_lightning`
-hold the classes for one each.
+hand (see `lightning_byz.which_lightning`); `lightning_byz.lightning` and
+`lightning_byz.pytorch_lightning` hold the classes for one each.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +25,7 @@ from lightning_byz.data.partitions import (
     labels_of,
 )
 from lightning_byz.data.sampler import WorkerSampler
-from lightning_byz.faces import of_home
+from lightning_byz.which_lightning import of_home
 
 if TYPE_CHECKING:
     from lightning_byz.lightning import (

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_byz.data.base import DataNotFoundError, WorkerData
 from lightning_byz.data.partitions import Partition
 from lightning_byz.data.sampler import WorkerSampler
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 from lightning_byz.types import keyed_generator
 
 _PAD = 4

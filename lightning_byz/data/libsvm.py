@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_byz.data.base import DataNotFoundError, WorkerData, download
 from lightning_byz.data.partitions import Partition
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 
 HOME = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
 """Where the files come from."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 
 require("The demo", "demo", "matplotlib", "rich", "sklearn")
 

@@ -1,7 +1,7 @@
 """Metrics: what survived of the honest workers' direction, whom a rule dropped, and what it cost.
 
-Pure functions of one round are in `lightning_byz.metrics.functional`; the classes here are
-torchmetrics' Metrics over many rounds. torchmetrics is imported with the first of them.
+`functional` holds pure functions of one round; `modular` holds torchmetrics' Metrics over many
+rounds, which import torchmetrics with the first of them.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
 """Lightning's side: the hooks of the strategy, and all that Lightning's training loop forces.
 
-Only callbacks, diagnostics and the two faces of the package (`lightning_byz.lightning`,
-`lightning_byz.pytorch_lightning`) import it.
+Of the package, this folder, the callbacks, the command line and the two faces
+(`lightning_byz.lightning`, `lightning_byz.pytorch_lightning`) know Lightning; nothing else may.
+Callbacks and faces import it.
 
 * The hooks: `strategy`; those about processes: `process_hooks`. The names of strategies: `names`.
 * Before the first step: `resolve` decides f, the algorithm and the transport where the user left
   them open; `validate` refuses what cannot work.
 * Forward and backward: `workers` computes this process's workers, one after the other;
   `extra_gradients` computes further gradients (at earlier parameters, over all data, on trusted
-  data); `module_attributes`, `module_buffers` and `random_states` give each worker its own;
+  data); `module_attributes`, `module_buffers` (which also merges BatchNorm's statistics) and
+  `random_states` give each worker its own;
   `step_outputs` joins what training steps return, `step_logs` what they log.
 * From backward to ``p.grad``: `gradient_sync` says when, `gradient_exchange` runs the round and
-  writes the result, `overlap` decides whether messages leave while backward runs, `flat_parameters`
-  lies between a model and vectors.
+  writes the result, `overlap` sends messages while backward still runs, `flat_parameters` lies
+  between a model and vectors.
 * After a round: `round_report` says who was silent and stops a run that has diverged;
   `unmoved_parameters` finds those that too few workers use.
 * Processes: `processes` (torch.distributed, or one), `server_processes` (a parameter server, whose
@@ -23,7 +25,7 @@ Only callbacks, diagnostics and the two faces of the package (`lightning_byz.lig
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_byz.faces import of_home
+from lightning_byz.which_lightning import of_home
 
 if TYPE_CHECKING:
     from lightning_byz.lightning import ByzantineRobustStrategy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field
-from lightning_byz.extras import require
+from lightning_byz.optional_dependencies import require
 from lightning_byz.transports.base import Transport
 from lightning_byz.transports.messages import Awaited, Message, Verdict
 from lightning_byz.transports.parameter_server.protocol import fingerprint
