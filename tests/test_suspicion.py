@@ -333,6 +333,25 @@ def test_an_overflow_of_all_is_nobodys_fault() -> None:
     assert test.accused == set()
 
 
+@laws
+@given(st.lists(st.binary(min_size=32, max_size=32), min_size=10, max_size=10))
+def test_no_bytes_of_a_worker_raise_or_frame_another(said: list[bytes]) -> None:
+    """What a worker says is a row of fixed size: every sequence of bytes is one, nan, infinities and
+    numbers whose squares overflow among them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    test = SuspicionTest(5, 1)
+    for raw in said:
+        rows = draw(5, 8, generator)
+        rows[2] = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        test.observe(rows)
+        here = torch.tensor([True, True, False, True, True])
+        test.observe(draw(5, 8, generator), here)
+    assert test.accused <= {2}
+    assert test.evidence.isfinite().all()
+    assert all(test.evidence_shown(worker) for worker in range(5))
+
+
 def test_equal_rows_accuse_nobody() -> None:
     test = SuspicionTest(4, 1)
     for _ in range(100):
