@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "configs/**/*.yaml",
     "examples/**/*.py",
     "examples/**/*.md",

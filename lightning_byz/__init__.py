@@ -107,7 +107,7 @@ from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replica
 from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
 from lightning_byz.which_lightning import INSTALLED, of_home, register_with
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from lightning_byz.lightning import (
