@@ -34,6 +34,8 @@ from lightning_byz.algorithms import (
     ByzDM21,
     ByzEF21SGDM,
     ByzEF21SGDMBC,
+    DeviationFilter,
+    DStar,
     RobustSGD,
     SignSGDMajorityVote,
 )
@@ -410,6 +412,37 @@ def test_a_checkpoint_of_other_shapes_is_refused(saved_by, loaded_by, n, owner):
         Exchange(loaded_by, connected(n), 0).load(
             exchange.server_state(), exchange.worker_states(), LIKE
         )
+
+
+class Waiting(InProcess):
+    """Writes down for whom a server would wait."""
+
+    measured = True
+
+    def __init__(self):
+        self.told = []
+
+    def awaits(self, awaited):
+        self.told.append((awaited.spare, awaited.least, awaited.full))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "told"),
+    [
+        # five are enough for f = 2 at the deadline
+        (RobustSGD(robust(2)), (0, 5, False)),
+        # the first 7 of 9
+        (DStar(DeviationFilter(f=2), k=7), (2, 5, False)),
+        # anybody is enough for a mean
+        (RobustSGD(Mean()), (0, 1, False)),
+    ],
+    ids=["all", "the first k", "f = 0"],
+)
+def test_a_server_waits_for_no_more_than_the_round_needs(algorithm, told):
+    transport = Waiting()
+    transport.connect(0, 1, 9, CPU)
+    Exchange(algorithm, transport, 0).next_round(LIKE)
+    assert transport.told == [told]
 
 
 # -- workers that lie ------------------------------------------------------------------------------

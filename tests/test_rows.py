@@ -33,6 +33,26 @@ def small_blocks(monkeypatch):
 # -- distances -------------------------------------------------------------------------------------
 
 
+def test_ranks_agree_on_the_products_that_are_made_again():
+    """Sums over shards are collectives: rank 0 says which there are, whatever a rank finds itself."""
+    x = rows_for(5, 300, seed=1).float()
+    x[1] = x[0] * (1 + 1e-4)  # this rank would make their product again
+    sums = []
+
+    def total(tensor):
+        sums.append(tuple(tensor.shape))
+        return tensor
+
+    def rank_0_says_none(tensor):
+        return torch.zeros_like(tensor) if tensor.dim() == 1 else tensor
+
+    Rows(x, total=total).squared_distances()
+    assert sums == [(5, 5), (2, 2)]
+    sums.clear()
+    Rows(x, total=total, agree=rank_0_says_none).squared_distances()
+    assert sums == [(5, 5)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # the border removes those
 @pytest.mark.parametrize("junk", [name for name in JUNK if "nan" not in name and "inf" not in name])

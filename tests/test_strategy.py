@@ -120,8 +120,7 @@ def test_a_failing_worker_is_absent_and_hurts_nobody(
         assert report["extra"] == ({} if fault == "silent log" else {2: 15})
 
 
-@pytest.mark.parametrize("devices", BOTH)
-def test_silence_is_named_in_the_log(devices: int, tmp_path: Path) -> None:
+def test_silence_is_named_in_the_log() -> None:
     with pytest.warns(UserWarning, match="worker 2 gave no finite gradient in step 1"):
         L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process()).fit(
             Faulty("nan"), loader()
