@@ -1,7 +1,8 @@
-"""What the benchmarks share: data, runs that survive an interruption, and Markdown tables."""
+"""What the benchmarks share: data, runs that survive an interruption, and tables."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -106,6 +107,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def write_csv(
+    path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], add: bool = False
+) -> None:
+    """A table as a CSV file, in place of whatever it held; with ``add``, below it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begun = add and path.exists()
+    with path.open("a" if add else "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows if begun else [header, *rows])
 
 
 def machine() -> str:

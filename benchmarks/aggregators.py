@@ -1,8 +1,8 @@
 """How long every rule takes and how much memory it needs, beside the plain mean and the peers that
 are installed.
 
-    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11000000] [--rules median krum]
-    [--no-peers] [--device cuda] [--output docs/performance.md]
+    python benchmarks/aggregators.py [--n 10 20 50] [--d 100000 11173962] [--rules median krum]
+        [--no-peers] [--device cuda] [--output docs/performance/rules.csv]
 
 Times are the best of a few runs, interleaved: every round runs the mean, then the rule, then the
 peer's rule, on the same float32 rows, so that a busy machine slows all of them down alike. Extra
@@ -27,12 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _runs import machine, markdown
+from _runs import machine, markdown, write_csv
 
 import lightning_byz as byz
 from lightning_byz.numerics.rows import Rows
 
 Timed = Callable[[torch.Tensor], Any]
+PEERS = ("ByzFL", "ByzPy")
+COLUMNS = {
+    "cpu": ["n", "f", "d", "rule", "ms", "over_mean", "extra_memory_over_rows"]
+    + [f"{peer.lower()}_over_ours" for peer in PEERS],
+    "cuda": ["n", "f", "d", "rule", "ms", "finite_rows_ms", "finite_rows_over_floor"],
+}
 TARGETS = {  # the aims at n = 20, d = 11 million: over the mean, over the fastest peer
     "median": (3, 10),
     "trimmed_mean": (5, 10),
@@ -210,12 +216,18 @@ def compare(
     return {**best, "memory": peak[0] / rows.nbytes}
 
 
-def on_a_gpu(n: int, d: int, only: list[str] | None) -> str:
+def on_a_gpu(n: int, d: int, only: list[str] | None) -> list[list[str]]:
     """The same on a GPU, with the best of twenty calls."""
     f = n // 5
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).cuda()
     copy = min(seconds(torch.clone, rows) for _ in range(20))
     floor = copy * (n + 1) / (2 * n)
+    speed = 2 * rows.nbytes / copy / 1e12
+    print(
+        f"{torch.cuda.get_device_name()}, n = {n}, d = {d:,}: a copy of the rows takes "
+        f"{1000 * copy:.2f} ms ({speed:.1f} TB/s, read and written), the floor is "
+        f"{1000 * floor:.2f} ms.\n"
+    )
     lines = []
     for name, rule in rules(n, f).items():
         if (only and name not in only) or name in ("mda", "smea"):
@@ -233,29 +245,26 @@ def on_a_gpu(n: int, d: int, only: list[str] | None) -> str:
         best = {kind: min(found) for kind, found in times.items()}
         lines.append(
             [
+                *map(str, (n, f, d)),
                 name,
                 f"{1000 * best['checked']:.2f}",
                 f"{1000 * best['told']:.2f}",
                 f"{best['told'] / floor:.1f}",
             ]
         )
-        print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
-    header = ["rule", "ms", "ms, rows known to be finite", "the latter over the floor"]
-    speed = 2 * rows.nbytes / copy / 1e12
-    intro = (
-        f"{torch.cuda.get_device_name()}: a copy of the rows takes {1000 * copy:.2f} ms "
-        f"({speed:.1f} TB/s, read and written), the floor is {1000 * floor:.2f} ms.\n\n"
-    )
-    return f"### On a GPU, n = {n}, f = {f}, d = {d:,}\n\n{intro}" + markdown(header, lines) + "\n"
+        print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
+    return lines
 
 
-def table(
+def on_a_cpu(
     n: int, d: int, only: list[str] | None, with_peers: bool, patience: float, mda: int
-) -> str:
+) -> list[list[str]]:
+    """What `COLUMNS` names, and which aims are met; the plain mean comes first."""
     f = n // 5
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
     rivals = peers(n, f) if with_peers else {}
-    lines = []
+    mean = min(seconds(lambda x: x.mean(0), rows) for _ in range(5))
+    lines = [[*map(str, (n, f, d)), "mean", f"{1000 * mean:.3g}", "", "", "", "", ""]]
     for name, rule in rules(n, f).items():
         known_as = name.removesuffix(", compiled")
         # peers visit every subset, and for SMEA there is no other way
@@ -283,25 +292,13 @@ def table(
                 ", " + ("yes" if min(faster.values()) >= aim_peer else "no") + f" (>= {aim_peer})"
             )
         lines.append(
-            [name, f"{1000 * found['ours']:.4g}", f"{over:.1f}", f"{found['memory']:.2f}"]
-            + [f"{faster[peer]:.1f}" if peer in faster else "" for peer in rivals]
+            [*map(str, (n, f, d)), name]
+            + [f"{1000 * found['ours']:.4g}", f"{over:.1f}", f"{found['memory']:.2f}"]
+            + [f"{faster[peer]:.1f}" if peer in faster else "" for peer in PEERS]
             + [verdict]
         )
-        print(f"n={n} d={d} " + " | ".join(lines[-1]), file=sys.stderr, flush=True)
-    mean = f"{1000 * min(seconds(lambda x: x.mean(0), rows) for _ in range(5)):.3g}"
-    header = [
-        "rule",
-        "ms",
-        "over the mean",
-        "extra memory / rows",
-        *(f"{peer} takes x times as long" for peer in rivals),
-        "aims met",
-    ]
-    return (
-        f"### n = {n}, f = {f}, d = {d:,}\n\nThe plain mean: {mean} ms.\n\n"
-        + markdown(header, lines)
-        + "\n"
-    )
+        print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
+    return lines
 
 
 def main() -> None:
@@ -338,25 +335,24 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="a Markdown page whose text below the line '<!-- measured -->' is replaced",
+        help="a CSV file to write; what it held is replaced",
     )
     arguments = parser.parse_args()
-    text = f"{machine()}, {torch.get_num_threads()} threads.\n\n"
+    columns, lines = COLUMNS[arguments.device], []
     for d in arguments.d:
         for n in arguments.n:
             if arguments.device == "cuda":
-                text += on_a_gpu(n, d, arguments.rules)
+                lines += on_a_gpu(n, d, arguments.rules)
                 continue
-            if n * d > 300_000_000 and n > 20:
-                text += f"### n = {n}, d = {d:,}\n\nWithout peers, whose copies of the rows would not fit.\n\n"
+            # peers copy the rows, and larger copies do not fit into memory
             peered = not arguments.no_peers and n * d <= 300_000_000
-            text += table(n, d, arguments.rules, peered, arguments.patience, arguments.most_subsets)
+            lines += on_a_cpu(
+                n, d, arguments.rules, peered, arguments.patience, arguments.most_subsets
+            )
     if arguments.output:
-        page = arguments.output.read_text()
-        arguments.output.write_text(
-            page[: page.index("<!-- measured -->")] + "<!-- measured -->\n\n" + text
-        )
-    print(text)
+        write_csv(arguments.output, columns, [line[: len(columns)] for line in lines])
+    header = columns if arguments.device == "cuda" else [*columns, "aims met"]
+    print(f"{markdown(header, lines)}\n{machine()}, {torch.get_num_threads()} threads.")
 
 
 if __name__ == "__main__":

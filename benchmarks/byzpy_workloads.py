@@ -1,7 +1,8 @@
 """The 19 workloads that ByzPy publishes its times of, against ByzFL: the same shapes, on this
 machine, with our column beside theirs.
 
-    python benchmarks/byzpy_workloads.py [--only mda krum] [--output docs/performance.md]
+    python benchmarks/byzpy_workloads.py [--only MDA ARC]
+        [--output docs/performance/byzpy_workloads.csv]
 
 ByzPy's table (github.com/Byzpy/byzpy, benchmarks/README.md, version 0.1.4) gives, for each
 workload, ByzFL's time, its own without actors and with pools of 2, 4 and 6 processes, on a machine
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import byzfl
 import torch
-from _runs import machine, markdown
+from _runs import machine, markdown, write_csv
 from byzpy.aggregators.coordinate_wise.mean_of_medians import MeanOfMedians
 from byzpy.aggregators.coordinate_wise.median import CoordinateWiseMedian
 from byzpy.aggregators.coordinate_wise.trimmed_mean import CoordinateWiseTrimmedMean
@@ -50,6 +51,9 @@ import lightning_byz as byz
 from lightning_byz.numerics.rows import Rows
 
 Timed = Callable[[torch.Tensor], Any]
+COLUMNS = ["workload", "shape", "ours_ms", "byzfl_ms", "byzpy_direct_ms", "fastest_peer_over_ours"]
+COLUMNS += [f"published_{name}_ms" for name in ("byzfl", "byzpy_direct", "byzpy_best_pool")]
+COLUMNS += ["best_published_over_ours"]
 
 
 class Workload(NamedTuple):
@@ -332,20 +336,19 @@ def their_training() -> float:
 
 
 def _ms(value: float) -> str:
-    return "" if math.isnan(value) else "> 10,000" if math.isinf(value) else f"{value:.3g}"
+    return "" if math.isnan(value) else "> 10000" if math.isinf(value) else f"{value:.3g}"
 
 
 def line(
     name: str, shape: str, found: list[float], published: tuple[float, float, float]
 ) -> list[str]:
     rivals = [value for value in found[1:] if not math.isnan(value)]
-    faster = f"{min(rivals) / found[0]:.1f}x" if rivals else ""
-    beats = f"{min(value for value in published if not math.isnan(value)) / found[0]:.1f}x"
+    faster = f"{min(rivals) / found[0]:.1f}" if rivals else ""
+    beats = f"{min(value for value in published if not math.isnan(value)) / found[0]:.1f}"
     cells = [
         name,
         shape,
-        f"**{_ms(found[0])}**",
-        *map(_ms, found[1:]),
+        *map(_ms, found),
         faster,
         *map(_ms, published),
         beats,
@@ -360,12 +363,12 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="a Markdown page whose text between '<!-- byzpy -->' and the next '<!--' is replaced",
+        help="a CSV file to write; what it held is replaced",
     )
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     rows = [
-        line(name, f"{work.n} x {work.d:,}", best(work), work.published)
+        line(name, f"{work.n} x {work.d}", best(work), work.published)
         for name, work in WORKLOADS.items()
         if not arguments.only or name in arguments.only
     ]
@@ -374,15 +377,9 @@ def main() -> None:
         rows.append(
             line(training, "CNN, batch 64", [our_training(), their_training(), NONE], (57, 71, 42))
         )
-    header = ["workload", "n x d", "ours, ms", "ByzFL", "ByzPy, direct", "over the faster of them"]
-    header += ["published: ByzFL", "ByzPy, direct", "ByzPy, best pool", "over the best published"]
-    text = markdown(header, rows) + f"\n{machine()}, {torch.get_num_threads()} threads.\n"
     if arguments.output:
-        before, rest = arguments.output.read_text().split("<!-- byzpy -->", 1)
-        arguments.output.write_text(
-            f"{before}<!-- byzpy -->\n\n{text}\n<!--{rest.split('<!--', 1)[1]}"
-        )
-    print(text)
+        write_csv(arguments.output, COLUMNS, rows)
+    print(f"{markdown(COLUMNS, rows)}\n{machine()}, {torch.get_num_threads()} threads.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The table that chooses the default algorithm: candidates, with and without attack, against plain
-averaging.
+"""The table that chooses the default algorithm, as CSV and as a picture: candidates, with and
+without attack, against plain averaging.
 
     python benchmarks/defaults.py --data DIR [--output runs/defaults] [--jobs 2]
+    python benchmarks/defaults.py --draw docs/default-algorithm.csv docs/images/default-algorithm.png
 
 Every round is the package's own `Exchange` over in-process workers; plain averaging is
 RobustSGD(aggregator=Mean()), whose trajectory is that of DDP. DIR holds libsvm/a9a.bz2 and
@@ -11,6 +12,8 @@ libsvm/a9a.t.bz2; the digits come with scikit-learn.
 from __future__ import annotations
 
 import argparse
+import csv
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -19,13 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _runs import Run, a9a, machine, markdown, mean_by, run_all
+from _runs import Run, a9a, machine, mean_by, run_all
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 from torch.nn import functional
 
 from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, TrimmedMean
 from lightning_byz.algorithms import RobustSGD
 from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
+from lightning_byz.cli.report_figures import COLOURS, style
 from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
@@ -169,8 +175,14 @@ def mlp(w: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
 
 Candidate = tuple[str, str]
 AVERAGING: Candidate = ("Mean", "0")
+CHOSEN: Candidate = ("CAF, norm floor 0.3", "0.9, undone")
 CANDIDATES: list[Candidate] = [(rule, momentum) for rule in RULES for momentum in MOMENTA]
 TABLES = [(setting, optimizer) for setting in SETTINGS for optimizer in OPTIMIZERS]
+COLUMNS = [
+    *("rule", "worker_momentum", "setting", "optimizer", "clean", "clean_minus_ddp"),
+    *SUBTLE,
+    *BLATANT,
+]
 
 
 def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
@@ -197,9 +209,11 @@ def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
     ]
 
 
-def measure(work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Candidate]) -> str:
+def measure(
+    work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Candidate]
+) -> list[dict[str, str]]:
     """Runs what is missing, in stages: a candidate that has lost too much is not run any further.
-    Returns Markdown tables.
+    Returns the lines of the table, those of plain averaging first.
     """
 
     def stage(candidates: list[Candidate], attacks: Sequence[str]) -> dict[tuple[Any, ...], float]:
@@ -207,70 +221,113 @@ def measure(work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Ca
         return mean_by(run_all(all_runs(candidates, attacks), work, output, jobs), *names)
 
     accuracy = stage([AVERAGING, *wanted], [CLEAN])
-    ddp = {table: accuracy[(*AVERAGING, *table, CLEAN)] for table in TABLES}
-    below = {
-        c: {table: accuracy[(*c, *table, CLEAN)] - ddp[table] for table in TABLES} for c in wanted
-    }
-    lost: dict[Candidate, dict[tuple[str, str, str], float]] = {c: {} for c in wanted}
-    kept = [c for c in wanted if min(below[c].values()) >= -CLEAN_POINTS]
+
+    def below(c: Candidate, table: tuple[str, str]) -> float:
+        return accuracy[(*c, *table, CLEAN)] - accuracy[(*AVERAGING, *table, CLEAN)]
+
+    def lost(c: Candidate, table: tuple[str, str], attack: str) -> float:
+        return accuracy[(*c, *table, attack)] - accuracy[(*c, *table, CLEAN)]
+
+    kept = [c for c in wanted if min(below(c, table) for table in TABLES) >= -CLEAN_POINTS]
     for attacks in (SUBTLE, BLATANT):
         accuracy |= stage(kept, attacks)
-        for c in kept:
-            for table in TABLES:
-                lost[c] |= {
-                    (a, *table): accuracy[(*c, *table, a)] - accuracy[(*c, *table, CLEAN)]
-                    for a in attacks
-                }
-        kept = [c for c in kept if min(lost[c].values()) >= -ATTACKED_POINTS]
-
-    rows, details = [], []
-    for c in wanted:
-        worst = min(TABLES, key=lambda table: below[c][table])
-        row = [
-            *c,
-            f"{below[c][worst]:+.2f} ({', '.join(worst)})",
-            "not run",
-            "yes" if c in kept else "no",
+        kept = [
+            c
+            for c in kept
+            if min(lost(c, table, a) for table in TABLES for a in attacks) >= -ATTACKED_POINTS
         ]
-        if lost[c]:
-            where = min(lost[c], key=lambda key: lost[c][key])
-            row[3] = f"{lost[c][where]:+.2f} ({', '.join(where)})"
-        rows.append(row)
-        for table in TABLES if lost[c] else ():
-            clean = f"{accuracy[(*c, *table, CLEAN)]:.2f} ({below[c][table]:+.2f})"
-            changes = [
-                f"{lost[c][(a, *table)]:+.2f}" if (a, *table) in lost[c] else ""
-                for a in (*SUBTLE, *BLATANT)
-            ]
-            details.append([*c, *table, clean, *changes])
-    first = [
-        "rule",
-        "worker momentum",
-        "clean against DDP, worst",
-        "attacked against own clean, worst",
-        "within both",
+
+    return [
+        dict(zip(COLUMNS, (*c, *table), strict=False))
+        | {
+            "clean": f"{accuracy[(*c, *table, CLEAN)]:.2f}",
+            "clean_minus_ddp": f"{below(c, table):.2f}",
+        }
+        | {
+            a: f"{lost(c, table, a):.2f}"
+            for a in (*SUBTLE, *BLATANT)
+            if (*c, *table, a) in accuracy
+        }
+        for c in (AVERAGING, *wanted)
+        for table in TABLES
     ]
-    second = [
-        "rule",
-        "worker momentum",
-        "setting",
-        "optimizer",
-        "clean (against DDP)",
-        *SUBTLE,
-        *BLATANT,
-    ]
-    plain = markdown(
-        ["setting", "optimizer", "DDP, clean"], [[*table, f"{ddp[table]:.2f}"] for table in TABLES]
-    )
-    return f"{markdown(first, rows)}\n{plain}\n{markdown(second, details)}"
+
+
+def write(lines: list[dict[str, str]], path: Path) -> None:
+    """The table as CSV; what was not run is empty."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def draw(table: Path, picture: Path) -> None:
+    """Two dots for each candidate of the table: its worst loss without and with an attack."""
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    worst: dict[Candidate, tuple[float, float]] = {}  # attacked (-inf where not run), clean
+    for line in lines:
+        c = (line["rule"], line["worker_momentum"])
+        if c == AVERAGING:
+            continue
+        attacked, clean = worst.get(c, (math.inf, math.inf))
+        losses = [float(line[a]) for a in (*SUBTLE, *BLATANT) if line[a]] or [-math.inf]
+        worst[c] = min(attacked, *losses), min(clean, float(line["clean_minus_ddp"]))
+    order = sorted(worst, key=lambda c: worst[c])  # the best at the top
+    measured = [attacked for attacked, _ in worst.values() if attacked > -math.inf]
+    left = min(measured, default=-ATTACKED_POINTS) - 0.5
+
+    with style():
+        figure = Figure(figsize=(7.2, 1.2 + 0.19 * len(order)), layout="constrained")
+        axes = figure.subplots()
+        for place, c in enumerate(order):
+            attacked, clean = worst[c]
+            axes.plot(attacked, place, "D", color=COLOURS[1], markeredgecolor="black", markersize=5)
+            if clean >= left:
+                axes.plot(clean, place, "o", color=COLOURS[0], markersize=5)
+            else:
+                text = f"\u25c0 {clean:.2f} clean; attacks not run"
+                axes.text(left + 0.1, place, text, va="center", color=COLOURS[0], fontsize=8)
+        for limit, dashes, colour in (
+            (-CLEAN_POINTS, (4, 2), COLOURS[0]),
+            (-ATTACKED_POINTS, (1, 1), COLOURS[1]),
+        ):
+            axes.axvline(limit, color=colour, linestyle=(0, dashes), linewidth=1.3, zorder=0)
+        axes.set_yticks(
+            range(len(order)), [f"{rule}; momentum {momentum}" for rule, momentum in order]
+        )
+        if CHOSEN in worst:
+            axes.get_yticklabels()[order.index(CHOSEN)].set_fontweight("bold")
+        axes.set(xlim=(left, 0.2), ylim=(-0.7, len(order) - 0.3))
+        axes.set_xlabel("worst change of test accuracy, in points")
+        axes.grid(alpha=0.3)
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=COLOURS[0]),
+            Line2D([], [], marker="D", linestyle="", color=COLOURS[1], markeredgecolor="black"),
+            Line2D([], [], color=COLOURS[0], linestyle=(0, (4, 2))),
+            Line2D([], [], color=COLOURS[1], linestyle=(0, (1, 1))),
+        ]
+        labels = [
+            "clean, against DDP",
+            "attacked, against own clean",
+            "limit clean",
+            "limit attacked",
+        ]
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        figure.savefig(picture, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measures the candidates for the default algorithm."
     )
+    parser.add_argument("--data", help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2")
     parser.add_argument(
-        "--data", required=True, help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2"
+        "--draw",
+        nargs=2,
+        type=Path,
+        metavar=("CSV", "PNG"),
+        help="only draw the picture of a table",
     )
     parser.add_argument(
         "--output",
@@ -283,16 +340,22 @@ def main() -> None:
         "--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these"
     )
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(*arguments.draw)
+        return
+    if arguments.data is None:
+        parser.error("--data is needed")
     start = time.monotonic()
-    tables = measure(
+    lines = measure(
         partial(train, data=arguments.data),
         arguments.output,
         arguments.jobs,
         [c for c in CANDIDATES if c[0] in arguments.rules],
     )
-    text = f"{tables}\n{machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.\n"
-    (arguments.output / "report.md").write_text(text)
-    print(text)
+    table = arguments.output / "default-algorithm.csv"
+    write(lines, table)
+    draw(table, table.with_suffix(".png"))
+    print(f"{table}; {machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":

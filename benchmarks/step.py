@@ -7,6 +7,9 @@ hosts by hand) every process runs the same command, and rank 0 prints. All metho
 run: some steps each, several times over. The *exposed exchange* is a method's step minus the step
 of the same processes without communication, at the same time. Bytes are those that leave the
 network interface named by GLOO_SOCKET_IFNAME, by the kernel's count.
+
+    python benchmarks/step.py [--models resnet18] [--setting "1 Gbit/s"]
+        [--output docs/performance/step.csv]
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from _runs import machine, markdown
+from _runs import machine, markdown, write_csv
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -145,6 +148,19 @@ METHODS: dict[str, Callable[[], Any]] = {
     "signSGD majority vote (AllGather)": robust(SignSGDMajorityVote(), AllGather),
 }
 
+AIMS: dict[str, dict[str, float]] = {
+    **{key: {"1 Gbit/s": 1.2, "100 Mbit/s": 1.1, "loopback": 2} for key in ("mean", "median")},
+    **{
+        key: {"1 Gbit/s": 1.3, "100 Mbit/s": 1.1, "loopback": 2.5}
+        for key in ("NNM + trimmed mean", "Multi-Krum")
+    },
+    **{key: {"1 Gbit/s": 0.35, "100 Mbit/s": 0.15} for key in METHODS if "EF21" in key},
+    "signSGD majority vote": {"1 Gbit/s": 0.2, "100 Mbit/s": 0.06, "loopback": 0.6},
+}
+"""The most that a method's exposed exchange may be over DDP's, by setting."""
+COLUMNS = ["setting", "machine", "threads_per_rank", "model", "ranks", "method", "step_ms"]
+COLUMNS += ["exposed_ms", "over_ddp", "aim", "mb_sent", "bytes_over_ddp"]
+
 
 class Module(L.LightningModule):
     def __init__(self, net: nn.Module) -> None:
@@ -236,45 +252,44 @@ def measure(arguments: argparse.Namespace, world: int) -> None:
                         flush=True,
                     )
         if dist.get_rank() == 0:
-            print(table(model, seconds, sent), flush=True)
+            rows = table(arguments.setting, model, seconds, sent)
+            if arguments.output:
+                write_csv(arguments.output, COLUMNS, rows, add=True)
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            print(
+                f"{markdown(COLUMNS, rows)}\n{os.getloadavg()[0]:.1f} processes running; "
+                f"peak memory of rank 0: {memory:.1f} GB.",
+                flush=True,
+            )
 
 
-def table(model: str, seconds: dict[str, list[float]], sent: dict[str, list[float]]) -> str:
+def table(
+    setting: str, model: str, seconds: dict[str, list[float]], sent: dict[str, list[float]]
+) -> list[list[Any]]:
+    """What `COLUMNS` names."""
+    run = [setting, machine(), torch.get_num_threads(), model, dist.get_world_size()]
     step = {name: statistics.median(times) for name, times in seconds.items()}
     sizes = {name: statistics.median(counts) for name, counts in sent.items()}
     base, rows = step["no communication"], []
     for name, time_of_step in step.items():
         if name == "no communication":
-            rows.append([name, f"{1000 * base:.0f}", "", "", "", ""])
+            rows.append([*run, name, f"{1000 * base:.0f}", "", "", "", "", ""])
             continue
         exposed, ddp = time_of_step - base, step["DDP"] - base
         ratio = sizes[name] / sizes["DDP"] if sizes["DDP"] else 0.0
         wire = [f"{sizes[name] / 1e6:.2f}", f"{ratio:.3f}"] if ratio else ["", ""]
         rows.append(
             [
+                *run,
                 name,
                 f"{1000 * time_of_step:.0f}",
                 f"{1000 * exposed:.0f}",
                 f"{exposed / ddp:.2f}",
+                AIMS.get(name, {}).get(setting, ""),
                 *wire,
             ]
         )
-    parameters = sum(p.numel() for p in MODELS[model][0]().parameters())
-    header = [
-        "method",
-        "step, ms",
-        "exposed exchange, ms",
-        "over DDP's",
-        "MB sent a step by a host",
-        "over DDP's",
-    ]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return (
-        f"#### {model}, {parameters:,} parameters, {dist.get_world_size()} "
-        f"ranks\n\n{markdown(header, rows)}\n"
-        f"{machine()}, {torch.get_num_threads()} thread a rank, {os.getloadavg()[0]:.1f} "
-        f"processes running; peak memory of rank 0: {memory:.1f} GB.\n"
-    )
+    return rows
 
 
 def main() -> None:
@@ -291,6 +306,10 @@ def main() -> None:
     parser.add_argument(
         "--ranks", type=int, default=4, help="processes to start where no launcher did"
     )
+    parser.add_argument(
+        "--setting", default="loopback", help="the network, as the table names it: 1 Gbit/s"
+    )
+    parser.add_argument("--output", type=Path, help="a CSV file to which the rows are added")
     arguments = parser.parse_args()
     if "RANK" not in os.environ:
         sys.exit(on_this_machine(arguments.ranks))
