@@ -1,6 +1,7 @@
 # make demo    train with lying workers, in less than a minute; the picture lands in this folder
 # make grid    six rules against six attacks: a heatmap in outputs/grids/digits/report
-# make test    run the tests
+# make test    run one test of each kind, in minutes
+# make test-all   run the rest of the tests, too
 # make lint    style, types, import layers
 # make check   lint and test
 # make docs    the documentation as a site, in build/site; a warning is an error
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo grid test lint check docs chaos clean
+.PHONY: demo grid test test-rest test-all lint check docs chaos clean
 
 demo: .venv/demo-installed
 	$(BIN)/lightning-byz demo
@@ -21,6 +22,11 @@ grid: .venv/demo-installed
 
 test: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+test-rest: .venv/dev-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --select rest
+
+test-all: test test-rest
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .

@@ -1893,7 +1893,7 @@ BUGS = [
     Bug(
         "a backward of one's own is overlooked",
         "strategies/overlap.py",
-        "if not _is_lightnings(module.backward):",
+        "if not is_lightnings(module.backward):",
         "if False:",
         "overlap",
     ),

@@ -558,6 +558,7 @@ def test_an_algorithm_passes_the_tensors_sizes_to_its_compressor():
 # -- convergence -----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(keep=8)
 @each(ALGORITHMS)
 def test_equal_workers_without_noise_reach_the_optimum(case):
     assert distance_after(case.algorithm, None, rounds=150, noise=0.0, lr=case.lr) < 0.02
@@ -591,6 +592,7 @@ UNDER_ATTACK = [
 ]
 
 
+@pytest.mark.thorough(keep=30)
 @pytest.mark.parametrize(("case", "attack"), UNDER_ATTACK)
 def test_reaches_the_optimum_under_attack(case, attack):
     assert distance_after(case.algorithm, attack.attack, lr=case.lr) < 0.15

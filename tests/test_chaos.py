@@ -12,6 +12,7 @@ from chaos import POINT, TRAININGS, Chaos, run
 pytestmark = pytest.mark.processes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_training_whose_workers_are_killed(seed: int, tmp_path: Path) -> None:
     chaos, got, undisturbed = run(seed, tmp_path)

@@ -99,6 +99,7 @@ def strategy_of(name: str, devices: int) -> ByzantineRobustStrategy:
     )
 
 
+@pytest.mark.thorough(keep=4)
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["epoch end", "inside an epoch"])
 @pytest.mark.parametrize(
@@ -185,6 +186,7 @@ REMEMBERING = {
 }
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_what_an_attack_remembers_is_resumed(name: str, tmp_path: Path) -> None:
     """Two optimizers' worth of memory would be as easy; here are two attacks that remember, in one

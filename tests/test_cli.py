@@ -89,6 +89,7 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough(keep=2)
 @pytest.mark.parametrize(
     "config", sorted(CONFIGS.glob("*/*_*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
@@ -513,6 +514,7 @@ def test_every_part_says_what_it_does_and_where_it_comes_from(kind):
         )
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("command", ["--help", "list", "list Krum", "list SuspicionMonitor"])
 def test_what_can_be_asked_is_answered_without_lightning(command):
     """Its import takes seconds, and PyTorch's compiler's too."""
@@ -534,6 +536,7 @@ def test_what_can_be_asked_is_answered_without_lightning(command):
     assert command != "list" or max(map(len, said)) <= 100
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("first", ["lightning_byz", "lightning", "pytorch_lightning"])
 def test_strategy_names_are_known_once_both_are_imported(first):
     program = (

@@ -39,6 +39,7 @@ def demo(tmp_path_factory):
     return done, folder / "pictures" / "demo.png"
 
 
+@pytest.mark.thorough
 def test_averaging_breaks_down_and_byzantine_robust_does_not(demo):
     done, _ = demo
     table = done.stdout[done.stdout.index("lost, in points") :]

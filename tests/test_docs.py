@@ -117,6 +117,7 @@ def test_the_navigation_names_every_page():
         assert f"{folder}/*" in flat
 
 
+@pytest.mark.thorough
 def test_the_notebook_runs(tmp_path):
     cells = [
         cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"

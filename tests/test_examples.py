@@ -78,6 +78,7 @@ def test_the_examples_of_one_process_run(tmp_path):
         assert re.search(says, output), f"{name} should print {says}"
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_the_gan_runs(tmp_path):
     output = run(
@@ -137,6 +138,7 @@ def small(command):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_the_commands_for_two_machines(tmp_path):
     """torchrun's; the one without a launcher starts the same script with the same options (and
@@ -167,6 +169,7 @@ for task in "${tasks[@]}"; do wait "$task" || exit 1; done
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_the_slurm_script(tmp_path):
     srun = tmp_path / "srun"
@@ -193,6 +196,7 @@ def test_the_slurm_script(tmp_path):
 # -- wandb_sweep -----------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_the_sweep(tmp_path):
     """The first and the last run of the sweep, as wandb's agent would start them, and the command
     of its page; without a network.

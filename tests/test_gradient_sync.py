@@ -321,6 +321,7 @@ def rand(rank: int, samples: int = 16) -> torch.Tensor:
     return torch.randn(samples, 10, generator=torch.Generator().manual_seed(rank))
 
 
+@pytest.mark.thorough(keep=6)
 @processes
 @pytest.mark.parametrize("way", WAYS)
 def test_with_a_mean_every_way_to_train_is_ddps(way: str, tmp_path: Path) -> None:
@@ -505,6 +506,7 @@ def assert_same_states(a: Any, b: Any) -> None:
             assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+@pytest.mark.thorough(keep=1)
 @processes
 @pytest.mark.parametrize(
     "transport", [AllGather(), Sharded(bucket_size=64)], ids=["all-gather", "sharded"]
@@ -563,6 +565,7 @@ def test_blocked_micro_batches_send_one_message(name: str, tmp_path: Path) -> No
         assert report["extra"] == [3]
 
 
+@pytest.mark.thorough(keep=1)
 @processes
 @pytest.mark.parametrize(
     "make", [Scheduled, Blocked, AddsUp, Raw, SharpByHand], ids=lambda make: make.__name__
@@ -600,6 +603,7 @@ class ByAutograd(ByHand):
         self.optimizers(use_pl_optimizer=False).step()
 
 
+@pytest.mark.thorough(keep=2)
 @processes
 @pytest.mark.parametrize("make", [PlainBackward, ByAutograd], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", ["mean", *REMEMBER])

@@ -220,6 +220,7 @@ class MyRule(Krum):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_a_cell_that_was_cut_short_is_run_again_with_a_logger_and_a_rule_of_this_folder(
     tmp_path, monkeypatch
@@ -365,6 +366,7 @@ class Dies(Aggregator):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(DIES)
@@ -377,6 +379,7 @@ def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path, monkeypatch):
     assert died["accuracy"] == ""
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_an_interrupted_grid_keeps_what_is_done(tmp_path):
     path, output = grid_file(tmp_path, seeds=[*range(500)]), tmp_path / "out"
@@ -525,6 +528,7 @@ def test_the_worst_case_is_the_lowest_mean_over_seeds(tmp_path):
     assert worst == pytest.approx({"Mean": 0.205, "Krum": 0.905})
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("unknown", ["failed", "not run"])
 def test_a_rule_that_failed_under_an_attack_has_no_worst_case(tmp_path, monkeypatch, unknown):
     from lightning_byz.cli import report_figures, reports

@@ -53,6 +53,7 @@ def test_the_kit_for_algorithms_tells_broken_ones() -> None:
         assert any(name.startswith(law) for name in broken), (new, broken)
 
 
+@pytest.mark.thorough(keep=5)
 @pytest.mark.parametrize("case", ROBUST, ids=lambda case: case.name)
 def test_algorithms_hold_their_laws(case: AlgorithmCase) -> None:
     check_algorithm(case.algorithm)

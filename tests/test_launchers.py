@@ -48,6 +48,7 @@ def assert_ranks_agree(folder: Path, ranks: int) -> None:
         assert report["metrics"] == reports[0]["metrics"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", ["package", "lightning_byz"])
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
 def test_the_strategy_name_works_in_both_packages_and_import_orders(
@@ -71,6 +72,7 @@ def test_the_strategy_name_works_in_both_packages_and_import_orders(
     assert_ranks_agree(tmp_path, 3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", ["byz_ef21_sgdm", "dstar", "byz_vr_marina_pp", "signsgd_majority_vote"]
 )
@@ -83,6 +85,7 @@ def test_the_four_systems_train_by_their_names_alone(name: str, tmp_path: Path) 
     assert saved["algorithm"].lower().startswith(name.replace("_", ""))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hidden", ["lightning", "pytorch_lightning"])
 def test_one_package_alone(hidden: str) -> None:
     """As if the other one were not installed."""
@@ -101,6 +104,7 @@ assert "byzantine_robust" in StrategyRegistry
     run(sys.executable, "-c", code)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_start_methods(method: str, tmp_path: Path) -> None:
     run(sys.executable, SCRIPT, str(tmp_path), "--start-method", method, "--devices", "3")
@@ -121,6 +125,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert_ranks_agree(tmp_path, 4)
 
 
+@pytest.mark.thorough
 def test_two_nodes(tmp_path: Path) -> None:
     """Two launches of the script, as on two machines, with two ranks each."""
     shared = {**environment(), "MASTER_ADDR": "127.0.0.1"}
@@ -137,6 +142,7 @@ def test_two_nodes(tmp_path: Path) -> None:
     assert_ranks_agree(tmp_path, 4)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_one_rank_alone_asks_for_starts_no_collective(tmp_path: Path) -> None:
     """Rank 0 fails and saves on its way out, while the others wait in the next step's
     collective.
@@ -149,6 +155,7 @@ def test_a_checkpoint_that_one_rank_alone_asks_for_starts_no_collective(tmp_path
     assert list(saved["rng"]) == [0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_guarded_save_on_one_rank_does_not_hang_the_run(rank: int, tmp_path: Path) -> None:
     """``if trainer.is_global_zero: trainer.save_checkpoint(...)`` would leave DDP's ranks waiting

@@ -178,6 +178,7 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
 }
 
 
+@pytest.mark.thorough(keep=5)
 @pytest.mark.parametrize("name", CASES)
 def test_overlap_changes_nothing_but_when_bytes_leave(name: str, tmp_path: Path) -> None:
     make, algorithm, trainer, early = CASES[name]

@@ -156,6 +156,7 @@ class Dies(L.Callback):
         self._perhaps(trainer, "end of the epoch")
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "module",
     [Plain, functools.partial(Plain, norm=True), GAN],
@@ -304,6 +305,7 @@ class ComesBack(L.Callback):
             time.sleep(0.01)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "algorithm",
     [RobustSGD(CoordinateMedian()), ByzEF21SGDM(TrimmedMean())],
@@ -555,6 +557,7 @@ def test_dstar_takes_who_really_arrives_first_and_stragglers_really_sleep_or_die
     )
 
 
+@pytest.mark.thorough
 def test_one_command_on_one_machine(tmp_path: Path) -> None:
     """The launcher starts the ranks, makes their keys, and does not kill everybody when one dies;
     fit, then validate, then test.

@@ -288,6 +288,7 @@ def test_a_worker_gets_a_snapshot_now_and_then_only() -> None:
     assert given == list(range(2, 22, desk.backlog))
 
 
+@pytest.mark.thorough(keep=3)
 @pytest.mark.parametrize("seed", range(20))
 def test_the_desk_stands_whatever_comes_in_whatever_state(
     seed: int, caplog: pytest.LogCaptureFixture

@@ -71,6 +71,7 @@ def gaps_of_a_trainer(logistic, best, run, algorithm, attack, n, liars, partitio
     return module.gaps
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("attack", ["NA", "LF", "SHB"])
 def test_marina_pp_is_what_a_trainer_does(monkeypatch, attack):
     import marina_pp

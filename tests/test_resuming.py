@@ -81,6 +81,7 @@ FOLLOW = {
 }
 
 
+@pytest.mark.thorough(keep=16)
 @each(ALGORITHMS)
 @pytest.mark.parametrize("name", FOLLOW)
 def test_who_is_left_keeps_its_state_on_both_sides(case: Any, name: str) -> None:
@@ -225,6 +226,7 @@ class AtStart(L.Callback):
         self.states = states(trainer, module)
 
 
+@pytest.mark.thorough(keep=3)
 @pytest.mark.parametrize(
     "algorithm",
     [RobustSGD(worker_momentum=0.9), ByzEF21SGDM(compressor=TopK(ratio=0.3)), None],

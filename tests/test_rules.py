@@ -403,6 +403,7 @@ def test_f_rows_with_half_of_the_data_are_refused():
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "rule",
     [
@@ -422,6 +423,7 @@ def test_rules_work_under_torch_compile(rule):
     torch.testing.assert_close(torch.compile(rule.__call__, backend="eager")(x), rule(x))
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "chain",
     [
@@ -481,6 +483,7 @@ def test_compiled_rules_of_the_same_code_are_told_apart(monkeypatch):
     assert len(rows_module._COMPILED) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))),
     reason="torch.compile needs a C++ compiler on CPUs",

@@ -73,6 +73,7 @@ def test_the_entry_points_are_those_of_the_project() -> None:
         )
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_one_variable_names_the_faulty_rank(tmp_path: Path) -> None:
     output = launch(tmp_path, "--faulty", "2")
@@ -96,6 +97,7 @@ def test_one_variable_names_the_faulty_rank(tmp_path: Path) -> None:
     assert max(range(4), key=shares.__getitem__) == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_without_the_variable_there_is_no_callback(tmp_path: Path) -> None:
     output = launch(tmp_path, "--package", "pytorch_lightning", shadow=None)

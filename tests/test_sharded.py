@@ -221,11 +221,12 @@ def play(case: Case, transport: Transport, early: int | None = None) -> dict[str
             whole = [state]
             if transport.world_size > 1:
                 dist.broadcast_object_list(whole, src=0)  # as every rank reads the same file
-            workers, lying = exchange.worker_states(), exchange.transport
+            workers, lying = exchange.worker_states(), exchange.simulation
             exchange = made()
             exchange.load(whole[0], workers, like)
             if case.attack is not None:
-                exchange.transport.load_state_dict(lying.state_dict())
+                (before,), (after,) = lying.adversaries, exchange.simulation.adversaries
+                after.load_state_dict(0, before.state_dict(0))
     return {"outcomes": outcomes, "state": state}
 
 

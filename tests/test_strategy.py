@@ -106,7 +106,7 @@ def test_a_failing_worker_is_absent_and_hurts_nobody(
     )
     silences = lambda trainer, module: trainer.strategy.report.silences  # noqa: E731
     reports = fit(
-        tmp_path, Faulty(fault), strategy_for(devices), devices=devices, data=loader(24 if devices == 1 else 6),
+        tmp_path, Faulty(fault), strategy_for(devices, vectorize=False), devices=devices, data=loader(24 if devices == 1 else 6),
         max_epochs=3, callbacks=[stop], extra=silences,
     )  # fmt: skip
     for report in reports:
@@ -122,7 +122,7 @@ def test_a_failing_worker_is_absent_and_hurts_nobody(
 
 def test_silence_is_named_in_the_log() -> None:
     with pytest.warns(UserWarning, match="worker 2 gave no finite gradient in step 1"):
-        L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process()).fit(
+        L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process(vectorize=False)).fit(
             Faulty("nan"), loader()
         )
 
@@ -560,6 +560,7 @@ def test_batch_size_finder_is_refused_on_ranks(tmp_path: Path) -> None:
         fit(tmp_path, Plain(), on_ranks(), devices=3, callbacks=[BatchSizeFinder()])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("devices", BOTH)
 def test_torch_compile(devices: int, tmp_path: Path) -> None:
     def check() -> None:
@@ -855,6 +856,7 @@ ATTACKS = [
 ]
 
 
+@pytest.mark.thorough(keep=2)
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)
 @pytest.mark.parametrize("devices", BOTH)
 def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path) -> None:
@@ -879,6 +881,7 @@ def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path)
     assert accuracy[1] > accuracy[0] - 0.04
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "attack", [SignFlip(10.0), IPM(10.0), Gaussian(std=100.0), NotANumber()], ids=repr
 )

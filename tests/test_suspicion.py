@@ -66,6 +66,7 @@ def test_a_sketch_is_linear_and_sees_a_single_number() -> None:
 # -- honest workers --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("rate", [0.2, 0.01])
 def test_honest_workers_are_accused_no_more_often_than_said(rate: float) -> None:
     alarms, runs = 0, 40

@@ -87,6 +87,7 @@ class KeepsAlerts(L.pytorch.loggers.WandbLogger):
         self.alerts.append(kwargs)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("fault", "within"), [(WrongScale(), 2), (SignFlip(), 60), (LabelFlip(3), 100)], ids=repr
 )

@@ -121,6 +121,7 @@ class Streams(Plain):
         return DataLoader(blobs(), batch_size=6 * local, sampler=sampler)
 
 
+@pytest.mark.thorough(keep=3)
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("name", "attack"),
@@ -165,6 +166,7 @@ def test_in_process_is_across_processes(name: str, attack: Any, tmp_path: Path) 
     assert runs[0][0]["steps"] == 20
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("algorithm", "attack", "exact"),
@@ -206,6 +208,7 @@ def test_shards_are_in_process(algorithm: Any, attack: Any, exact: bool, tmp_pat
             assert report["metrics"][metric] == pytest.approx(value, rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "attack",

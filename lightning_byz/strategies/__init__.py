@@ -7,7 +7,8 @@ Callbacks and faces import it.
 * The hooks: `strategy`; those about processes: `process_hooks`. The names of strategies: `names`.
 * Before the first step: `resolve` decides f, the algorithm and the transport where the user left
   them open; `validate` refuses what cannot work.
-* Forward and backward: `workers` computes this process's workers, one after the other;
+* Forward and backward: `workers` computes this process's workers, one after the other, and
+  `workers_at_once` in one pass (`stacked_pass`) where that gives the same;
   `extra_gradients` computes further gradients (at earlier parameters, over all data, on trusted
   data); `module_attributes`, `module_buffers` (which also merges BatchNorm's statistics) and
   `random_states` give each worker its own;
@@ -21,6 +22,7 @@ Callbacks and faces import it.
   workers may die and come back), `reductions` of what ranks report.
 * Checkpoints: `checkpoint` saves and restores, `resuming_with_others` fits one to other workers,
   `checkpoint_barrier` notices a rank that saves alone.
+* `private_names`: the private names of torch that are read, and no others.
 """
 
 from typing import TYPE_CHECKING, Any

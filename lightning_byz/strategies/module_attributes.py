@@ -36,6 +36,24 @@ class WorkerAttributes:
         )
         self._ignored = {*vars(lightning()), "log", "training"}
 
+    def any(self) -> bool:
+        """Whether training steps have assigned some."""
+        return any(self._own)
+
+    @contextmanager
+    def none_assigned(self) -> Iterator[None]:
+        """Inside, a training step runs that should assign none.
+
+        Raises:
+            ValueError: if it has; they are what they were then.
+        """
+        shared = self._found()
+        yield
+        after = self._found()
+        if after.keys() != shared.keys() or any(after[key] is not shared[key] for key in after):
+            self._restore(shared, after)
+            raise ValueError("training_step assigns attributes of the module")
+
     def _found(self) -> dict[tuple[nn.Module, str], Any]:
         found = {}
         for part in self._module.modules():

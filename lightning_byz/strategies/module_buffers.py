@@ -7,7 +7,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -169,6 +169,42 @@ class WorkerBuffers:
             yield
         finally:
             self._write(original)
+
+    @contextmanager
+    def holding(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[], list[Tensor]]]:
+        """The module has these tensors in the places of its buffers inside; yields what reads what
+        they have become.
+        """
+        original = self._read()
+        self._write(tensors)
+        try:
+            yield self._read
+        finally:
+            self._write(original)
+
+    def copies(self) -> list[list[Tensor]]:
+        """By local worker, its buffers as they are."""
+        assert self._copies is not None
+        return [list(own) for own in self._copies]
+
+    def put(self, copies: Sequence[Sequence[Tensor]]) -> None:
+        """The local workers' buffers become what `copies` gave."""
+        self._copies = [list(own) for own in copies]
+
+    def restart(self) -> None:
+        """The local workers' buffers become those of the step's beginning."""
+        self.put([[buffer.clone() for buffer in self.start] for _ in range(self._workers)])
+
+    def stacked(self, workers: Sequence[int]) -> list[Tensor]:
+        """By buffer, those of these local workers: ``[m, ...]``."""
+        assert self._copies is not None
+        return [torch.stack(own) for own in zip(*(self._copies[w] for w in workers), strict=True)]
+
+    def take(self, workers: Sequence[int], stacked: Sequence[Tensor]) -> None:
+        """The buffers of these local workers become those of ``stacked``."""
+        assert self._copies is not None
+        for i, worker in enumerate(workers):
+            self._copies[worker] = [tensor[i] for tensor in stacked]
 
     def _now(self, worker: int) -> list[Tensor]:
         return self._read() if self._copies is None else self._copies[worker]

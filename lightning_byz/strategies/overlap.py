@@ -177,11 +177,11 @@ def obstacle(module: Any, precision: Any) -> str | None:
     """Why a run's gradients cannot be read before backward has ended; None: they can."""
     if getattr(precision, "scaler", None) is not None:
         return "a loss scaler looks for overflows first"
-    if not _is_lightnings(module.backward):
+    if not is_lightnings(module.backward):
         return f"{type(module).__name__} has a `backward` of its own"
     return None
 
 
-def _is_lightnings(method: Any) -> bool:
+def is_lightnings(method: Any) -> bool:
     """Whether a hook is Lightning's own, which changes no gradient."""
     return getattr(method, "__module__", "").startswith(("lightning.", "pytorch_lightning."))

@@ -47,6 +47,7 @@ from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.validate import check_arguments, check_setup
 from lightning_byz.strategies.workers import LocalWorkers, NoBatch, OneWorker, WorkersInTurn
+from lightning_byz.strategies.workers_at_once import Vectorize, WorkersAtOnce
 from lightning_byz.transports import Transport
 
 
@@ -91,6 +92,10 @@ class RobustStrategy(ProcessHooks):
             0, 1, ... of this one goes on with; None, and workers beyond the list, are new.
             ``[0, 2, 3]`` resumes without worker 1. None: every worker goes on with the state of its
             own number.
+        vectorize: whether the workers of a process are computed in one pass (`WorkersAtOnce`).
+            "auto": where that pays and gives the same gradients, to rounding; the log says whether,
+            and why not. True: an error where it cannot be; random operations, such as dropout, then
+            draw other numbers than with False. False: one worker after the other.
     """
 
     save_patience = 60.0
@@ -110,6 +115,7 @@ class RobustStrategy(ProcessHooks):
         max_skipped_steps: int = 10,
         aggregated_buffers: Sequence[str] = (),
         resume_workers: Sequence[int | None] | None = None,
+        vectorize: Vectorize = "auto",
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -134,6 +140,7 @@ class RobustStrategy(ProcessHooks):
             num_byzantine,
             max_skipped_steps,
             worker_weights,
+            vectorize,
             of_ddp,
         )
         resuming_with_others.check_argument(resume_workers)
@@ -143,7 +150,7 @@ class RobustStrategy(ProcessHooks):
         self.trusted_data = None if trusted_data is None else TrustedData(trusted_data)
         self.max_skipped_steps = max_skipped_steps
         self.aggregated_buffers = tuple(aggregated_buffers)
-        self.resume_workers = resume_workers
+        self.resume_workers, self.vectorize = resume_workers, vectorize
         self._num_nodes, self._process_group_backend = 1, process_group_backend
         self._timeout, self._start_method = timeout, start_method
 
@@ -210,12 +217,18 @@ class RobustStrategy(ProcessHooks):
 
     def forget(self) -> None:
         """Back to before the first step."""
-        kind = OneWorker if self.workers_per_process == 1 else WorkersInTurn
-        self.local_workers = kind(self, super().training_step)
+        self.local_workers = self._made_workers(super().training_step)
         self._reducer = MetricReducer()
         self.report.forget()
         if self.sync is not None:
             self.sync.forget()
+
+    def _made_workers(self, training_step: Callable[..., Any]) -> LocalWorkers:
+        if self.workers_per_process == 1:
+            return OneWorker(self, training_step)
+        if self.vectorize is False:
+            return WorkersInTurn(self, training_step)
+        return WorkersAtOnce(self, training_step, self.vectorize)
 
     def simulate(self) -> Simulation:
         """Where callbacks install simulated faults; made with the first of them, after `setup`."""

@@ -54,6 +54,7 @@ def check_arguments(
     num_byzantine: Any,
     max_skipped_steps: Any,
     worker_weights: Sequence[float] | None,
+    vectorize: Any,
     of_ddp: Mapping[str, Any],
 ) -> None:
     """Refuses arguments of the strategy that are of no use whatever the Trainer is.
@@ -71,6 +72,10 @@ def check_arguments(
     if transport is not None and not isinstance(transport, Transport):
         raise TypeError(
             f"`transport` should be a Transport, such as AllGather(). Found {transport!r}."
+        )
+    if vectorize not in ("auto", True, False):
+        raise ValueError(
+            f"`vectorize` should be 'auto', True or False. Found vectorize={vectorize!r}."
         )
     for name, value, least in (
         ("workers_per_process", workers_per_process, 1),

@@ -9,6 +9,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -199,7 +200,7 @@ class LocalWorkers(ABC):
             )
         self.strategy.lightning_module.log(call.name, call.value, **call.kwargs)
 
-    def _name_changes_by_hand(self, changes: ChangesByHand | None) -> None:
+    def _name_changes_by_hand(self, changes: ChangesByHand | None) -> list[str]:
         """One warning about what the first training step has changed that all workers here
         share.
         """
@@ -212,6 +213,7 @@ class LocalWorkers(ABC):
                 "happens once for each of them in every step. Do it in on_train_batch_end, or "
                 "use one worker per process."
             )
+        return names
 
     @abstractmethod
     def _parts(self, batch: Any) -> list[Any]:
@@ -379,28 +381,63 @@ class WorkersInTurn(LocalWorkers):
         for group, layout in zip(groups, layouts, strict=True):
             if any(row is not None for row in group.rows) and layout.is_cleared():
                 group.clear_rows()  # somebody has zeroed the gradients
+
+        def backward(loss: Tensor) -> None:
+            plugin, module = strategy.precision_plugin, strategy.lightning_module
+            plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
+
+        self._add_gradients(groups, factor, backward)
+        self._losses = [None] * self.count
+        for group in groups if strategy.sync.blocked else ():
+            self._show_mean(group)
+
+    def _add_gradients(
+        self,
+        groups: Sequence[GradientGroup],
+        factor: Tensor,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        """Adds every worker's gradients to the groups' rows.
+
+        Args:
+            groups: what they are of.
+            factor: what each worker's loss is multiplied by, 0-d.
+            backward: a loss's backward pass.
+        """
+        layouts = [group.layout for group in groups if group.layout is not None]
         for i, loss in enumerate(self._losses):
             if loss is None:
                 continue
             for layout in layouts:
                 layout.clear_gradients()
             with self.buffers.of(i):
-                plugin, module = strategy.precision_plugin, strategy.lightning_module
-                plugin.backward(loss * factor, module, optimizer, *args, **kwargs)
+                backward(loss)
             for group, layout in zip(groups, layouts, strict=True):
-                self._add_up(i, group, layout)
-        self._losses = [None] * self.count
-        for group in groups if strategy.sync.blocked else ():
-            self._show_mean(group)
+                used = layout.used()
+                if bool(used.any()) or group.rows[i] is not None:
+                    self._add_up(i, group, used, partial(layout.read_gradients, 1.0))
 
-    def _add_up(self, i: int, group: GradientGroup, layout: FlatParameters) -> None:
-        used, before, used_before = layout.used(), group.rows[i], group.used[i]
-        if not bool(used.any()) and before is None:
-            return
+    def _add_up(
+        self,
+        i: int,
+        group: GradientGroup,
+        used: Tensor,
+        read: Callable[[Tensor | None], Tensor],
+    ) -> None:
+        """Adds one worker's gradient to its row.
+
+        Args:
+            i: the worker.
+            group: what it is of.
+            used: ``[P]`` bool, the parameters that have one.
+            read: gives it, ``[d]``, in memory that it is given, or in memory of its own.
+        """
+        assert group.layout is not None
+        before, used_before = group.rows[i], group.used[i]
         if before is None:
-            group.rows[i] = layout.read_gradients(out=layout.rows(self.count)[i])
+            group.rows[i] = read(group.layout.rows(self.count)[i])
         else:
-            before.add_(layout.read_gradients())
+            before.add_(read(None))
         group.used[i] = used if used_before is None else used_before | used
 
     @staticmethod

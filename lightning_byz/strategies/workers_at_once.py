@@ -1,0 +1,341 @@
+"""All workers of a process in one pass, where that gives what one after the other gives."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_byz.strategies import random_states
+from lightning_byz.strategies.gradient_sync import GradientGroup
+from lightning_byz.strategies.module_attributes import ChangesByHand
+from lightning_byz.strategies.overlap import is_lightnings
+from lightning_byz.strategies.private_names import has_hooks
+from lightning_byz.strategies.stacked_pass import NotStackableError, Stacked, StackedPass, stack
+from lightning_byz.strategies.step_logs import WorkerLog
+from lightning_byz.strategies.validate import UnsupportedSetupError
+from lightning_byz.strategies.workers import WorkersInTurn
+
+log = logging.getLogger("lightning_byz")
+
+Vectorize = Literal["auto"] | bool
+
+LARGEST = 4_000_000
+"""Numbers of a gradient up to which "auto" computes workers at once: above, a pass is bound by
+memory and arithmetic, of which one pass for all saves none.
+"""
+
+_ROOM = 2**28
+"""Numbers of which the gradients of all workers that are computed at a time have at most."""
+
+_CLOSE = 1e-5
+"""How far a gradient of one pass may lie from the loop's, for its length."""
+
+_Pattern = tuple[tuple[int, bool], ...]
+"""By parameter, its number in the module, and whether some worker's gradient is not 0."""
+
+
+class _Step(NamedTuple):
+    """The workers that take part, their batches, and the training step's further arguments."""
+
+    here: list[int]
+    parts: list[Any]
+    rest: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+class _Done(NamedTuple):
+    """What one pass gave for the workers that took part."""
+
+    here: list[int]
+    stacked: Stacked
+    pattern: _Pattern
+
+
+class WorkersAtOnce(WorkersInTurn):
+    """Several workers of one process, in one pass (`torch.func.vmap`).
+
+    The first step is computed one worker after the other. In "auto" its gradients are then compared
+    with those of one pass over the same batches. If they agree, later steps take one pass; else one
+    line in the log says why not. The decision goes into checkpoints, and depends on no timing.
+
+    A step in which the workers' batches differ in size is computed one after the other. So is one
+    whose gradients are exactly 0 for other parameters than before: whether a loss uses these, one
+    pass does not tell.
+
+    Args:
+        strategy: as in `LocalWorkers`.
+        training_step: as in `LocalWorkers`.
+        vectorize: "auto", or True: an error where it cannot be; random operations then draw from
+            one stream for all workers, and so differ from those of the workers one after the other.
+
+    Attributes:
+        decided: whether workers are computed at once; None: that is open yet.
+    """
+
+    def __init__(
+        self, strategy: Any, training_step: Callable[..., Any], vectorize: Vectorize
+    ) -> None:
+        super().__init__(strategy, training_step)
+        self._vectorize = vectorize
+        self.decided: bool | None = None
+        self._pass = StackedPass(strategy.lightning_module, self.buffers, training_step)
+        self._by_hand: list[str] = []
+        self._first: list[WorkerLog] = []  # of those that took part in the first step
+        self._done: _Done | None = None
+        # what a step that is computed one after the other is to tell: everything, or which
+        # parameters are used where a pass has this pattern
+        self._in_turn: _Step | _Pattern | None = None
+        self._used: dict[_Pattern, list[Tensor]] = {}
+
+    # -- whether -----------------------------------------------------------------------------------
+
+    def _obstacle(self, groups: Sequence[GradientGroup]) -> str | None:
+        """Why workers cannot be computed at once, as far as it is known beforehand; None: they may
+        be.
+        """
+        strategy = self.strategy
+        module, plugin = strategy.lightning_module, strategy.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:
+            return "a loss scaler scales each worker's loss before its backward pass"
+        if "mixed" in str(plugin.precision):
+            return "mixed precision rounds differently in one pass"
+        if not is_lightnings(module.backward):
+            return f"{type(module).__name__} has a `backward` of its own"
+        if self._by_hand:
+            return f"training_step changes {self._by_hand[0]} by hand"
+        if self.attributes.any():
+            return "training_step assigns attributes of the module"
+        if any(has_hooks(p) for group in groups if group.layout for p in group.layout.parameters):
+            return "a parameter has hooks, which one pass does not call"
+        size = sum(group.layout.dim for group in groups if group.layout is not None)
+        if self._vectorize == "auto" and size > LARGEST:
+            return f"gradients of {size:,} numbers, more than {LARGEST:,}, gain nothing"
+        return None
+
+    def _name_changes_by_hand(self, changes: ChangesByHand | None) -> list[str]:
+        found = super()._name_changes_by_hand(changes)
+        self._by_hand = self._by_hand or found
+        return found
+
+    def _decide(self, reason: str | None) -> None:
+        self.decided = reason is None
+        if reason is None:
+            log.info("byzantine_robust: in-process workers are computed in one pass.")
+        elif self._vectorize == "auto":
+            log.info(
+                f"byzantine_robust: in-process workers are computed one after the other: {reason}."
+            )
+        else:
+            raise UnsupportedSetupError(
+                "vectorize=True computes all in-process workers in one pass. Found that it cannot: "
+                f'{reason}. Use vectorize="auto", or False.'
+            )
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def _forward(
+        self, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any
+    ) -> tuple[list[Any], list[WorkerLog]]:
+        self._done, self._in_turn = None, None
+        here = [i for i, part in enumerate(parts) if part is not None]
+        if self.decided is False or not here:
+            return super()._forward(parts, rest, kwargs)
+        step = _Step(here, [parts[i] for i in here], rest, kwargs)
+        if self.decided is None:
+            self._in_turn = step
+            outputs_and_logs = super()._forward(parts, rest, kwargs)
+            self._first = [outputs_and_logs[1][i] for i in here]
+            return outputs_and_logs
+        try:
+            stack(step.parts)
+        except NotStackableError:  # batches of unlike sizes, in this step
+            return super()._forward(parts, rest, kwargs)
+        before = self.buffers.copies()
+        try:
+            done = self._in_one_pass(step)
+        except Exception as error:
+            self._decide(_said(error))
+            return super()._forward(parts, rest, kwargs)
+        if done.pattern not in self._used:
+            self.buffers.put(before)
+            self._in_turn = done.pattern
+            return super()._forward(parts, rest, kwargs)
+        self._done = done
+        logs = [WorkerLog(samples=self.batches.size(part)) for part in parts]
+        outputs: list[Any] = [None] * self.count
+        self._losses = [None] * self.count
+        for place, i in enumerate(here):
+            outputs[i] = done.stacked.outputs[place]
+            logs[i].loss = self._losses[i] = done.stacked.losses[place].detach()
+            done.stacked.replay(place, logs[i].record)
+        return outputs, logs
+
+    def _in_one_pass(self, step: _Step) -> _Done:
+        strategy = self.strategy
+        parameters = [
+            p for group in strategy.groups if group.layout for p in group.layout.parameters
+        ]
+        size = sum(p.numel() for p in parameters)
+        chunk = max(1, _ROOM // max(1, size))
+        with (
+            strategy.sync.training_step(),
+            self.attributes.none_assigned(),
+            random_states.worker_rng(strategy.root_device, *self._key(0)),
+        ):
+            stacked = self._pass(
+                parameters,
+                *step,
+                randomness="different" if self._vectorize is True else "error",
+                chunk=chunk if chunk < len(step.here) else None,
+            )
+        places = {id(p): i for i, p in enumerate(strategy.lightning_module.parameters())}
+        some = torch.stack([gradient.any() for gradient in stacked.gradients]).tolist()
+        pattern = tuple(
+            (places[id(p)], bool(any_)) for p, any_ in zip(parameters, some, strict=True)
+        )
+        return _Done(step.here, stacked, pattern)
+
+    # -- backward ----------------------------------------------------------------------------------
+
+    def _add_gradients(
+        self,
+        groups: Sequence[GradientGroup],
+        factor: Tensor,
+        backward: Callable[[Tensor], None],
+    ) -> None:
+        done, in_turn = self._done, self._in_turn
+        if done is None:
+            super()._add_gradients(groups, factor, backward)
+            if isinstance(in_turn, _Step):
+                self._try(groups, factor, in_turn)
+            elif in_turn is not None:
+                self._note_used(groups, in_turn)
+            return
+        left, used = iter(done.stacked.gradients), iter(self._used[done.pattern])
+        for group in groups:
+            assert group.layout is not None
+            gradients, mine = [next(left).flatten(1) for _ in group.layout.parameters], next(used)
+            for place, i in enumerate(done.here):
+                self._add_up(i, group, mine, partial(_row, gradients, place, factor))
+        self._done = None
+
+    def _try(self, groups: Sequence[GradientGroup], factor: Tensor, step: _Step) -> None:
+        """Decides, by one pass over the batches of the first step, whose gradients are in the
+        rows.
+        """
+        reason, looped = self._obstacle(groups), self.buffers.copies()
+        if reason is None:
+            self.buffers.restart()
+            try:
+                done = self._in_one_pass(step)
+            except Exception as error:
+                reason = _said(error)
+            else:
+                reason = self._difference(groups, factor, done, looped)
+            finally:
+                self.buffers.put(looped)
+        self._decide(reason)
+        if reason is None:
+            self._note_used(groups, done.pattern)
+
+    def _difference(
+        self,
+        groups: Sequence[GradientGroup],
+        factor: Tensor,
+        done: _Done,
+        looped: Sequence[Sequence[Tensor]],
+    ) -> str | None:
+        """What tells a pass from the workers one after the other; None: nothing."""
+        said = zip(self._first, done.stacked.losses, done.stacked.logged, strict=True)
+        if self._vectorize == "auto" and not all(itertools.starmap(_said_the_same, said)):
+            return "losses or logged values would be others"
+        left, first = iter(done.stacked.gradients), done.here[0]
+        for group in groups:
+            assert group.layout is not None
+            gradients = [next(left).flatten(1) for _ in group.layout.parameters]
+            flags = group.used[first]
+            for place, i in enumerate(done.here):
+                row, mine = group.rows[i], group.used[i]
+                if row is None or mine is None or flags is None or not torch.equal(mine, flags):
+                    return "workers use different parameters"
+                if self._vectorize is True:
+                    continue  # random operations may draw otherwise
+                error = torch.linalg.vector_norm(_row(gradients, place, factor) - row)
+                if not bool(error <= _CLOSE * torch.linalg.vector_norm(row)):
+                    return "its gradients would be others"
+        buffers = itertools.chain(*self.buffers.copies())
+        if self._vectorize == "auto" and not all(map(_close, buffers, itertools.chain(*looped))):
+            return "buffers would become others"
+        return None
+
+    def _note_used(self, groups: Sequence[GradientGroup], pattern: _Pattern) -> None:
+        """The parameters that the losses of this step use, which the rows tell."""
+        flags = [next((used for used in group.used if used is not None), None) for group in groups]
+        if all(used is not None for used in flags):
+            self._used[pattern] = [used for used in flags if used is not None]
+
+    # -- checkpoint --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        used = [
+            {"pattern": [list(part) for part in pattern], "used": [f.tolist() for f in flags]}
+            for pattern, flags in self._used.items()
+        ]
+        return {**super().state(), "at_once": {"decided": self.decided, "used": used}}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        super().load(saved)
+        at_once = saved.get("at_once", {"decided": False, "used": []})
+        self.decided = at_once["decided"] if self._vectorize == "auto" else None
+        for entry in at_once["used"] if self.decided else ():
+            pattern = tuple((int(i), bool(some)) for i, some in entry["pattern"])
+            self._used[pattern] = [torch.tensor(flags) for flags in entry["used"]]
+
+
+def _row(
+    gradients: Sequence[Tensor], place: int, factor: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """One worker's gradient ``[d]``, times a factor.
+
+    Args:
+        gradients: by parameter, ``[m, numel]``.
+        place: which of the m.
+        factor: 0-d.
+        out: where to; None: into a new one.
+    """
+    row = torch.cat([gradient[place] for gradient in gradients], out=out)
+    return row.mul_(factor)
+
+
+def _said_the_same(first: WorkerLog, loss: Tensor, logged: Mapping[str, Any]) -> bool:
+    """Whether a worker has this loss, and logged these values, in the step that was computed in
+    turn.
+    """
+    values = {call.name: call.value for call in first.calls}
+    pairs = [(first.loss, loss), *((values.get(name), value) for name, value in logged.items())]
+    return all(
+        a is b
+        or (
+            a is not None
+            and b is not None
+            and _close(torch.as_tensor(a).detach(), torch.as_tensor(b).detach())
+        )
+        for a, b in pairs
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.double(), b.double(), rtol=_CLOSE, atol=_CLOSE, equal_nan=True)
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, in a sentence about the training step."""
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    kind = "" if isinstance(error, NotStackableError) else f"{type(error).__name__}: "
+    return f"{kind}{first}"

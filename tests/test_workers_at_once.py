@@ -1,0 +1,324 @@
+"""All in-process workers in one pass train to what one after the other trains to, or are not tried."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torchmetrics
+from harness import QUIET
+from models import blobs, loader, mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import ALGORITHMS, AlgorithmCase
+
+from lightning_byz import (
+    ALIE,
+    ByzEF21SGDM,
+    ByzVRMarinaPP,
+    CoordinateMedian,
+    LabelFlip,
+    RobustSGD,
+    SignFlip,
+)
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, Stragglers
+from lightning_byz.strategies import workers_at_once
+
+N = 4
+
+
+class Model(L.LightningModule):
+    """A step that can be computed at once; options switch on what a test is about."""
+
+    def __init__(self, norm: bool = False, heads: bool = False, metric: bool = False) -> None:
+        super().__init__()
+        self.net = mlp(norm)
+        self.head = nn.Linear(10, 3) if heads else None
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3) if metric else None
+        self.metrics: list[dict[str, float]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        x, y = batch
+        logits = self.net(x)
+        if self.head is not None and batch_idx % 3 == 2:
+            logits = logits + self.head(x)
+        loss = F.cross_entropy(logits, y)
+        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        self.log_dict({"mean": logits.mean(), "two": 2.0})
+        if self.accuracy is not None:
+            self.log("accuracy", self.accuracy(logits, y), on_step=True, on_epoch=True)
+            self.log("metric", self.accuracy, on_step=False, on_epoch=True)
+        return {"loss": loss, "predictions": logits.argmax(1)}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        logged = self.trainer.callback_metrics
+        self.metrics.append({name: float(value) for name, value in logged.items()})
+        self.outputs = outputs.get("predictions")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def trained(
+    module: L.LightningModule,
+    vectorize: Any,
+    algorithm: Any = None,
+    callbacks: Sequence[L.Callback] = (),
+    data: Any = None,
+    ckpt_path: Any = None,
+    workers: int = N,
+    **trainer: Any,
+) -> L.Trainer:
+    """A run of some steps; the module is trained in place."""
+    L.seed_everything(3, verbose=False)
+    strategy = ByzantineRobustStrategy(algorithm, workers_per_process=workers, vectorize=vectorize)
+    arguments: dict[str, Any] = {**QUIET, "max_epochs": 2, **trainer}
+    fitted = L.Trainer(strategy=strategy, callbacks=list(callbacks), devices=1, **arguments)
+    fitted.fit(module, loader(24) if data is None else data, ckpt_path=ckpt_path)
+    return fitted
+
+
+def at_once(trainer: L.Trainer) -> bool | None:
+    """Whether workers were computed at once."""
+    return trainer.strategy.local_workers.decided
+
+
+def compare(make: Callable[[], L.LightningModule], exact: bool = False, **kwargs: Any) -> None:
+    """The same run, one worker after the other and at once."""
+    modules = []
+    for vectorize in (False, "auto"):
+        L.seed_everything(1, verbose=False)
+        module, callbacks = make(), [callback() for callback in kwargs.get("callbacks", ())]
+        trainer = trained(module, vectorize, **{**kwargs, "callbacks": callbacks})
+        modules.append(module)
+    assert at_once(trainer)
+    alone, together = modules
+    for (name, a), b in zip(
+        alone.state_dict().items(), together.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(alone.metrics, together.metrics, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5, nan_ok=True)
+    assert torch.equal(alone.outputs, together.outputs)
+
+
+# -- the same training -----------------------------------------------------------------------------
+
+
+@pytest.mark.thorough(keep=4)
+@pytest.mark.parametrize("case", ALGORITHMS, ids=lambda case: case.name)
+def test_every_algorithm_trains_as_one_after_the_other(case: AlgorithmCase) -> None:
+    if case.algorithm.most_f(9) < 1 or case.tolerates is not None:
+        pytest.skip("tolerates nobody among nine")
+    compare(
+        Model,
+        algorithm=case.algorithm.with_f(1),
+        workers=9,
+        data=loader(45, blobs(450)),
+        callbacks=[lambda: ByzantineWorkers(SignFlip(), count=1)],
+        max_epochs=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"callbacks": [lambda: ByzantineWorkers(ALIE(z=1.0), count=1)]},
+        {"callbacks": [lambda: ByzantineWorkers(LabelFlip(3), count=1)]},
+        {"callbacks": [lambda: Stragglers(delay=1.0, workers=[3])]},
+        {"accumulate_grad_batches": 2},
+        {"data": loader(22)},  # parts of 6, 6, 5 and 5 samples, which no pass takes
+        {"data": loader(24, blobs(228))},  # the last batch is a half
+        {"precision": "64-true"},
+        {"gradient_clip_val": 0.1},
+    ],
+    ids=lambda kwargs: "-".join(kwargs) or "plain",
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": True}, {"heads": True}, {"metric": True}], ids=str
+)
+def test_the_same_training(options: dict[str, bool], kwargs: dict[str, Any]) -> None:
+    if "data" in kwargs and len(kwargs["data"]) == 11:
+        with pytest.raises(AssertionError):  # nothing was decided: there was no step of equal parts
+            compare(lambda: Model(**options), **kwargs)
+        return
+    compare(lambda: Model(**options), **kwargs)
+
+
+def test_chunks_of_workers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_at_once, "_ROOM", 2 * 227 + 1)  # two workers at a time
+    compare(lambda: Model(norm=True, metric=True))
+
+
+def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def made() -> Model:
+        L.seed_everything(1, verbose=False)
+        return Model(norm=True, heads=True)
+
+    algorithm = ByzEF21SGDM(CoordinateMedian())
+    whole, first, rest = made(), made(), made()
+    trained(whole, "auto", algorithm, max_epochs=4)
+    trained(first, "auto", algorithm, max_epochs=2).save_checkpoint(tmp_path / "c.ckpt")
+    trainer = trained(rest, "auto", algorithm, max_epochs=4, ckpt_path=tmp_path / "c.ckpt")
+    assert at_once(trainer)
+    for a, b in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_a_run_in_turn_goes_on_in_turn(tmp_path: Path) -> None:
+    module = Model()
+    trained(module, False).save_checkpoint(tmp_path / "c.ckpt")
+    assert not at_once(trained(module, "auto", max_epochs=3, ckpt_path=tmp_path / "c.ckpt"))
+
+
+# -- where it is not tried -------------------------------------------------------------------------
+
+
+class Counts(Model):
+    """What it computes depends on how often it was called, which its log shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = itertools.count()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.log("worker", float(next(self.calls) % N))
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Dropout(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return F.cross_entropy(F.dropout(self.net(batch[0]), 0.5), batch[1])
+
+
+class Item(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("item", loss.item())
+        return loss
+
+
+class Branch(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        return loss if loss > 0.5 else 2 * loss
+
+
+class Assigns(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.last = self.net(batch[0])
+        return F.cross_entropy(self.last, batch[1])
+
+
+class Appends(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.metrics.append({"batch": float(batch_idx)})
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class OwnBackward(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def backward(self, loss: Tensor) -> None:  # type: ignore[override]
+        loss.backward()
+
+
+class UsesMetric(Model):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        assert self.accuracy is not None
+        logits = self.net(batch[0])
+        return F.cross_entropy(logits, batch[1]) * (1 + self.accuracy(logits, batch[1]))
+
+
+class Hooked(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.register_hook(lambda gradient: 2 * gradient)
+
+
+@pytest.mark.filterwarnings("ignore:byzantine_robust. training_step changes")
+@pytest.mark.parametrize(
+    ("make", "trainer", "why"),
+    [
+        (Dropout, {}, "random"),
+        (Item, {}, "item"),
+        (Branch, {}, "control flow"),
+        (Assigns, {}, "assigns attributes"),
+        (Appends, {}, "changes metrics by hand"),
+        (OwnBackward, {}, "`backward` of its own"),
+        (lambda: UsesMetric(metric=True), {}, "metric"),
+        (Hooked, {}, "hooks"),
+        (Counts, {}, "logged values would be others"),
+        (Model, {"precision": "bf16-mixed"}, "mixed precision"),
+    ],
+    ids=[
+        "dropout",
+        "item",
+        "branch",
+        "assigns",
+        "appends",
+        "backward",
+        "metric",
+        "hook",
+        "counts",
+        "mixed",
+    ],
+)
+def test_what_one_pass_cannot_do_is_done_in_turn_and_said_once(
+    make: Callable[[], L.LightningModule],
+    trainer: dict[str, Any],
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    weights = []
+    with caplog.at_level(logging.INFO, "lightning_byz"):
+        for vectorize in (False, "auto"):
+            L.seed_everything(1, verbose=False)
+            module = make()
+            run = trained(module, vectorize, max_epochs=1, **trainer)
+            weights.append([p.detach().clone() for p in module.parameters()])
+    assert at_once(run) is False
+    said = [r.getMessage() for r in caplog.records if "one after the other" in r.getMessage()]
+    assert len(said) == 1
+    assert why in said[0]
+    assert all(map(torch.equal, *weights))
+    if not isinstance(module, (Dropout, Counts)):  # which True allows
+        with pytest.raises(ValueError, match="vectorize=True computes all in-process workers"):
+            trained(make(), True, max_epochs=1, **trainer)
+
+
+def test_large_models_gain_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers_at_once, "LARGEST", 100)
+    with caplog.at_level(logging.INFO, "lightning_byz"):
+        assert at_once(trained(Model(), "auto", max_epochs=1)) is False
+    assert "gradients of 227 numbers, more than 100, gain nothing" in caplog.text
+    assert at_once(trained(Model(), True, max_epochs=1))
+
+
+def test_true_takes_random_operations_from_one_stream() -> None:
+    L.seed_everything(1, verbose=False)
+    first, second = Dropout(), Dropout()
+    second.load_state_dict(first.state_dict())
+    assert at_once(trained(first, True, max_epochs=1))
+    trained(second, True, max_epochs=1)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_previous_gradients_are_computed_beside_it() -> None:
+    compare(Model, algorithm=ByzVRMarinaPP(RobustSGD().aggregator, p=0.3))
+
+
+def test_what_vectorize_may_be() -> None:
+    with pytest.raises(ValueError, match="`vectorize` should be 'auto', True or False"):
+        ByzantineRobustStrategy(vectorize="always")
