@@ -592,7 +592,7 @@ UNDER_ATTACK = [
 ]
 
 
-@pytest.mark.thorough(keep=30)
+@pytest.mark.thorough(keep=20)
 @pytest.mark.parametrize(("case", "attack"), UNDER_ATTACK)
 def test_reaches_the_optimum_under_attack(case, attack):
     assert distance_after(case.algorithm, attack.attack, lr=case.lr) < 0.15

@@ -99,7 +99,7 @@ def strategy_of(name: str, devices: int) -> ByzantineRobustStrategy:
     )
 
 
-@pytest.mark.thorough(keep=4)
+@pytest.mark.thorough(keep=2)
 @pytest.mark.processes
 @pytest.mark.parametrize("where", ["epoch end", "inside an epoch"])
 @pytest.mark.parametrize(
@@ -287,6 +287,7 @@ def test_state_is_per_optimizer(tmp_path: Path) -> None:
     assert [len(workers) for workers in saved["workers"]] == [3, 3]
 
 
+@pytest.mark.thorough
 def test_weights_load_without_this_package(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)
     (report,) = fit(

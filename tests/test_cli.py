@@ -536,7 +536,7 @@ def test_what_can_be_asked_is_answered_without_lightning(command):
     assert command != "list" or max(map(len, said)) <= 100
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("first", ["lightning_byz", "lightning", "pytorch_lightning"])
 def test_strategy_names_are_known_once_both_are_imported(first):
     program = (

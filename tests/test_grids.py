@@ -272,6 +272,7 @@ def finished(tmp_path_factory):
     return path, folder / "out", status
 
 
+@pytest.mark.thorough
 @pytest.mark.processes
 def test_every_cell_is_in_the_table_and_one_that_fails_says_why(finished):
     _, output, status = finished

@@ -111,6 +111,7 @@ def test_start_methods(method: str, tmp_path: Path) -> None:
     assert_ranks_agree(tmp_path, 3)
 
 
+@pytest.mark.thorough
 def test_torchrun(tmp_path: Path) -> None:
     run(
         *(

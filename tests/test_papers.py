@@ -889,7 +889,7 @@ class ShiftBack(Adversary):
         return everybody
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(("clipping", "converges"), [(0.3, True), (None, False)])
 def test_clipping_is_what_survives_cohorts_with_a_byzantine_majority(clipping, converges):
     """Ridge regression, everybody has all data, 5 of 20 lie by shift-back, 4 are sampled, a median

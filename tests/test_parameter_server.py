@@ -177,6 +177,7 @@ def test_a_mean_is_what_collectives_compute(module: Any, tmp_path: Path) -> None
         assert report["metrics"] == pytest.approx(gathered[0]["metrics"])
 
 
+@pytest.mark.thorough
 def test_every_algorithm_gives_what_it_gives_in_one_process(tmp_path: Path) -> None:
     """Bit for bit: three processes of three workers each, the worker's half there and the server's
     here.
@@ -364,6 +365,7 @@ def test_a_worker_that_is_started_again_contributes(algorithm: Any, tmp_path: Pa
             )
 
 
+@pytest.mark.thorough
 def test_the_servers_death_is_the_end_and_the_last_checkpoint_resumes(tmp_path: Path) -> None:
     def callbacks(folder: Path) -> list[Any]:
         return [Dies(folder, (0, "forward", 7)), ModelCheckpoint(folder, filename="{epoch}")]

@@ -393,6 +393,7 @@ def fuzzed(generator: random.Random) -> tuple[list[bytes], int]:
     return frames, rank if generator.random() < 0.8 else generator.randrange(-1, 5)
 
 
+@pytest.mark.thorough
 def test_a_hundred_thousand_random_messages(caplog: pytest.LogCaptureFixture) -> None:
     """None is taken that is not as it should be, memory stays bounded, and each reason is logged
     once a second.
@@ -473,6 +474,7 @@ def serves(served: Any, client: Client) -> None:
     served.server.ask(lambda: served.desk.advance(served.desk.position + 1))
 
 
+@pytest.mark.thorough
 def test_random_messages_through_a_socket(served: Any) -> None:
     """As many at a time as nobody is dropped for; a hello is answered when they have been read."""
     honest, liar = served.client(1), served.client(2)

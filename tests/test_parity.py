@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.thorough(keep=4)
+@pytest.mark.thorough(keep=3)
 @pytest.mark.parametrize("case", CASES)
 def test_mean_is_ddp(case: str, tmp_path: Path) -> None:
     module, options, trainer = CASES[case]

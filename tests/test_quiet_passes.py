@@ -159,7 +159,7 @@ def test_a_pass_at_the_previous_parameters_and_one_on_trusted_data_change_nothin
         assert str(plain["extra"]) == str(watched["extra"])
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers_data", [False, True])
 @pytest.mark.parametrize("devices", BOTH)
 def test_a_pass_over_all_data_changes_nothing_but_the_gradient(

@@ -258,26 +258,43 @@ def in_ranks(folder: Path, work: Callable[[int], Any]) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
+FEW_CHANGE = {"largest changes": 30, "largest changes, fewer than ranks": 2}
+"""Cases whose estimate changes in so many coordinates only."""
+
+
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """All cases, by rank."""
+def selected(request: pytest.FixtureRequest) -> dict[str, Case]:
+    """The cases that some test of this run is about."""
+    found = [getattr(item, "callspec", None) for item in request.session.items]
+    names = {spec.params.get("name") for spec in found if spec is not None}
+    names |= {"few coordinates change", *FEW_CHANGE}  # whose bytes are counted below
+    return {name: case for name, case in CASES.items() if name in names}
+
+
+@pytest.fixture(scope="module")
+def sharded(
+    tmp_path_factory: pytest.TempPathFactory, selected: dict[str, Case]
+) -> Iterator[list[dict[str, Any]]]:
+    """The cases, by rank."""
 
     def work(rank: int) -> dict[str, Any]:
         transport = connected(Sharded(), rank, RANKS)
-        return {name: play(case, transport) for name, case in CASES.items()}
+        return {name: play(case, transport) for name, case in selected.items()}
 
     return in_ranks(tmp_path_factory.mktemp("ranks"), work)
 
 
 @pytest.fixture(scope="module")
-def bucketed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """All cases, by rank, in buckets of 96 float32 coordinates, of which some have left before the
+def bucketed(
+    tmp_path_factory: pytest.TempPathFactory, selected: dict[str, Case]
+) -> Iterator[list[dict[str, Any]]]:
+    """The cases, by rank, in buckets of 96 float32 coordinates, of which some have left before the
     round is run, by other ranks more than by this.
     """
 
     def work(rank: int) -> dict[str, Any]:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
-        return {name: play(case, transport, early=rank) for name, case in CASES.items()}
+        return {name: play(case, transport, early=rank) for name, case in selected.items()}
 
     return in_ranks(tmp_path_factory.mktemp("buckets"), work)
 
@@ -316,7 +333,7 @@ def test_only_the_coordinates_that_changed_travel_down(sharded: list[dict[str, A
 def test_only_the_largest_changes_travel_down_whatever_the_rule(
     sharded: list[dict[str, Any]],
 ) -> None:
-    for name, k in {"largest changes": 30, "largest changes, fewer than ranks": 2}.items():
+    for name, k in FEW_CHANGE.items():
         outcomes = sharded[0][name]["outcomes"]
         assert [outcomes[step]["down"] for step in (1, 3)] == [k * (8 + 4)] * 2
         assert [outcomes[step]["down"] for step in (0, 2)] == [8 * 2000] * 2

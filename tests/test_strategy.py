@@ -856,7 +856,7 @@ ATTACKS = [
 ]
 
 
-@pytest.mark.thorough(keep=2)
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)
 @pytest.mark.parametrize("devices", BOTH)
 def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_a_sketch_is_linear_and_sees_a_single_number() -> None:
 # -- honest workers --------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("rate", [0.2, 0.01])
 def test_honest_workers_are_accused_no_more_often_than_said(rate: float) -> None:
     alarms, runs = 0, 40
@@ -77,6 +77,7 @@ def test_honest_workers_are_accused_no_more_often_than_said(rate: float) -> None
     assert alarms <= runs * rate + 2 * math.sqrt(runs * rate * (1 - rate))
 
 
+@pytest.mark.thorough
 def test_the_wealth_of_bets_against_honest_workers_does_not_grow_on_average() -> None:
     generator = torch.Generator().manual_seed(0)
     evidence = []

@@ -46,8 +46,8 @@ from lightning_byz.strategies.resolve import (
 from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.validate import check_arguments, check_setup
-from lightning_byz.strategies.workers import LocalWorkers, NoBatch, OneWorker, WorkersInTurn
-from lightning_byz.strategies.workers_at_once import Vectorize, WorkersAtOnce
+from lightning_byz.strategies.workers import LocalWorkers, NoBatch
+from lightning_byz.strategies.workers_at_once import Vectorize, local_workers
 from lightning_byz.transports import Transport
 
 
@@ -217,18 +217,11 @@ class RobustStrategy(ProcessHooks):
 
     def forget(self) -> None:
         """Back to before the first step."""
-        self.local_workers = self._made_workers(super().training_step)
+        self.local_workers = local_workers(self, super().training_step)
         self._reducer = MetricReducer()
         self.report.forget()
         if self.sync is not None:
             self.sync.forget()
-
-    def _made_workers(self, training_step: Callable[..., Any]) -> LocalWorkers:
-        if self.workers_per_process == 1:
-            return OneWorker(self, training_step)
-        if self.vectorize is False:
-            return WorkersInTurn(self, training_step)
-        return WorkersAtOnce(self, training_step, self.vectorize)
 
     def simulate(self) -> Simulation:
         """Where callbacks install simulated faults; made with the first of them, after `setup`."""

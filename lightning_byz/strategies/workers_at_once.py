@@ -19,7 +19,7 @@ from lightning_byz.strategies.private_names import has_hooks
 from lightning_byz.strategies.stacked_pass import NotStackableError, Stacked, StackedPass, stack
 from lightning_byz.strategies.step_logs import WorkerLog
 from lightning_byz.strategies.validate import UnsupportedSetupError
-from lightning_byz.strategies.workers import WorkersInTurn
+from lightning_byz.strategies.workers import LocalWorkers, OneWorker, WorkersInTurn
 
 log = logging.getLogger("lightning_byz")
 
@@ -55,6 +55,15 @@ class _Done(NamedTuple):
     here: list[int]
     stacked: Stacked
     pattern: _Pattern
+
+
+def local_workers(strategy: Any, training_step: Callable[..., Any]) -> LocalWorkers:
+    """The workers of this process, computed as the strategy's arguments say."""
+    if strategy.workers_per_process == 1:
+        return OneWorker(strategy, training_step)
+    if strategy.vectorize is False:
+        return WorkersInTurn(strategy, training_step)
+    return WorkersAtOnce(strategy, training_step, strategy.vectorize)
 
 
 class WorkersAtOnce(WorkersInTurn):
