@@ -1,7 +1,7 @@
 """The transport interface: the only place where processes meet.
 
-`Transport` is a `Link` between processes with four abstract methods. What else one may be able to
-do has a class each, with answers that hold for a plain one.
+A `Transport` has three methods to write: `gather`, `agree` and `bytes_down`. What else one may be
+able to do has a class each, with answers that hold for a plain one.
 """
 
 from __future__ import annotations
