@@ -60,7 +60,7 @@ def signed_in(call: StoreBarrier, place: str, *ranks: int) -> Callable[[], bool]
 
 
 def test_who_comes_late_is_waited_for(tmp_path: Path) -> None:
-    """Without patience: rank 0 comes last to the first place, and rank 1 to the second."""
+    """Longer than patience: rank 0 comes last to the first place, and rank 1 to the second."""
 
     def play(call: StoreBarrier) -> Any:
         if call.rank == 0:
@@ -68,11 +68,12 @@ def test_who_comes_late_is_waited_for(tmp_path: Path) -> None:
         first = call.absent(0.0)
         if call.rank == 1:
             until(signed_in(call, "1#1", 0, 2))
-            time.sleep(0.1)  # long enough for one who would not wait
+            time.sleep(1.5)  # longer than who would not wait has patience
         call.move_on()
         if call.rank == 0:  # of rank 2 it would be in doubt
             until(signed_in(call, "1#1", 2))
-        return first, call.absent(0.0)
+        # patience for the moment between a rank's moving on and its signing in
+        return first, call.absent(1.0)
 
     assert answers(tmp_path, play) == [[[], []]] * SIZE
 
