@@ -157,16 +157,17 @@ def test_chunks_of_workers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     compare(lambda: Model(norm=True, metric=True))
 
 
-def test_a_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("vectorize", ["auto", True])
+def test_a_checkpoint_goes_on_to_the_same_bits(vectorize: Any, tmp_path: Path) -> None:
     def made() -> Model:
         L.seed_everything(1, verbose=False)
         return Model(norm=True, heads=True)
 
     algorithm = ByzEF21SGDM(CoordinateMedian())
     whole, first, rest = made(), made(), made()
-    trained(whole, "auto", algorithm, max_epochs=4)
-    trained(first, "auto", algorithm, max_epochs=2).save_checkpoint(tmp_path / "c.ckpt")
-    trainer = trained(rest, "auto", algorithm, max_epochs=4, ckpt_path=tmp_path / "c.ckpt")
+    trained(whole, vectorize, algorithm, max_epochs=4)
+    trained(first, vectorize, algorithm, max_epochs=2).save_checkpoint(tmp_path / "c.ckpt")
+    trainer = trained(rest, vectorize, algorithm, max_epochs=4, ckpt_path=tmp_path / "c.ckpt")
     assert at_once(trainer)
     for a, b in zip(whole.state_dict().values(), rest.state_dict().values(), strict=True):
         assert torch.equal(a, b)

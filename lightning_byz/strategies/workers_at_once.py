@@ -301,7 +301,9 @@ class WorkersAtOnce(WorkersInTurn):
     def load(self, saved: Mapping[str, Any]) -> None:
         super().load(saved)
         at_once = saved.get("at_once", {"decided": False, "used": []})
-        self.decided = at_once["decided"] if self._vectorize == "auto" else None
+        self.decided = at_once["decided"]
+        if self._vectorize is True and not self.decided:
+            self.decided = None  # a run in turn, which is to go on at once
         for entry in at_once["used"] if self.decided else ():
             pattern = tuple((int(i), bool(some)) for i, some in entry["pattern"])
             self._used[pattern] = [torch.tensor(flags) for flags in entry["used"]]
