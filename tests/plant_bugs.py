@@ -30,6 +30,42 @@ class Bug(NamedTuple):
 
 
 BUGS = [
+    # workers in one call
+    Bug(
+        "workers in one call share a state",
+        "engine/workers_together.py",
+        "piece_of(after, i * width, i * width + dim, 0, self._columns)",
+        "piece_of(after, 0, dim, 0, self._columns)",
+        "workers_together",
+    ),
+    Bug(
+        "unlike pasts are one",
+        "engine/workers_together.py",
+        "if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):",
+        "if False:",
+        "workers_together",
+    ),
+    Bug(
+        "an overflow counts if workers are asked at once",
+        "engine/workers_together.py",
+        "if not bool(all_finite(payload[0])):",
+        "if False:",
+        "workers_together",
+    ),
+    Bug(
+        "what lies between rows is left as it was",
+        "numerics/memory.py",
+        "room[:, width:] = 0",
+        "room[:, width:] = torch.nan if room.is_floating_point() else 0",
+        "workers_together",
+    ),
+    Bug(
+        "states at once count without their workers",
+        "engine/workers_together.py",
+        "if states is not pieces or not bool(present[list(states)].all()):",
+        "if states is not pieces:",
+        "workers_together",
+    ),
     # laws for bugs that survived once
     Bug(
         "what is not finite is reduced",
@@ -800,7 +836,7 @@ BUGS = [
     Bug(
         "workers that are not sampled work",
         "strategies/workers.py",
-        "None if part is None or not cohort[w] else",
+        "None if part is None or not here else",
         "None if part is None else",
         "quiet_passes",
     ),

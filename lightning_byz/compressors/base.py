@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import side_by_side
 from lightning_byz.types import Payload
 
 
@@ -78,6 +79,19 @@ class WireFormat(ABC):
         return (
             torch.stack(looked_at).all() if looked_at else payload[0].new_ones((), dtype=torch.bool)
         )
+
+    def which_valid(self, payloads: Sequence[Payload], dim: int) -> Tensor:
+        """``[m]`` bool: which of these payloads are `valid`; those without a tensor are not.
+
+        Vectors that lie side by side are looked at all at once first.
+        """
+        if type(self).valid is WireFormat.valid and all(len(payload) == 1 for payload in payloads):
+            rows = side_by_side([payload[0] for payload in payloads])
+            if rows is not None and rows.is_floating_point() and bool(all_finite(rows)):
+                return torch.ones(len(payloads), dtype=torch.bool, device=rows.device)
+        device = next((payload[0].device for payload in payloads if payload), None)
+        no = torch.zeros((), dtype=torch.bool, device=device)
+        return torch.stack([self.valid(payload, dim) if payload else no for payload in payloads])
 
 
 class Compressor(WireFormat):

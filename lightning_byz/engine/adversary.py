@@ -96,11 +96,12 @@ class Adversary:
         messages, dim, dtype = list(everybody), server.dim, server.dtype
         cohort = server.algorithm.cohort(round).tolist()
         others = set(liars).difference(self.byzantine)
-        rows = {}
-        for worker, (flags, payload) in enumerate(messages):
-            speaks = cohort[worker] and worker not in others and int(flags[0]) == SPEAKS
-            if speaks and bool(codec.valid(payload, dim)):
-                rows[worker] = codec.decode(payload, dim)
+        valid = codec.which_valid([payload for _, payload in messages], dim).tolist()
+        rows = {
+            worker: codec.decode(payload, dim)
+            for worker, (flags, payload) in enumerate(messages)
+            if valid[worker] and cohort[worker] and worker not in others and int(flags[0]) == SPEAKS
+        }
         honest = [worker for worker in rows if worker not in self.byzantine]
         if not honest and not self.attack.alone:
             return messages
@@ -181,13 +182,9 @@ class _Trial:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """``[n, width]`` and ``[n]`` bool: all messages, and who is present."""
         server = self.server
-        valid = (self.codec.valid(payload, server.dim) for _, payload in self.everybody)
-        present = torch.stack(
-            [
-                (flags[0] == SPEAKS) & sound
-                for (flags, _), sound in zip(self.everybody, valid, strict=True)
-            ]
-        ).cpu()
+        says = torch.stack([flags[0] for flags, _ in self.everybody]).cpu()
+        valid = self.codec.which_valid([payload for _, payload in self.everybody], server.dim)
+        present = (says == SPEAKS) & valid.cpu()
         device = self.everybody[0].payload[0].device
         values = torch.zeros(len(present), server.width, dtype=server.dtype, device=device)
         for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,3 +97,11 @@ def flags_of(says: int, used: Tensor) -> Tensor:
     return torch.cat(
         [torch.tensor([says], dtype=torch.uint8, device=used.device), used.to(torch.uint8)]
     )
+
+
+def flags_of_all(says: int, used: Sequence[Tensor]) -> list[Tensor]:
+    """The flags of several workers that say the same, given what each one has used."""
+    flags: list[Tensor] = []
+    for i, own in enumerate(used):
+        flags.append(flags[-1] if i and own is used[i - 1] else flags_of(says, own))
+    return flags

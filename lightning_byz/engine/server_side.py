@@ -5,9 +5,8 @@ How it is made is one of three plans, chosen once: `Whole`, `InPieces`, `Revised
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from lightning_byz.engine.state_layout import (
     copied,
     piece_of,
 )
-from lightning_byz.numerics.memory import TensorPool, empty_rows, places_of
+from lightning_byz.numerics.memory import TensorPool, empty_rows, places_of, side_by_side
 from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports import Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round
@@ -330,7 +329,7 @@ class ServerSide:
             for here, message in zip(present.tolist(), received.messages, strict=True)
         ]
         if isinstance(received.format, Identity):  # they may lie there already
-            together = _side_by_side(
+            together = side_by_side(
                 [None if payload is None else payload[0] for payload in payloads]
             )
             if together is not None:
@@ -523,23 +522,3 @@ class _Known(Aggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.result is not None
         return self.result
-
-
-def _side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
-    """Vectors that lie in one storage at equal distances, as a matrix without a copy; else None."""
-    first = vectors[0]
-    if first is None or len(vectors) < 2:
-        return None
-    starts = []
-    for vector in vectors:
-        if (
-            vector is None
-            or vector.stride() != (1,)
-            or vector.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
-            return None
-        starts.append(vector.storage_offset())
-    gap = starts[1] - starts[0]
-    if gap < len(first) or any(b - a != gap for a, b in itertools.pairwise(starts)):
-        return None
-    return torch.as_strided(first, (len(vectors), len(first)), (gap, 1))

@@ -21,6 +21,7 @@ from lightning_byz.engine.outcome import (
     Outcome,
     comes,
     flags_of,
+    flags_of_all,
 )
 from lightning_byz.engine.state_layout import (
     check_kept,
@@ -30,6 +31,7 @@ from lightning_byz.engine.state_layout import (
     piece_of,
     restored,
 )
+from lightning_byz.engine.workers_together import WorkersTogether
 from lightning_byz.numerics.finite import all_finite
 from lightning_byz.numerics.memory import TensorPool
 from lightning_byz.transports import Message, Received, Transport, Uplink
@@ -57,6 +59,7 @@ class WorkerSide:
             check_state(state, f"{name}.init_worker")
         self._columns = columns_of(algorithm.init_worker, len(like), like.dtype)
         self._pool = TensorPool()
+        self._together = WorkersTogether(self._columns, self._pool)
 
     def bucketed(self, transport: Transport, round: Round, x: Tensor) -> BucketedMessages | None:
         """The coming round's messages in buckets; None where the algorithm or the transport wants
@@ -85,6 +88,11 @@ class WorkerSide:
         """
         assert round.cohort is not None
         codec = self.algorithm.codec(round)
+        together = self._all_together(contributions, codec, round, x)
+        if together is not None:
+            payloads, states = together
+            used_by = [contribution.used for contribution in contributions]
+            return list(map(Message, flags_of_all(SPEAKS, used_by), payloads)), states, {}
         messages, states, sent = [], dict[int, Any](), dict[int, Payload]()
         for worker, contribution in zip(self.states, contributions, strict=True):
             grads, used = contribution
@@ -101,6 +109,25 @@ class WorkerSide:
                 )
             messages.append(Message(flags_of(says, used), payload))
         return messages, states, sent
+
+    def _all_together(
+        self, contributions: Sequence[Contribution], codec: Compressor, round: Round, x: Tensor
+    ) -> tuple[list[Payload], dict[int, Any]] | None:
+        """The payloads of all local workers, and by worker its next state, from one call of the
+        algorithm; None where each has to be asked for its own.
+        """
+        assert round.cohort is not None
+        all_speak = all(
+            contribution.grads is not None and bool(round.cohort[worker]) and comes(round, worker)
+            for worker, contribution in zip(self.states, contributions, strict=True)
+        )
+        if not (self.algorithm.coordinate_wise and all_speak) or self.unchecked:
+            return None
+        grads = [
+            None if contribution.grads is None else contribution.grads.current
+            for contribution in contributions
+        ]
+        return self._together.spoken(self.algorithm, grads, self.states, codec, round)
 
     def _spoken(
         self, worker: int, grads: Gradients, codec: Compressor, round: Round, x: Tensor
@@ -129,6 +156,9 @@ class WorkerSide:
             return
         assert outcome.round.present is not None
         present = outcome.round.present
+        if states and self._together.finished(states, present):
+            self.states = dict(states)
+            return
         for worker, state in states.items():
             if present[worker]:
                 self._pool.take_back(self.states[worker], state)

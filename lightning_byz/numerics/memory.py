@@ -4,8 +4,9 @@ numpy is quicker at some passes.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,10 +15,43 @@ from torch import Tensor
 
 def empty_rows(n: int, width: int, like: Tensor) -> Tensor:
     """Room for rows ``[n, width]``, of the dtype and on the device of ``like``, each of which
-    begins at a multiple of 64 bytes.
+    begins at a multiple of 64 bytes. What lies between two rows is 0.
     """
     unit = max(1, 64 // like.element_size())
-    return like.new_empty(n, -(-width // unit) * unit)[:, :width]
+    room = like.new_empty(n, -(-width // unit) * unit)
+    room[:, width:] = 0
+    return room[:, :width]
+
+
+def side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    """Vectors that lie in one storage at equal distances, as a matrix without a copy; else None."""
+    first = vectors[0]
+    if first is None or len(vectors) < 2:
+        return None
+    storage, size, starts = first.untyped_storage().data_ptr(), first.shape, []
+    for vector in vectors:
+        if (
+            vector is None
+            or vector.stride() != (1,)
+            or vector.shape != size
+            or vector.dtype != first.dtype
+            or vector.untyped_storage().data_ptr() != storage
+        ):
+            return None
+        starts.append(vector.storage_offset())
+    gap = starts[1] - starts[0]
+    if gap < len(first) or any(b - a != gap for a, b in itertools.pairwise(starts)):
+        return None
+    return torch.as_strided(first, (len(vectors), len(first)), (gap, 1))
+
+
+def end_to_end(rows: Tensor) -> Tensor | None:
+    """Rows ``[n, d]`` of memory as one vector ``[n * width]`` without a copy, width being their
+    distance: with what lies between them. None where the memory ends before.
+    """
+    n, width = len(rows), rows.stride(0)
+    room = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+    return torch.as_strided(rows, (n * width,), (1,)) if n * width <= room else None
 
 
 def places_of(mask: Tensor) -> Tensor:

@@ -49,6 +49,13 @@ class _Slot:
 
 
 @dataclass
+class _Nested:
+    """A value of any nesting, in which slots, and what metrics will answer, may be."""
+
+    inside: Any
+
+
+@dataclass
 class _Record:
     """What a training step does besides: calls of metrics and logged values, in order.
 
@@ -65,7 +72,11 @@ class _Record:
 
     def kept(self, value: Any) -> Any:
         """A value of any nesting, with slots in the place of its tensors."""
-        return apply_to_collection(value, Tensor, self._slot)
+        if isinstance(value, Tensor):
+            return self._slot(value)
+        if value is None or isinstance(value, (str, bool, int, float, _Later)):
+            return value
+        return _Nested(apply_to_collection(value, Tensor, self._slot))
 
     def _slot(self, leaf: Tensor) -> _Slot:
         self.tensors.append(leaf)
@@ -73,7 +84,8 @@ class _Record:
 
     def add(self, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> _Later:
         """Notes a call. ``function``: None for ``self.log``."""
-        self.events.append((function, self.kept(args), self.kept(kwargs)))
+        named = {name: self.kept(value) for name, value in kwargs.items()}
+        self.events.append((function, tuple(map(self.kept, args)), named))
         return _Later(len(self.events) - 1)
 
 
@@ -86,14 +98,14 @@ class Stacked(NamedTuple):
         outputs: by worker, what its training step returned, with its own tensors.
         replay: ``(worker, log)``, does for one worker what its step did besides; ``log`` stands for
             ``self.log``.
-        logged: by worker, the values that it logged itself, and no metric.
+        logged: ``(worker)``, the values that it logged itself, and no metric, by name.
     """
 
     losses: Tensor
     gradients: tuple[Tensor, ...]
     outputs: list[Any]
     replay: Callable[[int, Callable[..., None]], None]
-    logged: list[dict[str, Any]]
+    logged: Callable[[int], dict[str, Any]]
 
 
 class StackedPass:
@@ -162,11 +174,15 @@ class StackedPass:
         )
         gradients, (losses, (after, tensors)) = step(given, self._buffers.stacked(workers), stacked)
         self._buffers.take(workers, after)
-        outputs = [_of(i, shape["output"], tensors) for i in range(len(parts))]
-        replay = partial(_replay, shape["events"], tensors)
+        own = [tensor.unbind(0) for tensor in tensors]
+        outputs = [_of(i, own, shape["output"]) for i in range(len(parts))]
+        replay = partial(_replay, shape["events"], own)
         calls = [args for function, args, _ in shape["events"] if function is None]
-        own = {name: value for name, value, *_ in calls if not isinstance(value, _Later)}
-        logged = [_of(i, own, tensors) for i in range(len(parts))]
+        said = {name: value for name, value, *_ in calls if not isinstance(value, _Later)}
+
+        def logged(worker: int) -> dict[str, Any]:
+            return {name: _of(worker, own, value) for name, value in said.items()}
+
         of_each = tuple(gradients[names[id(p)]] for p in parameters)
         return Stacked(losses, of_each, outputs, replay, logged)
 
@@ -220,25 +236,39 @@ def _call(metric: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     return (metric if name == "forward" else getattr(metric, name))(*args, **kwargs)
 
 
-def _of(worker: int, value: Any, tensors: Sequence[Tensor]) -> Any:
-    """One worker's value, given that of all with slots."""
-    return apply_to_collection(value, _Slot, lambda slot: tensors[slot.index][worker])
+def _of(
+    worker: int, own: Sequence[Sequence[Tensor]], value: Any, answers: Sequence[Any] = ()
+) -> Any:
+    """One worker's value.
+
+    Args:
+        worker: the worker, by its place in the pass.
+        own: by slot, each worker's tensor.
+        value: that of all, with slots.
+        answers: what metrics have answered this worker.
+    """
+    if isinstance(value, _Slot):
+        return own[value.index][worker]
+    if isinstance(value, _Later):
+        return answers[value.index]
+    if isinstance(value, _Nested):
+        return apply_to_collection(
+            value.inside, (_Slot, _Later), lambda part: _of(worker, own, part, answers)
+        )
+    return value
 
 
 def _replay(
     events: Sequence[tuple[Callable[..., Any] | None, tuple[Any, ...], dict[str, Any]]],
-    tensors: Sequence[Tensor],
+    own: Sequence[Sequence[Tensor]],
     worker: int,
     log: Callable[..., None],
 ) -> None:
     answers: list[Any] = []
-
-    def given(value: Any) -> Any:
-        own = _of(worker, value, tensors)
-        return apply_to_collection(own, _Later, lambda later: answers[later.index])
-
     for function, args, kwargs in events:
-        answers.append((function or log)(*given(args), **given(kwargs)))
+        given = [_of(worker, own, value, answers) for value in args]
+        named = {name: _of(worker, own, value, answers) for name, value in kwargs.items()}
+        answers.append((function or log)(*given, **named))
 
 
 def stack(parts: Sequence[Any]) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
@@ -247,10 +277,9 @@ def stack(parts: Sequence[Any]) -> tuple[list[Tensor], Callable[[list[Tensor]], 
     Raises:
         NotStackableError: if they differ in form, in shapes, or in what is no tensor.
     """
-    leaves = [_tensors(part) for part in parts]
+    leaves, forms = zip(*map(_taken_apart, parts), strict=True)
     if not leaves[0]:
         raise NotStackableError("a batch holds no tensors that can be found in it")
-    forms = [apply_to_collection(part, Tensor, _Form.of) for part in parts]
     if any(form != forms[0] for form in forms):
         raise NotStackableError("the workers' batches differ in form or size")
 
@@ -268,14 +297,15 @@ class _Form(NamedTuple):
     dtype: torch.dtype
     layout: torch.layout
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Form:
-        """That of a tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.layout)
 
-
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in a value of any nesting, in order."""
+def _taken_apart(value: Any) -> tuple[list[Tensor], Any]:
+    """The tensors in a value of any nesting, in order, and the value with `_Form` in their
+    places.
+    """
     found: list[Tensor] = []
-    apply_to_collection(value, Tensor, found.append)
-    return found
+
+    def form(tensor: Tensor) -> _Form:
+        found.append(tensor)
+        return _Form(tensor.shape, tensor.dtype, tensor.layout)
+
+    return found, apply_to_collection(value, Tensor, form)

@@ -60,10 +60,11 @@ class WorkerLog:
         it does for Lightning's own.
         """
         disable: Any = torch.compiler.disable  # here, as it imports the compiler
-        record: Callable[..., None] = disable(self._record)
+        record: Callable[..., None] = disable(self.note)
         return record
 
-    def _record(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+    def note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """The same, where nothing is compiled."""
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
         if kwargs.get("batch_size"):
@@ -73,13 +74,20 @@ class WorkerLog:
             self.float64.add(name)
 
 
-def _number(value: Any) -> Tensor | None:
-    """A logged value as a float64 number, or None for what reduces itself (torchmetrics)."""
+def _number(value: Any) -> float | None:
+    """A logged value as a number, or None for what reduces itself (torchmetrics)."""
     if isinstance(value, numbers.Real):  # bool, int, float, and numpy's
-        return torch.tensor(float(value), dtype=torch.float64)
+        return float(value)
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(()).double()
+        return float(value.detach().double())
     return None
+
+
+def _over(values: Sequence[float], how: Reduction) -> float:
+    """The reduction of what one worker logged under one name."""
+    if len(values) == 1:
+        return values[0]
+    return float(how.of(torch.tensor(values, dtype=torch.float64)))
 
 
 _NOT_LOGGED = -1.7976931348623157e308
@@ -126,21 +134,21 @@ class StepLogs:
             device: where to gather.
             silenced: workers in quarantine, of whom nothing is taken; the same on every rank.
         """
-        spoken: list[dict[str, Tensor]] = []
+        spoken: list[dict[str, float]] = []
         own: list[Call] = []  # values that reduce themselves
         for log in logs:
-            said: dict[str, list[Tensor]] = {}
+            said: dict[str, list[float]] = {}
             for call in log.calls:
                 number = _number(call.value)
                 if number is None:
                     own = [other for other in own if other.name != call.name] + [call]
                 else:
-                    said.setdefault(call.name, []).append(number.cpu())
+                    said.setdefault(call.name, []).append(number)
                     self._note_kwargs(call)
             self._float64 |= log.float64
             spoken.append(
                 {
-                    name: _reduction(self._kwargs[name]).of(torch.stack(values))
+                    name: _over(values, _reduction(self._kwargs[name]))
                     for name, values in said.items()
                 }
             )
@@ -215,7 +223,7 @@ class StepLogs:
     def _gather(
         self,
         logs: Sequence[WorkerLog],
-        spoken: Sequence[dict[str, Tensor]],
+        spoken: Sequence[dict[str, float]],
         local: Collection[str],
         transport: Transport,
         device: torch.device,
@@ -225,17 +233,11 @@ class StepLogs:
         known = set(local) <= set(self._names)
         messages = []
         for log, values in zip(logs, spoken, strict=True):
-            head = torch.tensor(
-                [float(known), float(log.samples)], dtype=torch.float64, device=device
-            )
-            loss = torch.nan if log.loss is None else log.loss
+            loss = torch.nan if log.loss is None else float(log.loss.double())
+            own = [values.get(name, _NOT_LOGGED) for name in self._names]
             sizes = [float(log.sizes.get(name, log.samples)) for name in self._names]
-            body = [loss, *(values.get(name, _NOT_LOGGED) for name in self._names), *sizes]
-            numbers_on_device = [
-                torch.as_tensor(number, dtype=torch.float64, device=device).reshape(())
-                for number in body
-            ]
-            messages.append([torch.cat([head, torch.stack(numbers_on_device)])])
+            row = [float(known), float(log.samples), loss, *own, *sizes]
+            messages.append([torch.tensor(row, dtype=torch.float64, device=device)])
         layout = [Field((3 + 2 * len(self._names),), torch.float64)]
         return [
             None

@@ -115,9 +115,10 @@ class LocalWorkers(ABC):
             cohort = round.cohort & torch.tensor([comes(round, w) for w in range(strategy.n)])
             if strategy.processes.is_behind:  # its round is closed, and the result is applied
                 parts = [None] * self.count
+        comes_here = cohort[workers.start : workers.stop].tolist()
         parts = [
-            None if part is None or not cohort[w] else simulation.poisoned(w, step, part)
-            for w, part in zip(workers, parts, strict=True)
+            None if part is None or not here else simulation.poisoned(w, step, part)
+            for w, part, here in zip(workers, parts, comes_here, strict=True)
         ]
         if round is not None:
             self.extra.compute(round, parts, rest, kwargs, self._key)
@@ -176,8 +177,9 @@ class LocalWorkers(ABC):
         strategy = self.strategy
         exchange, trainer = strategy.exchanges[0], strategy.lightning_module.trainer
         liars = strategy.simulation.liars_at(step)
-        honest = [worker not in liars and bool(cohort[worker]) for worker in range(strategy.n)]
-        honest = honest if any(honest) else cohort.tolist()  # a cohort of liars has nobody else
+        takes_part = cohort.tolist()
+        honest = [worker not in liars and here for worker, here in enumerate(takes_part)]
+        honest = honest if any(honest) else takes_part  # a cohort of liars has nobody else
         last = trainer.is_last_batch and trainer.max_epochs != -1
         ends = ", the last one of its epoch" if last else ""
         follows = strategy.lightning_module.automatic_optimization and not strategy.sync.blocked
@@ -266,13 +268,18 @@ class LocalWorkers(ABC):
             unscale: what gradients are to be multiplied by.
         """
         assert group.layout is not None
-        contributions = []
+        contributions: list[Contribution] = []
+        before: Tensor | None = None  # the last worker's flags
         for i in range(self.count):
             flat, used = self._gradient(i, group, group.layout, unscale)
             grads = None if flat is None else Gradients(flat)
             if group is self.strategy.groups[0]:
                 grads, used = self.extra.given(i, flat, used)
-            touched = torch.cat([used, self.buffers.changed(i)]).to(self.strategy.root_device)
+            if used is before and len(self.buffers) == 0:
+                touched = contributions[-1].used
+            else:
+                touched = torch.cat([used, self.buffers.changed(i)]).to(self.strategy.root_device)
+            before = used
             contributions.append(Contribution(grads, touched))
         return contributions
 

@@ -301,8 +301,5 @@ class Transport(Link, Columns, Buckets, Serving):
         """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other
         columns; those without a payload are not.
         """
-        no = torch.zeros((), dtype=torch.bool, device=messages[0].flags.device)
-        valid = torch.stack(
-            [format.valid(payload, width) if payload else no for _, payload in messages]
-        )
+        valid = format.which_valid([payload for _, payload in messages], width)
         return self.total((~valid).double()) == 0
