@@ -15,7 +15,8 @@ from zoo import JUNK, laws, rows_for
 
 from lightning_byz.numerics import rows as rows_module
 from lightning_byz.numerics.memory import empty_rows
-from lightning_byz.numerics.order_statistics import median_of_rows, pruned_network, sorted_rows
+from lightning_byz.numerics.networks import pruned_network
+from lightning_byz.numerics.order_statistics import median_of_rows, sorted_rows
 from lightning_byz.numerics.rows import Rows
 
 

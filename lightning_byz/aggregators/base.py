@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -141,8 +141,11 @@ class Aggregator(Rule):
                 f of them have half of it; if rows are no floating-point matrix; if the rule's
                 weights, or its result, are not what they should be.
         """
-        rule, rows = self.facing(Rows.of(rows), present)
-        result = rule.aggregate(rows)
+        rows = Rows.of(rows)
+        result = self.at_once(rows) if present is None else None
+        if result is None:
+            rule, rows = self.facing(rows, present)
+            result = rule.aggregate(rows)
         width = rows.values.shape[1]
         if (
             not isinstance(result, Tensor)
@@ -159,6 +162,12 @@ class Aggregator(Rule):
                 f"dtype: [{width}] of {rows.values.dtype}. Found {found}."
             )
         return result
+
+    def at_once(self, rows: Rows) -> Tensor | None:
+        """The result of rows of which nobody knows whether they are finite, where the pass that
+        makes it tells that they are; None: they are to be looked at first.
+        """
+        return None
 
     def facing(
         self: AggregatorT, rows: Rows, present: Tensor | None = None
@@ -255,6 +264,36 @@ class Aggregator(Rule):
             yield from torch.split(
                 self.aggregate(rows), [piece.values.shape[1] for _, piece in rows.pieces()]
             )
+
+
+@dataclass(frozen=True)
+class ColumnwiseAggregator(Aggregator):
+    """A rule that looks at the sorted values of one coordinate at a time.
+
+    Attributes:
+        averages: it gives means of them, whose sums may overflow where they do not.
+    """
+
+    averages: ClassVar[bool] = False
+
+    @property
+    def coordinate_wise(self) -> bool:
+        return True
+
+    @abstractmethod
+    def statistic(self, rows: Rows) -> Callable[[Tensor], Tensor]:
+        """What becomes of a column's values: a `ColumnStatistic`, or, where there is none for it,
+        a function ``[n, c] -> [c]``.
+        """
+
+    def aggregate(self, rows: Rows) -> Tensor:
+        return rows.map(self.statistic(rows), averages=self.averages)
+
+    def at_once(self, rows: Rows) -> Tensor | None:
+        if rows.shares is not None or type(self).aggregate is not ColumnwiseAggregator.aggregate:
+            return None
+        self.check(len(rows))
+        return rows.map_if_finite(self.statistic(rows))
 
 
 @dataclass(frozen=True)

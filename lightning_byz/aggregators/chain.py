@@ -25,11 +25,11 @@ class Chain(Aggregator):
     Args:
         pre: pre-aggregations, first to last, such as ``(NNM(),)``.
         rule: the aggregator at the end.
-        compile: coordinate-wise rules run as one pass over the rows that torch.compile makes of
-            them: faster for a median, a trimmed mean, MeaMed or Phocas of large models
-            (docs/performance.md). It needs what torch.compile needs (on CPUs a C++ compiler), and
-            some seconds in the first rounds, and again whenever the number of rows changes. Other
-            rules, such as Krum, do not change.
+        compile: on an accelerator, coordinate-wise rules run as one pass over the rows that
+            torch.compile makes of them: faster for a median, a trimmed mean, MeaMed or Phocas of
+            large models (docs/performance.md). It needs what torch.compile needs, and some seconds
+            in the first rounds, and again whenever the number of rows changes. Other rules, such as
+            Krum, do not change; nor does anything on a CPU, where rules run as one pass anyway.
     """
 
     pre: Sequence[PreAggregator] = ()
@@ -113,6 +113,9 @@ class Chain(Aggregator):
         for part in self.pre:
             rows = part.prepare(rows)
         return dataclasses.replace(rows, compiled=rows.compiled or self.compile)
+
+    def at_once(self, rows: Rows) -> Tensor | None:
+        return None if self.pre else self.rule.at_once(rows)
 
     def aggregate(self, rows: Rows) -> Tensor:
         return self.rule.aggregate(self.prepared(rows))

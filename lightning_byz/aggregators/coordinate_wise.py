@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator, WeightedAggregator
-from lightning_byz.numerics.order_statistics import median_of_rows, middle_of, sorted_rows
+from lightning_byz.aggregators.base import ColumnwiseAggregator, WeightedAggregator
+from lightning_byz.numerics.order_statistics import ColumnStatistic, mean_of, median_of_rows
 from lightning_byz.numerics.rows import Rows
 
 
@@ -54,11 +54,11 @@ class Mean(WeightedAggregator):
     def aggregate(self, rows: Rows) -> Tensor:
         if rows.shares is not None or rows.mixing is not None:
             return super().aggregate(rows)
-        return rows.map(_mean, averages=True)
+        return rows.map(mean_of, averages=True)
 
 
 @dataclass(frozen=True)
-class CoordinateMedian(Aggregator):
+class CoordinateMedian(ColumnwiseAggregator):
     """The median of every coordinate; for even n the mean of the two middle values
     (``torch.median`` takes the lower one).
 
@@ -80,10 +80,6 @@ class CoordinateMedian(Aggregator):
             raise ValueError(f"`middle` should be 'mean' or 'lower'. Found {self.middle!r}.")
 
     @property
-    def coordinate_wise(self) -> bool:
-        return True
-
-    @property
     def weighted(self) -> bool:
         return True
 
@@ -91,13 +87,11 @@ class CoordinateMedian(Aggregator):
         assert self.f is not None
         return 4 * (1 + self.f / (n - 2 * self.f)) ** 2 if self.middle == "mean" else None
 
-    def aggregate(self, rows: Rows) -> Tensor:
+    def statistic(self, rows: Rows) -> Callable[[Tensor], Tensor]:
         if rows.shares is not None:
-            return rows.map(self._weighted_median(rows.shares))
-        if self.middle == "lower":
-            low = (len(rows) - 1) // 2
-            return rows.map(lambda block: sorted_rows(block, low, low + 1)[0])
-        return rows.map(median_of_rows)
+            return self._weighted_median(rows.shares)
+        low = (len(rows) - 1) // 2
+        return ColumnStatistic("mean", low, low + 1) if self.middle == "lower" else median_of_rows
 
     def _weighted_median(self, shares: Tensor) -> Callable[[Tensor], Tensor]:
         shares = shares / shares.sum()
@@ -115,7 +109,7 @@ class CoordinateMedian(Aggregator):
 
 
 @dataclass(frozen=True)
-class TrimmedMean(Aggregator):
+class TrimmedMean(ColumnwiseAggregator):
     """The mean of what is left of every coordinate after its f smallest and f largest values are
     dropped.
 
@@ -124,88 +118,44 @@ class TrimmedMean(Aggregator):
     digit.
     """
 
-    @property
-    def coordinate_wise(self) -> bool:
-        return True
+    averages = True
 
     def kappa(self, n: int) -> float | None:
         assert self.f is not None
         ratio = self.f / (n - 2 * self.f)
         return 6 * ratio * (1 + ratio)
 
-    def aggregate(self, rows: Rows) -> Tensor:
+    def statistic(self, rows: Rows) -> ColumnStatistic:
         assert self.f is not None
-        n, f = len(rows), self.f
-        return rows.map(
-            lambda block: _mean(sorted_rows(block, f, n - f, ordered=False)), averages=True
-        )
+        return ColumnStatistic("mean", self.f, len(rows) - self.f)
 
 
 @dataclass(frozen=True)
-class MeaMed(Aggregator):
+class MeaMed(ColumnwiseAggregator):
     """The mean, in every coordinate, of the n - f values nearest to the median.
 
     Xie, Koyejo, Gupta 2018 (arXiv 1802.10116), mean around median. Needs n > 2f. Of two values at
     the same distance the smaller one counts as nearer.
     """
 
-    @property
-    def coordinate_wise(self) -> bool:
-        return True
+    averages = True
 
-    def aggregate(self, rows: Rows) -> Tensor:
+    def statistic(self, rows: Rows) -> ColumnStatistic:
         assert self.f is not None
-        n, f = len(rows), self.f
-
-        def rule(block: Tensor) -> Tensor:
-            ordered = sorted_rows(block, 0, n)
-            return mean_of_nearest(ordered, middle_of(ordered), n - f)
-
-        return rows.map(rule, passes=2, averages=True)
+        return ColumnStatistic("middle", keep=len(rows) - self.f)
 
 
 @dataclass(frozen=True)
-class Phocas(Aggregator):
+class Phocas(ColumnwiseAggregator):
     """The mean, in every coordinate, of the n - f values nearest to the trimmed mean.
 
     Xie, Koyejo, Gupta 2018 (arXiv 1805.09682). Needs n > 2f. Of two values at the same distance the
     smaller one counts as nearer.
     """
 
-    @property
-    def coordinate_wise(self) -> bool:
-        return True
+    averages = True
 
-    def aggregate(self, rows: Rows) -> Tensor:
+    def statistic(self, rows: Rows) -> ColumnStatistic:
         assert self.f is not None
-        n, f = len(rows), self.f
-
-        def rule(block: Tensor) -> Tensor:
-            ordered = sorted_rows(block, 0, n)
-            return mean_of_nearest(ordered, _mean(ordered[f : n - f]), n - f)
-
-        return rows.map(rule, passes=2, averages=True)
-
-
-def mean_of_nearest(ordered: list[Tensor], center: Tensor, keep: int) -> Tensor:
-    """The mean of the ``keep`` values nearest to ``center [c]``, column by column, of rows ``[c]``
-    in ascending order.
-
-    The nearest values stand side by side in the order. A window of them moves up by one,
-    ``ordered[k + keep]`` in place of ``ordered[k]``, as long as the value that enters is nearer
-    than the one that leaves.
-    """
-    window = ordered[:keep]
-    for k, entering in enumerate(ordered[keep:]):
-        window[k % keep] = torch.where(
-            entering - center < center - ordered[k], entering, window[k % keep]
-        )
-    return _mean(window)
-
-
-def _mean(rows: Tensor | list[Tensor]) -> Tensor:
-    """Of a few rows, added up one after the other."""
-    total = rows[0] + rows[1] if len(rows) > 1 else rows[0].clone()
-    for row in rows[2:]:
-        total += row
-    return total.div_(len(rows))
+        n = len(rows)
+        return ColumnStatistic("mean", self.f, n - self.f, keep=n - self.f)

@@ -14,8 +14,7 @@ from lightning_byz.aggregators.base import (
     WeightedAggregator,
     equal_weights,
 )
-from lightning_byz.aggregators.coordinate_wise import mean_of_nearest
-from lightning_byz.numerics.order_statistics import middle_of, sorted_rows
+from lightning_byz.numerics.order_statistics import ColumnStatistic
 from lightning_byz.numerics.rows import Rows
 
 
@@ -181,10 +180,5 @@ class Bulyan(Aggregator):
 
     def aggregate(self, rows: Rows) -> Tensor:
         assert self.f is not None
-        n, f = len(rows), self.f
-
-        def rule(block: Tensor) -> Tensor:
-            ordered = sorted_rows(block, 0, n - 2 * f)
-            return mean_of_nearest(ordered, middle_of(ordered), n - 4 * f)
-
-        return rows.select(self.picked(rows)).map(rule, averages=True)
+        nearest = ColumnStatistic("middle", keep=len(rows) - 4 * self.f)
+        return rows.select(self.picked(rows)).map(nearest, averages=True)

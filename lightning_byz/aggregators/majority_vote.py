@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_byz.aggregators.base import Aggregator
+from lightning_byz.aggregators.base import ColumnwiseAggregator
+from lightning_byz.numerics.order_statistics import ColumnStatistic
 from lightning_byz.numerics.rows import Rows
 
 
 @dataclass(frozen=True)
-class MajorityVote(Aggregator):
+class MajorityVote(ColumnwiseAggregator):
     """The sign of the sum of the rows' signs, coordinate by coordinate: +1 or -1.
 
     Bernstein, Zhao, Azizzadenesheli, Anandkumar, ICLR 2019 (arXiv 1810.05291). Needs n > 2f.
@@ -42,15 +43,21 @@ class MajorityVote(Aggregator):
 
     def aggregate(self, rows: Rows) -> Tensor:
         if self.zero == "plus_one":
-            n = len(rows)
-            return self._without_ties(
-                rows.map(lambda block: (n - 2 * (block < 0).sum(0)).sign().to(block.dtype)), rows
-            )
+            return self._without_ties(super().aggregate(rows), rows)
         assert self.f is not None
         f = self.f
         vote = rows.map(lambda block: block.sign().sum(0).sign())
         used = rows.map(lambda block: ((block != 0).sum(0) > f).to(block.dtype))
         return self._without_ties(vote, rows) * used
+
+    def statistic(self, rows: Rows) -> ColumnStatistic:
+        return ColumnStatistic("vote", tie=1.0 if self.tie == "plus_one" else 0.0)
+
+    def at_once(self, rows: Rows) -> Tensor | None:
+        if self.zero != "plus_one" or self.tie == "random":
+            return None
+        self.check(len(rows))
+        return None if rows.shares is not None else rows.map_if_finite(self.statistic(rows))
 
     def _without_ties(self, vote: Tensor, rows: Rows) -> Tensor:
         """The vote ``[d_local]``, whose ties are 0, with what they give."""

@@ -15,6 +15,7 @@ def all_finite(x: Tensor) -> Tensor:
     the largest value tell for certain (nan propagates to both), 30 times faster than
     ``isfinite(x).all()``, which writes a mask.
     """
+    x = x.detach()
     if x.numel() == 0 or (
         x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(x.sum())
     ):

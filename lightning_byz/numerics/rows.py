@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,9 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_byz.numerics import kernels
 from lightning_byz.numerics.finite import all_finite
 from lightning_byz.numerics.memory import places_of
-from lightning_byz.numerics.order_statistics import median_of_rows, pruned_network
+from lightning_byz.numerics.networks import pruned_network
+from lightning_byz.numerics.order_statistics import ColumnStatistic, median_of_rows
 
 _BLOCK = 65_536
 """Columns that a core works on at a time: three float32 rows of them, as many as an operation
@@ -32,9 +33,6 @@ that a block of as many times this as there are threads keeps all of them busy.
 
 _BLOCK_ON_ACCELERATOR = 1 << 20
 """The same where kernels cost more to launch than to fetch a block from memory again."""
-
-_FEW = 32
-"""So many rows are sorted by compiled code without writing any to memory."""
 
 _NARROW = 8_192
 """Columns whose products and squares are summed in the rows' precision, by one thread, before they
@@ -117,8 +115,8 @@ class Rows:
             nan; None: nobody knows.
         quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None:
             nobody is.
-        compiled: coordinate-wise rules run as one pass that torch.compile makes of them, instead of
-            one operation after the other.
+        compiled: on an accelerator coordinate-wise rules run as one pass that torch.compile makes
+            of them, instead of one operation after the other.
         scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when
             they are read (see `in_range`); None: by 1.
         unit: a power of two. Inner products and squared norms and distances are those of the rows
@@ -749,41 +747,58 @@ class Rows:
 
     # -- from n vectors to one ---------------------------------------------------------------------
 
-    def map(
-        self, rule: Callable[[Tensor], Tensor], passes: int = 1, averages: bool = False
-    ) -> Tensor:
+    def map(self, rule: Callable[[Tensor], Tensor], averages: bool = False) -> Tensor:
         """A coordinate-wise rule, ``[n, c] -> [c]``, applied to every block of columns: a vector
         ``[d_local]``.
 
         Args:
             rule: of a block.
-            passes: how often it reads what it makes of the rows; with more than one, compiled code
-                gets columns that fit into a cache.
             averages: it gives means of numbers of a column, whose sums may overflow where they do
                 not: then it is given smaller ones.
         """
         width = self.values.shape[1]
         out = self.values.new_empty(width)
-        if not self.compiled:
-            bounds = self._bounds()
-        else:
+        bounds, compiled = self._bounds(), self.compiled and not self._on_cpu
+        if compiled:
             # one pass over rows as they are stored; over selected or mixed ones, as much at a time
             # as is worth a copy
             rule = _compiled(rule)
-            # else compiled code writes rows to memory in between
-            one_pass = passes == 1 and len(self) <= _FEW
-            whole = self.index is None and self.mixing is None and (one_pass or not self._on_cpu)
+            whole = self.index is None and self.mixing is None
             size = width if whole else _BLOCK_ON_ACCELERATOR // 4
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
-        for first, last in bounds:
-            out[first:last] = rule(self.block(first, last))
-        if averages and not bool(all_finite(out)):
+        as_stored = None if compiled else self._as_stored(rule)
+        if isinstance(rule, ColumnStatistic) and as_stored is not None:
+            odd = bool(rule.by_kernel(as_stored, out) & kernels.ODD_RESULT)
+        else:
+            for first, last in bounds:
+                out[first:last] = rule(self.block(first, last))
+            odd = averages and not bool(all_finite(out))
+        if averages and odd:
             part = 2.0 ** -len(self).bit_length()
             for first, last in bounds:
                 block, found = self.block(first, last), out[first:last]
                 again, most = rule(block * part) / part, block.abs().amax(0)
                 found.copy_(torch.where(found.isfinite(), found, again.clamp(-most, most)))
         return out
+
+    def map_if_finite(self, rule: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """`map`, if one pass over the rows gives the result and tells that all are finite; None:
+        it does not, or some are not.
+        """
+        as_stored = self._as_stored(rule) if self.total is _identity else None
+        if as_stored is None or not isinstance(rule, ColumnStatistic):
+            return None
+        out = self.values.new_empty(self.values.shape[1])
+        return out if rule.by_kernel(as_stored, out) == 0 else None
+
+    def _as_stored(self, rule: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
+        """The rows as they lie in memory, if a kernel can take them from there; else None."""
+        if not isinstance(rule, ColumnStatistic) or self.mixing is not None:
+            return None
+        if self.scales is not None or self.values.dtype != self.work_dtype:
+            return None
+        rows = [self.values[i] for i in self._stored]
+        return rows if rows and kernels.fits(rows) else None
 
     def combine(self, weights: Tensor) -> Tensor:
         """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0
@@ -807,25 +822,20 @@ class Rows:
         return out.to(self.values.dtype)
 
 
-_COMPILED: dict[Any, Callable[[Tensor], Tensor]] = {}
+_COMPILED: dict[ColumnStatistic, Callable[[Tensor], Tensor]] = {}
 
 
 def _compiled(rule: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The rule as torch.compile makes it. Wrapping takes milliseconds, longer than a rule takes on
-    a GPU, so that it is done once for functions of the same code and the same numbers; for methods,
-    and for functions that hold anything else, every time.
+    a GPU, so that it is done once for equal statistics; for other functions every time.
     """
     # here, as it imports the compiler
     torch.compiler.assume_constant_result(pruned_network)  # type: ignore[no-untyped-call]
-    if not isinstance(rule, FunctionType) or rule.__defaults__ or rule.__kwdefaults__:
+    if not isinstance(rule, ColumnStatistic):
         return torch.compile(rule, dynamic=True)
-    inside = tuple(cell.cell_contents for cell in rule.__closure__ or ())
-    if not all(isinstance(content, int) for content in inside):
-        return torch.compile(rule, dynamic=True)
-    key = (rule.__code__, inside)
-    if key not in _COMPILED:
-        _COMPILED[key] = torch.compile(rule, dynamic=True)
-    return _COMPILED[key]
+    if rule not in _COMPILED:
+        _COMPILED[rule] = torch.compile(rule.__call__, dynamic=True)
+    return _COMPILED[rule]
 
 
 def _chunks(block: Tensor) -> Tensor:
