@@ -66,6 +66,27 @@ BUGS = [
         "and True",
         "kernels",
     ),
+    Bug(
+        "a lie is taken for a message that was looked at",
+        "engine/adversary.py",
+        "_encoded(lie.to(dtype), worker, codec, round))",
+        "_encoded(lie.to(dtype), worker, codec, round), True)",
+        "exchange",
+    ),
+    Bug(
+        "what another process sent is taken for one's own",
+        "transports/base.py",
+        "if message is None or not all(map(operator.is_, heard, sent)):",
+        "if message is None:",
+        "exchange",
+    ),
+    Bug(
+        "attacks may write into honest rows",
+        "engine/adversary.py",
+        "if seen._version != version:",
+        "if False:",
+        "exchange",
+    ),
     # workers in one call
     Bug(
         "workers in one call share a state",

@@ -1888,3 +1888,15 @@ def test_quarantine_leaves_f_as_it_is_as_far_as_the_rule_allows(rule, n, out, ab
     assert rule.most_f(len(left)) >= f
     assert torch.equal(outcome.estimate, rule.with_f(f)(grads[left]))
     assert outcome.silent == [*absent]
+
+
+def test_an_attack_that_writes_into_the_honest_rows_is_an_error():
+    @dataclass(frozen=True)
+    class Vandal(Attack):
+        def __call__(self, honest, own, scene=None):
+            return honest.zero_()[: len(own)]
+
+    exchange = Exchange(RobustSGD(CoordinateMedian(f=1)), connected(), 0)
+    lied_to(exchange, Vandal(), [4])
+    with pytest.raises(ValueError, match="Vandal does. Work on a copy"):
+        exchange.run(contributions(grads_of()), LIKE)

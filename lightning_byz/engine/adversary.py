@@ -21,6 +21,7 @@ from lightning_byz.attacks.base import checked_lies
 from lightning_byz.compressors import Compressor
 from lightning_byz.engine.outcome import SPEAKS
 from lightning_byz.engine.server_side import ServerSide
+from lightning_byz.numerics.memory import side_by_side
 from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports import Message
 from lightning_byz.types import Payload, Round, keyed_generator
@@ -96,11 +97,14 @@ class Adversary:
         messages, dim, dtype = list(everybody), server.dim, server.dtype
         cohort = server.algorithm.cohort(round).tolist()
         others = set(liars).difference(self.byzantine)
-        valid = codec.which_valid([payload for _, payload in messages], dim).tolist()
+        says = torch.stack([message.flags[0] for message in messages]).tolist()
         rows = {
-            worker: codec.decode(payload, dim)
-            for worker, (flags, payload) in enumerate(messages)
-            if valid[worker] and cohort[worker] and worker not in others and int(flags[0]) == SPEAKS
+            worker: codec.decode(message.payload, dim)
+            for worker, message in enumerate(messages)
+            if cohort[worker]
+            and worker not in others
+            and says[worker] == SPEAKS
+            and (message.checked or bool(codec.valid(message.payload, dim)))
         }
         honest = [worker for worker in rows if worker not in self.byzantine]
         if not honest and not self.attack.alone:
@@ -108,9 +112,7 @@ class Adversary:
         forges = zip(self.byzantine, self.attack.forges(len(self.byzantine)), strict=True)
         own = [worker for worker, forged in forges if worker in rows or (forged and cohort[worker])]
         zero = torch.zeros(dim, dtype=dtype, device=messages[0].flags.device)
-        seen = (
-            torch.stack([rows[worker] for worker in honest]) if honest else zero.new_empty(0, dim)
-        )
+        seen = _together([rows[worker] for worker in honest]) if honest else zero.new_empty(0, dim)
         trial = _Trial(server, server.state, tuple(messages), honest, own, codec, round)
         scene = Scene(
             generator=keyed_generator("attack", round.seed, round.step, device=seen.device),
@@ -125,12 +127,24 @@ class Adversary:
             agree=server.transport.agree,
         )
         before = torch.stack([rows.get(worker, zero) for worker in own]) if own else seen[:0]
+        version = seen._version
         lies = checked_lies(self.attack, self.attack(seen, before, scene), before)
+        if seen._version != version:
+            raise ValueError(
+                f"An attack should not write into the honest rows that it is shown. Found that "
+                f"{type(self.attack).__name__} does. Work on a copy: honest.clone()."
+            )
         for worker, lie in zip(own, lies, strict=True):
             flags = messages[worker].flags.clone()
             flags[0] = SPEAKS
             messages[worker] = Message(flags, _encoded(lie.to(dtype), worker, codec, round))
         return messages
+
+
+def _together(vectors: Sequence[Tensor]) -> Tensor:
+    """Vectors ``[d]`` as rows, for reading only."""
+    rows = side_by_side(vectors)
+    return torch.stack(list(vectors)) if rows is None else rows
 
 
 def _encoded(lie: Tensor, worker: int, codec: Compressor, round: Round) -> Payload:
@@ -182,12 +196,13 @@ class _Trial:
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """``[n, width]`` and ``[n]`` bool: all messages, and who is present."""
         server = self.server
-        says = torch.stack([flags[0] for flags, _ in self.everybody]).cpu()
-        valid = self.codec.which_valid([payload for _, payload in self.everybody], server.dim)
+        says = torch.stack([message.flags[0] for message in self.everybody]).cpu()
+        payloads = [message.payload for message in self.everybody]
+        valid = self.codec.which_valid(payloads, server.dim)
         present = (says == SPEAKS) & valid.cpu()
         device = self.everybody[0].payload[0].device
         values = torch.zeros(len(present), server.width, dtype=server.dtype, device=device)
-        for row, here, (_, payload) in zip(values, present.tolist(), self.everybody, strict=True):
+        for row, here, payload in zip(values, present.tolist(), payloads, strict=True):
             if here:
                 row.copy_(self._columns(payload))
         return values, present

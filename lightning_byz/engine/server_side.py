@@ -111,7 +111,7 @@ class ServerSide:
             round = round._replace(cohort=self.algorithm.cohort(round))
         assert round.cohort is not None
         rule = self.algorithm.rule(round)
-        flags = torch.stack([flags for flags, _ in received.messages]).cpu()
+        flags = torch.stack([message.flags for message in received.messages]).cpu()
         spoke = (flags[:, 0] == SPEAKS) & round.cohort
         idle = (flags[:, 0] == IDLE) & round.cohort
         left_out = torch.zeros_like(spoke)

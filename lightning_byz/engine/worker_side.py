@@ -92,7 +92,9 @@ class WorkerSide:
         if together is not None:
             payloads, states = together
             used_by = [contribution.used for contribution in contributions]
-            return list(map(Message, flags_of_all(SPEAKS, used_by), payloads)), states, {}
+            flags = flags_of_all(SPEAKS, used_by)
+            made = zip(flags, payloads, strict=True)
+            return [Message(*each, checked=True) for each in made], states, {}
         messages, states, sent = [], dict[int, Any](), dict[int, Payload]()
         for worker, contribution in zip(self.states, contributions, strict=True):
             grads, used = contribution
@@ -107,7 +109,7 @@ class WorkerSide:
                     torch.zeros(field.shape, dtype=field.dtype, device=x.device)
                     for field in codec.layout(len(x), x.dtype)
                 )
-            messages.append(Message(flags_of(says, used), payload))
+            messages.append(Message(flags_of(says, used), payload, checked=says == SPEAKS))
         return messages, states, sent
 
     def _all_together(

@@ -64,7 +64,7 @@ class WorkersTogether:
         if codec.layout(len(flat), flat.dtype) != (Field((len(flat),), flat.dtype),):
             return None  # payloads of another kind: not simply cut
         state = self._joined(states, width, dim)
-        if state is None or not bool(all_finite(flat)):
+        if state is None or not (codec.tells_nonfinite or bool(all_finite(flat))):
             return None
         seen = round._replace(worker=next(iter(states)), room=self._pool)
         payload, after = algorithm.worker(Gradients(flat), state, seen)

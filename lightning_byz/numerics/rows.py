@@ -293,7 +293,7 @@ class Rows:
         """
         room = self._room.get(use)
         if room is None or room.shape != shape or room.dtype != like.dtype:
-            room = self._room[use] = like.new_zeros(shape)
+            room = self._room[use] = like.new_empty(shape)
         return room
 
     def _matrices(self, block: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
@@ -306,7 +306,7 @@ class Rows:
         fewer matrices than threads.
         """
         (n, width), threads, unit = block.shape, torch.get_num_threads(), 64 // block.element_size()
-        most = max(_BATCH, threads)
+        most = min(max(_BATCH, threads), max(threads, -(-width // size)))
         aligned = (
             block.data_ptr() % 64 == 0
             and block.stride(0) % unit == 0

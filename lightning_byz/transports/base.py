@@ -6,6 +6,7 @@ able to do has a class each, with answers that hold for a plain one.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -290,8 +291,17 @@ class Transport(Link, Columns, Buckets, Serving):
     ) -> list[Message]:
         """The whole messages of all n workers, in order, given those of the local ones."""
         layout = (Field(tuple(messages[0].flags.shape), torch.uint8), *codec.layout(dim, dtype))
-        gathered = self.gather([(message.flags, *message.payload) for message in messages], layout)
-        return [Message(heard[0], tuple(heard[1:])) for heard in gathered if heard is not None]
+        given = [(message.flags, *message.payload) for message in messages]
+        mine = dict(zip(self.workers, zip(given, messages, strict=True), strict=True))
+        everybody = []
+        for worker, heard in enumerate(self.gather(given, layout)):
+            if heard is None:
+                continue
+            sent, message = mine.get(worker, ((), None))
+            if message is None or not all(map(operator.is_, heard, sent)):
+                message = Message(heard[0], tuple(heard[1:]))
+            everybody.append(message)
+        return everybody
 
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
         """What this rank aggregates of whole messages that every rank has."""
@@ -301,5 +311,9 @@ class Transport(Link, Columns, Buckets, Serving):
         """``[n]`` bool: whether these messages are valid here and at the ranks that hold the other
         columns; those without a payload are not.
         """
-        valid = format.which_valid([payload for _, payload in messages], width)
+        unsure = [i for i, message in enumerate(messages) if not message.checked]
+        valid = torch.ones(len(messages), dtype=torch.bool, device=messages[0].flags.device)
+        if unsure:
+            found = format.which_valid([messages[i].payload for i in unsure], width)
+            valid[unsure] = found.to(valid.device)
         return self.total((~valid).double()) == 0

@@ -17,10 +17,13 @@ class Message(NamedTuple):
         flags: uint8 ``[1 + P]``: whether the worker takes part, then for each of P parameters
             whether it has a gradient.
         payload: the encoded vector.
+        checked: this process has made the payload, and found it to be valid. Never set for what
+            comes from another one.
     """
 
     flags: Tensor
     payload: Payload
+    checked: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -255,7 +255,7 @@ class Sharded(Collective):
             window = _Window(codec, dim, spans[0][0])
             return Received(list(everybody), window, self._valid(everybody, window, width))
         here = []
-        for flags, payload in everybody:
+        for flags, payload, _ in everybody:
             shares = codec.split(payload, dim, bounds)[self.rank :: self.world_size]
             here.append(
                 Message(

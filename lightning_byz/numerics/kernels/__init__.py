@@ -32,7 +32,7 @@ MIDDLE, MEAN, NEAREST_TO_MIDDLE, NEAREST_TO_MEAN, VOTE = range(5)
 ODD_INPUT, ODD_RESULT = 1, 2
 """What it says of numbers: some of the rows', or some of the result's, are nan or inf."""
 
-_SHARE = 2**18
+_SHARE = 2**21
 """Numbers of the rows that are worth a thread."""
 
 _ON = True
