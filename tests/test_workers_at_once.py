@@ -157,6 +157,38 @@ def test_chunks_of_workers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     compare(lambda: Model(norm=True, metric=True))
 
 
+def test_what_fills_the_caches_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so many workers as a fixed rule of sizes says, after a resume, too."""
+    chunks: list[int | None] = []
+    one_pass = workers_at_once.StackedPass.__call__
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        chunks.append(kwargs["chunk"])
+        return one_pass(self, *args, **kwargs)
+
+    monkeypatch.setattr(workers_at_once.StackedPass, "__call__", spy)
+    workers = trained(Model(), "auto").strategy.local_workers
+    assert 6 * 16 <= workers._saved <= 10_000  # at least what the first layer of six samples gives
+    assert set(chunks) == {None}
+    chunks.clear()
+    monkeypatch.setattr(workers_at_once, "CACHED", 3 * workers._saved)
+    compare(Model)
+    assert set(chunks) == {3}
+    resumed = trained(Model(), "auto", max_steps=1).strategy.local_workers
+    resumed._saved = None
+    resumed.load(workers.state())
+    assert resumed._at_a_time(1) == 3
+
+
+def test_workers_of_whom_few_fit_are_computed_in_turn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers_at_once, "CACHED", 1)
+    caplog.set_level(logging.INFO, "lightning_byz")
+    assert at_once(trained(Model(), "auto")) is False
+    assert "0 of them fill the processor's caches" in caplog.text
+
+
 @pytest.mark.parametrize("vectorize", ["auto", True])
 def test_a_checkpoint_goes_on_to_the_same_bits(vectorize: Any, tmp_path: Path) -> None:
     def made() -> Model:

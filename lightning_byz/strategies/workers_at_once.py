@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -25,10 +26,21 @@ log = logging.getLogger("lightning_byz")
 
 Vectorize = Literal["auto"] | bool
 
-LARGEST = 4_000_000
-"""Numbers of a gradient up to which "auto" computes workers at once: above, a pass is bound by
-memory and arithmetic, of which one pass for all saves none.
+LARGEST = 1_000_000
+"""Numbers of a gradient up to which "auto" computes workers at once on a CPU: above, a pass is
+bound by memory and arithmetic, of which one pass for all saves none.
 """
+
+LARGEST_ON_ACCELERATOR = 4_000_000
+"""The same on an accelerator."""
+
+CACHED = 2**23
+"""Numbers that the workers computed at a time on a CPU save for their backward passes, about: more
+do not fit into its caches.
+"""
+
+FEWEST = 3
+"""Workers that are worth a pass on a CPU."""
 
 _ROOM = 2**28
 """Numbers of which the gradients of all workers that are computed at a time have at most."""
@@ -101,6 +113,8 @@ class WorkersAtOnce(WorkersInTurn):
         # parameters are used where a pass has this pattern
         self._in_turn: _Step | _Pattern | None = None
         self._used: dict[_Pattern, list[Tensor]] = {}
+        # numbers that a worker's forward pass saves for its backward pass
+        self._saved: int | None = None
 
     # -- whether -----------------------------------------------------------------------------------
 
@@ -123,9 +137,21 @@ class WorkersAtOnce(WorkersInTurn):
         if any(has_hooks(p) for group in groups if group.layout for p in group.layout.parameters):
             return "a parameter has hooks, which one pass does not call"
         size = sum(group.layout.dim for group in groups if group.layout is not None)
-        if self._vectorize == "auto" and size > LARGEST:
-            return f"gradients of {size:,} numbers, more than {LARGEST:,}, gain nothing"
+        on_cpu = strategy.root_device.type == "cpu"
+        largest = LARGEST if on_cpu else LARGEST_ON_ACCELERATOR
+        if self._vectorize == "auto" and size > largest:
+            return f"gradients of {size:,} numbers, more than {largest:,}, gain nothing"
+        fit = CACHED // self._saved if on_cpu and self._saved else self.count
+        if self._vectorize == "auto" and fit < min(FEWEST, self.count):
+            return f"{fit} of them fill the processor's caches, so that there is nothing to gain"
         return None
+
+    def _at_a_time(self, size: int) -> int:
+        """Workers that are computed at a time, by the numbers of a gradient."""
+        most = _ROOM // max(1, size)
+        if self.strategy.root_device.type == "cpu" and self._saved:
+            most = min(most, CACHED // self._saved)
+        return max(1, most)
 
     def _name_changes_by_hand(self, changes: ChangesByHand | None) -> list[str]:
         found = super()._name_changes_by_hand(changes)
@@ -158,7 +184,9 @@ class WorkersAtOnce(WorkersInTurn):
         step = _Step(here, [parts[i] for i in here], rest, kwargs)
         if self.decided is None:
             self._in_turn = step
-            outputs_and_logs = super()._forward(parts, rest, kwargs)
+            with _counting() as numbers:
+                outputs_and_logs = super()._forward(parts, rest, kwargs)
+            self._saved = sum(numbers.values()) // len(here)
             self._first = [outputs_and_logs[1][i] for i in here]
             return outputs_and_logs
         try:
@@ -192,8 +220,7 @@ class WorkersAtOnce(WorkersInTurn):
         parameters = [
             p for group in strategy.groups if group.layout for p in group.layout.parameters
         ]
-        size = sum(p.numel() for p in parameters)
-        chunk = max(1, _ROOM // max(1, size))
+        chunk = self._at_a_time(sum(p.numel() for p in parameters))
         with (
             strategy.sync.training_step(),
             self.attributes.none_assigned(),
@@ -305,17 +332,34 @@ class WorkersAtOnce(WorkersInTurn):
             {"pattern": [list(part) for part in pattern], "used": [f.tolist() for f in flags]}
             for pattern, flags in self._used.items()
         ]
-        return {**super().state(), "at_once": {"decided": self.decided, "used": used}}
+        at_once = {"decided": self.decided, "used": used, "saved": self._saved}
+        return {**super().state(), "at_once": at_once}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         super().load(saved)
         at_once = saved.get("at_once", {"decided": False, "used": []})
-        self.decided = at_once["decided"]
+        self.decided, self._saved = at_once["decided"], at_once.get("saved")
         if self._vectorize is True and not self.decided:
             self.decided = None  # a run in turn, which is to go on at once
         for entry in at_once["used"] if self.decided else ():
             pattern = tuple((int(i), bool(some)) for i, some in entry["pattern"])
             self._used[pattern] = [torch.tensor(flags) for flags in entry["used"]]
+
+
+@contextmanager
+def _counting() -> Iterator[dict[int, int]]:
+    """Notes, by where it lies in memory, the size of all that is saved for backward passes inside,
+    but for parameters.
+    """
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not (tensor.is_leaf and tensor.requires_grad):
+            found[tensor.data_ptr()] = tensor.numel()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
 
 
 def _any(gradient: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lightning_byz.numerics.networks import pruned_network
 
 log = logging.getLogger("lightning_byz")
 
-MOST_ROWS = 64
+MOST_ROWS = 256
 """More rows than these are left to PyTorch."""
 
 MIDDLE, MEAN, NEAREST_TO_MIDDLE, NEAREST_TO_MEAN, VOTE = range(5)

@@ -12,7 +12,7 @@
 #include <string.h>
 
 #define WIDTH ((int)(128 / sizeof(REAL))) /* columns at a time */
-#define MOST_ROWS 64
+#define MOST_ROWS 256
 #define MOST_THREADS 64
 
 /* A vector of the instruction set: what it is, and the smaller and the larger of two. */
