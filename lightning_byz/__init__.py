@@ -83,6 +83,7 @@ from lightning_byz.attacks import (
     ShuffledLabels,
     SignFlip,
     Stuck,
+    WorstLie,
     WrongScale,
     Zero,
 )
@@ -243,6 +244,7 @@ __all__ = [
     "TopK",
     "TrimmedMean",
     "WorkerSampler",
+    "WorstLie",
     "WrongScale",
     "Zero",
     "make_keys",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,7 +15,18 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import ATTACKS, each, laws, rows_for, scene_of
 
-from lightning_byz.aggregators import CGE, CoordinateMedian
+from lightning_byz.aggregators import (
+    CAF,
+    CGE,
+    NNM,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    Mean,
+    MultiKrum,
+    TrimmedMean,
+)
 from lightning_byz.attacks import (
     ALIE,
     IPM,
@@ -38,6 +50,7 @@ from lightning_byz.attacks import (
     ShuffledLabels,
     SignFlip,
     Stuck,
+    WorstLie,
     WrongScale,
     Zero,
 )
@@ -897,3 +910,104 @@ def test_attacks_work_by_hand():
     honest, own = rows_for(4, 3), rows_for(2, 3, seed=1)
     assert torch.equal(IPM(0.5)(honest, own), -0.5 * honest.mean(0).expand(2, -1))
     assert torch.equal(Gaussian()(honest, own), Gaussian()(honest, own))
+
+
+# -- the worst lie ---------------------------------------------------------------------------------
+
+KNOWN = [
+    SignFlip(1.0),
+    SignFlip(3.0),
+    IPM(0.1),
+    IPM(0.5),
+    ALIE(z=1.0),
+    ALIE(z=1.5),
+    MinMax(),
+    FoE(),
+]
+RULES_AND_ROOM = {
+    CoordinateMedian(f=4): 1e-6,
+    TrimmedMean(f=4): 1e-6,
+    GeometricMedian(f=4): 1e-3,
+    MultiKrum(f=4): 0.05,
+    Chain(pre=(NNM(),), rule=TrimmedMean(), f=4): 0.05,
+    CAF(f=4, norm_floor=0.3): 0.1,
+    Krum(f=4): 0.05,
+}
+"""By rule, what another attack may lead farther, as a part of that."""
+
+
+@pytest.mark.parametrize("rule", RULES_AND_ROOM, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_worst_lie_leads_as_far_as_any_known_one(rule, seed):
+    honest = rows_for(16, 50, seed=seed, mean=0.5)
+    own, against = honest[:4].clone(), -honest.mean(0) / honest.mean(0).norm()
+    calls = []
+
+    def aggregate(lies):
+        calls.append(lies)
+        return rule(torch.cat([lies, honest]))
+
+    def reached(attack):
+        lies = attack(honest, own, Scene(aggregate=aggregate))
+        return float(rule(torch.cat([lies, honest])) @ against)
+
+    best = max(map(reached, KNOWN))
+    for budget in (60, 30, 37):
+        calls.clear()
+        found = reached(WorstLie(budget=budget))
+        assert len(calls) == budget
+        assert budget < 60 or found >= best - RULES_AND_ROOM[rule] * abs(best)
+    assert torch.equal(
+        WorstLie()(honest, own, Scene(aggregate=aggregate)),
+        WorstLie()(honest, own, Scene(aggregate=aggregate)),
+    )
+
+
+def test_the_worst_lie_leads_to_a_model(tmp_path):
+    """Under a mean it gets there; the median lets it not past the honest rows."""
+    goal, path = torch.tensor([5.0, -3.0, 1.0]).double(), tmp_path / "model.pt"
+    torch.save(goal, path)
+    for model in (goal, path, str(path)):
+        for rule, close in ((Mean(), True), (CoordinateMedian(f=3), False)):
+            x, attack = torch.zeros(3).double(), WorstLie("model", model)
+            for step in range(60):
+                honest = x + rows_for(7, 3, seed=step, mean=0.0)  # of |x|^2 / 2, with noise
+                scene = Scene(
+                    aggregate=lambda lies, h=honest, r=rule: r(torch.cat([h, lies])),
+                    x=lambda x=x: x,
+                )
+                lies = attack(honest, honest[:3], scene)
+                x = x - 0.1 * rule(torch.cat([honest, lies]))
+            reached = float(x @ goal / goal.norm())
+            assert bool(reached > goal.norm() / 2) == close, (rule, reached)
+
+
+def test_the_worst_lie_behaves_where_it_knows_no_direction():
+    honest = rows_for(7, 3)
+    scene = Scene(aggregate=lambda lies: lies.mean(0), x=lambda: torch.ones(3).double())
+    assert torch.equal(WorstLie("drift")(honest, honest[:2], scene), honest[:2])
+    assert torch.equal(scene.memory["x_0"], torch.ones(3).double())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: WorstLie("model"), "Found goal='model' and no model"),
+        (lambda: WorstLie("mean", torch.ones(3)), "Found goal='mean' and a model"),
+        (lambda: WorstLie(budget=29), "`budget` should be at least 30. Found 29"),
+        (lambda: WorstLie("up"), "should be 'mean', 'drift' or 'model'. Found 'up'"),
+    ],
+)
+def test_worst_lies_that_make_no_sense_are_errors(make, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()
+
+
+def test_a_model_of_another_size_is_an_error(tmp_path):
+    honest = rows_for(7, 3)
+    scene = Scene(aggregate=lambda lies: lies.mean(0), x=lambda: torch.zeros(3).double())
+    with pytest.raises(ValueError, match=re.escape("parameters [d] = [3]. Found [4]")):
+        WorstLie("model", torch.ones(4))(honest, honest[:2], scene)
+    torch.save({"weight": torch.ones(3)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="should hold a vector of parameters.*Found dict"):
+        WorstLie("model", tmp_path / "m.pt")(honest, honest[:2], scene)

@@ -86,6 +86,7 @@ from lightning_byz.attacks import (
     ShiftBack,
     SignFlip,
     Stuck,
+    WorstLie,
     WrongScale,
     Zero,
 )
@@ -656,6 +657,13 @@ ATTACKS = [
         "optimized_alie_nnm",
         OptimizedALIE(LineSearch(), negative=False),
         Damage(nnm(TrimmedMean(f=8)), 20, 8, 1.0, 0.5),
+    ),
+    AttackCase("worst_lie", WorstLie(), Damage(CoordinateMedian(f=8), 20, 8, 1.0, 0.5)),
+    AttackCase(
+        "worst_lie_drift",
+        WorstLie("drift"),
+        Damage(Mean(), 10, 3, 0.5, 2.0, True),
+        memory=lambda own: {"x_0": torch.zeros_like(own.new_empty(own.shape[1]))},
     ),
     AttackCase("mimic", Mimic(), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),
     AttackCase("mimic_the_third", Mimic(target=2), Damage(TrimmedMean(f=8), 20, 8, 4.0, 1.0)),

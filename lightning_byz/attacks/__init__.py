@@ -2,9 +2,9 @@
 honest ones.
 
 `base` holds the two interfaces. On messages: `messages`, `mixture` of several, `remembering` those
-of earlier rounds, `optimized` against the server's rule. On a worker's own samples: `data`. Without
-intent: `faults`. The callback `ByzantineWorkers` puts them into a run, where
-`lightning_byz.engine.adversary` applies those on messages.
+of earlier rounds, `optimized` against the server's rule, `worst` the lie that harms it most. On a
+worker's own samples: `data`. Without intent: `faults`. The callback `ByzantineWorkers` puts them
+into a run, where `lightning_byz.engine.adversary` applies those on messages.
 """
 
 from lightning_byz.attacks.base import Attack, DataAttack, Scene
@@ -28,6 +28,7 @@ from lightning_byz.attacks.messages import (
 from lightning_byz.attacks.mixture import Mixture
 from lightning_byz.attacks.optimized import FoE, LineSearch, OptimizedALIE, OptimizedIPM
 from lightning_byz.attacks.remembering import Mimic, ShiftBack
+from lightning_byz.attacks.worst import WorstLie
 
 __all__ = [
     "ALIE",
@@ -56,6 +57,7 @@ __all__ = [
     "ShuffledLabels",
     "SignFlip",
     "Stuck",
+    "WorstLie",
     "WrongScale",
     "Zero",
 ]
