@@ -514,6 +514,13 @@ def test_every_part_says_what_it_does_and_where_it_comes_from(kind):
         )
 
 
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    command = f"{sys.executable} -m lightning_byz.cli list | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("algorithms")
+    assert done.stderr == ""
+
+
 @pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("command", ["--help", "list", "list Krum", "list SuspicionMonitor"])
 def test_what_can_be_asked_is_answered_without_lightning(command):

@@ -53,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_lightning(arguments, given=arguments != sys.argv[1:])
         options = _parser().parse_args(arguments)
         run: Callable[[argparse.Namespace], int] = options.run
-        return run(options)
+        status = run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except MissingExtraError as error:
         print(f"lightning-byz: {error}", file=sys.stderr)
         return 1
