@@ -338,11 +338,13 @@ def test_large_models_gain_nothing(
     assert at_once(trained(Model(), True, max_epochs=1))
 
 
-def test_true_takes_random_operations_from_one_stream() -> None:
+def test_true_takes_random_operations_from_one_stream(caplog: pytest.LogCaptureFixture) -> None:
     L.seed_everything(1, verbose=False)
     first, second = Dropout(), Dropout()
     second.load_state_dict(first.state_dict())
+    caplog.set_level(logging.INFO, "lightning_byz")
     assert at_once(trained(first, True, max_epochs=1))
+    assert "such as dropout, draw from one stream for all of them" in caplog.text
     trained(second, True, max_epochs=1)
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -161,7 +161,12 @@ class WorkersAtOnce(WorkersInTurn):
     def _decide(self, reason: str | None) -> None:
         self.decided = reason is None
         if reason is None:
-            log.info("byzantine_robust: in-process workers are computed in one pass.")
+            more = (
+                " Random operations, such as dropout, draw from one stream for all of them."
+                if self._vectorize is True
+                else ""
+            )
+            log.info(f"byzantine_robust: in-process workers are computed in one pass.{more}")
         elif self._vectorize == "auto":
             log.info(
                 f"byzantine_robust: in-process workers are computed one after the other: {reason}."
