@@ -96,6 +96,13 @@ BUGS = [
         "workers_together",
     ),
     Bug(
+        "previous gradients are lost where workers are asked at once",
+        "engine/worker_side.py",
+        "and contribution.grads.previous is None",
+        "",
+        "quiet_passes",
+    ),
+    Bug(
         "unlike pasts are one",
         "engine/workers_together.py",
         "if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):",
@@ -1339,8 +1346,8 @@ BUGS = [
     Bug(
         "other liars are seen as honest",
         "engine/adversary.py",
-        "cohort[worker] and worker not in others",
-        "cohort[worker]",
+        "and worker not in others",
+        "",
         "exchange",
     ),
     Bug(

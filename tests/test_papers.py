@@ -532,7 +532,11 @@ def cosines_with_all_liars_among_the_first(attack, reading):
         )
 
 
-SEARCHING = ("foe", "optimized_ipm")  # they know the filter, and stay just inside of it
+SEARCHING = (
+    "foe",
+    "optimized_ipm",
+    "worst_lie",
+)  # they know the filter, and stay just inside of it
 
 
 @pytest.mark.parametrize("reading", ["ensemble", "trusted"])

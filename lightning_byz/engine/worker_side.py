@@ -120,7 +120,10 @@ class WorkerSide:
         """
         assert round.cohort is not None
         all_speak = all(
-            contribution.grads is not None and bool(round.cohort[worker]) and comes(round, worker)
+            contribution.grads is not None
+            and contribution.grads.previous is None
+            and bool(round.cohort[worker])
+            and comes(round, worker)
             for worker, contribution in zip(self.states, contributions, strict=True)
         )
         if not (self.algorithm.coordinate_wise and all_speak) or self.unchecked:
