@@ -357,3 +357,14 @@ def test_previous_gradients_are_computed_beside_it() -> None:
 def test_what_vectorize_may_be() -> None:
     with pytest.raises(ValueError, match="`vectorize` should be 'auto', True or False"):
         ByzantineRobustStrategy(vectorize="always")
+
+
+def test_what_is_saved_may_be_sparse_or_nested() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    for x in (torch.eye(4).to_sparse(), torch.randn(5, 4), nested):
+        with workers_at_once._counting() as numbers:
+            y = torch.sparse.mm(x, weight) if x.is_sparse else x @ weight
+            loss = (y.values() if y.is_nested else y).square().sum()
+        loss.backward()
+        assert sum(numbers.values()) >= 12

@@ -58,7 +58,6 @@ class WorstLie(Attack):
                 f"goal={self.goal!r} and "
                 f"{'no model' if self.model is None else 'a model'}."
             )
-
         if self.budget < _FAMILIES * len(_FACTORS):
             raise ValueError(
                 f"`budget` should be at least {_FAMILIES * len(_FACTORS)}. Found {self.budget}."

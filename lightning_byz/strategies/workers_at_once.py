@@ -359,7 +359,8 @@ def _counting() -> Iterator[dict[int, int]]:
     found: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
+        plain = tensor.layout == torch.strided and not tensor.is_nested  # else it has no one place
+        if plain and not (tensor.is_leaf and tensor.requires_grad):
             found[tensor.data_ptr()] = tensor.numel()
         return tensor.detach()
 
