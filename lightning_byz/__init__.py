@@ -41,6 +41,7 @@ from lightning_byz.aggregators import (
     MultiKrum,
     Phocas,
     SignGuard,
+    SpectralFilter,
     StaticClipping,
     TrimmedMean,
 )
@@ -236,6 +237,7 @@ __all__ = [
     "SignFlip",
     "SignGuard",
     "SignSGDMajorityVote",
+    "SpectralFilter",
     "StaticClipping",
     "Stragglers",
     "Stuck",

@@ -307,6 +307,39 @@ def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
     return out
 
 
+def spectral_filter(rows: Matrix, f: int, share: float, norm_floor: float) -> list[float]:
+    n = len(rows)
+    if f == 0:
+        return mean(rows, f)
+    norms = [math.sqrt(squared_distance(row, [0.0] * len(row))) for row in rows]
+    radius = sorted(norms)[(n - 1) // 2]
+    clipped = [
+        [x * (radius / norm if norm > radius else 1.0) for x in row]
+        for row, norm in zip(rows, norms, strict=True)
+    ]
+    usual = sorted(
+        sorted(squared_distance(a, b) for j, b in enumerate(clipped) if j != i)[(n - 2) // 2]
+        for i, a in enumerate(clipped)
+    )[(n - 1) // 2]
+    limit = (1 + share * n) * min(0.75 * usual, radius**2)
+    shortest = sorted(range(n), key=lambda i: norms[i])[: min(f, n - 2 * f - 1)]
+    c = [float(i not in shortest or norms[i] >= norm_floor * radius) for i in range(n)]
+    least = math.fsum(c) - 2 * f
+    while True:
+        mu, cov = covariance(clipped, c)
+        value, v = top_eigenpair(cov)
+        tau = [
+            along(row, mu, v) ** 2 if weight > 0 else 0.0
+            for row, weight in zip(clipped, c, strict=True)
+        ]
+        if value * math.fsum(c) <= limit or max(tau) == 0:
+            return mu
+        fewer = [weight * (1 - t / max(tau)) for weight, t in zip(c, tau, strict=True)]
+        if math.fsum(fewer) < least:
+            return mu
+        c = fewer
+
+
 def dnc(rows: Matrix, f: int) -> list[float]:
     """One iteration on all coordinates."""
     mu, cov = covariance(rows, [1.0] * len(rows))

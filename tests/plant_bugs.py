@@ -1075,6 +1075,48 @@ BUGS = [
         "CAF's floor ends on one row", "aggregators/spectral.py", "if taken:", "if False:", "rules"
     ),
     Bug(
+        "the spectral filter does not clip",
+        "aggregators/spectral.py",
+        "norms > radius, radius / norms, 1.0",
+        "norms < 0, radius / norms, 1.0",
+        "rules",
+    ),
+    Bug(
+        "the spectral filter always filters",
+        "aggregators/spectral.py",
+        "if variance * float(weights.sum()) <= limit or",
+        "if",
+        "rules",
+    ),
+    Bug(
+        "the spectral filter never filters",
+        "aggregators/spectral.py",
+        "limit = (1 + self.share * n) * typical",
+        "limit = n * n * typical",
+        "rules",
+    ),
+    Bug(
+        "the spectral filter's limit does not shrink with the spread",
+        "aggregators/spectral.py",
+        "min(1.5 * _usual_variance(products), float(radius / rows.unit) ** 2)",
+        "float(radius / rows.unit) ** 2",
+        "rules",
+    ),
+    Bug(
+        "the spectral filter takes all",
+        "aggregators/spectral.py",
+        "if float(fewer.sum()) < least:",
+        "if False:",
+        "rules",
+    ),
+    Bug(
+        "the spectral filter has no floor",
+        "aggregators/spectral.py",
+        "weights = _long_enough(rows, self.f, self.norm_floor).to(products)",
+        "weights = _long_enough(rows, self.f, 0.0).to(products)",
+        "rules",
+    ),
+    Bug(
         "ALIE divides by h, not h - 1",
         "attacks/base.py",
         "squares.div_(len(rows) - 1)",

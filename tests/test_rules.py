@@ -31,6 +31,7 @@ from lightning_byz.aggregators import (
     MoNNA,
     MultiKrum,
     SignGuard,
+    SpectralFilter,
     TooFewRowsError,
     TrimmedMean,
 )
@@ -207,6 +208,92 @@ def test_caf_s_floor_takes_f_rows_at_most_and_none_without_liars():
     torch.testing.assert_close(CAF(f=2, norm_floor=0.5)(1e3 * x), 1e3 * CAF(f=2, norm_floor=0.5)(x))
     with pytest.raises(ValueError, match="norm_floor=1"):
         CAF(norm_floor=1)
+
+
+def groups(each: int, kinds: int, length: float = 1.0) -> torch.Tensor:
+    """Rows of unlike workers: ``kinds`` groups of ``each``, every group in a direction of its own,
+    with noise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.eye(kinds, 200, dtype=torch.float64).repeat_interleave(each, 0)
+    noise = torch.randn(each * kinds, 200, generator=generator, dtype=torch.float64)
+    return length * (directions + 0.1 * noise / 200**0.5)
+
+
+def test_the_spectral_filter_takes_nothing_from_unlike_workers():
+    """Seven kinds of data, nobody lies: every row counts."""
+    x = groups(each=3, kinds=7)
+    norms = x.norm(dim=1)
+    clipped = x * (norms.median() / norms).clamp(max=1)[:, None]
+    torch.testing.assert_close(SpectralFilter(f=6)(x), clipped.mean(0))
+
+
+def test_the_spectral_filter_takes_weight_only_while_a_direction_holds_too_much():
+    """Sixteen unlike rows and four equal lies, longer and longer: they count, clipped to the median
+    norm; with less room for a direction only the short ones do.
+    """
+    honest = groups(each=1, kinds=16)
+    lie = torch.zeros(4, 200, dtype=torch.float64)
+    for length in (0.5, 0.9, 1.5, 50.0):
+        lie[:, 100] = length
+        rows = Rows(torch.cat([honest, lie]))
+        assert bool((SpectralFilter(f=4).weights(rows)[-4:] > 0).all())
+        assert float(SpectralFilter(f=4).aggregate(rows)[100]) <= 0.21
+        trusted = SpectralFilter(f=4, share=0.05).weights(rows)[-4:] > 0
+        assert bool(trusted.all() if length < 0.8 else (~trusted).all())
+
+
+@pytest.mark.parametrize("f", [1, 3, 6])
+def test_equal_lies_move_the_spectral_filter_by_no_more_than_it_says(f):
+    n, share = 20, 0.15
+    honest = torch.nn.functional.normalize(groups(each=1, kinds=n - f), dim=1)
+    bound = (f * (1 + share * n)) ** 0.5 / n
+    for length in 10.0 ** torch.linspace(-2, 3, 40):
+        lie = torch.zeros(f, 200, dtype=torch.float64)
+        lie[:, 100] = length
+        moved = SpectralFilter(f=f, norm_floor=0.0)(torch.cat([honest, lie]))[100]
+        assert float(moved) <= 1.05 * bound
+        assert float(moved) <= 1.05 * f / n  # as they are clipped
+
+
+def test_the_spectral_filter_tells_lies_from_like_workers():
+    """Workers that agree leave little room: lies that turn the mean by a right angle count for
+    nothing, whatever their length.
+    """
+    generator = torch.Generator().manual_seed(0)
+    honest = 1 + 0.1 * torch.randn(8, 13, generator=generator, dtype=torch.float64)
+    for length in (0.5, 1.0, 100.0):
+        lie = torch.zeros(3, 13, dtype=torch.float64)
+        lie[:, 0], lie[:, 1] = length, -length
+        weights = SpectralFilter(f=3).weights(Rows(torch.cat([honest, lie])))
+        assert float(weights[-3:].sum()) < 1e-9
+
+
+def test_the_spectral_filter_s_floor_takes_f_rows_at_most_and_none_without_liars():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.nn.functional.normalize(torch.randn(2000, generator=generator), dim=0)
+    honest = mean + 3 * torch.randn(14, 2000, generator=generator) / 2000**0.5
+    x = torch.cat([honest, IPM(0.1)(honest, honest[:6])])
+    assert (SpectralFilter(f=6).weights(Rows(x))[-6:] == 0).all()
+    assert (SpectralFilter(f=6, norm_floor=0.0).weights(Rows(x))[-6:] > 0).all()
+    x = torch.randn(9, 13, generator=generator).double()
+    x[:4] /= 100
+    assert int((SpectralFilter(f=2).weights(Rows(x))[:4] == 0).sum()) == 2
+    torch.testing.assert_close(SpectralFilter(f=0)(x), x.mean(0))
+
+
+def test_the_spectral_filter_does_not_take_all():
+    """Three rows far apart: after the farthest, the other two stand out alike."""
+    x = torch.tensor([[1.0], [-1.0], [3.0]], dtype=torch.float64)
+    weights = SpectralFilter(f=1).weights(Rows(x))
+    assert float(weights.sum()) > 0
+    assert bool(weights.isfinite().all())
+
+
+@pytest.mark.parametrize("option", [{"share": 0.0}, {"share": 1.0}, {"norm_floor": 1.0}])
+def test_what_a_spectral_filter_refuses(option):
+    with pytest.raises(ValueError, match="Found"):
+        SpectralFilter(**option)
 
 
 # -- rules that sample -----------------------------------------------------------------------------

@@ -6,8 +6,8 @@ kin, and into ``__all__`` here; the command line lists what is there.
 * One coordinate at a time: `coordinate_wise` (median, trimmed mean, MeaMed, Phocas),
   `majority_vote`.
 * By distances: `krum`, `geometric_median`, `centered_clipping`, `subsets` (MDA, MoNNA, ... keep the
-  n - f rows that belong together), `subset_search` (the same by trying all), `spectral` (CAF, DnC),
-  `sign_guard`, `medoid` (inner products that f rows cannot spoil).
+  n - f rows that belong together), `subset_search` (the same by trying all), `spectral` (CAF, DnC,
+  the default's SpectralFilter), `sign_guard`, `medoid` (inner products that f rows cannot spoil).
 * Before a rule: `nearest_neighbor_mixing`, `bucketing`, `clipping` (ARC); `chain` puts them there.
 
 Only numerics is below them.
@@ -36,7 +36,7 @@ from lightning_byz.aggregators.krum import Bulyan, Krum, MultiKrum
 from lightning_byz.aggregators.majority_vote import MajorityVote
 from lightning_byz.aggregators.nearest_neighbor_mixing import NNM
 from lightning_byz.aggregators.sign_guard import SignGuard
-from lightning_byz.aggregators.spectral import CAF, DnC
+from lightning_byz.aggregators.spectral import CAF, DnC, SpectralFilter
 from lightning_byz.aggregators.subset_search import MDA, SMEA
 from lightning_byz.aggregators.subsets import CGE, FABA, Aksel, MoNNA
 
@@ -68,6 +68,7 @@ __all__ = [
     "PreAggregator",
     "Rule",
     "SignGuard",
+    "SpectralFilter",
     "StaticClipping",
     "TooFewRowsError",
     "TrimmedMean",

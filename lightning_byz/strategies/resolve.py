@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_byz.aggregators import CAF, SMEA, Chain, Mean
+from lightning_byz.aggregators import SMEA, Chain, Mean, SpectralFilter
 from lightning_byz.algorithms import Algorithm, RobustSGD
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import parameters_of
@@ -22,10 +22,11 @@ from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 log = logging.getLogger("lightning_byz")
 
 DEFAULT_ALGORITHM = RobustSGD(
-    aggregator=CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True
+    aggregator=SpectralFilter(), worker_momentum=0.9, undo_worker_momentum=True
 )
-"""CAF that trusts no row much shorter than the others, uncompressed: the choice of
-docs/default-algorithm.md for a project whose learning rate was tuned for DDP.
+"""A filter that takes from workers only what stands out, uncompressed: the choice of
+docs/default-algorithm.md for a project whose learning rate was tuned for DDP, whether its workers'
+data are alike or not.
 """
 
 
