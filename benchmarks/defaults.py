@@ -1,12 +1,14 @@
-"""The table that chooses the default algorithm, as CSV and as a picture: candidates, with and
-without attack, against plain averaging.
+"""The table that chooses the default algorithm, as CSV and as a picture: rules on like and unlike
+data, without and with attacks, two of which know the rule.
 
+    python benchmarks/defaults.py --screen [--output runs/defaults] [--jobs 2]
     python benchmarks/defaults.py --data DIR [--output runs/defaults] [--jobs 2]
     python benchmarks/defaults.py --draw docs/default-algorithm.csv docs/images/default-algorithm.png
 
-Every round is the package's own `Exchange` over in-process workers; plain averaging is
-RobustSGD(aggregator=Mean()), whose trajectory is that of DDP. DIR holds libsvm/a9a.bz2 and
-libsvm/a9a.t.bz2; the digits come with scikit-learn.
+``--screen`` is a part of the table that takes less than an hour: the digits, an MLP, SGD, 6 liars
+of 20, one seed. The whole table takes days; it goes on where it was interrupted, and what was not
+run is blank. Every round is the package's own `Exchange` over in-process workers. DIR holds
+Fashion-MNIST as torchvision lays it out; the digits come with scikit-learn.
 """
 
 from __future__ import annotations
@@ -15,23 +17,45 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _runs import Run, a9a, machine, mean_by, run_all
+from _runs import Run, machine, mean_by, run_all, write_csv
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from lightning_byz.aggregators import CAF, NNM, Chain, CoordinateMedian, Mean, TrimmedMean
+from lightning_byz.aggregators import (
+    ARC,
+    CAF,
+    NNM,
+    Aggregator,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    Mean,
+    MultiKrum,
+    SpectralFilter,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import RobustSGD
-from lightning_byz.attacks import ALIE, IPM, Attack, Gaussian, LabelFlip, NotANumber, SignFlip
-from lightning_byz.cli.report_figures import COLOURS, style
+from lightning_byz.attacks import (
+    ALIE,
+    IPM,
+    Attack,
+    LabelFlip,
+    Mimic,
+    MinMax,
+    SignFlip,
+    WorstLie,
+    Zero,
+)
+from lightning_byz.cli.report_figures import style
+from lightning_byz.data import IID, Dirichlet
 from lightning_byz.engine.adversary import Adversary
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
@@ -39,281 +63,288 @@ from lightning_byz.engine.simulation import Simulation
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
 
-RULES = {
-    "TrimmedMean": TrimmedMean(),
-    "CoordinateMedian": CoordinateMedian(),
-    "NNM + TrimmedMean": Chain(pre=(NNM(),), rule=TrimmedMean()),
-    "NNM + CoordinateMedian": Chain(pre=(NNM(),), rule=CoordinateMedian()),
-    "CAF": CAF(),
-    "CAF, norm floor 0.3": CAF(norm_floor=0.3),
-    "NNM + CAF": Chain(pre=(NNM(),), rule=CAF()),
+
+class Candidate(NamedTuple):
+    """A rule, and what workers send to it; ``momentum`` is undone by the server or not."""
+
+    rule: Aggregator
+    momentum: float = 0.9
+    undone: bool = True
+
+
+CHOSEN = "SpectralFilter"
+CANDIDATES = {
+    "Mean": Candidate(Mean(), 0.0, False),  # DDP
+    CHOSEN: Candidate(SpectralFilter()),
+    "CAF, norm floor 0.3": Candidate(CAF(norm_floor=0.3)),
+    "geometric median": Candidate(GeometricMedian()),
+    "NNM + trimmed mean": Candidate(Chain(pre=(NNM(),), rule=TrimmedMean())),
+    "ARC + mean": Candidate(Chain(pre=(ARC(),), rule=Mean())),
+    "median": Candidate(CoordinateMedian()),
+    "trimmed mean": Candidate(TrimmedMean()),
+    "Multi-Krum": Candidate(MultiKrum()),
 }
-# at the workers; undone: undo_worker_momentum
-MOMENTA = ("0", "0.5", "0.9", "0.5, undone", "0.9, undone")
-SEEDS = range(2)
-CLEAN_POINTS, ATTACKED_POINTS = 1.0, 2.0  # that a candidate may lose
-CLEAN = "none"
-SUBTLE = {
-    "SignFlip(1)": SignFlip(1.0),
-    "IPM(0.1)": IPM(0.1),
-    "ALIE(1.5)": ALIE(z=1.5),
-    "LabelFlip": LabelFlip,
+"""The rules, each with a worker momentum of 0.9 that the server undoes."""
+MOMENTA = {
+    f"{CHOSEN}, momentum 0": Candidate(SpectralFilter(), 0.0, False),
+    f"{CHOSEN}, momentum 0.5": Candidate(SpectralFilter(), 0.5, False),
+    f"{CHOSEN}, momentum 0.9": Candidate(SpectralFilter(), 0.9, False),
+    f"{CHOSEN}, momentum 0.5, undone": Candidate(SpectralFilter(), 0.5, True),
 }
-BLATANT = {
-    "SignFlip(10)": SignFlip(10.0),  # IPM(10) is the same attack
-    "Gaussian(1)": Gaussian(std=1.0),
-    "Gaussian(100)": Gaussian(std=100.0),
-    "NotANumber": NotANumber(),
+"""The chosen rule with other momenta, under the attacks that do not search."""
+PARTITIONS = {"iid": IID(), **{f"Dirichlet({a:g})": Dirichlet(a) for a in (1.0, 0.3, 0.1)}}
+SEARCHES = ("mean", "pull")
+ATTACKS: dict[str, Attack | None] = {
+    "none": None,
+    "SignFlip": SignFlip(1.0),
+    "ALIE": ALIE(z=1.5),
+    "IPM(0.5)": IPM(0.5),
+    "Zero": Zero(),
+    "Mimic": Mimic(),
+    "MinMax": MinMax(),
+    "LabelFlip": None,  # of their labels
 }
-ATTACKS = {CLEAN: None, **SUBTLE, **BLATANT}
-
-
-class Setting(NamedTuple):
-    """A task, its workers, and how it is trained."""
-
-    data: str
-    n: int
-    f: int
-    batch: int  # of one worker
-    steps: int
-    rates: dict[str, float]
-
-
-SETTINGS = {
-    "digits, 1 of 4": Setting("digits", 4, 1, 32, 300, {"SGD": 0.1, "AdamW": 5e-3}),
-    "digits, 3 of 10": Setting("digits", 10, 3, 32, 300, {"SGD": 0.1, "AdamW": 5e-3}),
-    "a9a, 6 of 20": Setting("a9a", 20, 6, 32, 300, {"SGD": 0.1, "AdamW": 1e-2}),
+"""Besides them, WorstLie: "mean" against the honest mean, "pull" towards a wrong model."""
+WORKERS = ((20, 6), (10, 3), (50, 10))
+TASKS = ("digits", "fashion-mnist")
+MODELS = ("mlp", "cnn")
+OPTIMIZERS = ("SGD", "AdamW")
+SEEDS = range(3)
+BATCH = 16  # of one worker
+STEPS = 200
+RATES = {
+    ("digits", "SGD"): 0.1,
+    ("digits", "AdamW"): 5e-3,
+    ("fashion-mnist", "SGD"): 0.03,
+    ("fashion-mnist", "AdamW"): 2e-3,
 }
-OPTIMIZERS = {"SGD": partial(torch.optim.SGD, momentum=0.9), "AdamW": torch.optim.AdamW}
+SETTING = ("data", "model", "optimizer", "n", "f", "partition")
+COLUMNS = (*SETTING, "candidate", *ATTACKS, *SEARCHES)
 
 
 @cache
-def load(name: str, data: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test samples; the digits are split anew for every seed, into two thirds and one
-    third.
-    """
-    if name == "a9a":
-        return a9a(data)
-    from sklearn.datasets import load_digits
+def load(name: str, data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and test images ``[N, 1, h, w]`` and labels."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
 
-    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    x, order = x.float() / 16, torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    train, test = order[:1200], order[1200:]
-    return x[train], y[train], x[test], y[test]
+        x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+        x = x.float().view(-1, 1, 8, 8) / 16
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        train, test = order[:1200], order[1200:]
+        return x[train], y[train], x[test], y[test]
+    from torchvision.datasets import FashionMNIST
+
+    parts = []
+    for train in (True, False):
+        images = FashionMNIST(data, train=train)
+        parts += [(images.data[:, None].float() / 255 - 0.2860) / 0.3530, images.targets]
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+def network(name: str, side: int) -> nn.Module:
+    """An MLP with 64 hidden units, or a CNN with two layers."""
+    if name == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(side * side, 64), nn.ReLU(), nn.Linear(64, 10))
+    left = side // 4
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(16 * left * left, 10)),
+    )
+
+
+class Model:
+    """A network as a function of its flat parameters."""
+
+    def __init__(self, name: str, side: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.net = network(name, side)
+        self.shapes = {key: value.shape for key, value in self.net.named_parameters()}
+        self.start = nn.utils.parameters_to_vector(self.net.parameters()).detach()
+        self.gradients = vmap(grad(self.loss), (None, 0, 0))  # of every worker, [n, d]
+
+    def __call__(self, w: Tensor, x: Tensor) -> Tensor:
+        pieces = w.split([shape.numel() for shape in self.shapes.values()])
+        named = {
+            key: piece.view(shape)
+            for (key, shape), piece in zip(self.shapes.items(), pieces, strict=True)
+        }
+        return functional_call(self.net, named, (x,))
+
+    def loss(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The mean cross-entropy of one batch."""
+        return functional.cross_entropy(self(w, x), y)
+
+
+@cache
+def wrong_model(task: str, data: str, model: str, optimizer: str) -> Tensor:
+    """Parameters of a network trained on labels y + 1, by averaging."""
+    x, y, *_ = load(task, data)
+    net = Model(model, x.shape[-1], seed=99)
+    w, step = optimizer_of(net.start, optimizer, RATES[task, optimizer])
+    draws = torch.Generator().manual_seed(99)
+    for _ in range(STEPS):
+        picked = torch.randint(len(x), (1, 20 * BATCH), generator=draws)
+        w.grad = net.gradients(w.detach(), x[picked], (y[picked] + 1) % 10)[0]
+        step()
+    return w.detach().clone()
+
+
+def optimizer_of(start: Tensor, name: str, rate: float) -> tuple[nn.Parameter, Any]:
+    """The parameters, and one step of their optimizer and its schedule, which ends at 0."""
+    w = nn.Parameter(start.clone())
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD([w], lr=rate, momentum=0.9)
+        if name == "SGD"
+        else torch.optim.AdamW([w], lr=rate)
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+
+    def step() -> None:
+        optimizer.step()
+        schedule.step()
+
+    return w, step
 
 
 def train(run: Run, data: str) -> Run:
     """The test accuracy, in percent, at the end of one run."""
     torch.set_num_threads(1)
-    setting = SETTINGS[run["setting"]]
-    x, y, x_test, y_test = load(setting.data, data, run["seed"])
-    torch.manual_seed(run["seed"])
-    classes = int(y.max()) + 1
-    sizes = [x.shape[1], classes] if setting.data == "a9a" else [x.shape[1], 64, classes]
-    w = torch.nn.Parameter(initial(sizes))
-    optimizer = OPTIMIZERS[run["optimizer"]]([w], lr=setting.rates[run["optimizer"]])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, setting.steps)
-
-    n, liars = setting.n, list(range(setting.n - setting.f, setting.n))
-    rule = Mean() if run["rule"] == "Mean" else RULES[run["rule"]].with_f(setting.f)
-    transport = InProcess()
-    transport.connect(0, 1, n, torch.device("cpu"))
-    attack = ATTACKS[run["attack"]]
-    momentum, _, undone = run["worker_momentum"].partition(", ")
-    algorithm = RobustSGD(
-        aggregator=rule, worker_momentum=float(momentum), undo_worker_momentum=bool(undone)
+    x, y, x_test, y_test = load(run["data"], data)
+    n, liars = run["n"], list(range(run["n"] - run["f"], run["n"]))
+    parts = PARTITIONS[run["partition"]](y, n, run["seed"])
+    model = Model(run["model"], x.shape[-1], run["seed"])
+    w, step = optimizer_of(model.start, run["optimizer"], RATES[run["data"], run["optimizer"]])
+    candidate = {**CANDIDATES, **MOMENTA}[run["candidate"]]
+    is_mean = isinstance(candidate.rule, Mean)
+    exchange = Exchange(
+        RobustSGD(
+            candidate.rule if is_mean else candidate.rule.with_f(run["f"]),
+            worker_momentum=candidate.momentum,
+            undo_worker_momentum=candidate.undone,
+        ),
+        transport(n),
+        run["seed"],
     )
-    exchange = Exchange(algorithm, transport, run["seed"])
-    if isinstance(attack, Attack):
+    attack = ATTACKS.get(run["attack"])
+    if run["attack"] == "mean":
+        attack = WorstLie("mean", budget=30)
+    elif run["attack"] == "pull":
+        wrong = wrong_model(run["data"], data, run["model"], run["optimizer"])
+        attack = WorstLie("model", wrong, budget=30)
+    if attack is not None:
         exchange.simulation = simulation = Simulation()
-        simulation.adversaries.append(Adversary(attack, liars))
+        simulation.adversaries.append(Adversary(attack, liars, x=lambda index: w.detach()))
 
     used = torch.ones(1, dtype=torch.uint8)
-    order, place = torch.empty(0, dtype=torch.int64), 0
-    for _ in range(setting.steps):
-        if place + n * setting.batch > len(order):
-            order, place = torch.randperm(len(x)), 0
-        picked = order[place : place + n * setting.batch]
-        place += len(picked)
-        inputs, labels = x[picked].unflatten(0, (n, -1)), y[picked].unflatten(0, (n, -1)).clone()
-        if attack is LabelFlip:
-            labels[liars] = LabelFlip(classes).flip(labels[liars])
-        copies = w.detach().expand(n, -1).clone().requires_grad_()
-        loss = functional.cross_entropy(
-            mlp(copies, inputs, sizes).flatten(0, 1), labels.flatten(), reduction="sum"
+    draws = torch.Generator().manual_seed(run["seed"])
+    for _ in range(STEPS):
+        picked = torch.stack(
+            [part[torch.randint(len(part), (BATCH,), generator=draws)] for part in parts]
         )
-        (rows,) = torch.autograd.grad(loss / setting.batch, copies)  # [n, d]
+        labels = y[picked]
+        if run["attack"] == "LabelFlip":
+            labels[liars] = LabelFlip(10).flip(labels[liars])
+        rows = model.gradients(w.detach(), x[picked], labels)
         w.grad = exchange.run(
-            [Contribution(Gradients(row), used) for row in rows], rows[0]
+            [Contribution(Gradients(row), used) for row in rows], w.detach()
         ).estimate
         if w.grad is None:  # no finite gradient is left: averaging under attack
             break
-        optimizer.step()
-        schedule.step()
+        step()
     with torch.no_grad():
-        return {
-            "accuracy": 100 * (mlp(w, x_test, sizes).argmax(1) == y_test).double().mean().item()
-        }
+        right = model(w, x_test).argmax(1) == y_test
+    return {"accuracy": 100 * right.double().mean().item()}
 
 
-def initial(sizes: list[int]) -> Tensor:
-    """The flat parameters of an MLP, as torch.nn.Linear starts them."""
-    return torch.cat(
-        [torch.empty((a + 1) * b).uniform_(-(a**-0.5), a**-0.5) for a, b in pairwise(sizes)]
-    )
+def transport(n: int) -> InProcess:
+    """One process with n workers."""
+    found = InProcess()
+    found.connect(0, 1, n, torch.device("cpu"))
+    return found
 
 
-def mlp(w: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
-    """Logits ``[..., batch, classes]`` of an MLP with flat parameters ``w [..., d]`` for
-    ``x [..., batch, inputs]``.
-    """
-    for layer, (a, b) in enumerate(pairwise(sizes)):
-        weight, bias, w = w.split([a * b, b, w.shape[-1] - (a + 1) * b], -1)
-        x = (x if layer == 0 else x.relu()) @ weight.unflatten(-1, (a, b)) + bias.unsqueeze(-2)
-    return x
-
-
-Candidate = tuple[str, str]
-AVERAGING: Candidate = ("Mean", "0")
-CHOSEN: Candidate = ("CAF, norm floor 0.3", "0.9, undone")
-CANDIDATES: list[Candidate] = [(rule, momentum) for rule in RULES for momentum in MOMENTA]
-TABLES = [(setting, optimizer) for setting in SETTINGS for optimizer in OPTIMIZERS]
-COLUMNS = [
-    *("rule", "worker_momentum", "setting", "optimizer", "clean", "clean_minus_ddp"),
-    *SUBTLE,
-    *BLATANT,
-]
-
-
-def all_runs(candidates: list[Candidate], attacks: Sequence[str]) -> list[Run]:
-    """Every seed of these candidates under these attacks."""
-    return [
-        {
-            "setting": setting,
-            "optimizer": optimizer,
-            "rule": rule,
-            "worker_momentum": momentum,
-            "attack": attack,
-            "seed": seed,
-        }
-        | {
-            "trained": (
-                f"batch {SETTINGS[setting].batch}, {SETTINGS[setting].steps} steps, lr "
-                f"{SETTINGS[setting].rates[optimizer]}"
-            )
-        }
-        for seed in SEEDS
-        for setting, optimizer in TABLES
-        for rule, momentum in candidates
-        for attack in attacks
-    ]
-
-
-def measure(
-    work: Callable[[Run], Run], output: Path, jobs: int, wanted: list[Candidate]
-) -> list[dict[str, str]]:
-    """Runs what is missing, in stages: a candidate that has lost too much is not run any further.
-    Returns the lines of the table, those of plain averaging first.
-    """
-
-    def stage(candidates: list[Candidate], attacks: Sequence[str]) -> dict[tuple[Any, ...], float]:
-        names = ("rule", "worker_momentum", "setting", "optimizer", "attack")
-        return mean_by(run_all(all_runs(candidates, attacks), work, output, jobs), *names)
-
-    accuracy = stage([AVERAGING, *wanted], [CLEAN])
-
-    def below(c: Candidate, table: tuple[str, str]) -> float:
-        return accuracy[(*c, *table, CLEAN)] - accuracy[(*AVERAGING, *table, CLEAN)]
-
-    def lost(c: Candidate, table: tuple[str, str], attack: str) -> float:
-        return accuracy[(*c, *table, attack)] - accuracy[(*c, *table, CLEAN)]
-
-    kept = [c for c in wanted if min(below(c, table) for table in TABLES) >= -CLEAN_POINTS]
-    for attacks in (SUBTLE, BLATANT):
-        accuracy |= stage(kept, attacks)
-        kept = [
-            c
-            for c in kept
-            if min(lost(c, table, a) for table in TABLES for a in attacks) >= -ATTACKED_POINTS
-        ]
-
-    return [
-        dict(zip(COLUMNS, (*c, *table), strict=False))
-        | {
-            "clean": f"{accuracy[(*c, *table, CLEAN)]:.2f}",
-            "clean_minus_ddp": f"{below(c, table):.2f}",
-        }
-        | {
-            a: f"{lost(c, table, a):.2f}"
-            for a in (*SUBTLE, *BLATANT)
-            if (*c, *table, a) in accuracy
-        }
-        for c in (AVERAGING, *wanted)
-        for table in TABLES
-    ]
-
-
-def write(lines: list[dict[str, str]], path: Path) -> None:
-    """The table as CSV; what was not run is empty."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def draw(table: Path, picture: Path) -> None:
-    """Two dots for each candidate of the table: its worst loss without and with an attack."""
-    with table.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    worst: dict[Candidate, tuple[float, float]] = {}  # attacked (-inf where not run), clean
-    for line in lines:
-        c = (line["rule"], line["worker_momentum"])
-        if c == AVERAGING:
+def all_runs(screen: bool) -> list[Run]:
+    """The cells of the table, those of the screen first."""
+    runs = []
+    for seed, optimizer, task, model, (n, f) in product(SEEDS, OPTIMIZERS, TASKS, MODELS, WORKERS):
+        first = (seed, optimizer, task, model, n) == (0, "SGD", "digits", "mlp", 20)
+        if screen and not first:
             continue
-        attacked, clean = worst.get(c, (math.inf, math.inf))
-        losses = [float(line[a]) for a in (*SUBTLE, *BLATANT) if line[a]] or [-math.inf]
-        worst[c] = min(attacked, *losses), min(clean, float(line["clean_minus_ddp"]))
-    order = sorted(worst, key=lambda c: worst[c])  # the best at the top
-    measured = [attacked for attacked, _ in worst.values() if attacked > -math.inf]
-    left = min(measured, default=-ATTACKED_POINTS) - 0.5
-
-    with style():
-        figure = Figure(figsize=(7.2, 1.2 + 0.19 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        for place, c in enumerate(order):
-            attacked, clean = worst[c]
-            axes.plot(attacked, place, "D", color=COLOURS[1], markeredgecolor="black", markersize=5)
-            if clean >= left:
-                axes.plot(clean, place, "o", color=COLOURS[0], markersize=5)
-            else:
-                text = f"\u25c0 {clean:.2f} clean; attacks not run"
-                axes.text(left + 0.1, place, text, va="center", color=COLOURS[0], fontsize=8)
-        for limit, dashes, colour in (
-            (-CLEAN_POINTS, (4, 2), COLOURS[0]),
-            (-ATTACKED_POINTS, (1, 1), COLOURS[1]),
+        rate = RATES[task, optimizer]
+        for partition, candidate, attack in product(
+            PARTITIONS, {**CANDIDATES, **MOMENTA}, (*ATTACKS, *SEARCHES)
         ):
-            axes.axvline(limit, color=colour, linestyle=(0, dashes), linewidth=1.3, zorder=0)
-        axes.set_yticks(
-            range(len(order)), [f"{rule}; momentum {momentum}" for rule, momentum in order]
+            if candidate in MOMENTA and (attack in SEARCHES or not first):
+                continue
+            values = (task, model, optimizer, n, f, partition)
+            runs.append(
+                dict(zip(SETTING, values, strict=True))
+                | {"candidate": candidate, "attack": attack, "seed": seed}
+                | {"trained": f"batch {BATCH}, {STEPS} steps, lr {rate}"}
+            )
+    return runs
+
+
+def table(results: list[tuple[Run, Run]]) -> list[list[str]]:
+    """Lines of `COLUMNS`; what was not run is blank."""
+    accuracy = mean_by(results, *SETTING, "candidate", "attack")
+    lines = dict.fromkeys(key[:-1] for key in accuracy)
+    order = [*CANDIDATES, *MOMENTA]
+    return [
+        [
+            *map(str, line),
+            *(
+                f"{accuracy[(*line, attack)]:.1f}" if (*line, attack) in accuracy else ""
+                for attack in (*ATTACKS, *SEARCHES)
+            ),
+        ]
+        for line in sorted(
+            lines,
+            key=lambda line: (*line[:5], list(PARTITIONS).index(line[5]), order.index(line[6])),
         )
-        if CHOSEN in worst:
-            axes.get_yticklabels()[order.index(CHOSEN)].set_fontweight("bold")
-        axes.set(xlim=(left, 0.2), ylim=(-0.7, len(order) - 0.3))
-        axes.set_xlabel("worst change of test accuracy, in points")
-        axes.grid(alpha=0.3)
-        handles = [
-            Line2D([], [], marker="o", linestyle="", color=COLOURS[0]),
-            Line2D([], [], marker="D", linestyle="", color=COLOURS[1], markeredgecolor="black"),
-            Line2D([], [], color=COLOURS[0], linestyle=(0, (4, 2))),
-            Line2D([], [], color=COLOURS[1], linestyle=(0, (1, 1))),
+    ]
+
+
+def draw(source: Path, picture: Path) -> None:
+    """A heatmap for each partition of the screen: rules by attacks, in percent."""
+    with source.open(newline="") as file:
+        lines = [
+            line
+            for line in csv.DictReader(file)
+            if (line["data"], line["model"], line["optimizer"], line["n"])
+            == ("digits", "mlp", "SGD", "20")
+            and line["candidate"] in CANDIDATES
         ]
-        labels = [
-            "clean, against DDP",
-            "attacked, against own clean",
-            "limit clean",
-            "limit attacked",
-        ]
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    attacks = [*ATTACKS, *SEARCHES]
+    with style():
+        figure = Figure(figsize=(11, 6.4), layout="constrained")
+        panels = figure.subplots(2, 2, sharex=True, sharey=True).flatten()
+        for axes, partition in zip(panels, PARTITIONS, strict=True):
+            here = {line["candidate"]: line for line in lines if line["partition"] == partition}
+            values = [
+                [float(here[rule][attack] or math.nan) for attack in attacks]
+                for rule in CANDIDATES
+                if rule in here
+            ]
+            axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+            for row, line in enumerate(values):
+                for column, value in enumerate(line):
+                    axes.text(
+                        *(column, row, "" if math.isnan(value) else f"{value:.0f}"),
+                        ha="center",
+                        va="center",
+                        color="white" if value < 55 else "black",
+                        fontsize=8,
+                    )
+            axes.set_title(partition, fontsize=10)
+            axes.set_xticks(range(len(attacks)), attacks, rotation=35, ha="right")
+            axes.set_yticks(range(len(CANDIDATES)), list(CANDIDATES))
+            axes.get_yticklabels()[list(CANDIDATES).index(CHOSEN)].set_fontweight("bold")
+        figure.supxlabel(
+            "attack; mean and pull search for the worst lie against the rule", fontsize=9
+        )
         figure.savefig(picture, dpi=110)
 
 
@@ -321,7 +352,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Measures the candidates for the default algorithm."
     )
-    parser.add_argument("--data", help="folder that holds libsvm/a9a.bz2 and libsvm/a9a.t.bz2")
+    parser.add_argument("--data", default="", help="folder that holds FashionMNIST")
+    parser.add_argument(
+        "--screen", action="store_true", help="only the digits, MLP, SGD, 6 of 20, one seed"
+    )
     parser.add_argument(
         "--draw",
         nargs=2,
@@ -336,26 +370,23 @@ def main() -> None:
         help="where results are kept; a rerun goes on there",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument(
-        "--rules", nargs="+", choices=list(RULES), default=list(RULES), help="only these"
-    )
     arguments = parser.parse_args()
     if arguments.draw:
         draw(*arguments.draw)
         return
-    if arguments.data is None:
-        parser.error("--data is needed")
+    if not (arguments.screen or arguments.data):
+        parser.error("--data is needed, or --screen")
     start = time.monotonic()
-    lines = measure(
+    results = run_all(
+        all_runs(arguments.screen),
         partial(train, data=arguments.data),
         arguments.output,
         arguments.jobs,
-        [c for c in CANDIDATES if c[0] in arguments.rules],
     )
-    table = arguments.output / "default-algorithm.csv"
-    write(lines, table)
-    draw(table, table.with_suffix(".png"))
-    print(f"{table}; {machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.")
+    path = arguments.output / "default-algorithm.csv"
+    write_csv(path, COLUMNS, table(results))
+    draw(path, path.with_suffix(".png"))
+    print(f"{path}; {machine()}; this call took {(time.monotonic() - start) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":
