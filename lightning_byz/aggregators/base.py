@@ -105,6 +105,14 @@ class Aggregator(Rule):
         return False
 
     @property
+    def bears_unlike_data(self) -> bool:
+        """Whether it stays near the mean where nobody lies and workers' data differ, so that it
+        loses little of what only some workers have seen: measured, docs/default-algorithm.md. The
+        strategy warns of the others on such data.
+        """
+        return False
+
+    @property
     def coordinate_wise(self) -> bool:
         """Whether every coordinate of the result is a function of that coordinate of the rows
         alone, the same in every round.

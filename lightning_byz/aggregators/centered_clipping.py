@@ -44,6 +44,10 @@ class CenteredClip(Aggregator):
             raise ValueError(f"`start` should be 'last' or 'median'. Found {self.start!r}.")
 
     @property
+    def bears_unlike_data(self) -> bool:
+        return True
+
+    @property
     def remembers(self) -> bool:
         return self.start == "last"
 

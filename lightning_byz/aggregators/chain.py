@@ -71,6 +71,11 @@ class Chain(Aggregator):
         return not self.pre and self.rule.coordinate_wise
 
     @property
+    def bears_unlike_data(self) -> bool:
+        # what bounds rows drops none
+        return self.rule.bears_unlike_data and all(part.bounds_rows for part in self.pre)
+
+    @property
     def remembers(self) -> bool:
         return self.rule.remembers
 

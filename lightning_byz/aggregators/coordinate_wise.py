@@ -37,6 +37,10 @@ class Mean(WeightedAggregator):
         return 0.0
 
     @property
+    def bears_unlike_data(self) -> bool:
+        return True
+
+    @property
     def coordinate_wise(self) -> bool:
         return True
 

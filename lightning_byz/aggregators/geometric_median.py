@@ -92,6 +92,10 @@ class GeometricMedian(WeightedAggregator):
         exact = self.iterations is None and self.nu is None
         return 4 * (1 + self.f / (n - 2 * self.f)) ** 2 if exact else None
 
+    @property
+    def bears_unlike_data(self) -> bool:
+        return True
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, products = len(rows), around_medoid(rows, self.f)

@@ -164,6 +164,10 @@ class SpectralFilter(WeightedAggregator):
             )
         _check_floor(self.norm_floor)
 
+    @property
+    def bears_unlike_data(self) -> bool:
+        return True
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n = len(rows)

@@ -42,6 +42,10 @@ class RobustnessMonitorCallback(_Base):
     began (``byz/total_...``), ``byz/silent`` (workers whose message did not count), and
     ``byz/weight/worker_<i>`` where the rule has weights.
 
+    Of uncompressed `RobustSGD`, as the default is: ``byz/heterogeneity`` in [0, 1], how much
+    workers' gradients differ for their data, beside the noise of batches (see
+    `lightning_byz.engine.heterogeneity`).
+
     The guarantee meter, where a kappa of the rule is proven (`Aggregator.kappa`): ``byz/spread`` is
     the honest rows' mean squared distance to their mean, ``byz/guarantee_ratio`` is
     ``sqrt(kappa * spread) / ||honest mean||``, and ``byz/guarantee`` is 1 while that is below 1:
@@ -102,7 +106,9 @@ class RobustnessMonitorCallback(_Base):
             step = outcome.round.step
             if step % self.every_n_steps:
                 return {}
-            return self._measured(outcome, exchange, self._liars(strategy, step))
+            values = self._measured(outcome, exchange, self._liars(strategy, step))
+            unlike = strategy.heterogeneity[strategy.exchanges.index(exchange)].value
+            return values if unlike is None else {**values, "byz/heterogeneity": unlike}
 
         self._log.watch(strategy.exchanges, measure)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_byz.aggregators import Chain, Rule
+from lightning_byz.engine.heterogeneity import ENOUGH, UNLIKE, Heterogeneity
 from lightning_byz.engine.outcome import NO_LOSS, Outcome, comes
 from lightning_byz.strategies.unmoved_parameters import FewUsers, described
 from lightning_byz.strategies.validate import warn
@@ -44,7 +46,7 @@ class RoundReport:
     def forget(self) -> None:
         """Back to before the first step; silences are counted on."""
         self.skipped_in_a_row = 0
-        self._told_no_loss = False
+        self._told_no_loss = self._told_unlike = False
         self._few_users = FewUsers()
 
     def note_silence(self, outcome: Outcome, transport: Transport) -> None:
@@ -83,6 +85,25 @@ class RoundReport:
         if unmoved:
             warnings.warn(described(unmoved, module, f), stacklevel=2)
 
+    def note_heterogeneity(self, outcome: Outcome, found: Heterogeneity) -> None:
+        """Warns once where workers' data differ so much that the rule is likely to lose what only
+        some of them say. Called where the server's half runs.
+        """
+        found.observe(outcome)
+        value, rule = found.value, outcome.rule
+        if self._told_unlike or value is None or value < UNLIKE or found.estimates < ENOUGH:
+            return
+        self._told_unlike = True
+        if rule.f and not rule.bears_unlike_data:
+            warn(
+                "byzantine_robust: the workers' data differ. Their gradients' squared distances "
+                f"are {100 * value:.0f} % data and {100 - 100 * value:.0f} % noise of batches "
+                f"(byz/heterogeneity={value:.2f}), and {rule_name(rule)} takes the workers that "
+                f"differ most for liars: with f={rule.f} it may lose what only they have seen, "
+                "though nobody lies. Use SpectralFilter(), the default's rule, or a smaller "
+                "num_byzantine. See docs/choose.md."
+            )
+
     def count(self, outcome: Outcome) -> None:
         """Counts steps that are skipped.
 
@@ -119,3 +140,9 @@ class RoundReport:
         """Restores what `state` gave."""
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self.silences = dict(saved["silences"])
+
+
+def rule_name(rule: Rule) -> str:
+    """Its class; of a chain, those of its parts."""
+    parts = (*rule.pre, rule.rule) if isinstance(rule, Chain) else (rule,)
+    return " + ".join(type(part).__name__ for part in parts)

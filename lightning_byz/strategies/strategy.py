@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.data.batches import batch_size
 from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.heterogeneity import Heterogeneity
 from lightning_byz.engine.simulation import HONEST, Honest, Simulation
 from lightning_byz.strategies import resuming_with_others
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, collect, restore
@@ -163,6 +164,7 @@ class RobustStrategy(ProcessHooks):
         self.local_workers: LocalWorkers | None = None
         self.groups: list[GradientGroup] = []
         self.exchanges: list[Exchange] = []
+        self.heterogeneity: list[Heterogeneity] = []  # of each exchange
         self._reducer = MetricReducer()
 
     # -- the beginning and the end -----------------------------------------------------------------
@@ -199,8 +201,10 @@ class RobustStrategy(ProcessHooks):
         self._watch(None)
         self.groups = gradient_groups(module, self.optimizers, exchange, self.n == 1)
         self.exchanges = [group.exchange for group in self.groups]
-        for each in self.exchanges:
+        self.heterogeneity = [Heterogeneity(self.resolved, seed) for _ in self.exchanges]
+        for each, found in zip(self.exchanges, self.heterogeneity, strict=True):
             each.observers.append(lambda outcome: self.report.note_silence(outcome, transport))
+            each.observers.append(partial(self.report.note_heterogeneity, found=found))
         self.simulation = HONEST
         if self.n > 1:
             manual = not module.automatic_optimization

@@ -1,0 +1,122 @@
+"""How unlike the workers' data are: what of the differences between rows does not average out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_byz.algorithms import Algorithm, RobustSGD
+from lightning_byz.compressors import Identity
+from lightning_byz.engine.outcome import Outcome
+from lightning_byz.numerics.rows import Rows
+from lightning_byz.types import keyed_generator
+
+UNLIKE = 0.4
+"""From here on rules that drop rows lose what only some workers' data say
+(docs/default-algorithm.md): Dirichlet(1) has about 0.3, Dirichlet(0.3) 0.5, Dirichlet(0.1) 0.7.
+"""
+
+ENOUGH = 5
+"""Estimates, before anybody is told."""
+
+_EVERY = 10
+_COLUMNS = 4096
+_KEPT = 0.9
+
+
+class Heterogeneity:
+    """An estimate of how much workers' gradients differ for their data, beside batches' noise.
+
+    With g_i worker i's gradient of one batch, it is ``H / (H + N)``: H is the squared distance
+    between two workers' expected gradients, N the squared distance that the noise of two batches
+    makes. It is near 0 where all draw from one distribution, and near 1 where data differ much, or
+    batches are large. Finite shares of the same data are different data, too.
+
+    Rows are moving averages of gradients, with weight beta of the past. Noise is new in every
+    round, so a row's change tells how much of it there is: ``E ||m_t - m_(t-1)||^2 = 2 (1 - beta)
+    Var(m)``, and ``N = 2 Var(g) = 2 Var(m) (1 + beta) / (1 - beta)``. Between two workers,
+    ``E ||m_i - m_j||^2 = H + 2 Var(m)``. Changes are the median over the workers, distances the
+    median over the workers of the median to the others, so that fewer than half of the workers
+    cannot make it what they like; liars still make it larger, as they differ. The drift of
+    gradients, as the model moves, counts as noise.
+
+    Two rounds in succession of every ten are looked at, in 4,096 columns, and averaged over some
+    hundred rounds.
+
+    Args:
+        algorithm: the run's. Only uncompressed `RobustSGD` has rows that are moving averages.
+        seed: of the columns that are looked at.
+
+    Attributes:
+        estimates: how many there were.
+    """
+
+    def __init__(self, algorithm: Algorithm, seed: int = 0) -> None:
+        self.seed, self.estimates = seed, 0
+        fits = isinstance(algorithm, RobustSGD) and isinstance(algorithm.compressor, Identity)
+        self._algorithm = algorithm if fits else None
+        self._beta = algorithm.worker_momentum if isinstance(algorithm, RobustSGD) else 0.0
+        self._last: tuple[int, Tensor, Tensor] | None = None  # step, workers, rows
+        # sums of 2 Var(m), and of squared distances between workers
+        self._within = self._between = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """In [0, 1]; None before the first estimate."""
+        noise = self._within * (1 + self._beta) / (1 - self._beta)
+        data = max(0.0, self._between - self._within)
+        return data / (data + noise) if self.estimates and data + noise > 0 else None
+
+    def observe(self, outcome: Outcome) -> None:
+        """Looks at a round, where it is one to look at; on all ranks or on none."""
+        step = outcome.round.step
+        # until then moving averages are mostly their start
+        if self._algorithm is None or step < 2 / (1 - self._beta) or step % _EVERY > 1:
+            return
+        rows = None if outcome.estimate is None else _spoken(outcome)
+        if rows is None or len(rows[0]) < 3:
+            self._last = None
+            return
+        workers, seen = rows
+        last, self._last = self._last, (step, workers, self._columns(seen))
+        if step % _EVERY == 1 and last is not None and last[0] == step - 1:
+            self._estimate(seen, last, self._last)
+
+    def _columns(self, rows: Rows) -> Tensor:
+        """``[m, k]`` float64: the rows in some columns, always the same."""
+        dim = rows.values.shape[1] if rows.dim is None else rows.dim
+        index = torch.arange(dim)
+        if dim > _COLUMNS:
+            draws = keyed_generator("heterogeneity", self.seed)
+            index = torch.randint(dim, (_COLUMNS,), generator=draws).sort().values
+        columns = rows.columns(index)
+        return columns.wide() * columns.unit
+
+    def _estimate(
+        self,
+        rows: Rows,
+        last: tuple[int, Tensor, Tensor],
+        now: tuple[int, Tensor, Tensor],
+    ) -> None:
+        both = torch.isin(now[1], last[1]), torch.isin(last[1], now[1])
+        if int(both[0].sum()) < 3:
+            return
+        here, before = now[2][both[0].to(now[2].device)], last[2][both[1].to(last[2].device)]
+        products = rows.sum(here @ here.T)  # over all slices of columns
+        changes = rows.sum((here - before).square().sum(1))
+        squares = products.diagonal()
+        distances = squares + squares[:, None] - 2 * products
+        to_others = distances.fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
+        between = float(to_others.median(dim=1).values.median())
+        within = float(changes.median()) / (1 - self._beta)
+        self._between = _KEPT * self._between + max(between, 0.0)
+        self._within = _KEPT * self._within + within
+        self.estimates += 1
+
+
+def _spoken(outcome: Outcome) -> tuple[Tensor, Rows]:
+    """The workers that spoke, and their rows."""
+    present, cohort = outcome.round.present, outcome.round.cohort
+    assert present is not None
+    spoke = present if cohort is None else present & cohort
+    return spoke.nonzero().flatten(), outcome.seen.select(spoke)

@@ -1,0 +1,223 @@
+"""How unlike the workers' data are: the estimate, where it is known, and who is told."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from harness import QUIET, Report, fit
+from models import Plain, loader
+from test_monitors import Keeps, logged
+
+from lightning_byz import AllGather, ByLabel, Dirichlet, Sharded, SpectralFilter
+from lightning_byz.aggregators import (
+    ARC,
+    CAF,
+    NNM,
+    Aggregator,
+    Chain,
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    Mean,
+    StaticClipping,
+    TrimmedMean,
+)
+from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
+from lightning_byz.compressors import TopK
+from lightning_byz.demo.quickstart import DigitsClassifier
+from lightning_byz.engine.exchange import Exchange
+from lightning_byz.engine.heterogeneity import ENOUGH, UNLIKE, Heterogeneity
+from lightning_byz.engine.outcome import Contribution
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    DigitsDataModule,
+    RobustnessMonitor,
+)
+from lightning_byz.strategies.round_report import RoundReport
+from lightning_byz.transports import InProcess
+from lightning_byz.types import Gradients
+
+N, D = 11, 6_000  # more columns than are looked at
+
+
+def estimate(
+    algorithm: RobustSGD, spread: float, rounds: int = 300, liars: float | None = None
+) -> Heterogeneity:
+    """From rounds with gradients of noise N(0, 1), of workers whose means lie N(0, spread^2) apart;
+    ``liars``: what three of them send instead, times a row of ones.
+    """
+    transport = InProcess()
+    transport.connect(0, 1, N, torch.device("cpu"))
+    exchange, found = Exchange(algorithm, transport, 0), Heterogeneity(algorithm)
+    exchange.observers.append(found.observe)
+    generator = torch.Generator().manual_seed(0)
+    means = spread * torch.randn(N, D, generator=generator)
+    used = torch.ones(1, dtype=torch.uint8)
+    for _ in range(rounds):
+        rows = means + torch.randn(N, D, generator=generator)
+        if liars is not None:
+            rows[-3:] = liars
+        exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0])
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0, 3.0])
+def test_it_is_the_part_of_the_distances_that_is_data(beta: float, spread: float) -> None:
+    found = estimate(RobustSGD(Mean(), worker_momentum=beta), spread)
+    assert found.value == pytest.approx(spread**2 / (spread**2 + 1), abs=0.05)
+
+
+@pytest.mark.parametrize("lie", [0.0, 10.0, 1e6])
+def test_liars_do_not_make_it_what_they_like(lie: float) -> None:
+    rule = SpectralFilter(f=3)
+    alike = estimate(RobustSGD(rule, worker_momentum=0.9), 0.0, liars=lie).value
+    unlike = estimate(RobustSGD(rule, worker_momentum=0.9), 2.0, liars=lie).value
+    assert alike is not None
+    assert unlike is not None
+    assert alike < 0.1
+    assert unlike > 0.6
+
+
+def test_where_rows_are_no_moving_averages_there_is_none() -> None:
+    for algorithm in (ByzEF21SGDM(Mean()), RobustSGD(Mean(), compressor=TopK(0.5))):
+        found = estimate(algorithm, 1.0, rounds=40)  # type: ignore[arg-type]
+        assert found.value is None
+        assert found.estimates == 0
+
+
+def test_a_worker_that_was_away_is_left_out_of_a_change() -> None:
+    rows = torch.randn(40, N, 50, generator=torch.Generator().manual_seed(0))
+    rows[20, 3] = torch.nan
+    transport = InProcess()
+    transport.connect(0, 1, N, torch.device("cpu"))
+    algorithm = RobustSGD(CoordinateMedian(f=2))
+    exchange, found = Exchange(algorithm, transport, 0), Heterogeneity(algorithm)
+    exchange.observers.append(found.observe)
+    for gradients in rows:
+        exchange.run(
+            [Contribution(Gradients(g), torch.ones(1, dtype=torch.uint8)) for g in gradients],
+            gradients[0],
+        )
+    assert found.estimates == 3  # rounds 11, 21, 31
+    assert found.value is not None
+    assert found.value < 0.2
+
+
+# -- who is told -----------------------------------------------------------------------------------
+
+
+class Found:
+    """An estimate that is known."""
+
+    def __init__(self, value: float | None, estimates: int = ENOUGH) -> None:
+        self.value, self.estimates = value, estimates
+
+    def observe(self, outcome: Any) -> None:
+        pass
+
+
+def told(rule: Aggregator, *found: Found) -> list[str]:
+    """What a run with this rule warns of."""
+
+    class Outcome:
+        def __init__(self) -> None:
+            self.rule = rule
+
+    report = RoundReport(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for each in found:
+            report.note_heterogeneity(Outcome(), each)  # type: ignore[arg-type]
+    return [str(warning.message) for warning in caught]
+
+
+def test_who_loses_on_unlike_data_is_told_once() -> None:
+    rule = Chain(pre=(NNM(),), rule=TrimmedMean(), f=2)
+    (said,) = told(rule, Found(None), Found(0.9, ENOUGH - 1), Found(0.7), Found(0.9))
+    assert "70 % data" in said
+    assert "NNM + TrimmedMean" in said
+    assert "f=2" in said
+    assert "SpectralFilter()" in said
+    for quiet in (Found(None), Found(UNLIKE - 0.01), Found(0.9, ENOUGH - 1)):
+        assert not told(rule, quiet)
+
+
+@pytest.mark.parametrize(
+    ("rule", "bears"),
+    [
+        (SpectralFilter(f=2), True),
+        (GeometricMedian(f=2), True),
+        (Chain(pre=(ARC(),), rule=Mean(), f=2), True),
+        (Chain(pre=(StaticClipping(), ARC()), rule=GeometricMedian(), f=2), True),
+        (Chain(pre=(NNM(),), rule=GeometricMedian(), f=2), False),
+        (Chain(pre=(ARC(),), rule=CAF(), f=2), False),
+        (CAF(f=2), False),
+        (CAF(f=0), True),  # takes nobody for a liar
+        (Krum(f=2), False),
+        (CoordinateMedian(f=2), False),
+    ],
+)
+def test_which_rules_are_warned_of(rule: Aggregator, bears: bool) -> None:
+    assert bool(told(rule, Found(0.8))) != bears
+
+
+@pytest.mark.parametrize(
+    ("partition", "unlike"), [(None, False), (Dirichlet(0.1), True), (ByLabel(), True)]
+)
+def test_a_run_warns_where_data_differ(partition: Any, unlike: bool, tmp_path: Path) -> None:
+    """Ten workers; CAF is warned of, and the default is not."""
+    for rule, warned in ((CAF(), unlike), (SpectralFilter(), False)):
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(rule, worker_momentum=0.9, undo_worker_momentum=True), workers_per_process=10
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (report,) = fit_told(tmp_path, strategy, partition)
+        said = [str(each.message) for each in caught if "workers' data differ" in str(each.message)]
+        assert len(said) == warned
+        value = report["extra"][-1]["byz/heterogeneity"]
+        assert (value > UNLIKE) == unlike
+
+
+def fit_told(folder: Path, strategy: Any, partition: Any) -> list[dict[str, Any]]:
+    """80 steps on the digits; unlike `fit`, warnings are heard."""
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": -1, "max_steps": 80, "strategy": strategy},
+        callbacks=[RobustnessMonitor(per_worker=False), Keeps(), Report(folder, logged)],
+    )
+    trainer.fit(DigitsClassifier(lr=0.005), DigitsDataModule(16, partition=partition))
+    return [torch.load(folder / "rank0.pt", weights_only=False)]
+
+
+@pytest.mark.processes
+def test_slices_of_rows_say_what_whole_rows_say(tmp_path: Path) -> None:
+    values = []
+    for transport in (AllGather(), Sharded()):
+        L.seed_everything(0, verbose=False)
+        reports = fit(
+            tmp_path,
+            Plain(),
+            ByzantineRobustStrategy(
+                RobustSGD(CoordinateMedian(), worker_momentum=0.5),
+                num_byzantine=1,
+                transport=transport,
+                start_method="fork",
+            ),
+            devices=4,
+            data=loader(6, shuffle=True),
+            callbacks=[RobustnessMonitor(), Keeps()],
+            extra=logged,
+            max_epochs=-1,
+            max_steps=24,
+        )
+        assert all(report["extra"] == reports[0]["extra"] for report in reports)
+        values.append(reports[0]["extra"][-1]["byz/heterogeneity"])
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
+    assert values[0] > 0
