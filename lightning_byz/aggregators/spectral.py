@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators.base import WeightedAggregator, equal_weights
-from lightning_byz.aggregators.medoid import around_medoid
+from lightning_byz.aggregators.medoid import around_medoid, products_around_medoid
 from lightning_byz.numerics.rows import Rows
 
 
@@ -173,11 +173,15 @@ class SpectralFilter(WeightedAggregator):
         n = len(rows)
         if self.f == 0:
             return equal_weights(torch.arange(n, device=rows.values.device), n)
-        norms = rows.norms()
-        radius = norms.median()  # the lower one: at most half of the rows are clipped
-        factors = torch.where(norms > radius, radius / norms, 1.0)
-        products = around_medoid(rows.mix(torch.diag(factors)), self.f)
-        typical = min(1.5 * _usual_variance(products), float(radius / rows.unit) ** 2)
+        distances, squares = rows.squared_distances(), rows.squared_norms()
+        radius = squares.median().sqrt()  # the lower one: at most half of the rows are clipped
+        factors = torch.where(squares > radius.square(), radius / squares.sqrt(), 1.0)
+        if float(factors.min()) > _MOST_SHRUNK:
+            distances = _scaled_distances(distances, squares, factors)
+        else:
+            distances = rows.mix(torch.diag(factors)).squared_distances()
+        products = products_around_medoid(distances, self.f)
+        typical = min(1.5 * _usual_variance(distances), float(radius) ** 2)
         limit = (1 + self.share * n) * typical
         weights = _long_enough(rows, self.f, self.norm_floor).to(products)
         least = float(weights.sum()) - 2 * self.f
@@ -193,14 +197,23 @@ class SpectralFilter(WeightedAggregator):
         return weights / weights.sum() * factors
 
 
-def _usual_variance(products: Tensor) -> float:
-    """Half the median, over the rows, of the median squared distance to the other rows, from inner
-    products ``[n, n]`` after any common shift.
+_MOST_SHRUNK = 1e-2
+"""Rows that are shortened more have lost digits of their distances, which are made anew."""
+
+
+def _scaled_distances(distances: Tensor, squares: Tensor, factors: Tensor) -> Tensor:
+    """``[n, n]`` ``||a_i x_i - a_j x_j||^2``, from ``||x_i - x_j||^2``, ``||x_i||^2`` and a_i."""
+    scaled = factors * squares
+    change = (factors - factors[:, None]) * (scaled - scaled[:, None])
+    return (factors * factors[:, None] * distances + change).clamp_min(0)
+
+
+def _usual_variance(distances: Tensor) -> float:
+    """Half the median, over the rows, of the median squared distance to the other rows, from
+    squared distances ``[n, n]``.
     """
-    squares = products.diagonal()
-    distances = squares + squares[:, None] - 2 * products
-    nearest_first = distances.fill_diagonal_(-math.inf).sort(dim=1).values[:, 1:]  # without itself
-    return max(float(nearest_first.median(dim=1).values.median()) / 2, 0.0)
+    others = distances.clone().fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
+    return float(others.median(dim=1).values.median()) / 2
 
 
 @dataclass(frozen=True)
