@@ -79,6 +79,7 @@ def rules(n: int, f: int) -> dict[str, Timed]:
         "mda": byz.MDA(f=f),
         "smea": byz.SMEA(f=min(f, byz.SMEA().most_f(n))),
         "caf": byz.CAF(f=f),
+        "spectral_filter": byz.SpectralFilter(f=f),
         "dnc": byz.DnC(f=f),
         "sign_guard": byz.SignGuard(f=f),
         "majority_vote": byz.MajorityVote(f=f),

@@ -1077,8 +1077,8 @@ BUGS = [
     Bug(
         "the spectral filter does not clip",
         "aggregators/spectral.py",
-        "norms > radius, radius / norms, 1.0",
-        "norms < 0, radius / norms, 1.0",
+        "squares > radius.square(), radius /",
+        "squares < 0, radius /",
         "rules",
     ),
     Bug(
@@ -1098,8 +1098,8 @@ BUGS = [
     Bug(
         "the spectral filter's limit does not shrink with the spread",
         "aggregators/spectral.py",
-        "min(1.5 * _usual_variance(products), float(radius / rows.unit) ** 2)",
-        "float(radius / rows.unit) ** 2",
+        "min(1.5 * _usual_variance(distances), float(radius) ** 2)",
+        "float(radius) ** 2",
         "rules",
     ),
     Bug(
@@ -1108,6 +1108,20 @@ BUGS = [
         "if float(fewer.sum()) < least:",
         "if False:",
         "rules",
+    ),
+    Bug(
+        "the spectral filter's distances are of the whole rows",
+        "aggregators/spectral.py",
+        "distances = _scaled_distances(distances, squares, factors)",
+        "pass",
+        "aggregators",
+    ),
+    Bug(
+        "the spectral filter trusts lost digits",
+        "aggregators/spectral.py",
+        "_MOST_SHRUNK = 1e-2",
+        "_MOST_SHRUNK = -1",
+        "aggregators",
     ),
     Bug(
         "the spectral filter has no floor",
