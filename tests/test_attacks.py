@@ -25,6 +25,7 @@ from lightning_byz.aggregators import (
     Krum,
     Mean,
     MultiKrum,
+    SpectralFilter,
     TrimmedMean,
 )
 from lightning_byz.attacks import (
@@ -931,6 +932,7 @@ RULES_AND_ROOM = {
     MultiKrum(f=4): 0.05,
     Chain(pre=(NNM(),), rule=TrimmedMean(), f=4): 0.05,
     CAF(f=4, norm_floor=0.3): 0.1,
+    SpectralFilter(f=4): 0.1,
     Krum(f=4): 0.05,
 }
 """By rule, what another attack may lead farther, as a part of that."""

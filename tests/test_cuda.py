@@ -21,7 +21,6 @@ from models import Plain, loader
 from zoo import ALGORITHMS, COMPRESSORS, RULES, rows_for
 
 from lightning_byz import (
-    CAF,
     NNM,
     AllGather,
     ByzEF21SGDM,
@@ -32,6 +31,7 @@ from lightning_byz import (
     Sharded,
     SignFlip,
     SignSGDMajorityVote,
+    SpectralFilter,
     TopK,
     TrimmedMean,
 )
@@ -160,7 +160,7 @@ CASES: dict[str, Any] = {
     "median": RobustSGD(CoordinateMedian(f=2)),
     "distances": RobustSGD(Chain(pre=(NNM(),), rule=TrimmedMean(), f=2)),
     "krum": RobustSGD(Krum(f=2)),
-    "momenta": RobustSGD(CAF(f=2, norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True),
+    "momenta": RobustSGD(SpectralFilter(f=2), worker_momentum=0.9, undo_worker_momentum=True),
     "votes": SignSGDMajorityVote().with_f(2),
     "few coordinates": ByzEF21SGDM(CoordinateMedian(f=2), TopK(ratio=0.01)),
     "few coordinates, distances": ByzEF21SGDM(

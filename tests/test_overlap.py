@@ -17,7 +17,6 @@ from models import Plain, loader, loss_of
 from torch.utils.checkpoint import checkpoint
 
 from lightning_byz import (
-    CAF,
     NNM,
     AllGather,
     ByzEF21SGDM,
@@ -27,6 +26,7 @@ from lightning_byz import (
     RobustSGD,
     Sharded,
     SignSGDMajorityVote,
+    SpectralFilter,
     TrimmedMean,
 )
 from lightning_byz.lightning import (
@@ -146,7 +146,7 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
     ),
     "the default": (
         Plain,
-        RobustSGD(CAF(norm_floor=0.3), worker_momentum=0.9, undo_worker_momentum=True),
+        RobustSGD(SpectralFilter(), worker_momentum=0.9, undo_worker_momentum=True),
         {},
         True,
     ),

@@ -133,8 +133,9 @@ class SpectralFilter(WeightedAggregator):
     the median squared distance to the others, times 1.5; and at most the squared median norm.
 
     f equal lies that the filter lets pass move the result by about ``sqrt(f (1 + share n)) / n``
-    times the median norm, along any direction. `CAF` always takes the weight of 2f rows. That costs
-    little where all workers draw from one distribution, and much where they do not.
+    times the median norm, along any direction. `CAF` has no such limit: it keeps the mean that
+    varies least, whoever it leaves out. That costs little where all workers draw from one
+    distribution, and much where they do not.
 
     Needs n > 2f. Lengths are measured from 0, so the result does not move with the rows. With f = 0
     it is the mean. No paper: the parts are those of `ARC` (arXiv 2405.14432), with the median norm
