@@ -341,7 +341,8 @@ def draw(source: Path, picture: Path) -> None:
             axes.set_title(partition, fontsize=10)
             axes.set_xticks(range(len(attacks)), attacks, rotation=35, ha="right")
             axes.set_yticks(range(len(CANDIDATES)), list(CANDIDATES))
-            axes.get_yticklabels()[list(CANDIDATES).index(CHOSEN)].set_fontweight("bold")
+            for label in axes.get_yticklabels():
+                label.set_fontweight("bold" if label.get_text() == CHOSEN else "normal")
         figure.supxlabel(
             "attack; mean and pull search for the worst lie against the rule", fontsize=9
         )
