@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _runs import Run, _key, machine, markdown, run_all  # noqa: F401
-from defaults import initial, mlp
 
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.attacks import Attack
@@ -35,6 +34,23 @@ from lightning_byz.transports import InProcess, Transport
 from lightning_byz.types import Gradients, Round
 
 Labelled = tuple[Tensor, Tensor]
+
+
+def initial(sizes: list[int]) -> Tensor:
+    """The flat parameters of an MLP, as torch.nn.Linear starts them."""
+    return torch.cat(
+        [torch.empty((a + 1) * b).uniform_(-(a**-0.5), a**-0.5) for a, b in pairwise(sizes)]
+    )
+
+
+def mlp(w: Tensor, x: Tensor, sizes: list[int]) -> Tensor:
+    """Logits ``[..., batch, classes]`` of an MLP with flat parameters ``w [..., d]`` for
+    ``x [..., batch, inputs]``.
+    """
+    for layer, (a, b) in enumerate(pairwise(sizes)):
+        weight, bias, w = w.split([a * b, b, w.shape[-1] - (a + 1) * b], -1)
+        x = (x if layer == 0 else x.relu()) @ weight.unflatten(-1, (a, b)) + bias.unsqueeze(-2)
+    return x
 
 
 # -- rounds ----------------------------------------------------------------------------------------
