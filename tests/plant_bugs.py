@@ -1121,7 +1121,7 @@ BUGS = [
         "aggregators/spectral.py",
         "_MOST_SHRUNK = 1e-2",
         "_MOST_SHRUNK = -1",
-        "aggregators",
+        "rules",
     ),
     Bug(
         "the spectral filter has no floor",

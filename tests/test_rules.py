@@ -283,11 +283,24 @@ def test_the_spectral_filter_s_floor_takes_f_rows_at_most_and_none_without_liars
 
 
 def test_the_spectral_filter_does_not_take_all():
-    """Three rows far apart: after the farthest, the other two stand out alike."""
-    x = torch.tensor([[1.0], [-1.0], [3.0]], dtype=torch.float64)
-    weights = SpectralFilter(f=1).weights(Rows(x))
-    assert float(weights.sum()) > 0
-    assert bool(weights.isfinite().all())
+    """Two and two rows: all stand out alike, and none goes."""
+    x = torch.tensor([[-4.0], [-4.0], [1.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(
+        SpectralFilter(f=1).weights(Rows(x)), torch.tensor([1.0, 1, 4, 4], dtype=torch.float64) / 16
+    )
+
+
+def test_long_lies_cost_the_spectral_filter_no_digits():
+    """It says of lies of any length what it says of those clipped to the median norm."""
+    honest = groups(each=1, kinds=9)
+    rule, clip = SpectralFilter(f=2, share=0.01), 1 + 1e-9
+    lie = torch.zeros(2, 200, dtype=torch.float64)
+    lie[:, 100], lie[:, 101] = 0.6, 0.8
+    radius = torch.cat([honest, 2 * lie]).norm(dim=1).sort().values[5]
+    expected = rule(torch.cat([honest, clip * radius * lie]))
+    for length in (1e3, 1e9, 1e15, 1e30):
+        found = rule(torch.cat([honest, length * lie]))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("option", [{"share": 0.0}, {"share": 1.0}, {"norm_floor": 1.0}])
