@@ -1,10 +1,9 @@
-"""Compiled kernels: the same bits as PyTorch's operations, whatever the rows, threads and
-instruction set.
+"""Compiled kernels: the same bits as PyTorch's operations, or the same to rounding; and the same
+bits whatever the number of threads and the instruction set.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import logging
 import os
@@ -21,6 +20,7 @@ from lightning_byz.aggregators import (
     CoordinateMedian,
     MajorityVote,
     MeaMed,
+    MultiKrum,
     Phocas,
     TrimmedMean,
 )
@@ -120,13 +120,102 @@ def test_rows_of_any_place_in_memory_are_read():
 
 @compiler
 @each(RULES)
-def test_every_rule_has_the_same_bits_without_kernels(case):
-    n = 11
+def test_every_rule_gives_the_same_without_kernels(case):
+    """The same bits, but for rules that need inner products, which round differently."""
+    parts = (*case.rule.pre, case.rule.rule) if isinstance(case.rule, Chain) else (case.rule,)
+    n, exact = 11, not any(part.compares_rows for part in parts)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = rows_for(n, 333, seed=5).to(dtype)
         fast = case.rule(x)
         with kernels.switched_off():
-            assert torch.equal(fast, case.rule(x))
+            slow = case.rule(x)
+        torch.testing.assert_close(fast, slow, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
+
+
+# -- inner products, sums and mixtures -------------------------------------------------------------
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 20, 33, kernels.MOST_ROWS])
+@pytest.mark.parametrize("d", [0, 1, 255, 512, 513, 40_000])
+@pytest.mark.thorough(keep=12)
+def test_inner_products_are_those_of_float64(n, d, dtype):
+    x = rows_for(n, d, seed=d, dtype=dtype)
+    wide = x.double()
+    expected = wide @ wide.T
+    found = kernels.inner_products([*x])
+    digits = 2e-7 if dtype == torch.float32 else 1e-13
+    lengths = wide.norm(dim=1)
+    assert ((found - expected).abs() <= digits * lengths[:, None] * lengths + 1e-300).all()
+    assert torch.equal(found, found.T)
+
+
+@compiler
+def test_bits_of_products_and_mixtures_do_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(kernels, "_SHARE", 1)
+    x = rows_for(9, 70_001, dtype=torch.float32)
+    mixing = torch.rand(6, 9, dtype=torch.float64)
+
+    def numbers(threads: int) -> tuple[torch.Tensor, ...]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        mixed, summed = torch.empty(70_001), torch.empty(70_001)
+        ColumnStatistic("mean", 1, 5).by_kernel([*x], mixed, mixing)
+        kernels.weighted_sum([*x], mixing[0, :9].tolist(), summed)
+        return kernels.inner_products([*x]), mixed, summed
+
+    alone = numbers(1)
+    for threads in (2, 3, 7, 200):
+        assert all(map(torch.equal, alone, numbers(threads)))
+
+
+@compiler
+@pytest.mark.parametrize("statistic", statistics(11), ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_of_mixed_rows_are_those_of_the_mixtures(statistic, dtype):
+    x = rows_for(9, 1000, dtype=dtype)
+    mixing = torch.rand(11, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mixing[mixing < 0.3] = 0
+    mixing -= 0.3
+    found = Rows(x).mix(mixing).map(statistic)
+    expected = statistic._by_torch((mixing @ x.double()).to(dtype))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@compiler
+def test_what_has_no_weight_is_not_read():
+    x = rows_for(5, 100, dtype=torch.float32)
+    x[2] = torch.nan
+    mixing = torch.eye(5, dtype=torch.float64)
+    mixing[2] = mixing[1]
+    found = torch.empty(100)
+    assert ColumnStatistic().by_kernel([*x], found, mixing) == kernels.ODD_INPUT
+    assert torch.equal(found, ColumnStatistic()(x[[0, 1, 1, 3, 4]]))
+    assert Rows(x).combine(torch.tensor([0.5, 0.5, 0, 0, 0])).isfinite().all()
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weighted_sums_have_the_bits_of_pytorchs_operations(dtype):
+    rows = Rows(rows_for(9, 300_001, dtype=dtype))
+    weights = torch.rand(9, dtype=torch.float64)
+    weights[4] = 0
+    fast = rows.combine(weights)
+    with kernels.switched_off():
+        assert torch.equal(fast, rows.combine(weights))
+
+
+@compiler
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_products_tell_that_rows_are_finite(bad, monkeypatch):
+    x = rows_for(11, 1000, dtype=torch.float32)
+    rule = MultiKrum(f=2)
+    expected = rule(x, torch.ones(11, dtype=torch.bool))
+    odd = x.clone()
+    odd[4, 999] = bad
+    assert torch.equal(rule(odd), rule(x, torch.arange(11) != 4))
+    monkeypatch.setattr(Rows, "_sums_of_squares", lambda *_: pytest.fail("rows were read twice"))
+    assert torch.equal(rule(x), expected)
 
 
 # -- what is not finite ----------------------------------------------------------------------------
@@ -253,16 +342,21 @@ def test_every_instruction_set_that_this_processor_has_gives_the_same(tmp_path):
     order = [*build.INSTRUCTIONS]
     runs = [i for i in order if has in order and order.index(i) >= order.index(has)] or ["baseline"]
     x = hard_rows(20, 1003, torch.float32)
+    mixing = torch.rand(20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with kernels.switched_off():
         expected = [statistic(x) for statistic in statistics(20)]
+    of_others = []
     for instructions in runs:
-        function = ctypes.CDLL(str(tmp_path / build.library("float32", instructions))).columns
-        known = kernels._library("float32")
-        function.restype, function.argtypes = known.restype, known.argtypes
+        library = kernels.opened(tmp_path / build.library("float32", instructions))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "_library", lambda dtype, found=function: found)
+            patch.setattr(kernels, "_library", lambda dtype, found=library: found)
             for statistic, result in zip(statistics(20), expected, strict=True):
                 assert torch.equal(statistic(x), result), (instructions, statistic)
+            mixed = Rows(x).mix(mixing).map(ColumnStatistic())
+            of_others.append((kernels.inner_products([*x]), mixed))
+    for products, mixed in of_others:
+        assert torch.equal(products, of_others[0][0])
+        assert torch.equal(mixed, of_others[0][1])
 
 
 def test_a_build_without_a_compiler_says_what_is_missing(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -32,9 +32,20 @@ class Rule(ABC):
     Args:
         f: number of Byzantine rows to tolerate. None: not yet known; the strategy fills it in
             (``num_byzantine``).
+
+    Attributes:
+        compares_rows: it asks first for distances or inner products of all rows, which also tell
+            which of them are finite.
     """
 
+    compares_rows: ClassVar[bool] = False
+
     f: int | None = None
+
+    @property
+    def asks_first_for(self) -> Literal["norms", "products"]:
+        """What also tells which rows are finite (`Rows.finite`)."""
+        return "products" if self.compares_rows else "norms"
 
     def __post_init__(self) -> None:
         if self.f is not None and (
@@ -189,7 +200,9 @@ class Aggregator(Rule):
         self.check(len(rows))
         if rows.shares is not None:
             self.check_shares(rows.shares)
-        rule, rows = self._hearing(rows, rows.finite() if present is None else present)
+        if present is None:
+            present = rows.finite(by=self.asks_first_for)
+        rule, rows = self._hearing(rows, present)
         assert rule.f is not None
         return rule, rows if rule.coordinate_wise else rows.in_range(rule.f)
 

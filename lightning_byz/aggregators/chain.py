@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -61,6 +62,10 @@ class Chain(Aggregator):
             self, "pre", tuple(part if f is None else part.with_f(f) for part in self.pre)
         )
         object.__setattr__(self, "rule", self.rule if f is None else self.rule.with_f(f))
+
+    @property
+    def asks_first_for(self) -> Literal["norms", "products"]:
+        return (*self.pre, self.rule)[0].asks_first_for
 
     @property
     def weighted(self) -> bool:

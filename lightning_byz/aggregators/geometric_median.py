@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class GeometricMedian(WeightedAggregator):
         definition: sets the three above to those of somebody's implementation: "exact" (the
             default), "pillutla2022" (RFA), "vr_byzantine" or "byzfl" (docs/definitions.md).
     """
+
+    compares_rows: ClassVar[bool] = True
 
     iterations: int | None = None
     tolerance: float = 1e-10
@@ -153,6 +155,8 @@ class AutoGM(WeightedAggregator):
         iterations: alternations, at most.
         tolerance: largest change of a weight at which they end.
     """
+
+    compares_rows: ClassVar[bool] = True
 
     regularization: float | None = None
     iterations: int = 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ class MultiKrum(WeightedAggregator):
         definition: whose Krum it is (docs/definitions.md); the paper's by default.
     """
 
+    compares_rows: ClassVar[bool] = True
+
     m: int | None = None
     definition: Definition = "blanchard2017"
 
@@ -125,6 +127,8 @@ class Krum(WeightedAggregator):
         definition: whose Krum it is (docs/definitions.md); the paper's by default.
     """
 
+    compares_rows: ClassVar[bool] = True
+
     definition: Definition = "blanchard2017"
 
     def __post_init__(self) -> None:
@@ -162,6 +166,8 @@ class Bulyan(Aggregator):
     more neighbour is counted until the scores differ, so that the order of the rows does not
     matter.
     """
+
+    compares_rows: ClassVar[bool] = True
 
     def most_f(self, n: int) -> int:
         return (n - 3) // 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,6 +18,8 @@ class NNM(PreAggregator):
     Allouah et al., AISTATS 2023 (arXiv 2302.01772), Algorithm 2. Makes a rule robust where honest
     workers' data differ. Costs one n x n distance matrix; the mixed rows are never stored.
     """
+
+    compares_rows: ClassVar[bool] = True
 
     def prepare(self, rows: Rows) -> Rows:
         assert self.f is not None

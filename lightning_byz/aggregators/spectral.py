@@ -87,6 +87,8 @@ class CAF(WeightedAggregator):
             floor.
     """
 
+    compares_rows: ClassVar[bool] = True
+
     norm_floor: float = 0.0
 
     def __post_init__(self) -> None:
@@ -150,6 +152,8 @@ class SpectralFilter(WeightedAggregator):
             n - 2f - 1) shortest at most, as in `CAF`. Such short lies slow the training, and stand
             out nowhere. In [0, 1).
     """
+
+    compares_rows: ClassVar[bool] = True
 
     clips: ClassVar[bool] = True
 

@@ -31,6 +31,8 @@ class MDA(WeightedAggregator):
     (n - 1) / 2 distances.
     """
 
+    compares_rows: ClassVar[bool] = True
+
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None
         n, f = len(rows), self.f
@@ -100,6 +102,8 @@ class SMEA(WeightedAggregator):
     that of the subset's n - f inner products, exact to rounding; ByzFL estimates it by one step of
     a power iteration from a random start.
     """
+
+    compares_rows: ClassVar[bool] = True
 
     most_subsets: ClassVar[int] = 1_000_000
     many_subsets: ClassVar[int] = 20_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class FABA(WeightedAggregator):
 
     Xia, Tao, Hao, Li, IJCAI 2019. Needs n > 2f.
     """
+
+    compares_rows: ClassVar[bool] = True
 
     def weights(self, rows: Rows) -> Tensor:
         assert self.f is not None

@@ -125,7 +125,7 @@ class ByzEF21SGDM(Algorithm):
 
     def absorb(self, rows: Rows, state: ServerState, round: Round) -> ServerState:
         g = torch.add(state.g, rows.dense(), out=round.room(state.g))
-        finite = rows.with_values(g).finite(norms=False)
+        finite = rows.with_values(g).finite(by=None)
         # a Byzantine worker may add 3e38 twice; its mirror then stays as it was
         if not finite.all():
             g[~finite] = state.g[~finite]

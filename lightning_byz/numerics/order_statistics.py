@@ -48,17 +48,20 @@ class ColumnStatistic:
             return out
         return self._by_torch(block)
 
-    def by_kernel(self, rows: list[Tensor], out: Tensor) -> int:
-        """The same of n vectors ``[c]`` that `kernels.fits` allows, into ``out [c]``; what
-        `kernels.reduce_columns` says of the numbers.
+    def by_kernel(self, rows: list[Tensor], out: Tensor, mixing: Tensor | None = None) -> int:
+        """The same of n vectors ``[c]`` that `kernels.fits` allows, or of ``mixing [m, n]`` of
+        them, into ``out [c]``; what `kernels.reduce_columns` says of the numbers.
         """
+        nearest = self.keep is not None
         if self.center == "vote":
-            return kernels.reduce_columns(rows, out, kernels.VOTE, tie=self.tie)
-        if self.keep is None:
-            what = kernels.MIDDLE if self.center == "middle" else kernels.MEAN
-            return kernels.reduce_columns(rows, out, what, self.first, self.last)
-        what = kernels.NEAREST_TO_MIDDLE if self.center == "middle" else kernels.NEAREST_TO_MEAN
-        return kernels.reduce_columns(rows, out, what, self.first, self.last, self.keep)
+            what = kernels.VOTE
+        elif self.center == "middle":
+            what = kernels.NEAREST_TO_MIDDLE if nearest else kernels.MIDDLE
+        else:
+            what = kernels.NEAREST_TO_MEAN if nearest else kernels.MEAN
+        return kernels.reduce_columns(
+            rows, out, what, self.first, self.last, self.keep or 0, self.tie, mixing
+        )
 
     def _by_torch(self, block: Tensor) -> Tensor:
         n = len(block)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -430,9 +430,9 @@ class Rows:
         """A small tensor of partial sums over this slice's columns, added up over all slices."""
         return self.total(partial)
 
-    def finite(self, norms: bool = True) -> Tensor:
-        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``norms``: look by
-        way of `squared_norms`, which many rules ask for next.
+    def finite(self, by: Literal["norms", "products"] | None = "norms") -> Tensor:
+        """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``by``: look by way
+        of `squared_norms`, or of `gram`, where rules ask for these next.
         """
         base = replace(self, mixing=None)
         # finite rows may add up to others
@@ -444,10 +444,12 @@ class Rows:
             low, high = torch.aminmax(base._base(self.values), dim=1)
             bad = ~(low.isfinite() & high.isfinite())
             bad = bad if self.mixing is None else ((self.mixing != 0) & bad).any(1)
-        else:  # a finite norm tells, and rules ask for norms next
+        else:  # a finite norm tells
+            if by == "products" and self._is_quick and self.total is _identity:
+                base._keep_products_of_finite_rows()
             unsure = (
                 (~base.squared_norms().isfinite()).nonzero().flatten().tolist()
-                if norms and self._is_quick
+                if by is not None and self._is_quick
                 else range(len(base))
             )
             bad = torch.zeros(len(base), dtype=torch.bool, device=self.values.device)
@@ -509,13 +511,26 @@ class Rows:
         whole = torch.get_float32_matmul_precision() == "highest"
         return self._on_cpu and whole and self.work_dtype == torch.float32
 
+    def _keep_products_of_finite_rows(self) -> None:
+        """`gram` of base rows, for whoever asks next, if no row holds a nan or an inf."""
+        if self._known("products") is None:
+            products = self._quick_products()
+            if bool(products.diagonal().isfinite().all()):
+                self._keep("products", self._corrected(products))
+
     def _quick_products(self) -> Tensor:
         """Inner products in float32."""
         if self._factors is not None:
             return self._factors * replace(self, mixing=None).gram() * self._factors[:, None]
+        as_stored = self._as_stored()
+        if as_stored is not None:
+            return self.sum(kernels.inner_products(as_stored))
         products = torch.zeros(len(self), len(self), dtype=torch.float64)
         for first, last in self._bounds(_WIDE):
             block = self.block(first, last)
+            if kernels.fits([*block]):
+                products += kernels.inner_products([*block])
+                continue
             for _, matrices in self._matrices(block, min(_NARROW, self.values.shape[1])):
                 for product in torch.bmm(matrices, matrices.mT):
                     products += product
@@ -766,9 +781,10 @@ class Rows:
             whole = self.index is None and self.mixing is None
             size = width if whole else _BLOCK_ON_ACCELERATOR // 4
             bounds = [(first, min(first + size, width)) for first in range(0, width, size)]
-        as_stored = None if compiled else self._as_stored(rule)
+        known = isinstance(rule, ColumnStatistic) and self._factors is None
+        as_stored = self._as_stored() if known and not compiled else None
         if isinstance(rule, ColumnStatistic) and as_stored is not None:
-            odd = bool(rule.by_kernel(as_stored, out) & kernels.ODD_RESULT)
+            odd = bool(rule.by_kernel(as_stored, out, self.mixing) & kernels.ODD_RESULT)
         else:
             for first, last in bounds:
                 out[first:last] = rule(self.block(first, last))
@@ -785,20 +801,21 @@ class Rows:
         """`map`, if one pass over the rows gives the result and tells that all are finite; None:
         it does not, or some are not.
         """
-        as_stored = self._as_stored(rule) if self.total is _identity else None
-        if as_stored is None or not isinstance(rule, ColumnStatistic):
+        if not isinstance(rule, ColumnStatistic) or self.total is not _identity:
+            return None
+        as_stored = self._as_stored() if self.mixing is None else None
+        if as_stored is None:
             return None
         out = self.values.new_empty(self.values.shape[1])
         return out if rule.by_kernel(as_stored, out) == 0 else None
 
-    def _as_stored(self, rule: Callable[[Tensor], Tensor]) -> list[Tensor] | None:
-        """The rows as they lie in memory, if a kernel can take them from there; else None."""
-        if not isinstance(rule, ColumnStatistic) or self.mixing is not None:
-            return None
+    def _as_stored(self) -> list[Tensor] | None:
+        """The base rows as they lie in memory, if a kernel can take them from there; else None."""
         if self.scales is not None or self.values.dtype != self.work_dtype:
             return None
         rows = [self.values[i] for i in self._stored]
-        return rows if rows and kernels.fits(rows) else None
+        fit = bool(rows) and len(self) <= kernels.MOST_ROWS and kernels.fits(rows)
+        return rows if fit else None
 
     def combine(self, weights: Tensor) -> Tensor:
         """``sum_i weights[i] * row_i``, a vector ``[d_local]``. Rows of weight 0 are never read: 0
@@ -811,15 +828,25 @@ class Rows:
             weights = weights @ self.mixing
         if self.scales is not None:
             weights = weights * self._base(self.scales)
-        used = [(self._stored[i], weight) for i, weight in enumerate(weights.tolist()) if weight]
-        out = torch.zeros(self.values.shape[1], dtype=self.work_dtype, device=self.values.device)
-        for first, last in self._bounds(_WIDE * torch.get_num_threads() if self._on_cpu else None):
-            for row, weight in used:
-                out[first:last].add_(self.values[row, first:last], alpha=weight)
-        if sum(abs(weight) for _, weight in used) < 1 + 1e-9 and not bool(all_finite(out)):
-            most = torch.stack([self.values[row].abs() for row, _ in used]).amax(0).to(out.dtype)
+        listed = [weight for weight in weights.tolist() if weight]
+        places = zip(self._stored, weights.tolist(), strict=True)
+        used = [self.values[place] for place, weight in places if weight]
+        out = torch.empty(self.values.shape[1], dtype=self.work_dtype, device=self.values.device)
+        if used and self.values.dtype == self.work_dtype and kernels.fits(used):
+            odd = bool(kernels.weighted_sum(used, listed, out) & kernels.ODD_RESULT)
+        else:
+            self._add_up(used, listed, out.zero_())
+            odd = not bool(all_finite(out))
+        if odd and sum(map(abs, listed)) < 1 + 1e-9:
+            most = torch.stack([row.abs() for row in used]).amax(0).to(out.dtype)
             out.clamp_(-most, most)
         return out.to(self.values.dtype)
+
+    def _add_up(self, rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+        """Adds a weighted sum of vectors ``[d_local]`` to ``out``, with the bits of the kernel."""
+        for first, last in self._bounds(_WIDE * torch.get_num_threads() if self._on_cpu else None):
+            for row, weight in zip(rows, weights, strict=True):
+                out[first:last] += row[first:last].to(out.dtype) * weight
 
 
 _COMPILED: dict[ColumnStatistic, Callable[[Tensor], Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Compiles ``columns.c``, when the package is built. Needs nothing but Python and a C compiler.
+"""Compiles the C files, when the package is built. Needs nothing but Python and a C compiler.
 
 One shared library for each dtype and instruction set; `kernels` loads the best one that the
 processor has.
@@ -41,7 +41,7 @@ class NoCompilerError(RuntimeError):
 
 def library(dtype: str, instructions: str) -> str:
     """The file name of a library."""
-    return f"columns-{dtype}-{instructions}.so"
+    return f"kernels-{dtype}-{instructions}.so"
 
 
 def build(folder: Path) -> list[Path]:
@@ -63,8 +63,8 @@ def build(folder: Path) -> list[Path]:
                 if flags and not intel:
                     continue
                 made.append(folder / library(dtype, instructions))
-                source = (f"-I{scratch}", str(_HERE / "columns.c"), "-o", str(made[-1]))
-                _run([*compiler, *targets, *_FLAGS, *flags, *names, *source])
+                sources = (f"-I{scratch}", *map(str, sorted(_HERE.glob("*.c"))))
+                _run([*compiler, *targets, *_FLAGS, *flags, *names, *sources, "-o", str(made[-1])])
     return made
 
 

@@ -1,19 +1,19 @@
-/* Order statistics of every column of a few rows, in one pass over memory.
+/* Order statistics of every column of a few rows, or of mixtures of them, in one pass over memory.
 
-   WIDTH columns at a time are copied into the first-level cache, sorted there by a network of
-   comparators (one minimum and one maximum of two rows each), and reduced to one number a column.
+   WIDTH columns at a time are copied into the first-level cache, mixed and sorted there by a network
+   of comparators (one minimum and one maximum of two rows each), and reduced to one number a column.
    The file is compiled once for each REAL (float, double) and instruction set, and needs nothing
    but C11 and POSIX threads. Sums run in the order of the rows, and nothing is contracted
    (-ffp-contract=off), so that a number depends neither on the instruction set nor on the number
    of threads. */
 
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 
+#include "threads.h"
+
 #define WIDTH ((int)(128 / sizeof(REAL))) /* columns at a time */
 #define MOST_ROWS 256
-#define MOST_THREADS 64
 
 /* A vector of the instruction set: what it is, and the smaller and the larger of two. */
 #define JOIN_(a, b) a##b
@@ -59,8 +59,9 @@ enum { MIDDLE, MEAN, NEAREST_TO_MIDDLE, NEAREST_TO_MEAN, VOTE };
 enum { ODD_INPUT = 1, ODD_RESULT = 2 };
 
 typedef struct {
-    const REAL *const *rows;  /* n pointers to rows of `count` numbers */
-    int64_t n;
+    const REAL *const *rows;  /* `stored` pointers to rows of `count` numbers */
+    int64_t stored, n;
+    const REAL *mixing;  /* [n, stored], what is sorted: mixtures of the rows; NULL: the rows */
     int64_t first_column, last_column;
     const int32_t *network;  /* triples: low, high, and which of both to keep (1: low, 2: high) */
     int64_t comparators;
@@ -141,28 +142,45 @@ static void vote(REAL rows[][WIDTH], int64_t n, REAL tie, REAL *restrict out)
         out[k] = balance[k] > 0 ? (REAL)1 : balance[k] < 0 ? (REAL)-1 : tie;
 }
 
+/* mixed[i] = the sum over j, in order, of mixing[i, j] * rows[j], where mixing[i, j] is not 0. */
+static void mix(REAL rows[][WIDTH], int64_t stored, const REAL *mixing, int64_t n,
+                REAL mixed[][WIDTH])
+{
+    for (int64_t i = 0; i < n; i++) {
+        REAL sum[WIDTH] = {0};
+        for (int64_t j = 0; j < stored; j++, mixing++)
+            for (int k = 0; *mixing != 0 && k < WIDTH; k++)
+                sum[k] += *mixing * rows[j][k];
+        for (int k = 0; k < WIDTH; k++)
+            mixed[i][k] = sum[k];
+    }
+}
+
 static void *run(void *argument)
 {
     Job *job = argument;
-    _Alignas(64) REAL rows[MOST_ROWS][WIDTH];
+    _Alignas(64) REAL stored[MOST_ROWS][WIDTH], mixed[MOST_ROWS][WIDTH];
+    REAL (*const rows)[WIDTH] = job->mixing ? mixed : stored;
     REAL result[WIDTH], trace[WIDTH] = {0}, end[WIDTH] = {0};
     for (int64_t begin = job->first_column; begin < job->last_column; begin += WIDTH) {
         int64_t count = job->last_column - begin;
         count = count < WIDTH ? count : WIDTH;
-        for (int64_t i = 0; i < job->n; i++) {
+        for (int64_t i = 0; i < job->stored; i++) {
             const REAL *from = job->rows[i] + begin;
             if (count == WIDTH) {
                 __builtin_prefetch(from + 4 * WIDTH);
                 __builtin_prefetch(from + 4 * WIDTH + WIDTH / 2);
                 for (int k = 0; k < WIDTH; k++)
-                    rows[i][k] = from[k];
+                    stored[i][k] = from[k];
             } else {
-                memset(rows[i], 0, sizeof rows[i]);
-                memcpy(rows[i], from, (size_t)count * sizeof(REAL));
+                memset(stored[i], 0, sizeof stored[i]);
+                memcpy(stored[i], from, (size_t)count * sizeof(REAL));
             }
             for (int k = 0; k < WIDTH; k++)
-                trace[k] += rows[i][k] * 0; /* nan once there was a nan or an inf */
+                trace[k] += stored[i][k] * 0; /* nan once there was a nan or an inf */
         }
+        if (job->mixing)
+            mix(stored, job->stored, job->mixing, job->n, mixed);
         if (job->what != VOTE && job->n <= MOST_UNROLLED)
             sorts[job->n](rows);
         else
@@ -194,30 +212,23 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* out[c] of every column c of n <= MOST_ROWS rows. Returns ODD_INPUT if a row holds a nan or an
-   inf, plus ODD_RESULT if the result does. */
-int columns(const REAL *const *rows, int64_t n, int64_t count, const int32_t *network,
-            int64_t comparators, int32_t what, int64_t first, int64_t last, int64_t keep,
-            double tie, REAL *out, int64_t threads)
+/* out[c] of every column c of n <= MOST_ROWS rows, which are mixtures of `stored` <= MOST_ROWS ones
+   if there is a `mixing` [n, stored]. Returns ODD_INPUT if a stored row holds a nan or an inf, plus
+   ODD_RESULT if the result does. */
+int columns(const REAL *const *rows, int64_t stored, const REAL *mixing, int64_t n, int64_t count,
+            const int32_t *network, int64_t comparators, int32_t what, int64_t first, int64_t last,
+            int64_t keep, double tie, REAL *out, int64_t threads)
 {
-    pthread_t ids[MOST_THREADS];
-    int started[MOST_THREADS] = {0};
     Job jobs[MOST_THREADS];
     threads = threads < 1 ? 1 : threads < MOST_THREADS ? threads : MOST_THREADS;
     int64_t blocks = (count + WIDTH - 1) / WIDTH, odd = 0;
     for (int64_t t = 0; t < threads; t++) {
         int64_t begin = blocks * t / threads * WIDTH, end = blocks * (t + 1) / threads * WIDTH;
-        jobs[t] = (Job){rows, n, begin, end < count ? end : count, network, comparators,
-                        what, first, last, keep, (REAL)tie, out, 0};
-        if (t + 1 < threads) /* the last share is this thread's own */
-            started[t] = pthread_create(&ids[t], NULL, run, &jobs[t]) == 0;
-        if (!started[t])
-            run(&jobs[t]);
+        jobs[t] = (Job){rows, stored, n, mixing, begin, end < count ? end : count, network,
+                        comparators, what, first, last, keep, (REAL)tie, out, 0};
     }
-    for (int64_t t = 0; t < threads; t++) {
-        if (started[t])
-            pthread_join(ids[t], NULL);
+    in_threads(run, jobs, sizeof *jobs, threads);
+    for (int64_t t = 0; t < threads; t++)
         odd |= jobs[t].odd;
-    }
     return (int)odd;
 }
