@@ -92,17 +92,17 @@ def reduce_columns(
     Returns:
         `ODD_INPUT` and `ODD_RESULT`, added up, where they hold.
     """
-    if mixing is not None:
-        mixing = mixing.to(device="cpu", dtype=out.dtype).contiguous()
     n = len(rows) if mixing is None else len(mixing)
+    terms = () if mixing is None else _terms(mixing, out.dtype)
     network = _network(n, what, first, last)
     library = _library(str(out.dtype).removeprefix("torch."))
     assert library is not None
     return int(
         library.columns(
-            *(_places(rows), len(rows), None if mixing is None else mixing.data_ptr(), n, len(out)),
-            *(network.ctypes.data, len(network), what, first, last, keep, tie, out.data_ptr()),
-            _threads(rows),
+            *(_places(rows), len(rows)),
+            *([part.data_ptr() for part in terms] or (None, None, None)),
+            *(n, len(out), network.ctypes.data, len(network)),
+            *(what, first, last, keep, tie, out.data_ptr(), _threads(rows)),
         )
     )
 
@@ -128,6 +128,17 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
     if library.products(_places(rows), n, len(rows[0]), out.data_ptr(), _threads(rows)):
         raise MemoryError(f"There is no memory for the inner products of {n} rows.")
     return out
+
+
+def _terms(mixing: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``mixing [m, n]`` what is not 0: where each mixture begins and ends ``[m + 1]``, and the
+    rows and weights of all, one mixture after the other.
+    """
+    mixing = mixing.cpu()
+    owners, places = mixing.nonzero(as_tuple=True)
+    starts = torch.zeros(len(mixing) + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(owners, minlength=len(mixing)), 0, out=starts[1:])
+    return starts, places.contiguous(), mixing[owners, places].to(dtype)
 
 
 def _places(rows: Sequence[Tensor]) -> Any:
@@ -181,7 +192,7 @@ def opened(path: Path) -> Any:
     """The C functions of a library."""
     found, place, integer = ctypes.CDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
     found.columns.argtypes = [
-        *(place, integer, place, integer, integer),
+        *(place, integer, place, place, place, integer, integer),
         *(place, integer, ctypes.c_int32, integer, integer, integer),
         *(ctypes.c_double, place, integer),
     ]

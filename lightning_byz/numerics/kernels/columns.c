@@ -58,10 +58,16 @@ enum { MIDDLE, MEAN, NEAREST_TO_MIDDLE, NEAREST_TO_MEAN, VOTE };
 /* What `columns` says of the numbers that it has seen. */
 enum { ODD_INPUT = 1, ODD_RESULT = 2 };
 
+/* Mixture i is the sum of weights[k] * row places[k], k from starts[i] to starts[i + 1] - 1. */
+typedef struct {
+    const int64_t *starts, *places;
+    const REAL *weights;
+} Mixing;
+
 typedef struct {
     const REAL *const *rows;  /* `stored` pointers to rows of `count` numbers */
     int64_t stored, n;
-    const REAL *mixing;  /* [n, stored], what is sorted: mixtures of the rows; NULL: the rows */
+    const Mixing *mixing;  /* what is sorted: n mixtures of the rows; NULL: the rows */
     int64_t first_column, last_column;
     const int32_t *network;  /* triples: low, high, and which of both to keep (1: low, 2: high) */
     int64_t comparators;
@@ -142,17 +148,17 @@ static void vote(REAL rows[][WIDTH], int64_t n, REAL tie, REAL *restrict out)
         out[k] = balance[k] > 0 ? (REAL)1 : balance[k] < 0 ? (REAL)-1 : tie;
 }
 
-/* mixed[i] = the sum over j, in order, of mixing[i, j] * rows[j], where mixing[i, j] is not 0. */
-static void mix(REAL rows[][WIDTH], int64_t stored, const REAL *mixing, int64_t n,
-                REAL mixed[][WIDTH])
+/* The n mixtures of rows, whose terms are added up in order. */
+static void mix(REAL rows[][WIDTH], const Mixing *mixing, int64_t n, REAL mixed[][WIDTH])
 {
     for (int64_t i = 0; i < n; i++) {
-        REAL sum[WIDTH] = {0};
-        for (int64_t j = 0; j < stored; j++, mixing++)
-            for (int k = 0; *mixing != 0 && k < WIDTH; k++)
-                sum[k] += *mixing * rows[j][k];
-        for (int k = 0; k < WIDTH; k++)
-            mixed[i][k] = sum[k];
+        V sum[WIDTH / LANES] = {0};
+        for (int64_t j = mixing->starts[i]; j < mixing->starts[i + 1]; j++) {
+            const V *row = (const V *)rows[mixing->places[j]];
+            for (int k = 0; k < WIDTH / LANES; k++)
+                sum[k] += mixing->weights[j] * row[k];
+        }
+        memcpy(mixed[i], sum, sizeof sum);
     }
 }
 
@@ -180,7 +186,7 @@ static void *run(void *argument)
                 trace[k] += stored[i][k] * 0; /* nan once there was a nan or an inf */
         }
         if (job->mixing)
-            mix(stored, job->stored, job->mixing, job->n, mixed);
+            mix(stored, job->mixing, job->n, mixed);
         if (job->what != VOTE && job->n <= MOST_UNROLLED)
             sorts[job->n](rows);
         else
@@ -212,20 +218,22 @@ static void *run(void *argument)
     return NULL;
 }
 
-/* out[c] of every column c of n <= MOST_ROWS rows, which are mixtures of `stored` <= MOST_ROWS ones
-   if there is a `mixing` [n, stored]. Returns ODD_INPUT if a stored row holds a nan or an inf, plus
-   ODD_RESULT if the result does. */
-int columns(const REAL *const *rows, int64_t stored, const REAL *mixing, int64_t n, int64_t count,
-            const int32_t *network, int64_t comparators, int32_t what, int64_t first, int64_t last,
-            int64_t keep, double tie, REAL *out, int64_t threads)
+/* out[c] of every column c of n <= MOST_ROWS rows: the `stored` ones, or, if `starts` is not NULL,
+   mixtures of these. Returns ODD_INPUT if a stored row holds a nan or an inf, plus ODD_RESULT if the
+   result does. */
+int columns(const REAL *const *rows, int64_t stored, const int64_t *starts, const int64_t *places,
+            const REAL *weights, int64_t n, int64_t count, const int32_t *network,
+            int64_t comparators, int32_t what, int64_t first, int64_t last, int64_t keep,
+            double tie, REAL *out, int64_t threads)
 {
     Job jobs[MOST_THREADS];
+    const Mixing mixing = {starts, places, weights};
     threads = threads < 1 ? 1 : threads < MOST_THREADS ? threads : MOST_THREADS;
     int64_t blocks = (count + WIDTH - 1) / WIDTH, odd = 0;
     for (int64_t t = 0; t < threads; t++) {
         int64_t begin = blocks * t / threads * WIDTH, end = blocks * (t + 1) / threads * WIDTH;
-        jobs[t] = (Job){rows, stored, n, mixing, begin, end < count ? end : count, network,
-                        comparators, what, first, last, keep, (REAL)tie, out, 0};
+        jobs[t] = (Job){rows, stored, n, starts ? &mixing : NULL, begin, end < count ? end : count,
+                        network, comparators, what, first, last, keep, (REAL)tie, out, 0};
     }
     in_threads(run, jobs, sizeof *jobs, threads);
     for (int64_t t = 0; t < threads; t++)
