@@ -44,6 +44,9 @@ _WIDE = 32 * _NARROW
 bit.
 """
 
+_MIXED = 2_048
+"""Columns of a mixture that a thread makes at a time."""
+
 _BATCH = 8
 """Matrices of so many columns that are multiplied at a time: 5 MB of 20 float32 rows, which stay in
 a cache.
@@ -275,7 +278,7 @@ class Rows:
             return mixing @ block
         out = block.new_empty(len(mixing), block.shape[1])
         for first, matrices in self._matrices(
-            block, min(_NARROW, -(-self.values.shape[1] // 64) * 64)
+            block, min(_MIXED, -(-self.values.shape[1] // 64) * 64)
         ):
             size = matrices.shape[2]
             made = self._reused("results", block, (len(matrices), len(mixing), size))
@@ -362,6 +365,10 @@ class Rows:
         if self.index is None and self.mixing is None and self.scales is None:
             return self.values
         out = self.values.new_empty(len(self), self.values.shape[1])
+        if self._factors is not None and self.scales is None:
+            for row, i, factor in zip(out, self._stored, self._factors.tolist(), strict=True):
+                torch.mul(self.values[i], factor, out=row)
+            return out
         for first, last, block in self.blocks():
             out[:, first:last] = block
         return out
@@ -622,6 +629,11 @@ class Rows:
 
     def _sums_of_squares(self, center: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The same from sums over blocks that are made in ``dtype``."""
+        quick = dtype == torch.float32 and self.mixing is None and self.unit == 1
+        as_stored = self._as_stored() if quick else None
+        if as_stored is not None:
+            middle = None if center is None else center.to(self.work_dtype).contiguous()
+            return self.agree(self.sum(kernels.squared_distances(as_stored, middle)))
         squares = torch.zeros(len(self), dtype=torch.float64, device=self.values.device)
         for first, last in self._bounds(_WIDE):
             parts = self._parts(first, last)

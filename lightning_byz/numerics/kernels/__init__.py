@@ -1,9 +1,10 @@
-"""What rules do with a few long rows, in C, in one pass over memory: order statistics and weighted
-sums of every column (``columns.c``), and inner products (``products.c``).
+"""What rules do with a few long rows, in C, in one pass over memory: order statistics of every
+column (``columns.c``), weighted sums (``sums.c``), inner products (``products.c``), and distances
+to a point (``distances.c``).
 
 `build` compiles them with the package. Where no C compiler was there, PyTorch's operations take
-their place: order statistics and weighted sums of rows have the same bits, at a tenth of the speed;
-inner products and order statistics of mixed rows are the same to rounding, at a half of it.
+their place. Order statistics and weighted sums then have the same bits; order statistics are made
+at a tenth of the speed. All else is the same to rounding, at a half of the speed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ODD_INPUT, ODD_RESULT = 1, 2
 """What it says of numbers: some of the rows', or some of the result's, are nan or inf."""
 
 _SHARE = 2**21
-"""Numbers of the rows that are worth a thread."""
+"""Numbers that are worth a thread."""
 
 _ON = True
 
@@ -95,23 +96,27 @@ def reduce_columns(
     n = len(rows) if mixing is None else len(mixing)
     terms = () if mixing is None else _terms(mixing, out.dtype)
     network = _network(n, what, first, last)
-    library = _library(str(out.dtype).removeprefix("torch."))
-    assert library is not None
+    threads = _threads(len(rows) * out.nbytes, len(rows) * n * len(out) if terms else 0)
     return int(
-        library.columns(
+        _library_for(out).columns(
             *(_places(rows), len(rows)),
             *([part.data_ptr() for part in terms] or (None, None, None)),
             *(n, len(out), network.ctypes.data, len(network)),
-            *(what, first, last, keep, tie, out.data_ptr(), _threads(rows)),
+            *(what, first, last, keep, tie, out.data_ptr(), threads),
         )
     )
 
 
 def weighted_sum(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> int:
     """``sum_i weights[i] * rows[i]`` of vectors ``[c]`` that `fits` allows, into ``out [c]``, added
-    up in their order; returns what `reduce_columns` does.
+    up in their order; returns `ODD_RESULT`, or 0.
     """
-    return reduce_columns(rows, out, MIDDLE, mixing=torch.tensor([weights], dtype=torch.float64))
+    library, factors = _library_for(out), torch.tensor(weights, dtype=torch.float64)
+    odd = library.weighted_sum(
+        *(_places(rows), factors.data_ptr(), len(rows), len(out), out.data_ptr()),
+        _threads(len(rows) * out.nbytes),
+    )
+    return ODD_RESULT if odd else 0
 
 
 def inner_products(rows: Sequence[Tensor]) -> Tensor:
@@ -121,12 +126,28 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
     Raises:
         MemoryError: if there is none for the sums.
     """
-    n = len(rows)
+    n, count = len(rows), len(rows[0])
     out = torch.empty(n, n, dtype=torch.float64)
-    library = _library(str(rows[0].dtype).removeprefix("torch."))
-    assert library is not None
-    if library.products(_places(rows), n, len(rows[0]), out.data_ptr(), _threads(rows)):
+    threads = _threads(n * rows[0].nbytes, n * n * count // 2)
+    if _library_for(rows[0]).products(_places(rows), n, count, out.data_ptr(), threads):
         raise MemoryError(f"There is no memory for the inner products of {n} rows.")
+    return out
+
+
+def squared_distances(rows: Sequence[Tensor], center: Tensor | None) -> Tensor:
+    """``[n]`` float64 ``||rows[i] - center||^2``, of n vectors ``[c]`` that `fits` allows, to a
+    vector ``[c]`` of their kind, or to the origin; added up as `inner_products` are.
+
+    Raises:
+        MemoryError: if there is none for the sums.
+    """
+    n = len(rows)
+    out = torch.empty(n, dtype=torch.float64)
+    if _library_for(rows[0]).squares(
+        *(_places(rows), n, len(rows[0]), None if center is None else center.data_ptr()),
+        *(out.data_ptr(), _threads(n * rows[0].nbytes)),
+    ):
+        raise MemoryError(f"There is no memory for the squared norms of {n} rows.")
     return out
 
 
@@ -146,10 +167,16 @@ def _places(rows: Sequence[Tensor]) -> Any:
     return (ctypes.c_void_p * len(rows))(*(row.data_ptr() for row in rows))
 
 
-def _threads(rows: Sequence[Tensor]) -> int:
-    """How many threads these rows are worth."""
-    size = len(rows) * rows[0].nbytes
-    return max(1, min(torch.get_num_threads(), size // (4 * _SHARE)))
+def _threads(size: int, products: int = 0) -> int:
+    """How many threads it is worth to read so many bytes, or to multiply so many numbers."""
+    worth = max(size // (4 * _SHARE), products // _SHARE)
+    return max(1, min(torch.get_num_threads(), worth))
+
+
+def _library_for(tensor: Tensor) -> Any:
+    library = _library(str(tensor.dtype).removeprefix("torch."))
+    assert library is not None
+    return library
 
 
 @cache
@@ -197,4 +224,6 @@ def opened(path: Path) -> Any:
         *(ctypes.c_double, place, integer),
     ]
     found.products.argtypes = [place, integer, integer, place, integer]
+    found.squares.argtypes = [place, integer, integer, place, place, integer]
+    found.weighted_sum.argtypes = [place, place, integer, integer, place, integer]
     return found

@@ -1,9 +1,9 @@
 /* Order statistics of every column of a few rows, or of mixtures of them, in one pass over memory.
 
-   WIDTH columns at a time are copied into the first-level cache, mixed and sorted there by a network
-   of comparators (one minimum and one maximum of two rows each), and reduced to one number a column.
-   The file is compiled once for each REAL (float, double) and instruction set, and needs nothing
-   but C11 and POSIX threads. Sums run in the order of the rows, and nothing is contracted
+   WIDTH columns at a time are copied into the first-level cache, mixed, sorted there by a network
+   of comparators (one minimum and one maximum of two rows each), and reduced to one number a
+   column. The file is compiled once for each REAL (float, double) and instruction set, and needs
+   nothing but C11 and POSIX threads. Sums run in the order of the rows, and nothing is contracted
    (-ffp-contract=off), so that a number depends neither on the instruction set nor on the number
    of threads. */
 
@@ -219,8 +219,8 @@ static void *run(void *argument)
 }
 
 /* out[c] of every column c of n <= MOST_ROWS rows: the `stored` ones, or, if `starts` is not NULL,
-   mixtures of these. Returns ODD_INPUT if a stored row holds a nan or an inf, plus ODD_RESULT if the
-   result does. */
+   mixtures of these. Returns ODD_INPUT if a stored row holds a nan or an inf, plus ODD_RESULT if
+   the result does. */
 int columns(const REAL *const *rows, int64_t stored, const int64_t *starts, const int64_t *places,
             const REAL *weights, int64_t n, int64_t count, const int32_t *network,
             int64_t comparators, int32_t what, int64_t first, int64_t last, int64_t keep,

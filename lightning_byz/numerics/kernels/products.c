@@ -1,25 +1,18 @@
 /* Inner products of a few rows, in one pass over memory.
 
    CHUNK columns at a time are copied into the cache, and the products of TALL rows with BROAD
-   others are added up there in REAL, in registers, for one LANE of columns each. At the end of a
-   chunk the sums are added up in double. Chunks belong to SEGMENTS, however many threads there are,
-   whose sums are added up in order; so a number depends neither on the instruction set nor on the
-   number of threads. */
+   others are added up there in registers. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "lanes.h"
 #include "threads.h"
 
-#define MOST_ROWS 256
 #define CHUNK ((int64_t)(2048 / sizeof(REAL))) /* columns at a time */
-#define SEGMENTS 64
 #define TALL 2
 #define BROAD 4
-#define LANES ((int)(32 / sizeof(REAL)))
-
-typedef REAL V __attribute__((vector_size(32)));
 
 typedef struct {
     const REAL *const *rows; /* n pointers to rows of `count` numbers */
@@ -29,9 +22,9 @@ typedef struct {
     int failed;
 } Products;
 
-/* sums[i, j] += the products of rows i, i + 1 with rows j ... j + 3 of a chunk, where there are such
-   rows and j <= i; the last row stands in for those that are not there. Meanwhile the cache fetches
-   what begins at `next`. */
+/* sums[i, j] += the products of rows i, i + 1 with rows j ... j + 3 of a chunk, where there are
+   such rows and j <= i; the last row stands in for those that are not there. Meanwhile the cache
+   fetches what begins at `next`. */
 static void tile(const REAL *chunk, int64_t n, int64_t i, int64_t j, const REAL *next, double *sums)
 {
     const REAL *a[TALL], *b[BROAD];
@@ -47,15 +40,8 @@ static void tile(const REAL *chunk, int64_t n, int64_t i, int64_t j, const REAL 
                 total[k][l] += *(const V *)(a[k] + c) * *(const V *)(b[l] + c);
     }
     for (int64_t k = 0; k < TALL && i + k < n; k++)
-        for (int64_t l = 0; l < BROAD && j + l <= i + k; l++) {
-            double lanes[LANES];
-            for (int lane = 0; lane < LANES; lane++)
-                lanes[lane] = total[k][l][lane];
-            for (int half = LANES / 2; half; half /= 2)
-                for (int lane = 0; lane < half; lane++)
-                    lanes[lane] += lanes[lane + half];
-            sums[(i + k) * n + j + l] += lanes[0];
-        }
+        for (int64_t l = 0; l < BROAD && j + l <= i + k; l++)
+            sums[(i + k) * n + j + l] += added(total[k][l]);
 }
 
 static void *multiply(void *argument)
@@ -88,7 +74,7 @@ static void *multiply(void *argument)
     return NULL;
 }
 
-/* out[i, j] of n <= MOST_ROWS rows of `count` numbers: their inner products. Returns 1 if there was
+/* out[i, j] of n rows of `count` numbers: their inner products. Returns 1 if there was
    no memory, else 0. */
 int products(const REAL *const *rows, int64_t n, int64_t count, double *out, int64_t threads)
 {
