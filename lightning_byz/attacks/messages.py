@@ -114,7 +114,7 @@ class Gaussian(Attack):
         noise = torch.randn(
             own.shape, generator=generator, device=generator.device, dtype=torch.float32
         )
-        return (self.mean + self.std * noise).to(device=own.device, dtype=own.dtype)
+        return noise.mul_(self.std).add_(self.mean).to(device=own.device, dtype=own.dtype)
 
 
 @dataclass(frozen=True)
