@@ -41,9 +41,37 @@ BUGS = [
     Bug(
         "a slice decides alone that all is finite",
         "numerics/rows.py",
-        "as_stored = self._as_stored(rule) if self.total is _identity else None",
-        "as_stored = self._as_stored(rule)",
+        "if not isinstance(rule, ColumnStatistic) or self.total is not _identity:",
+        "if not isinstance(rule, ColumnStatistic):",
         "kernels",
+    ),
+    Bug(
+        "a kernel sorts the rows instead of their mixtures",
+        "numerics/rows.py",
+        "rule.by_kernel(as_stored, out, self.mixing)",
+        "rule.by_kernel(as_stored, out)",
+        "kernels",
+    ),
+    Bug(
+        "norms of mixed rows are those of the rows",
+        "numerics/rows.py",
+        "quick = dtype == torch.float32 and self.mixing is None and self.unit == 1",
+        "quick = dtype == torch.float32 and self.unit == 1",
+        "rows",
+    ),
+    Bug(
+        "distances to a point are those to the origin",
+        "numerics/rows.py",
+        "middle = None if center is None else center.to(self.work_dtype).contiguous()",
+        "middle = None",
+        "rows",
+    ),
+    Bug(
+        "clipped rows are made of all that are stored",
+        "numerics/rows.py",
+        "zip(out, self._stored, self._factors.tolist(), strict=True):",
+        "zip(out, range(len(out)), self._factors.tolist(), strict=True):",
+        "rows",
     ),
     Bug(
         "a subclass's own rule is not asked",
@@ -191,8 +219,8 @@ BUGS = [
     Bug(
         "combine reads rows of weight 0",
         "numerics/rows.py",
-        "in enumerate(weights.tolist()) if weight]",
-        "in enumerate(weights.tolist())]",
+        "used = [self.values[place] for place, weight in places if weight]",
+        "used = [self.values[place] for place, weight in places]",
         "rows",
     ),
     Bug(
@@ -318,8 +346,8 @@ BUGS = [
     Bug(
         "means whose sums overflow",
         "numerics/rows.py",
-        "odd = bool(rule.by_kernel(as_stored, out) & kernels.ODD_RESULT)",
-        "odd = bool(rule.by_kernel(as_stored, out) & 0)",
+        "rule.by_kernel(as_stored, out, self.mixing) & kernels.ODD_RESULT",
+        "rule.by_kernel(as_stored, out, self.mixing) & 0",
         "aggregators",
     ),
     # rules
@@ -474,8 +502,8 @@ BUGS = [
     Bug(
         "a nan row is not removed",
         "aggregators/base.py",
-        "rows.finite() if present is None",
-        "torch.ones(len(rows)).bool() if present is None",
+        "present = rows.finite(by=self.asks_first_for)",
+        "present = torch.ones(len(rows)).bool()",
         "aggregators",
     ),
     Bug(

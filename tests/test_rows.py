@@ -224,6 +224,21 @@ def test_decisions_go_through_agree():
 # -- lazy operations -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clipped", [True, False])
+def test_norms_and_values_of_selected_and_mixed_rows_are_those_of_dense_ones(clipped, dtype):
+    x = torch.randn(6, 700, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([5, 1, 2])
+    mixing = torch.tensor([[0.5, 0, 0], [0, 2, 0], [0, 0, 1]] if clipped else [[0.5, 0.5, 0]] * 2)
+    dense = mixing.to(dtype) @ x[keep]
+    lazy = Rows(x).select(keep).mix(mixing)
+    torch.testing.assert_close(lazy.dense(), dense)
+    torch.testing.assert_close(lazy.squared_norms(), dense.double().square().sum(1))
+    torch.testing.assert_close(
+        lazy.squared_distances_to(x[0]), (dense - x[0]).double().square().sum(1)
+    )
+
+
 @pytest.mark.usefixtures("small_blocks")
 @laws
 @given(st.data())
