@@ -95,9 +95,27 @@ def sentences() -> Samples:
     return torch.randint(1000, (64, 32)), torch.randint(1000, (64,))
 
 
+def logistic_regression() -> nn.Module:
+    """248 parameters."""
+    return nn.Linear(123, 2)
+
+
+def features() -> Samples:
+    """64 of 123 numbers, of two classes."""
+    return torch.randn(64, 123), torch.randint(2, (64,))
+
+
+def small_layers() -> nn.Module:
+    """34 layers, 36,930 parameters."""
+    hidden = [layer for _ in range(32) for layer in (nn.ReLU(), nn.Linear(32, 32))]
+    return nn.Sequential(nn.Linear(123, 32), *hidden, nn.Linear(32, 2))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Samples]]] = {
     "resnet18": (resnet18, images),
     "transformer": (Transformer, sentences),
+    "logistic regression": (logistic_regression, features),
+    "34 small layers": (small_layers, features),
 }
 
 
@@ -145,6 +163,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "signSGD majority vote": robust(SignSGDMajorityVote()),
     "mean (AllGather)": robust(RobustSGD(Mean()), AllGather),
     "NNM + trimmed mean (AllGather)": robust(RobustSGD(NNM_TRIMMED), AllGather),
+    "mean, transport as by default": lambda: ByzantineRobustStrategy(RobustSGD(Mean())),
+    "the default": ByzantineRobustStrategy,
     "signSGD majority vote (AllGather)": robust(SignSGDMajorityVote(), AllGather),
 }
 
@@ -159,7 +179,7 @@ AIMS: dict[str, dict[str, float]] = {
 }
 """The most that a method's exposed exchange may be over DDP's, by setting."""
 COLUMNS = ["setting", "machine", "threads_per_rank", "model", "ranks", "method", "step_ms"]
-COLUMNS += ["exposed_ms", "over_ddp", "aim", "mb_sent", "bytes_over_ddp"]
+COLUMNS += ["step_over_ddp", "exposed_ms", "exposed_over_ddp", "aim", "mb_sent", "bytes_over_ddp"]
 
 
 class Module(L.LightningModule):
@@ -247,7 +267,7 @@ def measure(arguments: argparse.Namespace, world: int) -> None:
                 sent[name] += counts
                 if dist.get_rank() == 0:
                     print(
-                        f"{model}, {name}: {[round(1000 * t) for t in times]} ms",
+                        f"{model}, {name}: {1000 * statistics.median(times):.3g} ms",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -273,7 +293,7 @@ def table(
     base, rows = step["no communication"], []
     for name, time_of_step in step.items():
         if name == "no communication":
-            rows.append([*run, name, f"{1000 * base:.0f}", "", "", "", "", ""])
+            rows.append([*run, name, f"{1000 * base:.3g}", *[""] * 6])
             continue
         exposed, ddp = time_of_step - base, step["DDP"] - base
         ratio = sizes[name] / sizes["DDP"] if sizes["DDP"] else 0.0
@@ -282,8 +302,9 @@ def table(
             [
                 *run,
                 name,
-                f"{1000 * time_of_step:.0f}",
-                f"{1000 * exposed:.0f}",
+                f"{1000 * time_of_step:.3g}",
+                f"{time_of_step / step['DDP']:.2f}",
+                f"{1000 * exposed:.3g}",
                 f"{exposed / ddp:.2f}",
                 AIMS.get(name, {}).get(setting, ""),
                 *wire,

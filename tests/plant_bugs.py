@@ -181,10 +181,10 @@ BUGS = [
         "exchange",
     ),
     Bug(
-        "each rank decides which products it makes again",
+        "each rank decides by its own products",
         "numerics/rows.py",
-        "close = self.agree(close.double()) > 0",
-        "close = close.double() > 0",
+        "return self.agree(self.sum(kernels.inner_products(as_stored)))",
+        "return self.sum(kernels.inner_products(as_stored))",
         "rows",
     ),
     # rows
@@ -274,10 +274,19 @@ BUGS = [
         "rows",
     ),
     Bug(
-        "distances not agreed on",
+        "products in float64 not agreed on",
         "numerics/rows.py",
-        "return self.agree(distances)",
-        "return distances",
+        "products.addmm_(wide, wide.T)\n        return self.agree(self.sum(products))",
+        "products.addmm_(wide, wide.T)\n        return self.sum(products)",
+        "rows",
+    ),
+    Bug(
+        "distances of mixed rows not agreed on",
+        "numerics/rows.py",
+        """self.agree(
+                -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, pairs, difference)
+            )""",
+        "-0.5 * torch.einsum('ijk,kl,ijl->ij', difference, pairs, difference)",
         "rows",
     ),
     Bug(
@@ -2041,8 +2050,8 @@ BUGS = [
     Bug(
         "rules do not add up over the ranks",
         "engine/server_side.py",
-        "total=transport.total,",
-        "",
+        "rows = Rows if not transport.in_shards else partial(Rows, total=transport.total)",
+        "rows = Rows",
         "sharded",
     ),
     Bug(

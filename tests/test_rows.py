@@ -44,13 +44,13 @@ def test_ranks_agree_on_the_products_that_are_made_again():
         sums.append(tuple(tensor.shape))
         return tensor
 
-    def rank_0_says_none(tensor):
-        return torch.zeros_like(tensor) if tensor.dim() == 1 else tensor
+    def rank_0_finds_none(tensor):
+        return 300.0 * torch.eye(5, dtype=torch.float64)
 
     Rows(x, total=total).squared_distances()
     assert sums == [(5, 5), (2, 2)]
     sums.clear()
-    Rows(x, total=total, agree=rank_0_says_none).squared_distances()
+    Rows(x, total=total, agree=rank_0_finds_none).squared_distances()
     assert sums == [(5, 5)]
 
 
@@ -214,11 +214,29 @@ def test_products_are_float64_where_the_user_allows_coarse_ones():
 
 def test_decisions_go_through_agree():
     """What unlike machines could round differently is rank 0's."""
-    rank_0 = torch.full((3, 3), 7.0, dtype=torch.float64)
-    rows = Rows(rows_for(3, 4), agree=lambda t: rank_0 if t.ndim == 2 else rank_0[0])
-    assert torch.equal(rows.squared_distances(), rank_0)
-    assert torch.equal(rows.squared_norms(), rank_0[0])
-    assert torch.equal(rows.select(torch.tensor([0, 1, 2])).squared_distances(), rank_0)
+    asked = []
+
+    def rank_0(tensor):
+        asked.append(tuple(tensor.shape))
+        return (
+            7.0 * torch.eye(3, dtype=torch.float64) if tensor.ndim == 2 else torch.ones(3).double()
+        )
+
+    for dtype in (torch.float32, torch.float64):
+        x = rows_for(3, 4, dtype=dtype)
+        rows = Rows(x, agree=rank_0)
+        expected = 14.0 * (1 - torch.eye(3, dtype=torch.float64))
+        assert torch.equal(Rows(x, agree=rank_0).squared_norms(), torch.ones(3).double())
+        asked.clear()
+        assert torch.equal(rows.squared_distances(), expected)
+        assert torch.equal(rows.gram(), 7.0 * torch.eye(3, dtype=torch.float64))
+        assert asked == [(3, 3)], "one question is enough"
+        mixed = rows.mix(torch.full((3, 3), 1 / 3, dtype=torch.float64))
+        asked.clear()
+        mixed.squared_distances()
+        mixed.gram()
+        assert len(asked) == 2, "what unlike machines made of the base rows' products"
+        assert torch.equal(rows.select(torch.tensor([2, 0, 1])).squared_distances(), expected)
 
 
 # -- lazy operations -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ def around_medoid(rows: Rows, f: int) -> Tensor:
         ``[n, n]`` float64, ``<x_i - medoid, x_j - medoid>``, in multiples of ``rows.unit`` squared.
     """
     medoid = _medoid(rows.squared_distances(), f)
-    products = rows.agree(rows.gram())
+    products = rows.gram()
     return products - products[medoid] - products[:, medoid : medoid + 1] + products[medoid, medoid]
 
 

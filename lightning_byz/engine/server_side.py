@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -165,9 +165,9 @@ class ServerSide:
     def _rows_of(self, values: Tensor, round: Round) -> Rows:
         """Rows ``[n, width]``, or ``[n, 0]``, with all that a rule may ask of them."""
         transport = self.transport
-        return Rows(
+        rows = Rows if not transport.in_shards else partial(Rows, total=transport.total)
+        return rows(
             values,
-            total=transport.total,
             agree=transport.agree,
             generator=round.shared("rule"),
             spans=transport.spans(self.dim),

@@ -489,7 +489,7 @@ class Rows:
         do.
         """
         if self.mixing is not None and self._keeps_shifts():
-            return self.mixing @ replace(self, mixing=None).gram() @ self.mixing.T
+            return self.agree(self.mixing @ replace(self, mixing=None).gram() @ self.mixing.T)
         known = self._known("products")
         if known is not None:
             return known
@@ -526,12 +526,12 @@ class Rows:
                 self._keep("products", self._corrected(products))
 
     def _quick_products(self) -> Tensor:
-        """Inner products in float32."""
+        """Inner products in float32, rank 0's on all ranks."""
         if self._factors is not None:
             return self._factors * replace(self, mixing=None).gram() * self._factors[:, None]
         as_stored = self._as_stored()
         if as_stored is not None:
-            return self.sum(kernels.inner_products(as_stored))
+            return self.agree(self.sum(kernels.inner_products(as_stored)))
         products = torch.zeros(len(self), len(self), dtype=torch.float64)
         for first, last in self._bounds(_WIDE):
             block = self.block(first, last)
@@ -541,7 +541,7 @@ class Rows:
             for _, matrices in self._matrices(block, min(_NARROW, self.values.shape[1])):
                 for product in torch.bmm(matrices, matrices.mT):
                     products += product
-        return self.sum(products)
+        return self.agree(self.sum(products))
 
     def _corrected(self, products: Tensor) -> Tensor:
         """Inner products from float32, with those of rows for which that is not enough made
@@ -552,13 +552,12 @@ class Rows:
         # no comparison with a nan or an inf holds on both sides
         apart = (both - 2 * products > _CLOSE * both) & (both > _FAINT)
         close = ~apart.fill_diagonal_(True).all(1) | ~products.isfinite().all(1)
-        close = self.agree(close.double()) > 0
         if bool(close.any()):
             products[close[:, None] & close] = self.select(close)._exact_products().flatten()
         return products
 
     def _exact_products(self) -> Tensor:
-        """Inner products in float64."""
+        """Inner products in float64, rank 0's on all ranks."""
         products = torch.zeros(len(self), len(self), dtype=torch.float64, device=self.values.device)
         room: Tensor | None = None
         for _, _, block in replace(self, mixing=None).blocks():
@@ -577,7 +576,7 @@ class Rows:
                 if block.dtype == torch.float64:
                     wide -= median_of_rows(wide)
                 products.addmm_(wide, wide.T)
-        return self.sum(products)
+        return self.agree(self.sum(products))
 
     def squared_distances(self) -> Tensor:
         """``[n, n]`` float64 ``||x_i - x_j||^2``, exactly symmetric, 0 on the diagonal; ``inf``
@@ -595,10 +594,11 @@ class Rows:
             pairs = squares[:, None] + squares[None, :] - 2 * products
             # [m, m, k], and sums to 0 over k
             difference = self.mixing[:, None, :] - self.mixing[None, :, :]
-            distances = -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, pairs, difference)
+            distances = self.agree(
+                -0.5 * torch.einsum("ijk,kl,ijl->ij", difference, pairs, difference)
+            )
         distances = torch.nan_to_num(distances, nan=torch.inf, posinf=torch.inf).clamp_min(0)
-        distances = torch.minimum(distances, distances.T).fill_diagonal_(0)
-        return self.agree(distances)
+        return torch.minimum(distances, distances.T).fill_diagonal_(0)
 
     def squared_norms(self) -> Tensor:
         """``[n]`` float64 ``||x_i||^2``."""
@@ -608,7 +608,7 @@ class Rows:
         # float64 rows are shifted first
         products = None if self.work_dtype == torch.float64 else self._known("products")
         return self._keep(
-            "squares", self._squares(None) if products is None else self.agree(products.diagonal())
+            "squares", self._squares(None) if products is None else products.diagonal()
         )
 
     def squared_distances_to(self, center: Tensor | None) -> Tensor:
