@@ -1338,6 +1338,12 @@ class Lying:
         theirs = tuple(t.clone() for t in messages[0])
         return [messages[0]] * (self.n - 1) + [self.change(theirs)]
 
+    def post(self, messages, layout):
+        self.posted = self.gather(messages, layout)
+
+    def delivered(self):
+        return self.posted
+
 
 def of_rows(change):
     def changed(message):

@@ -22,7 +22,7 @@ Callbacks and faces import it.
   workers may die and come back), `reductions` of what ranks report.
 * Checkpoints: `checkpoint` saves and restores, `resuming_with_others` fits one to other workers,
   `checkpoint_barrier` notices a rank that saves alone.
-* `private_names`: the private names of torch that are read, and no others.
+* `private_names`: the private names of torch and Lightning that are used, and no others.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -134,6 +134,17 @@ class StepLogs:
             device: where to gather.
             silenced: workers in quarantine, of whom nothing is taken; the same on every rank.
         """
+        return self.say(logs, transport, device)(honest, silenced)
+
+    def say(
+        self, logs: Sequence[WorkerLog], transport: Transport, device: torch.device
+    ) -> Callable[[Sequence[bool], Collection[int]], list[Call]]:
+        """Says to the others what was logged here; arguments are those of `reduce`.
+
+        Returns:
+            a function of ``honest`` and ``silenced`` that hears the others, and gives the calls.
+            All ranks call it at the same place, before they log anything else.
+        """
         spoken: list[dict[str, float]] = []
         own: list[Call] = []  # values that reduce themselves
         for log in logs:
@@ -152,14 +163,25 @@ class StepLogs:
                     for name, values in said.items()
                 }
             )
-        local = {name for values in spoken for name in values}
+        transport.post(*self._messages(logs, spoken, device))
 
-        rows = self._gather(logs, spoken, local, transport, device, silenced)
-        news = [worker for worker, row in enumerate(rows) if row is not None and not row.known]
-        if news:
-            self._learn(local, news, transport, device)
-            rows = self._gather(logs, spoken, local, transport, device, silenced)
+        def hear(honest: Sequence[bool], silenced: Collection[int]) -> list[Call]:
+            rows = self._read(transport.delivered(), silenced)
+            news = [worker for worker, row in enumerate(rows) if row is not None and not row.known]
+            if news:
+                self._learn({name for said in spoken for name in said}, news, transport, device)
+                again = transport.gather(*self._messages(logs, spoken, device))
+                rows = self._read(again, silenced)
+            return self._calls(rows, honest, device) + [
+                call._replace(kwargs=dict(call.kwargs)) for call in own
+            ]
 
+        return hear
+
+    def _calls(
+        self, rows: Sequence[StepRow | None], honest: Sequence[bool], device: torch.device
+    ) -> list[Call]:
+        """What is logged of all workers' numbers; sets `loss`."""
         losses = [row.loss for row in rows if row is not None and math.isfinite(row.loss)]
         self.loss = None
         if losses:
@@ -189,7 +211,7 @@ class StepLogs:
             precision = torch.float64 if name in self._float64 else torch.float32
             size = sum(row.sizes[i] for row in counted) or 1
             calls.append(Call(name, value.to(precision), {**kwargs, "batch_size": size}))
-        return calls + [call._replace(kwargs=dict(call.kwargs)) for call in own]
+        return calls
 
     def _note_kwargs(self, call: Call) -> None:
         """How a value is logged here. Lightning wants it to be logged in one way, so a way that was
@@ -220,17 +242,11 @@ class StepLogs:
         if described.get("float64"):
             self._float64.add(name)
 
-    def _gather(
-        self,
-        logs: Sequence[WorkerLog],
-        spoken: Sequence[dict[str, float]],
-        local: Collection[str],
-        transport: Transport,
-        device: torch.device,
-        silenced: Collection[int],
-    ) -> list[StepRow | None]:
-        """All n workers' rows; None for one that was not heard, or makes no sense."""
-        known = set(local) <= set(self._names)
+    def _messages(
+        self, logs: Sequence[WorkerLog], spoken: Sequence[dict[str, float]], device: torch.device
+    ) -> tuple[list[list[Tensor]], list[Field]]:
+        """What the local workers say, and its layout."""
+        known = {name for said in spoken for name in said} <= set(self._names)
         messages = []
         for log, values in zip(logs, spoken, strict=True):
             loss = torch.nan if log.loss is None else float(log.loss.double())
@@ -238,12 +254,17 @@ class StepLogs:
             sizes = [float(log.sizes.get(name, log.samples)) for name in self._names]
             row = [float(known), float(log.samples), loss, *own, *sizes]
             messages.append([torch.tensor(row, dtype=torch.float64, device=device)])
-        layout = [Field((3 + 2 * len(self._names),), torch.float64)]
+        return messages, [Field((3 + 2 * len(self._names),), torch.float64)]
+
+    def _read(
+        self, heard: Sequence[tuple[Tensor, ...] | None], silenced: Collection[int]
+    ) -> list[StepRow | None]:
+        """All n workers' rows; None for one that was not heard, or makes no sense."""
         return [
             None
-            if heard is None or worker in silenced
-            else self.refusals.read(worker, step_row, heard[0].tolist())
-            for worker, heard in enumerate(transport.gather(messages, layout))
+            if message is None or worker in silenced
+            else self.refusals.read(worker, step_row, message[0].tolist())
+            for worker, message in enumerate(heard)
         ]
 
     def _learn(

@@ -272,6 +272,7 @@ class RobustStrategy(ProcessHooks):
         overlap = not module.automatic_optimization or workers.has_loss
         with self.sync.backward(overlap) as groups:
             workers.backward(scaled, groups, optimizer, *args, **kwargs)
+        workers.hear()
         closure_loss = self.precision_plugin.post_backward(scaled, module)
         self.post_backward(closure_loss)
         return closure_loss

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import GradientGroup
 from lightning_byz.strategies.module_attributes import ChangesByHand, WorkerAttributes
 from lightning_byz.strategies.module_buffers import WorkerBuffers
+from lightning_byz.strategies.private_names import logging_in
 from lightning_byz.strategies.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.strategies.step_outputs import joined
 from lightning_byz.strategies.validate import explain_one_sample, warn
@@ -53,7 +54,10 @@ class LocalWorkers(ABC):
         buffers: the module's buffers, and each worker's own.
         logs: what training steps log.
         extra: gradients besides the minibatch's.
+        hears_later: what was logged travels along with the gradients, and is logged after them.
     """
+
+    hears_later: ClassVar[bool] = False
 
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         module, count = strategy.lightning_module, strategy.workers_per_process
@@ -65,6 +69,7 @@ class LocalWorkers(ABC):
         self._losses: list[Tensor | None] = [None] * count
         self._splitter: BatchSplitter | None = None
         self._logged: set[str] = set()
+        self._hear: Callable[[], None] | None = None
         precision, device = strategy.precision_plugin, strategy.root_device
         passes = QuietPasses(
             module, self.buffers, self.attributes, precision, device, training_step
@@ -103,6 +108,7 @@ class LocalWorkers(ABC):
             what Lightning goes on with.
         """
         strategy = self.strategy
+        self.hear()
         exchange, module = strategy.exchanges[0], strategy.lightning_module
         step, workers, simulation = exchange.step, exchange.transport.workers, strategy.simulation
         self.buffers.refresh()
@@ -187,10 +193,23 @@ class LocalWorkers(ABC):
         exchange.transport.meet(f"training step {self.micro_step}{ends}{next_}")
         if follows:  # so that ranks need not meet again
             exchange.announce()
-        silenced = set().union(*(each.quarantined for each in strategy.exchanges))
-        calls = self.logs.reduce(logs, exchange.transport, honest, strategy.root_device, silenced)
-        for call in calls:
-            self._log_once(call)
+        silenced = set[int]().union(*(each.quarantined for each in strategy.exchanges))
+        hear = self.logs.say(logs, exchange.transport, strategy.root_device)
+
+        def log_all() -> None:
+            with logging_in(strategy.lightning_module, "training_step"):
+                for call in hear(honest, silenced):
+                    self._log_once(call)
+
+        self._hear = log_all
+        if not (follows and self.hears_later):
+            self.hear()
+
+    def hear(self) -> None:
+        """Logs what all workers said of their last training step, unless that is done."""
+        hear, self._hear = self._hear, None
+        if hear is not None:
+            hear()
 
     def _log_once(self, call: Call) -> None:
         """Logs a value that is the same on every rank already."""
@@ -305,6 +324,8 @@ class LocalWorkers(ABC):
 
 class OneWorker(LocalWorkers):
     """The only worker of its process: gradients are read from ``p.grad``."""
+
+    hears_later: ClassVar[bool] = True
 
     def _parts(self, batch: Any) -> list[Any]:
         return [batch]

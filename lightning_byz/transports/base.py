@@ -107,6 +107,16 @@ class Link(ABC):
         in order; None for one not heard.
         """
 
+    def post(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> None:
+        """A `gather` of which the result is `delivered`, later: where the transport can, small
+        messages travel along with what comes next, so that nobody waits for them.
+        """
+        self._delivered = self.gather(messages, layout)
+
+    def delivered(self) -> Sequence[tuple[Tensor, ...] | None]:
+        """The result of the last `post`."""
+        return self._delivered
+
     @abstractmethod
     def agree(self, tensor: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor that decisions depend on."""

@@ -64,6 +64,24 @@ class Collective(Transport):
                 dist.all_gather_into_tensor(received.view(-1), own.clone())
         return [unpack(buffer, layout) for buffer in received.to(device).view(self.n, size)]
 
+    def post(self, messages: Sequence[Sequence[Tensor]], layout: Sequence[Field]) -> None:
+        size = packed_size(layout)
+        own = torch.zeros(len(messages), size, dtype=torch.uint8, device=messages[0][0].device)
+        for message, out in zip(messages, own, strict=True):
+            pack(message, layout, out)
+        self._posted: tuple[Sequence[Field], torch.device] | None = None
+        if self._meeting.post(own.view(-1)):
+            self._posted = layout, own.device
+        else:
+            super().post(messages, layout)
+
+    def delivered(self) -> Sequence[tuple[Tensor, ...] | None]:
+        if self._posted is None:
+            return super().delivered()
+        layout, device = self._posted
+        rows = self._meeting.delivered().to(device).view(self.n, -1)
+        return [unpack(row, layout) for row in rows]
+
     def agree(self, tensor: Tensor) -> Tensor:
         self._meeting.join()
         shared = tensor.to(self._device, copy=True)

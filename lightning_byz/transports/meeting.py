@@ -17,7 +17,7 @@ from torch import Tensor
 
 _SIZE = 96
 """Bytes of what a rank says of its place."""
-_ATTACHED = 1024 - _SIZE
+_ATTACHED = 2048 - _SIZE
 """Bytes that may travel with it."""
 _PROBE = timedelta(seconds=1)
 """How long a message that looks for lost ranks waits to be taken."""
@@ -60,6 +60,8 @@ class Meeting:
         self._heard = torch.zeros(self.size, _SIZE + _ATTACHED, dtype=torch.uint8)
         self._unsaid = False
         self._requests: list[tuple[int, dist.Work | None]] = []
+        self._posted = torch.empty(0, dtype=torch.uint8)
+        self._delivered: Tensor | None = None
 
     @property
     def others(self) -> Iterator[int]:
@@ -91,8 +93,10 @@ class Meeting:
         self._unsaid = False
         said = self.place.encode()[:_SIZE].ljust(_SIZE)
         self._said[:_SIZE] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        first = _SIZE + len(self._posted)
+        self._said[_SIZE:first] = self._posted
         if attached is not None:
-            self._said[_SIZE : _SIZE + len(attached)] = attached
+            self._said[first : first + len(attached)] = attached
         receive = [
             (r, partial(dist.irecv, self._heard[r], r, self.group, _TAG)) for r in self.others
         ]
@@ -108,13 +112,35 @@ class Meeting:
         Returns:
             the messages ``[ranks, size]``, until the next place; None: they travel on their own.
         """
-        if not self._unsaid or len(message) > _ATTACHED:
+        first = _SIZE + len(self._posted)
+        if not self._unsaid or first + len(message) > _SIZE + _ATTACHED:
             return None
         message = message.cpu()
         self.say(message)
         self.join()
-        self._heard[self.rank, _SIZE : _SIZE + len(message)] = message
-        return self._heard[:, _SIZE : _SIZE + len(message)]
+        self._heard[self.rank, first : first + len(message)] = message
+        return self._heard[:, first : first + len(message)]
+
+    def post(self, message: Tensor) -> bool:
+        """A small message for every other rank, which leaves with what this rank says next.
+
+        Args:
+            message: uint8, of one size on all ranks that are at this place.
+
+        Returns:
+            whether it will: this rank has still to say where it is, and there is room.
+        """
+        self._delivered = None
+        if not self._unsaid or len(message) > _ATTACHED:
+            return False
+        self._posted = message.cpu()
+        return True
+
+    def delivered(self) -> Tensor:
+        """Every rank's posted message, ``[ranks, size]``."""
+        self.join()
+        assert self._delivered is not None
+        return self._delivered
 
     def _started(self, rank: int, start: Callable[[], dist.Work | None]) -> dist.Work | None:
         try:
@@ -142,6 +168,9 @@ class Meeting:
         if all(torch.equal(said, mine) for said in heard.values()):
             if lost:
                 raise self._lost(sorted(lost), next(iter(lost.values())))
+            if len(self._posted):
+                self._delivered = self._heard[:, _SIZE : _SIZE + len(self._posted)].clone()
+                self._delivered[self.rank], self._posted = self._posted, self._posted[:0]
             return
         places: dict[str, list[int]] = {}
         for rank, said in sorted({**heard, self.rank: mine}.items()):
