@@ -1808,8 +1808,8 @@ BUGS = [
     Bug(
         "workers in quarantine are logged",
         "strategies/step_logs.py",
-        "if heard is None or worker in silenced",
-        "if heard is None",
+        "if message is None or worker in silenced",
+        "if message is None",
         "exchange strategy",
     ),
     Bug(
@@ -2214,6 +2214,27 @@ BUGS = [
         "ranks draw on",
         "strategies/processes.py",
         "        random_states.reset()\n",
+        "",
+        "gradient_sync",
+    ),
+    Bug(
+        "a posted message is overwritten by the next",
+        "transports/meeting.py",
+        "self._said[first : first + len(attached)] = attached",
+        "self._said[_SIZE : _SIZE + len(attached)] = attached",
+        "gradient_sync",
+    ),
+    Bug(
+        "one's own posted message is not heard",
+        "transports/meeting.py",
+        "self._delivered[self.rank], self._posted = self._posted, self._posted[:0]",
+        "self._posted = self._posted[:0]",
+        "gradient_sync",
+    ),
+    Bug(
+        "what is logged later is forgotten",
+        "strategies/strategy.py",
+        "        workers.hear()\n",
         "",
         "gradient_sync",
     ),

@@ -848,3 +848,56 @@ def test_ranks_begin_with_the_random_states_of_seed_everything(tmp_path: Path) -
             extra=lambda _, module: module.drawn,
         )
     assert all(report["extra"] == drawn[0]["extra"] for report in drawn)
+
+
+# -- what is logged travels with the gradients -----------------------------------------------------
+
+
+class LogsItsRank(Plain):
+    """Logs numbers that tell the rank and the step; one name on rank 1 only, from step 2 on."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.log("step_and_rank", 10.0 * batch_idx + self.global_rank, on_step=True, on_epoch=True)
+        if self.global_rank == 1 and batch_idx >= 2:
+            self.log("late", float(batch_idx))
+        return super().training_step(batch, batch_idx)
+
+
+class SeenAfterBatch(L.Callback):
+    """What `callback_metrics` holds when backward, and when the batch, has ended."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def _look(self, trainer: L.Trainer) -> None:
+        self.seen.append({key: float(v) for key, v in trainer.callback_metrics.items()})
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self._look(trainer)
+
+
+@processes
+@pytest.mark.parametrize("transport", [AllGather, Sharded, lambda: Sharded(overlap=False)])
+def test_every_step_logs_its_own_numbers_on_all_ranks(transport, tmp_path) -> None:
+    seen = SeenAfterBatch()
+    reports = fit(
+        tmp_path,
+        LogsItsRank(),
+        averaging(transport=transport(), start_method="fork"),
+        devices=RANKS,
+        data=loader(),
+        callbacks=[seen],
+        max_steps=4,
+        extra=lambda trainer, module: trainer.callbacks[0].seen,
+    )
+    for report in reports:
+        assert len(report["extra"]) == 8
+        for k in range(4):
+            for metrics in report["extra"][2 * k : 2 * k + 2]:
+                assert metrics["step_and_rank_step"] == pytest.approx(10.0 * k + 1)
+                assert metrics.get("late") == (float(k) if k >= 2 else None)
+        assert report["extra"] == reports[0]["extra"]
+        assert report["metrics"] == reports[0]["metrics"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_byz.strategies.private_names import has_hooks
+from lightning_byz.strategies.private_names import has_hooks, logging_in
 
 
 def test_hooks_on_a_parameter_are_found() -> None:
@@ -18,3 +20,44 @@ def test_hooks_on_a_parameter_are_found() -> None:
     assert has_hooks(p)
     hook.remove()
     assert not has_hooks(p)
+
+
+class LogsLater(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).mean()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        super().backward(loss)
+        with logging_in(self, "training_step"):
+            self.log("late", 3.0, on_step=True, on_epoch=True)
+        self.log("here", 4.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_what_is_logged_later_is_filed_under_its_hook() -> None:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = LogsLater()
+    hooks = []
+    log = module.log
+
+    def watched(name: str, value: float, **kwargs: bool) -> None:
+        hooks.append((name, module._current_fx_name))
+        log(name, value, **kwargs)
+
+    module.log = watched  # type: ignore[method-assign]
+    trainer.fit(module, DataLoader(torch.randn(2, 1)))
+    assert trainer.callback_metrics["late_epoch"] == 3.0
+    assert set(hooks) == {("late", "training_step"), ("here", "backward")}

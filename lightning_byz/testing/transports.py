@@ -15,7 +15,7 @@ from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
 from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Mean, TrimmedMean
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
-from lightning_byz.compressors import TopK
+from lightning_byz.compressors import Field, TopK
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import Contribution
 from lightning_byz.testing.laws import Case, Law, raise_broken, random_rows, verdicts
@@ -23,6 +23,8 @@ from lightning_byz.transports import InProcess, Transport
 from lightning_byz.types import Gradients
 
 _ROUNDS, _DIM = 4, 300
+_POSTED = (3, 2, 5_000)
+"""Numbers of messages that are posted."""
 
 _ALGORITHMS: dict[str, Algorithm] = {
     "a mean": RobustSGD(aggregator=Mean()),
@@ -104,6 +106,17 @@ def _run(rank: int, processes: int, folder: Path, make: Callable[[], Transport])
     transport.connect(rank, processes, 1, torch.device("cpu"))
     found: dict[str, Any] = {"n": transport.n, "workers": list(transport.workers)}
     found["agreed"] = transport.agree(torch.tensor([10.0 + rank, rank]))
+    for size in _POSTED:
+        transport.meet(f"a message of {size}")
+        transport.post([[torch.full((size,), 10.0 + rank)]], [Field((size,), torch.float32)])
+        if size == _POSTED[0]:  # it may travel with what follows, or with nothing
+            mine = [[torch.tensor([20.0 + rank])]]
+            found["beside"] = [
+                None if part is None else float(part[0])
+                for part in transport.gather(mine, [Field((1,), torch.float32)])
+            ]
+        heard = transport.delivered()
+        found[f"posted {size}"] = torch.stack([part[0] for part in heard if part is not None])
     spans = transport.spans(_DIM)
     found["spans"] = [list(span) for span in spans]
     for name, algorithm in _ALGORITHMS.items():
@@ -125,6 +138,7 @@ def _expected(algorithm: Algorithm, processes: int, nan: bool) -> dict[str, Any]
 def _cases(found: list[dict[str, Any]], processes: int) -> Iterator[Case]:
     yield "every process has the worker of its rank", partial(_numbers_workers, found, processes)
     yield "`agree` gives rank 0's tensor everywhere", partial(_agrees, found)
+    yield "what a worker posts is delivered to all", partial(_delivers, found, processes)
     yield "the ranks' columns make up the vector, or are all of it", partial(_covers, found)
     for name, algorithm in _ALGORITHMS.items():
         for nan in (False, True):
@@ -141,6 +155,14 @@ def _numbers_workers(found: list[dict[str, Any]], processes: int) -> None:
 def _agrees(found: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(found):
         assert torch.equal(result["agreed"], torch.tensor([10.0, 0.0])), f"rank {rank} has another"
+
+
+def _delivers(found: list[dict[str, Any]], processes: int) -> None:
+    for rank, result in enumerate(found):
+        assert result["beside"] == [20.0 + r for r in range(processes)], f"rank {rank}, gathering"
+        for size in _POSTED:
+            expected = 10.0 + torch.arange(processes)[:, None].expand(-1, size)
+            assert torch.equal(result[f"posted {size}"], expected), f"rank {rank} heard another"
 
 
 def _covers(found: list[dict[str, Any]]) -> None:
