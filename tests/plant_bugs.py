@@ -2225,13 +2225,6 @@ BUGS = [
         "gradient_sync",
     ),
     Bug(
-        "one's own posted message is not heard",
-        "transports/meeting.py",
-        "self._delivered[self.rank], self._posted = self._posted, self._posted[:0]",
-        "self._posted = self._posted[:0]",
-        "gradient_sync",
-    ),
-    Bug(
         "what is logged later is forgotten",
         "strategies/strategy.py",
         "        workers.hear()\n",
