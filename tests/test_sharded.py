@@ -396,7 +396,7 @@ def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
 
     def work(rank: int) -> Any:
         transport = connected(Sharded(bucket_size=4 * 96), rank, RANKS)
-        transport.cut(Identity())
+        transport.cut(Identity(), True)
         messages = [
             Message(torch.ones(3, dtype=torch.uint8), (grads[worker],))
             for worker in transport.workers
@@ -461,15 +461,38 @@ def test_buckets_are_cut_into_everybodys_shares() -> None:
     transport = Sharded(bucket_size=4 * 96)
     Transport.connect(transport, 1, 3, 1, CPU)
     assert transport.bounds(200) == [0, 96, 192, 200]
-    transport.cut(Identity())
+    transport.cut(Identity(), True)
     assert transport.bounds(200) == [0, 32, 64, 96, 128, 160, 192, 200, 200, 200]
     assert transport.spans(200) == ((32, 64), (128, 160), (200, 200))
     assert len(transport.bounds(96 * 1000)) - 1 <= 64 * 3
     # 32 times as many for so many bytes; no more coordinates than bytes, though
-    transport.cut(Sign())
+    transport.cut(Sign(), True)
     assert transport.bounds(1000)[::3] == [0, 384, 768, 1000]
-    transport.cut(None)
+    transport.cut(Identity(), False)
     assert transport.bounds(96 * 1000) == [0, 32_000, 64_000, 96_000]
+
+
+def test_sparse_messages_are_cut_into_stripes() -> None:
+    """The largest coordinates lie together, in one layer say: every rank has a share of them."""
+    d, codec = 40_000, TopK(ratio=0.01)
+    transport = Sharded()
+    Transport.connect(transport, 1, 4, 1, CPU)
+    transport.cut(codec, False)
+    assert len(transport.bounds(d)) - 1 <= 4 * 33
+    x = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    x[:4000] *= 100  # where all of the largest lie
+    shares = transport._shares(codec, codec.encode(x), d)
+    assert [len(values) for values, _ in shares] == pytest.approx([100] * 4, abs=30)
+    # ranks' columns of what the whole message stands for
+    whole = codec.decode(codec.encode(x), d)
+    for rank, share in enumerate(shares):
+        mine = torch.cat([whole[first:last] for first, last in transport.spans_of(rank, d)])
+        part = codec.part(d, 0, d)
+        assert torch.equal(part.decode(share, len(mine)), mine)
+        assert bool(part.valid(share, len(mine)))
+    # and back
+    index = torch.arange(0, transport._width(1, d), 7)
+    assert torch.equal(whole[transport._places(index, d)], transport.columns(whole)[index])
 
 
 @laws

@@ -181,6 +181,21 @@ class Compressor(WireFormat):
             "should have a `split`."
         )
 
+    @property
+    def joins(self) -> bool:
+        """Whether shares that do not lie side by side can be one payload (`join`)."""
+        return self.coordinate_wise
+
+    def join(self, shares: Sequence[Payload], widths: Sequence[int]) -> Payload:
+        """One payload of shares that `split` has made: of a vector in which their coordinates lie
+        one after the other.
+
+        Args:
+            shares: at least one.
+            widths: how many coordinates each is of.
+        """
+        return tuple(torch.cat(parts) for parts in zip(*shares, strict=True))
+
     def for_sizes(self, sizes: Sequence[int]) -> Compressor:
         """The same compressor for vectors that are laid out as tensors of these numbers of
         elements, one after the other.

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -192,6 +192,17 @@ class _Sparse(Compressor):
         ).tolist()
         cuts = zip(pairwise(places), bounds, strict=False)
         return [(values[start:end], index[start:end] - first) for (start, end), first in cuts]
+
+    @property
+    def joins(self) -> bool:
+        return True
+
+    def join(self, shares: Sequence[Payload], widths: Sequence[int]) -> Payload:
+        starts = accumulate(widths, initial=0)
+        values, index = zip(*shares, strict=True)
+        return torch.cat(values), torch.cat(
+            [places + start for places, start in zip(index, starts, strict=False)]
+        )
 
 
 @dataclass(frozen=True)

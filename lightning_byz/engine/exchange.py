@@ -70,7 +70,7 @@ class Exchange:
         self._announced = -1
         coordinate_wise = algorithm.coordinate_wise
         first = Round(step=0, n=transport.n, seed=self.seed)
-        transport.cut(algorithm.codec(first) if coordinate_wise else None)
+        transport.cut(algorithm.codec(first), coordinate_wise)
 
     @property
     def workers(self) -> dict[int, Any]:

@@ -195,9 +195,13 @@ class Buckets:
     overlaps: bool = False
     """Whether messages may leave while backward runs."""
 
-    def cut(self, codec: Compressor | None) -> None:
-        """Told before the first round: the codec of a coordinate-wise algorithm, whose messages may
-        travel in many pieces; else None.
+    def cut(self, codec: Compressor, in_pieces: bool) -> None:
+        """Told before the first round.
+
+        Args:
+            codec: of the messages.
+            in_pieces: whether they may travel in many pieces, as those of a coordinate-wise
+                algorithm.
         """
 
     def uplink(

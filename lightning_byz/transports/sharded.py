@@ -21,6 +21,7 @@ from lightning_byz.transports.messages import Message, Received
 from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64
+_STRIPES = 32
 _BLOCK = 2**18
 """Coordinates that are decoded at a time: 1 MB of float32, which stays in a core's cache."""
 _UP, _DOWN = 1, 2
@@ -49,7 +50,8 @@ class Sharded(Collective):
     every rank has a share. A bucket leaves as soon as the backward pass has filled it; the answer
     comes down bucket by bucket, too, as soon as the rule knows it. The results are those of whole
     messages. The last coordinates go first; a parameter without a gradient holds its bucket back
-    until backward has ended.
+    until backward has ended. Sparse messages of other algorithms are cut into 32 stripes, of which
+    every rank has a share: their largest coordinates lie together.
 
     Who must be honest: every *process*, as for `AllGather`; in addition each makes its share of the
     result for all others. What decisions depend on (distances, norms) is rank 0's.
@@ -75,6 +77,7 @@ class Sharded(Collective):
             )
         self.overlap, self.bucket_size = overlap, bucket_size
         self._bucket: int | None = None  # coordinates of a bucket; None: there is only one
+        self._stripes = 1  # parts of the coordinates, of which every rank has a share
         self._bounds: dict[int, list[int]] = {}
 
     def connect(
@@ -84,12 +87,14 @@ class Sharded(Collective):
         self._room: dict[tuple[Field, ...], list[Tensor]] = {}
         self._bounds.clear()
 
-    def cut(self, codec: Compressor | None) -> None:
-        self._bucket = None
-        if codec is not None and self.overlap:
+    def cut(self, codec: Compressor, in_pieces: bool) -> None:
+        self._bucket, self._stripes = None, 1
+        if in_pieces and self.overlap:
             self._bucket = min(
                 32 * self.bucket_size // codec.nbytes(32, torch.float32), self.bucket_size
             )
+        elif codec.sparse and codec.joins:
+            self._stripes = _STRIPES
         self._bounds.clear()
 
     def bounds(self, dim: int) -> list[int]:
@@ -98,10 +103,11 @@ class Sharded(Collective):
         """
         if dim in self._bounds:
             return self._bounds[dim]
-        size = dim
+        size, unit = dim, 32 * self.world_size
         if self._bucket is not None:
-            unit = 32 * self.world_size
             size = -(-max(self._bucket, dim // _MOST_BUCKETS, 1) // unit) * unit
+        elif self._stripes > 1:
+            size = -(-max(dim // self._stripes, 1) // unit) * unit
         cuts = [0]
         for first in range(0, dim, max(1, size)) or (0,):
             cuts += [
@@ -151,9 +157,8 @@ class Sharded(Collective):
         format = self._format(codec, dim)
         if format is None:
             return super().exchange(messages, codec, dim, dtype, round)
-        bounds = self.bounds(dim)
-        shares = [codec.split(message.payload, dim, bounds) for message in messages]
-        ((first, last),) = self.spans(dim)
+        shares = [self._shares(codec, message.payload, dim) for message in messages]
+        width = self._width(self.rank, dim)
         flags = Field(tuple(messages[0].flags.shape), torch.uint8)
         if codec.sparse:
             layouts = self._announced(shares, codec.layout(dim, dtype))
@@ -167,9 +172,7 @@ class Sharded(Collective):
         else:
             incoming = [
                 list(tensors)
-                for tensors in zip(
-                    *self._rows((flags, *format.layout(last - first, dtype))), strict=True
-                )
+                for tensors in zip(*self._rows((flags, *format.layout(width, dtype))), strict=True)
             ]
 
         outgoing = [
@@ -196,7 +199,7 @@ class Sharded(Collective):
             Message(flags.to(device), tuple(t.to(device) for t in payload))
             for flags, *payload in incoming
         ]
-        return Received(received, format, self._valid(received, format, last - first))
+        return Received(received, format, self._valid(received, format, width))
 
     def uplink(
         self, codec: Compressor, dim: int, dtype: torch.dtype, round: Round
@@ -248,24 +251,28 @@ class Sharded(Collective):
         ]
 
     def deliver(self, everybody: Sequence[Message], codec: Compressor, dim: int) -> Received:
-        spans, bounds = self.spans(dim), self.bounds(dim)
-        width = sum(last - first for first, last in spans)
-        format = self._format(codec, dim)
+        width, format = self._width(self.rank, dim), self._format(codec, dim)
         if format is None:
-            window = _Window(codec, dim, spans[0][0])
+            window = _Window(codec, dim, self.spans(dim)[0][0])
             return Received(list(everybody), window, self._valid(everybody, window, width))
-        here = []
-        for flags, payload, _ in everybody:
-            shares = codec.split(payload, dim, bounds)[self.rank :: self.world_size]
-            here.append(
-                Message(
-                    flags,
-                    shares[0]
-                    if len(shares) == 1
-                    else tuple(map(torch.cat, zip(*shares, strict=True))),
-                )
-            )
+        here = [
+            Message(flags, self._shares(codec, payload, dim)[self.rank])
+            for flags, payload, _ in everybody
+        ]
         return Received(here, format, self._valid(here, format, width))
+
+    def _width(self, rank: int, dim: int) -> int:
+        """How many columns a rank aggregates."""
+        return sum(last - first for first, last in self.spans_of(rank, dim))
+
+    def _shares(self, codec: Compressor, payload: Payload, dim: int) -> list[Payload]:
+        """A payload's share for every rank."""
+        bounds, world = self.bounds(dim), self.world_size
+        pieces = codec.split(payload, dim, bounds)
+        if len(pieces) == world:
+            return pieces
+        widths = [last - first for first, last in pairwise(bounds)]
+        return [codec.join(pieces[rank::world], widths[rank::world]) for rank in range(world)]
 
     def _format(self, codec: Compressor, dim: int) -> WireFormat | None:
         """How this rank's share of a payload is decoded; None if payloads cannot be cut into all
@@ -274,7 +281,8 @@ class Sharded(Collective):
         if codec.coordinate_wise:
             return codec
         parts = [codec.part(dim, first, last) for first, last in pairwise(self.bounds(dim))]
-        return None if any(part is None for part in parts) else parts[self.rank]
+        whole = len(parts) == self.world_size or codec.joins
+        return parts[self.rank] if whole and all(part is not None for part in parts) else None
 
     # -- down --------------------------------------------------------------------------------------
 
@@ -334,36 +342,47 @@ class Sharded(Collective):
 
     def revise(self, index: Tensor, numbers: Tensor, last: Tensor) -> Payload:
         """Every rank sends the coordinates of its share that have changed, or all of it where that
-        is less; shares are not in buckets here.
+        is less.
         """
-        spans = list(pairwise(self.bounds(len(last))))
-        first, end = spans[self.rank]
-        mine = last[first:end]
-        changed = numbers != mine[index]
-        share: Payload = (numbers[changed], index[changed].to(torch.int32))
-        count = len(share[0])
-        if sum(tensor.nbytes for tensor in share) >= mine.nbytes:
-            count, share = -1, (mine.index_copy(0, index, numbers),)
+        dim = len(last)
+        places = self._places(index, dim)
+        changed = numbers != last[places]
+        narrow = torch.int32 if dim <= torch.iinfo(torch.int32).max else torch.int64
+        share: Payload = (numbers[changed], places[changed].to(narrow))
+        count, width = len(share[0]), self._width(self.rank, dim)
+        if sum(tensor.nbytes for tensor in share) >= width * last.element_size():
+            count, share = -1, (self.columns(last).index_copy(0, index, numbers),)
         said = self.gather(
             [[torch.tensor([count])]] * self.workers_per_process, [Field((1,), torch.int64)]
         )
         counts = [int(said[rank * self.workers_per_process][0]) for rank in range(self.world_size)]
         answers = [
-            [_empty(Field((count,), dtype), self._device) for dtype in (last.dtype, torch.int32)]
+            [_empty(Field((count,), dtype), self._device) for dtype in (last.dtype, narrow)]
             if count >= 0
-            else [_empty(Field((end - first,), last.dtype), self._device)]
-            for count, (first, end) in zip(counts, spans, strict=True)
+            else [_empty(Field((self._width(rank, dim),), last.dtype), self._device)]
+            for rank, count in enumerate(counts)
         ]
         for tensor, out in zip(share, answers[self.rank], strict=True):
             out.copy_(tensor)
         self._swap([share] * self.world_size, answers)
-        for (first, end), (sent, *places) in zip(spans, answers, strict=True):
+        for rank, (sent, *changes) in enumerate(answers):
             sent = sent.to(last.device)
-            if places:
-                last[first:end].index_copy_(0, places[0].to(last.device).long(), sent)
-            else:
-                last[first:end] = sent
+            if changes:
+                last.index_copy_(0, changes[0].to(last.device).long(), sent)
+                continue
+            spans = self.spans_of(rank, dim)
+            parts = torch.split(sent, [end - first for first, end in spans])
+            for (first, end), part in zip(spans, parts, strict=True):
+                last[first:end] = part
         return tuple(tensor for answer in answers for tensor in answer)
+
+    def _places(self, index: Tensor, dim: int) -> Tensor:
+        """Where this rank's columns lie in the whole vectors, given their numbers here."""
+        spans = torch.tensor(self.spans(dim), device=index.device)
+        widths = spans[:, 1] - spans[:, 0]
+        ends = widths.cumsum(0)
+        of_span = torch.searchsorted(ends, index, right=True)
+        return index + (spans[:, 0] - ends + widths)[of_span]
 
     def assemble(self, columns: Tensor, dim: int) -> Tensor:
         return self._joined(columns, dim, range(self.world_size))
