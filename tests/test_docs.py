@@ -44,8 +44,7 @@ def test_the_first_page_trains(tmp_path):
     (code,) = blocks("docs/index.md", "python")
     code = code.replace(
         "max_epochs=5",
-        "max_epochs=1, limit_train_batches=2, logger=False, "
-        "enable_checkpointing=False",
+        "max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False",
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -901,3 +901,40 @@ def test_every_step_logs_its_own_numbers_on_all_ranks(transport, tmp_path) -> No
                 assert metrics.get("late") == (float(k) if k >= 2 else None)
         assert report["extra"] == reports[0]["extra"]
         assert report["metrics"] == reports[0]["metrics"]
+
+
+class WithoutBatches(LogsItsRank):
+    """Rank 1 has no batch from step 1 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        return (self(batch[0]) * 0).sum() + 3.0 + 3.0 * batch_idx
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.ended.append(float(outputs["loss"]))
+
+
+class NoneLater(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        for k in range(3):
+            alone = int(os.environ.get("LOCAL_RANK", "0")) == 1
+            yield None if alone and k else [torch.randn(4, 10), torch.zeros(4, dtype=torch.int64)]
+
+
+@processes
+def test_a_rank_without_a_batch_goes_along_and_shows_the_loss_before(tmp_path) -> None:
+    data = torch.utils.data.DataLoader(NoneLater(), batch_size=None)
+    reports = fit(
+        tmp_path,
+        WithoutBatches(),
+        averaging(transport=AllGather(), start_method="fork"),
+        devices=2,
+        data=data,
+        max_steps=3,
+        use_distributed_sampler=False,
+        extra=lambda trainer, module: module.ended,
+    )
+    assert [report["extra"] for report in reports] == [[3.0, 6.0, 9.0], [3.0, 3.0, 6.0]]

@@ -275,6 +275,44 @@ def test_slices_are_looked_at_on_all_ranks():
     assert said
 
 
+@compiler
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        ColumnStatistic("mean", 0, 5),
+        ColumnStatistic("mean", 0, 400),
+        ColumnStatistic("mean", 2, 2),
+        ColumnStatistic(keep=4),
+        ColumnStatistic(keep=0),
+    ],
+    ids=repr,
+)
+def test_no_more_values_are_averaged_than_there_are(statistic):
+    rows = Rows(rows_for(5, 40, dtype=torch.float32)).mix(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="should be of some of n=3 values"):
+        rows.map(statistic)
+
+
+@compiler
+def test_mixtures_of_other_rows_are_refused():
+    rows, out = [*rows_for(5, 40, dtype=torch.float32)], torch.empty(40)
+    for mixing in (torch.ones(3, 6), torch.ones(0, 5), torch.ones(kernels.MOST_ROWS + 1, 5)):
+        with pytest.raises(ValueError, match="Columns should be of 1 to 256 rows"):
+            ColumnStatistic().by_kernel(rows, out, mixing)
+
+
+def test_libraries_of_other_sources_are_not_loaded(monkeypatch):
+    build.version.cache_clear()
+    before = build.library("float32", "avx2")
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" ")
+    build.version.cache_clear()
+    try:
+        assert build.library("float32", "avx2") != before
+    finally:
+        build.version.cache_clear()
+
+
 # -- where there is no kernel ----------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 networks sort.
 """
 
+import contextlib
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zoo import JUNK, laws, rows_for
 
+from lightning_byz.aggregators import StaticClipping
+from lightning_byz.numerics import kernels
 from lightning_byz.numerics import rows as rows_module
 from lightning_byz.numerics.memory import empty_rows
 from lightning_byz.numerics.networks import pruned_network
@@ -237,6 +240,54 @@ def test_decisions_go_through_agree():
         mixed.gram()
         assert len(asked) == 2, "what unlike machines made of the base rows' products"
         assert torch.equal(rows.select(torch.tensor([2, 0, 1])).squared_distances(), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (4, 3), (5,), (1, 5, 5)])
+def test_weights_of_mixtures_have_one_column_for_each_row(shape):
+    with pytest.raises(ValueError, match=r"should be a matrix \[m, 5\]. Found shape"):
+        Rows(rows_for(5, 20)).mix(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    "center", [torch.zeros(19), torch.zeros(1), torch.zeros(20, device="meta")]
+)
+def test_a_center_is_one_of_these_rows(center):
+    with pytest.raises(ValueError, match=r"should be a vector \[20\] on cpu. Found shape"):
+        Rows(rows_for(5, 20, dtype=torch.float32)).squared_distances_to(center)
+
+
+def test_no_rows_have_no_products():
+    assert Rows(torch.zeros(0, 5)).squared_distances().shape == (0, 0)
+
+
+def test_a_faint_row_keeps_its_norm_beside_large_ones():
+    x = rows_for(5, 100, dtype=torch.float32)
+    x[2] = 1e-24
+    x[3] = 0
+    rows = Rows(x)
+    assert rows.finite(by="products").all()
+    torch.testing.assert_close(rows.squared_norms(), x.double().square().sum(1), rtol=1e-5, atol=0)
+
+
+def test_clipped_rows_can_be_differentiated():
+    x = rows_for(5, 20, dtype=torch.float32).requires_grad_()
+    StaticClipping(c=1.0)(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_without_weight_are_not_read_by_mixtures(dtype):
+    x = rows_for(5, 100).to(dtype)
+    x[3] = torch.inf
+    mixing = torch.full((4, 5), 0.25, dtype=torch.float64)
+    mixing[:, 3] = 0
+    rows = Rows(x).mix(mixing)
+    assert rows.finite().all()
+    for switch in (contextlib.nullcontext, kernels.switched_off):
+        with switch():
+            assert rows.map(median_of_rows).isfinite().all()
+            assert rows.dense().isfinite().all()
 
 
 # -- lazy operations -------------------------------------------------------------------------------

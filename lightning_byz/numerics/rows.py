@@ -229,7 +229,15 @@ class Rows:
     def mix(self, weights: Tensor) -> Rows:
         """M new rows ``weights [m, n] @ rows``, lazily: weights compose, rows are made block by
         block when they are read.
+
+        Raises:
+            ValueError: if the weights have another shape.
         """
+        if weights.ndim != 2 or weights.shape[1] != len(self):
+            raise ValueError(
+                f"Weights of mixtures of {len(self)} rows should be a matrix [m, {len(self)}]. "
+                f"Found shape {list(weights.shape)}."
+            )
         weights = weights.to(device=self.values.device, dtype=torch.float64)
         return replace(
             self,
@@ -273,7 +281,9 @@ class Rows:
     def _mixed(self, block: Tensor) -> Tensor:
         """``mixing @ block``, whose bits do not depend on how many columns it has."""
         assert self.mixing is not None
-        mixing = self.mixing.to(block.dtype)
+        mixing, used = self.mixing.to(block.dtype), (self.mixing != 0).any(0)
+        if not bool(used.all()):  # 0 * inf is nan
+            mixing, block = mixing[:, used], block[used]
         if not self._on_cpu:
             return mixing @ block
         out = block.new_empty(len(mixing), block.shape[1])
@@ -365,7 +375,8 @@ class Rows:
         if self.index is None and self.mixing is None and self.scales is None:
             return self.values
         out = self.values.new_empty(len(self), self.values.shape[1])
-        if self._factors is not None and self.scales is None:
+        differentiable = torch.is_grad_enabled() and self.values.requires_grad
+        if self._factors is not None and self.scales is None and not differentiable:
             for row, i, factor in zip(out, self._stored, self._factors.tolist(), strict=True):
                 torch.mul(self.values[i], factor, out=row)
             return out
@@ -607,14 +618,30 @@ class Rows:
             return known
         # float64 rows are shifted first
         products = None if self.work_dtype == torch.float64 else self._known("products")
-        return self._keep(
-            "squares", self._squares(None) if products is None else products.diagonal()
-        )
+        if products is None:
+            return self._keep("squares", self._squares(None))
+        squares = products.diagonal()
+        faint = ~(squares > _FAINT)
+        if bool(faint.any()):
+            squares = squares.clone()
+            squares[faint] = self.select(faint)._sums_of_squares(None, torch.float64)
+        return self._keep("squares", squares)
 
     def squared_distances_to(self, center: Tensor | None) -> Tensor:
         """``[n]`` float64 ``||x_i - center||^2`` for a vector ``center [d_local]`` (None: the
         origin).
+
+        Raises:
+            ValueError: if the center is of another size, or on another device.
         """
+        values = self.values
+        if center is not None and (
+            center.shape != values.shape[1:] or center.device != values.device
+        ):
+            raise ValueError(
+                f"A center of these rows should be a vector [{values.shape[1]}] on "
+                f"{values.device}. Found shape {list(center.shape)} on {center.device}."
+            )
         return self.squared_norms() if center is None else self._squares(center)
 
     def _squares(self, center: Tensor | None) -> Tensor:
@@ -826,7 +853,7 @@ class Rows:
         if self.scales is not None or self.values.dtype != self.work_dtype:
             return None
         rows = [self.values[i] for i in self._stored]
-        fit = bool(rows) and len(self) <= kernels.MOST_ROWS and kernels.fits(rows)
+        fit = 1 <= len(self) <= kernels.MOST_ROWS and kernels.fits(rows)
         return rows if fit else None
 
     def combine(self, weights: Tensor) -> Tensor:

@@ -97,10 +97,9 @@ _NOT_LOGGED = -1.7976931348623157e308
 class StepLogs:
     """Reduces the workers' logged values to one each.
 
-    Every rank says what it logged in one small collective, which all ranks enter after every
-    training step, whether they logged anything or not: a worker that skips a ``self.log`` cannot
-    leave the others waiting. Names travel as JSON, only when one is new. What cannot be an honest
-    worker's is taken for its silence.
+    Every rank says something after every training step, whether it logged anything or not: a worker
+    that skips a ``self.log`` cannot leave the others waiting. Names travel as JSON, only when one
+    is new. What cannot be an honest worker's is taken for its silence.
 
     Attributes:
         loss: the median of the workers' finite losses in the last step, or None.
@@ -143,7 +142,7 @@ class StepLogs:
 
         Returns:
             a function of ``honest`` and ``silenced`` that hears the others, and gives the calls.
-            All ranks call it at the same place, before they log anything else.
+            All ranks call it at the same place, before they exchange anything of another place.
         """
         spoken: list[dict[str, float]] = []
         own: list[Call] = []  # values that reduce themselves
@@ -172,20 +171,18 @@ class StepLogs:
                 self._learn({name for said in spoken for name in said}, news, transport, device)
                 again = transport.gather(*self._messages(logs, spoken, device))
                 rows = self._read(again, silenced)
-            return self._calls(rows, honest, device) + [
+            losses = [row.loss for row in rows if row is not None and math.isfinite(row.loss)]
+            self.loss = None
+            if losses:
+                self.loss = torch.tensor(median(losses), dtype=torch.float64, device=device)
+            return self._calls(rows, honest) + [
                 call._replace(kwargs=dict(call.kwargs)) for call in own
             ]
 
         return hear
 
-    def _calls(
-        self, rows: Sequence[StepRow | None], honest: Sequence[bool], device: torch.device
-    ) -> list[Call]:
-        """What is logged of all workers' numbers; sets `loss`."""
-        losses = [row.loss for row in rows if row is not None and math.isfinite(row.loss)]
-        self.loss = None
-        if losses:
-            self.loss = torch.tensor(median(losses), dtype=torch.float64, device=device)
+    def _calls(self, rows: Sequence[StepRow | None], honest: Sequence[bool]) -> list[Call]:
+        """What is logged of all workers' numbers."""
         counted = [
             row for row, counts in zip(rows, honest, strict=True) if row is not None and counts
         ]

@@ -323,7 +323,11 @@ class LocalWorkers(ABC):
 
 
 class OneWorker(LocalWorkers):
-    """The only worker of its process: gradients are read from ``p.grad``."""
+    """The only worker of its process: gradients are read from ``p.grad``.
+
+    A rank without a batch shows the workers' median loss of the step before, as this one's is not
+    heard before backward.
+    """
 
     hears_later: ClassVar[bool] = True
 
@@ -334,7 +338,7 @@ class OneWorker(LocalWorkers):
         return (
             outputs[0]
             if outputs[0] is not None
-            else _stand_in(self.logs, self.strategy.root_device)
+            else _stand_in(self.logs.loss, self.strategy.root_device)
         )
 
     def backward(
@@ -383,7 +387,7 @@ class WorkersInTurn(LocalWorkers):
 
     def _output(self, outputs: list[Any]) -> Any:
         """One output that stands for all of them."""
-        loss = self._scale_probe = _stand_in(self.logs, self.strategy.root_device)
+        loss = self._scale_probe = _stand_in(self.logs.loss, self.strategy.root_device)
         extras = [
             {key: value for key, value in output.items() if key != "loss"}
             for output in outputs
@@ -490,7 +494,7 @@ class WorkersInTurn(LocalWorkers):
         return flat, torch.zeros(len(layout.parameters), dtype=torch.bool) if used is None else used
 
 
-def _stand_in(logs: StepLogs, device: torch.device) -> Tensor:
-    """A loss with a gradient of 1 that has the value of the workers' median loss."""
+def _stand_in(loss: Tensor | None, device: torch.device) -> Tensor:
+    """A loss with a gradient of 1 that has this value."""
     probe = torch.zeros((), device=device, requires_grad=True)
-    return probe + (0.0 if logs.loss is None else logs.loss.float())
+    return probe + (0.0 if loss is None else loss.float())

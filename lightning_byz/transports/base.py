@@ -111,7 +111,11 @@ class Link(ABC):
         """A `gather` of which the result is `delivered`, later: where the transport can, small
         messages travel along with what comes next, so that nobody waits for them.
         """
-        self._delivered = self.gather(messages, layout)
+        heard = self.gather(messages, layout)  # whose memory the next one uses again
+        self._delivered = [
+            None if message is None else tuple(tensor.clone() for tensor in message)
+            for message in heard
+        ]
 
     def delivered(self) -> Sequence[tuple[Tensor, ...] | None]:
         """The result of the last `post`."""

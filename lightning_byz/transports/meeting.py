@@ -60,7 +60,7 @@ class Meeting:
         self._heard = torch.zeros(self.size, _SIZE + _ATTACHED, dtype=torch.uint8)
         self._unsaid = False
         self._requests: list[tuple[int, dist.Work | None]] = []
-        self._posted = torch.empty(0, dtype=torch.uint8)
+        self._posted: Tensor | None = None
         self._delivered: Tensor | None = None
 
     @property
@@ -93,8 +93,9 @@ class Meeting:
         self._unsaid = False
         said = self.place.encode()[:_SIZE].ljust(_SIZE)
         self._said[:_SIZE] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        first = _SIZE + len(self._posted)
-        self._said[_SIZE:first] = self._posted
+        first = self._free
+        if self._posted is not None:
+            self._said[_SIZE:first] = self._posted
         if attached is not None:
             self._said[first : first + len(attached)] = attached
         receive = [
@@ -102,6 +103,11 @@ class Meeting:
         ]
         send = [(r, partial(dist.isend, self._said, r, self.group, _TAG)) for r in self.others]
         self._requests = [(rank, self._started(rank, start)) for rank, start in receive + send]
+
+    @property
+    def _free(self) -> int:
+        """Where room for a message begins, in what this rank says."""
+        return _SIZE + (0 if self._posted is None else len(self._posted))
 
     def along(self, message: Tensor) -> Tensor | None:
         """Every rank's message, if it is small and this rank has still to say where it is.
@@ -112,7 +118,7 @@ class Meeting:
         Returns:
             the messages ``[ranks, size]``, until the next place; None: they travel on their own.
         """
-        first = _SIZE + len(self._posted)
+        first = self._free
         if not self._unsaid or first + len(message) > _SIZE + _ATTACHED:
             return None
         message = message.cpu()
@@ -159,6 +165,7 @@ class Meeting:
         requests, self._requests = self._requests, []
         if not requests:
             return
+        posted, self._posted = self._posted, None
         failed = [
             (rank, error) for rank, request in requests if (error := _failure(request)) is not None
         ]
@@ -168,9 +175,9 @@ class Meeting:
         if all(torch.equal(said, mine) for said in heard.values()):
             if lost:
                 raise self._lost(sorted(lost), next(iter(lost.values())))
-            if len(self._posted):
-                self._delivered = self._heard[:, _SIZE : _SIZE + len(self._posted)].clone()
-                self._delivered[self.rank], self._posted = self._posted, self._posted[:0]
+            if posted is not None:
+                self._delivered = self._heard[:, _SIZE : _SIZE + len(posted)].clone()
+                self._delivered[self.rank] = posted
             return
         places: dict[str, list[int]] = {}
         for rank, said in sorted({**heard, self.rank: mine}.items()):

@@ -3,8 +3,9 @@ column (``columns.c``), weighted sums (``sums.c``), inner products (``products.c
 to a point (``distances.c``).
 
 `build` compiles them with the package. Where no C compiler was there, PyTorch's operations take
-their place. Order statistics and weighted sums then have the same bits; order statistics are made
-at a tenth of the speed. All else is the same to rounding, at a half of the speed.
+their place. Order statistics of rows, and their weighted sums, then have the same bits; order
+statistics are made at a tenth of the speed. All else, order statistics of mixtures among it, is the
+same to rounding, at a half of the speed.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def switched_off() -> Iterator[None]:
 
 def fits(rows: Sequence[Tensor]) -> bool:
     """Whether these vectors ``[c]``, of one length and dtype, can be reduced here."""
+    if not rows:
+        return False
     first = rows[0]
     return (
         _ON
@@ -92,8 +95,23 @@ def reduce_columns(
 
     Returns:
         `ODD_INPUT` and `ODD_RESULT`, added up, where they hold.
+
+    Raises:
+        ValueError: if there are fewer values than are asked for, or if the mixing has another
+            shape.
     """
     n = len(rows) if mixing is None else len(mixing)
+    if not 1 <= n <= MOST_ROWS or (mixing is not None and mixing.shape != (n, len(rows))):
+        raise ValueError(
+            f"Columns should be of 1 to {MOST_ROWS} rows, or of mixtures [m, {len(rows)}] of "
+            f"these. Found {len(rows) if mixing is None else list(mixing.shape)}."
+        )
+    means, nearest = what in (MEAN, NEAREST_TO_MEAN), what in (NEAREST_TO_MIDDLE, NEAREST_TO_MEAN)
+    if (means and not 0 <= first < last <= n) or (nearest and not 1 <= keep <= n):
+        raise ValueError(
+            f"The mean of sorted values {first} to {last - 1}, or of the {keep} nearest ones, "
+            f"should be of some of n={n} values."
+        )
     terms = () if mixing is None else _terms(mixing, out.dtype)
     network = _network(n, what, first, last)
     threads = _threads(len(rows) * out.nbytes, len(rows) * n * len(out) if terms else 0)
@@ -136,7 +154,8 @@ def inner_products(rows: Sequence[Tensor]) -> Tensor:
 
 def squared_distances(rows: Sequence[Tensor], center: Tensor | None) -> Tensor:
     """``[n]`` float64 ``||rows[i] - center||^2``, of n vectors ``[c]`` that `fits` allows, to a
-    vector ``[c]`` of their kind, or to the origin; added up as `inner_products` are.
+    vector ``[c]`` of their kind, or to the origin. So many squares are added up in their dtype as
+    make 16 kB of a row, and those sums in float64.
 
     Raises:
         MemoryError: if there is none for the sums.
@@ -204,13 +223,13 @@ def _library(dtype: str) -> Any:
         if path.exists():
             try:
                 return opened(path)
-            except OSError as error:
+            except (OSError, AttributeError) as error:
                 log.info(f"lightning_byz: {path.name} cannot be loaded: {error}")
     if dtype == "float32":
         log.info(
-            "lightning_byz: medians and trimmed means run without compiled kernels, at a tenth of "
-            "their speed, because no C compiler was there when the package was installed. Install "
-            "one (gcc or clang), and then the package again."
+            "lightning_byz: rules run without compiled kernels, medians and trimmed means at a "
+            "tenth of their speed, because no C compiler was there when the package was installed. "
+            "Install one (gcc or clang), and then the package again."
         )
     return None
 

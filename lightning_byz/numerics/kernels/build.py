@@ -6,6 +6,7 @@ processor has.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -39,13 +41,20 @@ class NoCompilerError(RuntimeError):
     """Why nothing could be compiled."""
 
 
+@cache
+def version() -> str:
+    """Tells libraries of these sources from those of others."""
+    sources = [*sorted(_HERE.glob("*.[ch]")), _HERE / "build.py", _HERE.parent / "networks.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+
 def library(dtype: str, instructions: str) -> str:
     """The file name of a library."""
-    return f"kernels-{dtype}-{instructions}.so"
+    return f"kernels-{version()}-{dtype}-{instructions}.so"
 
 
 def build(folder: Path) -> list[Path]:
-    """Compiles all libraries for this kind of processor into a folder.
+    """Compiles all libraries for this kind of processor into a folder, in place of those there.
 
     Raises:
         NoCompilerError: if there is no C compiler, or it cannot compile them.
@@ -55,6 +64,8 @@ def build(folder: Path) -> list[Path]:
         raise NoCompilerError(f"there is no C compiler {compiler[0]!r}")
     targets = shlex.split(os.environ.get("ARCHFLAGS", ""))
     intel = platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in targets
+    for old in folder.glob("*.so"):
+        old.unlink()
     made = []
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "networks.h").write_text(_networks())
