@@ -859,7 +859,11 @@ ATTACKS = [
 @pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("attack", ATTACKS, ids=repr)
 @pytest.mark.parametrize("devices", BOTH)
-def test_it_trains_under_every_attack(attack: Any, devices: int, tmp_path: Path) -> None:
+def test_it_trains_under_every_attack(
+    attack: Any, devices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # samplers and attacks draw by it, and tests before this one may have set it
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     accuracy = []
     x, y = blobs(600, seed=5).tensors
     for callbacks in ([], [ByzantineWorkers(attack, count=1)]):
