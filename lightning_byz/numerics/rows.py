@@ -450,7 +450,7 @@ class Rows:
 
     def finite(self, by: Literal["norms", "products"] | None = "norms") -> Tensor:
         """``[n]`` bool: the rows that hold neither nan nor inf, in any slice. ``by``: look by way
-        of `squared_norms`, or of `gram`, where rules ask for these next.
+        of `squared_norms`, or of `gram`, where rules ask for these next; None: of all numbers.
         """
         base = replace(self, mixing=None)
         # finite rows may add up to others

@@ -21,7 +21,9 @@ from lightning_byz.transports.messages import Message, Received
 from lightning_byz.types import Payload, Round
 
 _MOST_BUCKETS = 64
+"""Parts of the coordinates that travel on their own."""
 _STRIPES = 32
+"""Parts of the coordinates of sparse messages, of which every rank has a share."""
 _BLOCK = 2**18
 """Coordinates that are decoded at a time: 1 MB of float32, which stays in a core's cache."""
 _UP, _DOWN = 1, 2

@@ -228,8 +228,8 @@ def _library(dtype: str) -> Any:
     if dtype == "float32":
         log.info(
             "lightning_byz: rules run without compiled kernels, medians and trimmed means at a "
-            "tenth of their speed, because no C compiler was there when the package was installed. "
-            "Install one (gcc or clang), and then the package again."
+            "tenth of their speed, because no C compiler was there when the package was installed, "
+            "or its sources have changed since. Install gcc or clang, and then the package again."
         )
     return None
 
