@@ -1892,6 +1892,13 @@ BUGS = [
         "replicas",
     ),
     Bug(
+        "one worker forces a decision on a server",
+        "strategies/server_processes.py",
+        "heard.get(0) == strong or votes > f",
+        "heard.get(0) == strong or votes > 0",
+        "parameter_server",
+    ),
+    Bug(
         "who has left is waited for",
         "transports/parameter_server/desk.py",
         "if member.left or member.dropped:",

@@ -607,6 +607,25 @@ if __name__ == "__main__":
     assert not Path(words[1]).exists()
 
 
+@pytest.mark.parametrize("f", [0, 1])
+@pytest.mark.parametrize("everybody", [False, True])
+def test_up_to_f_workers_force_no_decision(everybody: bool, f: int) -> None:
+    """One "no" is enough for "no", or one "yes" for "yes": of the server, or of f + 1 workers."""
+    strategy = ByzantineRobustStrategy(transport=ParameterServer())
+    strategy.resolved = RobustSGD(TrimmedMean(f=f))
+    strong, weak = (b"\2", b"\1") if everybody else (b"\1", b"\2")
+
+    def forced(*strong_ranks: int) -> bool:
+        votes = {rank: strong if rank in strong_ranks else weak for rank in range(5)}
+        strategy.transport.from_everybody = lambda name, body, most: votes
+        return strategy.processes.decide(everybody, everybody) != everybody
+
+    assert forced(0)
+    assert not forced()
+    assert all(forced(rank) == (f == 0) for rank in range(1, 5))
+    assert forced(2, 4)
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedSetupError, match="popen"):
         L.Trainer(

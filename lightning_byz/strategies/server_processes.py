@@ -258,7 +258,7 @@ class ServerProcesses(Processes):
         """
         heard = self.transport.from_everybody("decision", b"\1" if decision else b"\2", 1)
         strong = b"\2" if everybody else b"\1"
-        resolved = getattr(self.strategy, "_resolved", None)
+        resolved = self.strategy.resolved
         f = 0 if resolved is None else resolved.aggregator.f or 0
         votes = sum(vote == strong for vote in heard.values()) * self.transport.workers_per_process
         return everybody != (heard.get(0) == strong or votes > f)
