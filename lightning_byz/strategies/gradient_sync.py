@@ -35,6 +35,7 @@ from torch.optim.optimizer import (
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.overlap import Overlap
+from lightning_byz.strategies.sync import Sync
 
 log = logging.getLogger("lightning_byz")
 
@@ -256,7 +257,7 @@ class GradientGroup:
             )
 
 
-class GradientSync:
+class GradientSync(Sync):
     """Decides when the gradients of which groups are exchanged, and sees every way in which they
     get into ``p.grad``.
 
@@ -266,9 +267,6 @@ class GradientSync:
         manual: whether the module optimizes by hand.
         overlap: whether messages may leave during backward.
         precision: the precision plugin, whose ``clip_gradients`` is to act on aggregates.
-
-    Attributes:
-        blocked: whether gradients add up locally.
     """
 
     def __init__(
@@ -286,7 +284,6 @@ class GradientSync:
             overlap,
         )
         self.blocked = False
-        self.in_training_step = False
         self._alone = all(group.exchange.transport.workers_per_process == 1 for group in groups)
         self._in_backward = False
         self._stepping = False  # inside of Strategy.optimizer_step
@@ -337,15 +334,6 @@ class GradientSync:
         for group in self.groups if self.manual else ():
             group.check_parameters()
         self.about()
-
-    @contextmanager
-    def training_step(self) -> Iterator[None]:
-        """Inside, one local worker's training step runs."""
-        self.in_training_step = True
-        try:
-            yield
-        finally:
-            self.in_training_step = False
 
     # -- a backward pass ---------------------------------------------------------------------------
 
@@ -532,12 +520,13 @@ class GradientSync:
 
         return evaluate
 
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """Inside, Lightning steps an optimizer, with a closure of `step`."""
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], take: Callable[..., Any]
+    ) -> Any:
+        """Lightning's step of an optimizer, with a closure of `step`."""
         before, self._stepping = self._stepping, True
         try:
-            yield
+            return take(optimizer, self.step(optimizer, closure, may_repeat(optimizer)))
         finally:
             self._stepping = before
 

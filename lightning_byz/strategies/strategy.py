@@ -33,7 +33,6 @@ from lightning_byz.strategies.gradient_sync import (
     GradientGroup,
     GradientSync,
     gradient_groups,
-    may_repeat,
 )
 from lightning_byz.strategies.overlap import may_overlap
 from lightning_byz.strategies.process_hooks import ProcessHooks
@@ -46,6 +45,7 @@ from lightning_byz.strategies.resolve import (
 )
 from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
+from lightning_byz.strategies.sync import Sync
 from lightning_byz.strategies.validate import check_arguments, check_setup
 from lightning_byz.strategies.workers import LocalWorkers, NoBatch
 from lightning_byz.strategies.workers_at_once import Vectorize, local_workers
@@ -160,7 +160,7 @@ class RobustStrategy(ProcessHooks):
         self.simulation: Honest = HONEST
         self.report = RoundReport(max_skipped_steps)
         self.resolved: Algorithm | None = None
-        self.sync: GradientSync | None = None
+        self.sync: Sync | None = None
         self.local_workers: LocalWorkers | None = None
         self.groups: list[GradientGroup] = []
         self.exchanges: list[Exchange] = []
@@ -213,7 +213,7 @@ class RobustStrategy(ProcessHooks):
         self.forget()
         self.processes.begin_training(module)
 
-    def _watch(self, sync: GradientSync | None) -> None:
+    def _watch(self, sync: Sync | None) -> None:
         """Gradients are exchanged when ``sync`` says; the hooks of the one before are taken off."""
         if self.sync is not None:
             self.sync.remove()
@@ -297,10 +297,8 @@ class RobustStrategy(ProcessHooks):
         if self.sync is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.local_workers is not None
-        agreed = self.local_workers.agreed(closure)
-        with self.sync.stepping():
-            evaluate = self.sync.step(optimizer, agreed, may_repeat(optimizer))
-            return super().optimizer_step(optimizer, evaluate, model, **kwargs)
+        take = partial(super().optimizer_step, model=model, **kwargs)
+        return self.sync.optimizer_step(optimizer, self.local_workers.agreed(closure), take)
 
     def on_train_end(self) -> None:
         super().on_train_end()

@@ -27,7 +27,7 @@ from lightning_byz.strategies.private_names import logging_in
 from lightning_byz.strategies.step_logs import Call, StepLogs, WorkerLog
 from lightning_byz.strategies.step_outputs import joined
 from lightning_byz.strategies.validate import explain_one_sample, warn
-from lightning_byz.types import Gradients
+from lightning_byz.types import Gradients, Round
 
 
 class NoBatch:
@@ -107,25 +107,11 @@ class LocalWorkers(ABC):
         Returns:
             what Lightning goes on with.
         """
-        strategy = self.strategy
         self.hear()
-        exchange, module = strategy.exchanges[0], strategy.lightning_module
-        step, workers, simulation = exchange.step, exchange.transport.workers, strategy.simulation
+        step, module = self.strategy.exchanges[0].step, self.strategy.lightning_module
         self.buffers.refresh()
-        none = isinstance(batch, NoBatch)
-        parts = [None] * self.count if none else self._parts(batch)
-        cohort, round = torch.ones(strategy.n, dtype=torch.bool), None
-        if module.automatic_optimization:
-            round = exchange.next_round(parameters_of_round(strategy.groups[0]))
-            assert round.cohort is not None
-            cohort = round.cohort & torch.tensor([comes(round, w) for w in range(strategy.n)])
-            if strategy.processes.is_behind:  # its round is closed, and the result is applied
-                parts = [None] * self.count
-        comes_here = cohort[workers.start : workers.stop].tolist()
-        parts = [
-            None if part is None or not here else simulation.poisoned(w, step, part)
-            for w, part, here in zip(workers, parts, comes_here, strict=True)
-        ]
+        cohort, round = self._who_comes()
+        parts = self._dealt(batch, cohort)
         if round is not None:
             self.extra.compute(round, parts, rest, kwargs, self._key)
         outputs, logs = self._forward(parts, rest, kwargs)
@@ -134,6 +120,35 @@ class LocalWorkers(ABC):
         if not module.automatic_optimization:
             return outputs[0] if outputs[0] is not None else {}
         return self._output(outputs)
+
+    def _who_comes(self) -> tuple[Tensor, Round | None]:
+        """``[n]`` bool, the workers that take part in the coming round, and that round, where it is
+        known.
+        """
+        strategy = self.strategy
+        cohort = torch.ones(strategy.n, dtype=torch.bool)
+        if not strategy.lightning_module.automatic_optimization:
+            return cohort, None
+        round = strategy.exchanges[0].next_round(parameters_of_round(strategy.groups[0]))
+        assert round.cohort is not None
+        return round.cohort & torch.tensor([comes(round, w) for w in range(strategy.n)]), round
+
+    def _dealt(self, batch: Any, cohort: Tensor) -> list[Any]:
+        """By local worker, its part of the batch; None: it takes no part, or there is none."""
+        strategy = self.strategy
+        exchange, simulation = strategy.exchanges[0], strategy.simulation
+        workers = exchange.transport.workers
+        none = isinstance(batch, NoBatch)
+        parts = [None] * self.count if none else self._parts(batch)
+        # a round that is closed, and its result applied, wants no more of this process
+        if strategy.lightning_module.automatic_optimization and strategy.processes.is_behind:
+            parts = [None] * self.count
+        return [
+            simulation.poisoned(worker, exchange.step, part)
+            if part is not None and bool(cohort[worker])
+            else None
+            for worker, part in zip(workers, parts, strict=True)
+        ]
 
     def _forward(
         self, parts: Sequence[Any], rest: Sequence[Any], kwargs: Any
