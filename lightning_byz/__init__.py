@@ -37,6 +37,7 @@ from lightning_byz.aggregators import (
     MajorityVote,
     MeaMed,
     Mean,
+    MedianNormClipping,
     MoNNA,
     MultiKrum,
     Phocas,
@@ -106,6 +107,7 @@ from lightning_byz.compressors import (
     TopK,
 )
 from lightning_byz.data import IID, ByLabel, Dirichlet, GammaSimilarity, Replicated, WorkerSampler
+from lightning_byz.strategies.local_steps import LocalSteps
 from lightning_byz.transports import AllGather, InProcess, ParameterServer, Sharded, make_keys
 from lightning_byz.which_lightning import INSTALLED, of_home, register_with
 
@@ -203,10 +205,12 @@ __all__ = [
     "LIBSVMDataModule",
     "LabelFlip",
     "LineSearch",
+    "LocalSteps",
     "LowRank",
     "MajorityVote",
     "MeaMed",
     "Mean",
+    "MedianNormClipping",
     "Mimic",
     "MinMax",
     "MinSum",

@@ -61,6 +61,7 @@ class Round(NamedTuple):
         drift: ``||x_k - x_{k-1}||``, a 0-d float64 tensor: how far the parameters have moved since
             the last round that gave an estimate, for algorithms that declare ``needs_drift``. None
             if no round has given one yet.
+        drawn: ``[n]`` bool, the workers that the run has drawn for this round, or None for all.
         cohort: ``[n]`` bool, the workers that take part in this round, or None for all.
         rushing: ``[n]`` bool, the workers that answer at once, in a simulation: the worst case for
             whoever waits for the first k.
@@ -80,6 +81,7 @@ class Round(NamedTuple):
     worker: int = 0
     seed: int = 0
     drift: Tensor | None = None
+    drawn: Tensor | None = None
     cohort: Tensor | None = None
     rushing: Tensor | None = None
     arrivals: Tensor | None = None

@@ -202,6 +202,10 @@ def clipped_to(limits: Callable[[Matrix, int], float]) -> Callable[[Matrix, int]
     return clip
 
 
+def lower_median_norm(rows: Matrix, f: int) -> float:
+    return sorted(norm(row) for row in rows)[(len(rows) - 1) // 2]
+
+
 def arc_limit(rows: Matrix, f: int) -> float:
     n = len(rows)
     return sorted((norm(row) for row in rows), reverse=True)[math.floor(2 * f / n * (n - f) + 1e-9)]

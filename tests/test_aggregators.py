@@ -1,6 +1,7 @@
 """Laws over every rule in the zoo."""
 
 import dataclasses
+import itertools
 import math
 import threading
 
@@ -31,12 +32,14 @@ from lightning_byz.aggregators import (
     GeometricMedian,
     Krum,
     Mean,
+    MedianNormClipping,
     MultiKrum,
     StaticClipping,
     TooFewRowsError,
     TrimmedMean,
     WeightedAggregator,
 )
+from lightning_byz.algorithms import RobustSGD
 from lightning_byz.numerics import rows as rows_module
 from lightning_byz.numerics.rows import Rows
 
@@ -890,6 +893,55 @@ def test_an_m_that_is_too_large_is_named():
         match=r"at most n - f = 6 for n=7 rows and f=1. Found m=7. .* at least 8 rows",
     ):
         MultiKrum(f=1, m=7, definition="byzfl")(rows_for(7, D))
+
+
+@pytest.mark.parametrize("spans", [((0, 9),), ((6, 9), (2, 4))], ids=["whole", "shares"])
+def test_clipping_by_tensor_clips_each_to_the_median_of_its_own_norms(spans):
+    """Tensors of 1, 4, 0 and 4 numbers; in shares each rank has some columns of all rows."""
+    sizes, x = (1, 4, 0, 4), torch.randn(5, 9, dtype=torch.float64)
+    x[0], x[3, :5] = x[0] * 50, 0.0
+    bounds = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    expected = torch.cat(
+        [
+            torch.tensor(
+                oracles.clipped_to(oracles.lower_median_norm)(x[:, a:b].tolist(), 2),
+                dtype=torch.float64,
+            ).view(5, b - a)
+            for a, b in bounds
+        ],
+        1,
+    )
+    here = torch.cat([torch.arange(first, last) for first, last in spans])
+    elsewhere = torch.tensor([i for i in range(9) if i not in here.tolist()], dtype=torch.int64)
+    others = torch.stack(
+        [
+            sum(
+                (x[:, i].square() for i in elsewhere.tolist() if a <= i < b),
+                torch.zeros(5, dtype=torch.float64),
+            )
+            for a, b in bounds
+        ],
+        1,
+    )
+
+    def total(sums: torch.Tensor) -> torch.Tensor:
+        return sums + others if sums.shape == others.shape else sums
+
+    rows = Rows(x[:, here].clone(), spans=spans, dim=9, total=total)
+    clipped = MedianNormClipping(by_tensor=True, f=2, sizes=sizes)(rows).dense()
+    torch.testing.assert_close(clipped, expected[:, here])
+    assert torch.equal(rows.values, x[:, here])
+
+
+def test_clipping_by_tensor_learns_the_tensors_from_the_strategy():
+    rule = Chain(pre=(MedianNormClipping(by_tensor=True),), rule=Mean(), f=1)
+    with pytest.raises(ValueError, match="`sizes` should be"):
+        rule(torch.randn(4, 6))
+    known = RobustSGD(aggregator=rule).for_sizes([4, 2]).aggregator
+    assert known.pre[0].sizes == (4, 2)
+    assert known(torch.randn(4, 6)).shape == (6,)
+    whole = Chain(pre=(MedianNormClipping(),), rule=Mean(), f=1)
+    assert whole.for_sizes([4, 2]) == whole
 
 
 def test_pre_aggregations_of_a_matrix_give_a_matrix():

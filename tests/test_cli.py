@@ -577,6 +577,7 @@ def test_everything_that_a_run_is_made_of_is_listed(capsys, monkeypatch):
         "Classifier",
         "ByzantineRobustStrategy",
         "make_keys",
+        "LocalSteps",
     }
     assert set(lightning_byz.__all__) - set(lines) == helpers | {
         name for name in lightning_byz.__all__ if "DataModule" in name

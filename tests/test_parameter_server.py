@@ -289,14 +289,14 @@ def appears(file: Path) -> None:
 
 class ComesBack(L.Callback):
     """At the server: waits in a batch until this rank, which has died, asks to join again, and in
-    the next one until it is there.
+    a later one, by default the next, until it is there.
     """
 
-    def __init__(self, folder: Path, step: int, rank: int) -> None:
-        self.folder, self.step, self.rank = folder, step, rank
+    def __init__(self, folder: Path, step: int, rank: int, there: int | None = None) -> None:
+        self.folder, self.step, self.rank, self.there = folder, step, rank, there or step + 1
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_rank != 0 or trainer.global_step not in (self.step, self.step + 1):
+        if trainer.global_rank != 0 or trainer.global_step not in (self.step, self.there):
             return
         (self.folder / "waits").touch()
         member = trainer.strategy.transport._server.desk.members[self.rank]
@@ -363,6 +363,51 @@ def test_a_worker_that_is_started_again_contributes(algorithm: Any, tmp_path: Pa
             assert torch.equal(
                 saved["server"][0]["server"]["g"][worker], saved["workers"][0][worker]["g"]
             )
+
+
+def test_local_steps_are_what_they_are_in_one_process(tmp_path: Path) -> None:
+    how = {"local_steps": 4, "num_byzantine": 1, "algorithm": RobustSGD(CoordinateMedian())}
+    served = functools.partial(ByzantineRobustStrategy, **how)
+    with Ranks(tmp_path, 3, job(3, served, data=lambda: loader(8))) as ranks:
+        assert ranks.wait() == dict.fromkeys(range(3), 0), ranks.everything()
+    made = reports(tmp_path, 0, 1, 2)
+    torch.manual_seed(0)
+    collective, *_ = fit(
+        tmp_path / "collective",
+        Plain(),
+        ByzantineRobustStrategy(start_method="fork", **how),
+        devices=3,
+        data=loader(8),
+    )
+    for report in made:
+        assert_equal(report, made[0])
+    assert_close(made[0], collective)
+
+
+def test_a_worker_joins_where_a_phase_of_local_steps_begins(tmp_path: Path) -> None:
+    """It dies in batch 3, asks to join in the middle of a phase of two steps, and takes part in
+    the next.
+    """
+
+    def make(transport: ParameterServer) -> Any:
+        rule = RobustSGD(CoordinateMedian())
+        return ByzantineRobustStrategy(rule, transport, num_byzantine=1, local_steps=2)
+
+    def callbacks(folder: Path) -> list[Any]:
+        return [Watch(), Dies(folder, (2, "forward", 3)), ComesBack(folder, 7, 2, there=9)]
+
+    patient = {"lost_after": 20.0}
+    run = job(4, make, callbacks=callbacks, data=lambda: loader(5), extra=present, server=patient)
+    with Ranks(tmp_path, 4, run) as ranks:
+        assert ranks.wait([2]) == {2: -signal.SIGKILL}, ranks.everything()
+        appears(tmp_path / "waits")
+        ranks.start(2)
+        assert ranks.wait() == dict.fromkeys(range(4), 0), ranks.everything()
+    made = reports(tmp_path, 0, 1, 2, 3)
+    for report in made:
+        assert_equal(report, made[0])
+        assert report["steps"] == 12
+    assert made[0]["extra"] == [[0, 1, 2, 3], *[[0, 1, 3]] * 3, *[[0, 1, 2, 3]] * 2]
 
 
 @pytest.mark.thorough

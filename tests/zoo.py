@@ -39,6 +39,7 @@ from lightning_byz.aggregators import (
     MajorityVote,
     MeaMed,
     Mean,
+    MedianNormClipping,
     MoNNA,
     MultiKrum,
     Phocas,
@@ -390,6 +391,13 @@ RULES = [
         translation_equivariant=False,
         scale_equivariant=False,
         unanimous=False,
+    ),
+    RuleCase(
+        "median_norm_clipping+mean",
+        Chain(pre=(MedianNormClipping(f=2),), rule=Mean()),
+        oracles.chain(oracles.clipped_to(oracles.lower_median_norm), rule=oracles.mean),
+        (0.8770178308485798, -0.9242637471300034, 1.2996460376029566),
+        translation_equivariant=False,
     ),
     RuleCase(
         "arc+nnm+trimmed_mean",

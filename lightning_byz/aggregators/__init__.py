@@ -23,7 +23,7 @@ from lightning_byz.aggregators.base import (
 from lightning_byz.aggregators.bucketing import Bucketing
 from lightning_byz.aggregators.centered_clipping import CenteredClip
 from lightning_byz.aggregators.chain import Chain
-from lightning_byz.aggregators.clipping import ARC, StaticClipping
+from lightning_byz.aggregators.clipping import ARC, MedianNormClipping, StaticClipping
 from lightning_byz.aggregators.coordinate_wise import (
     CoordinateMedian,
     MeaMed,
@@ -62,6 +62,7 @@ __all__ = [
     "MajorityVote",
     "MeaMed",
     "Mean",
+    "MedianNormClipping",
     "MoNNA",
     "MultiKrum",
     "Phocas",

@@ -77,6 +77,12 @@ class Rule(ABC):
                 f"no copy with another f can be made: {error}"
             ) from error
 
+    def for_sizes(self: RuleT, sizes: Sequence[int]) -> RuleT:
+        """The same rule for vectors that are made of tensors with these numbers of elements, in
+        order; itself if it does not look at tensors.
+        """
+        return self
+
     def caveat(self, n: int) -> str | None:
         """What somebody should know who is about to run this rule, whose f is known, on n rows in
         every step; None: nothing.

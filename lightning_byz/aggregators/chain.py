@@ -97,6 +97,10 @@ class Chain(Aggregator):
             self, f=f, pre=tuple(part.with_f(f) for part in self.pre), rule=self.rule.with_f(f)
         )
 
+    def for_sizes(self, sizes: Sequence[int]) -> Chain:
+        pre = tuple(part.for_sizes(sizes) for part in self.pre)
+        return dataclasses.replace(self, pre=pre, rule=self.rule.for_sizes(sizes))
+
     def caveat(self, n: int) -> str | None:
         for part in self.pre:
             n = part.count(n)

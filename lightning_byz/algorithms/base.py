@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.aggregators import Aggregator, Mean
+from lightning_byz.aggregators.base import Rule
 from lightning_byz.algorithms.traits import (
     EncodedAnswers,
     ExtraGradients,
@@ -121,14 +122,14 @@ class Algorithm(
         return dataclasses.replace(self, aggregator=Mean())  # type: ignore[type-var]
 
     def for_sizes(self: AlgorithmT, sizes: Sequence[int]) -> AlgorithmT:
-        """The same algorithm with compressors that know the parameters' numbers of elements (see
-        `Compressor.for_sizes`).
+        """The same algorithm with parts that know the parameters' numbers of elements
+        (`Compressor.for_sizes`, `Rule.for_sizes`).
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
         known = {
             name: part.for_sizes(sizes)
             for name, part in fields.items()
-            if isinstance(part, Compressor)
+            if isinstance(part, (Compressor, Rule))
         }
         return dataclasses.replace(self, **known) if known else self  # type: ignore[type-var]
 

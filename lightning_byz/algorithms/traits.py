@@ -30,8 +30,10 @@ class Participation:
     aggregator: Aggregator
 
     def cohort(self, round: Round) -> Tensor:
-        """``[n]`` bool: the workers that take part in this round."""
-        return torch.ones(round.n, dtype=torch.bool)
+        """``[n]`` bool: the workers that take part in this round; as a rule those that the run has
+        drawn.
+        """
+        return torch.ones(round.n, dtype=torch.bool) if round.drawn is None else round.drawn
 
     def first(self, n: int) -> int:
         """How many of n workers' messages a server waits for."""

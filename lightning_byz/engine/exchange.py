@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_byz.algorithms import Algorithm
+from lightning_byz.algorithms.base import draw
 from lightning_byz.compressors import Compressor
 from lightning_byz.engine.outcome import Contribution, Outcome
 from lightning_byz.engine.server_side import ServerSide
@@ -35,6 +36,7 @@ class Exchange:
             rows; None: all the same.
         index: number of the exchange in a run of several, each of which has streams of its own.
         name: what the gradients are of, for messages.
+        participants: how many workers are drawn for each round; None: all take part.
 
     Attributes:
         step: number of the next round.
@@ -55,9 +57,10 @@ class Exchange:
         shares: Tensor | None = None,
         index: int = 0,
         name: str = "all parameters",
+        participants: int | None = None,
     ) -> None:
         self.algorithm, self.transport, self.shares, self.name = algorithm, transport, shares, name
-        self.seed, self.index = seed + index, index
+        self.seed, self.index, self.participants = seed + index, index, participants
         self.step = 0
         self.dim: int | None = None
         self.previous: Tensor | None = None
@@ -124,6 +127,8 @@ class Exchange:
             rushing=rushing,
             arrivals=self.simulation.arrivals_at(self.step),
         )
+        if self.participants is not None:
+            round = round._replace(drawn=draw(round, self.participants))
         round = round._replace(measured=self.transport.measured)
         round = round._replace(cohort=self.algorithm.cohort(round))
         self.transport.awaits(self._awaited(round))

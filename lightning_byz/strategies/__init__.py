@@ -13,9 +13,13 @@ Callbacks and faces import it.
   data); `module_attributes`, `module_buffers` (which also merges BatchNorm's statistics) and
   `random_states` give each worker its own;
   `step_outputs` joins what training steps return, `step_logs` what they log.
+* When workers exchange is an interface, `sync`.
 * From backward to ``p.grad``: `gradient_sync` says when, `gradient_exchange` runs the round and
   writes the result, `overlap` sends messages while backward still runs, `flat_parameters` lies
   between a model and vectors.
+* Local steps: `local_steps` is what a user says of them, `phases` says when a phase ends and takes
+  the outer step, `workers_apart` computes workers that have parameters of their own, and
+  `optimizer_states` keeps what an optimizer remembers for each.
 * After a round: `round_report` says who was silent and stops a run that has diverged;
   `unmoved_parameters` finds those that too few workers use.
 * Processes: `processes` (torch.distributed, or one), `server_processes` (a parameter server, whose

@@ -21,6 +21,7 @@ def run_state(
     server: list[dict[str, Any]],
     workers: list[dict[int, dict[str, Tensor]]],
     states: dict[int, Any],
+    filepath: Any = None,
 ) -> dict[str, Any]:
     """What is added to a checkpoint.
 
@@ -29,6 +30,7 @@ def run_state(
         server: by optimizer, from `Exchange.server_state`.
         workers: by optimizer and worker, from `Exchange.worker_states`.
         states: by rank, the random states.
+        filepath: where the checkpoint is written; None: nowhere.
     """
     return {
         "version": 1,
@@ -38,12 +40,13 @@ def run_state(
         "server": server,
         "workers": workers,
         "rng": states,
+        "sync": {} if strategy.sync is None else strategy.sync.save(filepath),
         **strategy.local_workers.state(),
         **strategy.report.state(),
     }
 
 
-def collect(strategy: Any) -> dict[str, Any]:
+def collect(strategy: Any, filepath: Any) -> dict[str, Any]:
     """All workers' states and ranks' random states, at rank 0. All ranks call it, unless one saves
     alone.
     """
@@ -52,16 +55,22 @@ def collect(strategy: Any) -> dict[str, Any]:
     workers, states = processes.collected(local, random_states.snapshot(strategy.root_device))
     alone = processes.alone or processes.saved_alone
     server = [exchange.server_state(alone) for exchange in strategy.exchanges]
-    return run_state(strategy, server, workers, states)
+    return run_state(strategy, server, workers, states, filepath)
 
 
-def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
+def restore(strategy: Any, saved: Mapping[str, Any] | None, filepath: Any) -> None:
     """Goes on from what `run_state` gave; None: from the weights alone.
+
+    Args:
+        strategy: the RobustStrategy.
+        saved: from `run_state`.
+        filepath: where the checkpoint was found.
 
     Raises:
         ValueError: if it is of another algorithm, or of other optimizers.
     """
     if saved is None:
+        strategy.forget()
         if strategy.n > 1:
             log.info(
                 "The checkpoint holds no state of byzantine_robust: the algorithm starts afresh "
@@ -83,6 +92,8 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
     _say_what_is_missing(saved, follow)
     strategy.local_workers.load(saved)
     strategy.report.load(saved)
+    if strategy.sync is not None and saved.get("sync"):
+        strategy.sync.load(saved["sync"], filepath)
     if strategy.global_rank in saved["rng"]:
         random_states.restore(strategy.root_device, saved["rng"][strategy.global_rank])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from lightning_byz.strategies.gradient_sync import GradientGroup
 from lightning_byz.strategies.workers import parameters_of_round
 
 
-def exchange_gradients(strategy: Any, group: GradientGroup) -> None:
-    """Runs one round for a group's gradients, and writes what comes of it.
+def exchange_gradients(
+    strategy: Any, group: GradientGroup, find_scaler: Callable[[Any], Any] = lambda strategy: None
+) -> None:
+    """Runs one round for what a group's workers contribute, and writes what comes of it.
 
     Where there is no estimate, ``p.grad`` is None, so that an optimizer leaves the parameters
     alone; with a loss scaler it is inf, so that the scaler skips the step and backs off.
@@ -19,13 +22,14 @@ def exchange_gradients(strategy: Any, group: GradientGroup) -> None:
     Args:
         strategy: the RobustStrategy.
         group: a group whose backward pass has ended.
+        find_scaler: given the strategy, what has scaled its gradients; None: nothing has.
 
     Raises:
         TooFewGradientsError: if too many rounds in a row gave no estimate.
     """
     layout, exchange, workers = group.layout, group.exchange, strategy.local_workers
     assert layout is not None
-    scaler = loss_scaler(strategy)
+    scaler = find_scaler(strategy)
     scale = 1.0 if scaler is None else float(scaler.get_scale())
     # This may run inside of the precision plugin's autocast, which is not for aggregation.
     with torch.autocast(strategy.root_device.type, enabled=False):

@@ -16,6 +16,7 @@ from lightning_byz.aggregators import SMEA, Chain, Mean, SpectralFilter
 from lightning_byz.algorithms import Algorithm, RobustSGD
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import parameters_of
+from lightning_byz.strategies.local_steps import LocalSteps
 from lightning_byz.strategies.validate import warn
 from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 
@@ -29,9 +30,16 @@ docs/default-algorithm.md for a project whose learning rate was tuned for DDP, w
 data are alike or not.
 """
 
+LOCAL_STEPS_ALGORITHM = RobustSGD(aggregator=SpectralFilter())
+"""The same rule for local steps, which average a worker's noise themselves."""
+
 
 def resolve_algorithm(
-    algorithm: Algorithm | None, num_byzantine: int | None, processes: int, workers_per_process: int
+    algorithm: Algorithm | None,
+    num_byzantine: int | None,
+    processes: int,
+    workers_per_process: int,
+    local_steps: LocalSteps | None = None,
 ) -> Algorithm:
     """The algorithm with its f filled in.
 
@@ -41,12 +49,15 @@ def resolve_algorithm(
             tolerates nobody, whatever it is.
         processes: number of processes.
         workers_per_process: workers of each.
+        local_steps: of the run; its ``participants`` are the workers that a rule sees.
 
     Raises:
         ValueError: if n is too small for it.
     """
     n, default = processes * workers_per_process, algorithm is None
-    algorithm = algorithm or DEFAULT_ALGORITHM
+    if local_steps is not None:
+        n = min(n, local_steps.participants or n)
+    algorithm = algorithm or (LOCAL_STEPS_ALGORITHM if local_steps else DEFAULT_ALGORITHM)
     rule = algorithm.aggregator
     if n <= 2 and not {f for f in (num_byzantine, rule.f) if f}:
         if n == 2:
@@ -55,7 +66,7 @@ def resolve_algorithm(
                 "are averaged as DDP does. Use at least 3 workers (devices, or "
                 "workers_per_process) to tolerate one that lies."
             )
-        if n == 1 and not default:
+        if n == 1 and not default and local_steps is None:
             warn(
                 "One worker has nobody to exchange gradients with: this run is plain Lightning, "
                 f"without {type(algorithm).__name__}. Use several (devices, or "

@@ -165,9 +165,9 @@ class ServerProcesses(Processes):
         """Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
         self.transport.at(self.transport.position + 1)
         trainer = self.strategy.lightning_module.trainer
-        self._for_ranks = (
-            self.transport.wanting() if batch_idx % trainer.accumulate_grad_batches == 0 else []
-        )
+        sync = self.strategy.sync
+        ready = batch_idx % trainer.accumulate_grad_batches == 0 and sync.between_rounds
+        self._for_ranks = self.transport.wanting() if ready else []
         if self._for_ranks:
             trainer.save_checkpoint(f"snapshot for ranks {self._for_ranks}")
 

@@ -54,6 +54,23 @@ class WorkerLog:
     sizes: dict[str, int] = field(default_factory=dict)
     float64: set[str] = field(default_factory=set)
 
+    @classmethod
+    def joined(cls, logs: Sequence[WorkerLog]) -> WorkerLog:
+        """What one worker's training steps, one after the other, had to say: as one step that
+        logged every value.
+        """
+        losses = [log.loss for log in logs if log.loss is not None]
+        sizes: Counter[str] = Counter()
+        for log in logs:
+            sizes.update(log.sizes)
+        return cls(
+            [call for log in logs for call in log.calls],
+            torch.stack(losses).mean() if losses else None,
+            sum(log.samples for log in logs),
+            dict(sizes),
+            set[str]().union(*(log.float64 for log in logs)),
+        )
+
     @property
     def record(self) -> Callable[..., None]:
         """Stands in for ``LightningModule.log``. A compiled training_step leaves its graph here, as

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -28,13 +28,15 @@ from lightning_byz.engine.simulation import HONEST, Honest, Simulation
 from lightning_byz.strategies import resuming_with_others
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, collect, restore
 from lightning_byz.strategies.extra_gradients import TrustedData
-from lightning_byz.strategies.gradient_exchange import exchange_gradients
+from lightning_byz.strategies.gradient_exchange import exchange_gradients, loss_scaler
 from lightning_byz.strategies.gradient_sync import (
     GradientGroup,
     GradientSync,
     gradient_groups,
 )
+from lightning_byz.strategies.local_steps import LocalSteps, OuterOptimizer
 from lightning_byz.strategies.overlap import may_overlap
+from lightning_byz.strategies.phases import PhaseSync
 from lightning_byz.strategies.process_hooks import ProcessHooks
 from lightning_byz.strategies.processes import Processes, TorchProcesses
 from lightning_byz.strategies.reductions import MetricReducer
@@ -46,7 +48,7 @@ from lightning_byz.strategies.resolve import (
 from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.sync import Sync
-from lightning_byz.strategies.validate import check_arguments, check_setup
+from lightning_byz.strategies.validate import check_arguments, check_local_steps, check_setup
 from lightning_byz.strategies.workers import LocalWorkers, NoBatch
 from lightning_byz.strategies.workers_at_once import Vectorize, local_workers
 from lightning_byz.transports import Transport
@@ -97,6 +99,11 @@ class RobustStrategy(ProcessHooks):
             "auto": where that pays and gives the same gradients, to rounding; the log says whether,
             and why not. True: an error where it cannot be; random operations, such as dropout, then
             draw other numbers than with False. False: one worker after the other.
+        local_steps: steps that each worker takes on its own between exchanges (`LocalSteps`). The
+            algorithm then aggregates how far the workers have come in place of gradients. None:
+            gradients are exchanged in every step.
+        outer_optimizer: makes, of the parameters, the optimizer that steps on the aggregate of
+            local steps. None: that of DiLoCo, SGD with learning rate 0.7 and Nesterov momentum 0.9.
     """
 
     save_patience = 60.0
@@ -117,6 +124,8 @@ class RobustStrategy(ProcessHooks):
         aggregated_buffers: Sequence[str] = (),
         resume_workers: Sequence[int | None] | None = None,
         vectorize: Vectorize = "auto",
+        local_steps: int | LocalSteps | None = None,
+        outer_optimizer: OuterOptimizer | None = None,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -152,6 +161,8 @@ class RobustStrategy(ProcessHooks):
         self.max_skipped_steps = max_skipped_steps
         self.aggregated_buffers = tuple(aggregated_buffers)
         self.resume_workers, self.vectorize = resume_workers, vectorize
+        self.local_steps = LocalSteps.of(local_steps, outer_optimizer)
+        self.outer_optimizer = outer_optimizer
         self._num_nodes, self._process_group_backend = 1, process_group_backend
         self._timeout, self._start_method = timeout, start_method
 
@@ -166,6 +177,8 @@ class RobustStrategy(ProcessHooks):
         self.exchanges: list[Exchange] = []
         self.heterogeneity: list[Heterogeneity] = []  # of each exchange
         self._reducer = MetricReducer()
+        self._shown = ExitStack()  # for the time of a validation
+        self._resumed_from: Any = None
 
     # -- the beginning and the end -----------------------------------------------------------------
 
@@ -182,7 +195,11 @@ class RobustStrategy(ProcessHooks):
         fitting, size = trainer.state.fn == "fit", self.processes.size
         if fitting:
             self.resolved = resolve_algorithm(
-                self.algorithm, self.num_byzantine, size, self.workers_per_process
+                self.algorithm,
+                self.num_byzantine,
+                size,
+                self.workers_per_process,
+                self.local_steps,
             )
         super().setup(trainer)
         module = self.lightning_module
@@ -193,22 +210,30 @@ class RobustStrategy(ProcessHooks):
         assert module is not None and self.resolved is not None
         if self.n > 1:
             check_setup(self, trainer, self.resolved)
+        local = self.local_steps
+        if local is not None:
+            check_local_steps(self, trainer, self.resolved)
         transport = resolve_transport(self)
         overlap = may_overlap(self, transport)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
         shares = resolve_shares(self.worker_weights, self.resolved, self.n, self.root_device)
-        exchange = partial(Exchange, self.resolved, transport, seed, shares)
+        drawn = None if local is None else local.participants
+        exchange = partial(Exchange, self.resolved, transport, seed, shares, participants=drawn)
         self._watch(None)
-        self.groups = gradient_groups(module, self.optimizers, exchange, self.n == 1)
+        alone = self.n == 1 or local is not None  # parameters in no optimizer move nowhere then
+        self.groups = gradient_groups(module, self.optimizers, exchange, alone)
         self.exchanges = [group.exchange for group in self.groups]
         self.heterogeneity = [Heterogeneity(self.resolved, seed) for _ in self.exchanges]
         for each, found in zip(self.exchanges, self.heterogeneity, strict=True):
             each.observers.append(lambda outcome: self.report.note_silence(outcome, transport))
             each.observers.append(partial(self.report.note_heterogeneity, found=found))
         self.simulation = HONEST
-        if self.n > 1:
-            manual = not module.automatic_optimization
+        if local is not None:
             run = partial(exchange_gradients, self)
+            self._watch(PhaseSync(self, self.groups, run, local, self.outer_optimizer))
+        elif self.n > 1:
+            manual = not module.automatic_optimization
+            run = partial(exchange_gradients, self, find_scaler=loss_scaler)
             self._watch(GradientSync(self.groups, run, manual, overlap, self.precision_plugin))
         self.forget()
         self.processes.begin_training(module)
@@ -302,17 +327,31 @@ class RobustStrategy(ProcessHooks):
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        if self.sync is not None:
+            self.sync.end_training()
         self.processes.move_on()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self.processes.note_validated(batch_size(args[0]) or 1)
         return super().validation_step(*args, **kwargs)
 
+    def on_validation_start(self) -> None:
+        """What is validated is what all workers have in common."""
+        super().on_validation_start()
+        if self.sync is not None:
+            self._shown.enter_context(self.sync.showing_start())
+
     def on_validation_end(self) -> None:
+        self._shown.close()
         super().on_validation_end()
         self.processes.end_validation()
 
     # -- checkpoints -------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What all workers have in common."""
+        with nullcontext() if self.sync is None else self.sync.showing_start():
+            return dict(super().lightning_module_state_dict())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -322,19 +361,20 @@ class RobustStrategy(ProcessHooks):
         """
         if self.processes.begin_checkpoint(checkpoint, filepath):
             if self.exchanges and "optimizer_states" in checkpoint:
-                checkpoint[CHECKPOINT_KEY] = collect(self)
+                checkpoint[CHECKPOINT_KEY] = collect(self, filepath)
             super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         snapshot = self.processes.snapshot(checkpoint_path)
         if snapshot is not None:
             return snapshot
+        self._resumed_from = checkpoint_path
         return dict(super().load_checkpoint(checkpoint_path, *args, **kwargs))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)
         if self.exchanges:
-            restore(self, checkpoint.get(CHECKPOINT_KEY))
+            restore(self, checkpoint.get(CHECKPOINT_KEY), self._resumed_from)
 
     def followed(self, before: int) -> resuming_with_others.Followed:
         """For each worker of this run, the one of a run with ``before`` workers that it follows.

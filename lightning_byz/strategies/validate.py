@@ -239,6 +239,71 @@ def _check_passes(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
         )
 
 
+def check_local_steps(strategy: Any, trainer: Any, algorithm: Algorithm) -> None:
+    """Refuses what cannot work with local steps, before the first one.
+
+    Args:
+        strategy: the RobustStrategy, with ``local_steps``.
+        trainer: its trainer.
+        algorithm: its resolved algorithm.
+
+    Raises:
+        UnsupportedSetupError: says what should hold, what was found, and what to do.
+    """
+    module, name = strategy.lightning_module, type(algorithm).__name__
+    if algorithm.needs_previous or algorithm.needs_trusted or strategy.trusted_data is not None:
+        raise UnsupportedSetupError(
+            "With local_steps workers send differences of parameters, of which there is one each. "
+            f"Found {name}, which needs further gradients of the same batch or on trusted data. "
+            "Use an algorithm that does not, such as RobustSGD() or ByzEF21SGDM()."
+        )
+    if type(algorithm).cohort is not Algorithm.cohort and strategy.local_steps.participants:
+        raise UnsupportedSetupError(
+            f"`participants` draws the workers of a phase. Found {name}, which draws its own. "
+            "Leave participants out, or use another algorithm, such as RobustSGD()."
+        )
+    drawn = strategy.local_steps.participants
+    if drawn is not None and drawn > strategy.n:
+        raise UnsupportedSetupError(
+            f"`participants` should be at most the number of workers. Found {drawn} of "
+            f"n={strategy.n}."
+        )
+    _check_optimizers(strategy)
+    if not module.automatic_optimization:
+        scalers = [k for k, v in vars(module).items() if isinstance(v, torch.amp.GradScaler)]
+        if scalers:
+            raise UnsupportedSetupError(
+                "Local steps are counted, and a loss scaler of the module's own leaves some out. "
+                f"Found {scalers[0]}. Use Trainer(precision='16-mixed'), whose steps are seen."
+            )
+    if strategy.workers_per_process == 1:
+        return
+    if trainer.accumulate_grad_batches > 1:
+        raise UnsupportedSetupError(
+            "In-process workers take a local step with every batch. Found "
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}. Use 1 and a larger "
+            "batch_size, or one worker per process."
+        )
+    if strategy.vectorize is True:
+        raise UnsupportedSetupError(
+            "With local_steps in-process workers have parameters and optimizers of their own, and "
+            "are computed one after the other. Found vectorize=True. Leave it out."
+        )
+
+
+def _check_optimizers(strategy: Any) -> None:
+    """Refuses parameters that several optimizers have."""
+    seen: set[int] = set()
+    for optimizer in strategy.optimizers:
+        mine = {id(p) for part in optimizer.param_groups for p in part["params"]}
+        if seen & mine:
+            raise UnsupportedSetupError(
+                "With local_steps every parameter should belong to one optimizer. Found "
+                f"{len(seen & mine)} that several optimizers have. Give each to one."
+            )
+        seen |= mine
+
+
 def check_all_gather(strategy: Any, sync_grads: bool) -> None:
     """Refuses what would let workers into each other's gradients, or gather parts that are not
     there.

@@ -353,7 +353,7 @@ class OneWorker(LocalWorkers):
         return (
             outputs[0]
             if outputs[0] is not None
-            else _stand_in(self.logs.loss, self.strategy.root_device)
+            else stand_in(self.logs.loss, self.strategy.root_device)
         )
 
     def backward(
@@ -402,7 +402,7 @@ class WorkersInTurn(LocalWorkers):
 
     def _output(self, outputs: list[Any]) -> Any:
         """One output that stands for all of them."""
-        loss = self._scale_probe = _stand_in(self.logs.loss, self.strategy.root_device)
+        loss = self._scale_probe = stand_in(self.logs.loss, self.strategy.root_device)
         extras = [
             {key: value for key, value in output.items() if key != "loss"}
             for output in outputs
@@ -509,7 +509,7 @@ class WorkersInTurn(LocalWorkers):
         return flat, torch.zeros(len(layout.parameters), dtype=torch.bool) if used is None else used
 
 
-def _stand_in(loss: Tensor | None, device: torch.device) -> Tensor:
+def stand_in(loss: Tensor | None, device: torch.device) -> Tensor:
     """A loss with a gradient of 1 that has this value."""
     probe = torch.zeros((), device=device, requires_grad=True)
     return probe + (0.0 if loss is None else loss.float())

@@ -21,6 +21,7 @@ from lightning_byz.strategies.stacked_pass import NotStackableError, Stacked, St
 from lightning_byz.strategies.step_logs import WorkerLog
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.strategies.workers import LocalWorkers, OneWorker, WorkersInTurn
+from lightning_byz.strategies.workers_apart import OneWorkerApart, WorkersApartInTurn
 
 log = logging.getLogger("lightning_byz")
 
@@ -71,6 +72,9 @@ class _Done(NamedTuple):
 
 def local_workers(strategy: Any, training_step: Callable[..., Any]) -> LocalWorkers:
     """The workers of this process, computed as the strategy's arguments say."""
+    if strategy.local_steps is not None:
+        apart = OneWorkerApart if strategy.workers_per_process == 1 else WorkersApartInTurn
+        return apart(strategy, training_step)
     if strategy.workers_per_process == 1:
         return OneWorker(strategy, training_step)
     if strategy.vectorize is False:
