@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from ports import own_port
 from torch.multiprocessing import start_processes
 
 from lightning_byz import Mean, RobustSGD
@@ -87,7 +88,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("rank*.pt"):
         old.unlink()
-    os.environ.pop("MASTER_PORT", None)
+    os.environ["MASTER_PORT"] = str(own_port())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         L.Trainer(

@@ -8,7 +8,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import traceback
 import warnings
@@ -17,16 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ports import own_port
 
 from lightning_byz import make_keys
 
 _FORK = multiprocessing.get_context("fork")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Ranks:
@@ -40,7 +34,7 @@ class Ranks:
     """
 
     def __init__(self, folder: Path, size: int, job: Callable[[Path], Any]) -> None:
-        self.folder, self.size, self.job, self.port = folder, size, job, free_port()
+        self.folder, self.size, self.job, self.port = folder, size, job, own_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.keys = make_keys(folder / "keys", size)
         self.processes: dict[int, Any] = {}

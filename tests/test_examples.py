@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ports import own_port
 from test_data_sets import cifar10
-from test_launchers import environment, free_port
+from test_launchers import environment
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -177,7 +178,7 @@ def test_the_slurm_script(tmp_path):
     srun.chmod(0o755)
     (tmp_path / "examples").symlink_to(EXAMPLES)
     slurm = {
-        "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NAME": "byzantine-robust", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "3",
+        "SLURM_JOB_ID": str(own_port()), "SLURM_JOB_NAME": "byzantine-robust", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "3",
         "SLURM_NTASKS_PER_NODE": "3", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"

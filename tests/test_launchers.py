@@ -5,22 +5,16 @@ import order.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ports import own_port
 
 pytestmark = pytest.mark.processes
 SCRIPT = str(Path(__file__).with_name("script.py"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def environment() -> dict[str, str]:
@@ -29,7 +23,7 @@ def environment() -> dict[str, str]:
         for k, v in os.environ.items()
         if k not in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
     }
-    return {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    return {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(own_port())}
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -119,7 +113,7 @@ def test_torchrun(tmp_path: Path) -> None:
             "-m",
             "torch.distributed.run",
             "--nproc_per_node=4",
-            f"--master_port={free_port()}",
+            f"--master_port={own_port()}",
         ),
         *(SCRIPT, str(tmp_path), "--devices", "4"),
     )

@@ -18,7 +18,7 @@ import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import free_port
+from ports import own_port
 
 from lightning_byz import make_keys
 from lightning_byz.transports import ServerLostError
@@ -81,7 +81,7 @@ def until(here: Callable[[], bool], seconds: float = 60.0) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    keys, port = make_keys(tmp_path / "keys", RANKS), free_port()
+    keys, port = make_keys(tmp_path / "keys", RANKS), own_port()
     desk = Desk(RANKS, b"s" * 16, 0, 4)
     publics = {rank: load_key(keys, f"rank{rank}", secret=False).public for rank in range(1, RANKS)}
     server = Server(
@@ -276,7 +276,7 @@ def _training(folder: Path, port: int) -> None:
 
 def test_the_door_ends_with_the_training(tmp_path: Path) -> None:
     """However that ends: nobody keeps workers waiting at a server that is no more."""
-    training = _FORK.Process(target=_training, args=(tmp_path, free_port()))
+    training = _FORK.Process(target=_training, args=(tmp_path, own_port()))
     training.start()
     until((tmp_path / "processes").exists)
     door, child = map(int, (tmp_path / "processes").read_text().split())

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ranks import free_port
+from ports import own_port
 
 from lightning_byz import ParameterServer, make_keys
 from lightning_byz.compressors import Field
@@ -432,7 +432,7 @@ def test_a_hundred_thousand_random_messages(caplog: pytest.LogCaptureFixture) ->
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Any]:
     """A server with three other ranks, and ``client(rank)``."""
-    keys, port = make_keys(tmp_path / "keys", 4), free_port()
+    keys, port = make_keys(tmp_path / "keys", 4), own_port()
     desk = Desk(4, SESSION, 0, 2)
     publics = {rank: load_key(keys, f"rank{rank}", secret=False).public for rank in (1, 2, 3)}
     server = Server(

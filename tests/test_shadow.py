@@ -19,6 +19,7 @@ import torch
 from harness import assert_equal, fit, forked_ddp
 from lightning.pytorch.strategies import DDPStrategy
 from models import GAN, Manual, Plain, loader
+from ports import own_port
 
 import lightning_byz.pytorch_lightning
 import lightning_byz_shadow
@@ -52,6 +53,7 @@ def launch(folder: Path, *arguments: str, shadow: str | None = "1") -> str:
         if name not in ("MASTER_PORT", lightning_byz_shadow.VARIABLE)
     }
     environment |= {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
+    environment["MASTER_PORT"] = str(own_port())
     environment |= {} if shadow is None else {lightning_byz_shadow.VARIABLE: shadow}
     command = [sys.executable, str(HERE / "ddp_script.py"), str(folder), *arguments]
     done = subprocess.run(

@@ -88,6 +88,7 @@ class Scoreboard:
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*treespec.*")
+        warnings.filterwarnings("ignore", message="The `srun` command is available")
         self._progress.start()
         for name in self.curves:
             self._tasks[name] = self._progress.add_task(
