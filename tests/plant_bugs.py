@@ -2517,6 +2517,14 @@ BUGS = [
         "local_steps",
     ),
     Bug(
+        "a checkpoint in a validation takes the start for the worker's own",
+        "strategies/workers_apart.py",
+        "        if self._aside is not None:  # a checkpoint in a validation\n            yield\n"
+        "            return\n",
+        "",
+        "local_steps",
+    ),
+    Bug(
         "the outer optimizer forgets at a checkpoint",
         "strategies/phases.py",
         "            outer.load_state_dict(state)",

@@ -129,7 +129,7 @@ def train(
 
 TRAINER = {
     *("max_epochs", "callbacks", "ckpt_path", "extra", "plugins", "val_check_interval"),
-    *("limit_val_batches", "accumulate_grad_batches"),
+    *("limit_val_batches", "accumulate_grad_batches", "gradient_clip_val"),
 }
 
 
@@ -420,6 +420,74 @@ def trained(trainer: L.Trainer) -> int:
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
+class Talks(L.Callback):
+    """How often the transport has been asked to say anything, after every batch."""
+
+    def __init__(self) -> None:
+        self.count, self.counts = 0, []
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        transport = trainer.strategy.exchanges[0].transport
+        for name in ("meet", "gather", "post", "agree", "uplink", "everybody"):
+            setattr(transport, name, self.counted(getattr(transport, name)))
+
+    def counted(self, method: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.counts.append(self.count)
+
+
+def test_nobody_says_anything_in_the_middle_of_a_phase(tmp_path: Path) -> None:
+    talks = Talks()
+    reports = train(
+        tmp_path,
+        Net(norm=True),
+        3,
+        True,
+        8,
+        local_steps=4,
+        callbacks=[talks],
+        extra=lambda *_: talks.counts,
+    )
+    for report in reports:
+        counts = report["extra"]
+        assert counts[:3] == [0, 0, 0]
+        assert 0 < counts[3] == counts[4] == counts[5] == counts[6] < counts[7]
+
+
+def test_learning_rates_follow_their_schedule_and_gradients_are_clipped(tmp_path: Path) -> None:
+    """The schedule counts local steps; the norm is that of a worker's own gradient."""
+
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.3)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    net, inner = Scheduled("sgd with momentum"), OPTIMIZERS["sgd with momentum"]
+
+    def clipped(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = inner(list(parameters))
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.3)
+        clip = partial(nn.utils.clip_grad_norm_, optimizer.param_groups[0]["params"], 0.2)
+        optimizer.register_step_pre_hook(lambda *_: (clip(), None)[1])
+        optimizer.register_step_post_hook(lambda *_: schedule.step())
+        return optimizer
+
+    expected = diloco(copy.deepcopy(net.net), Parts(3).batches(), 3, 3, clipped, DILOCO)
+    for i, ranks in enumerate((False, True)):
+        for report in train(tmp_path / str(i), net, 3, ranks, local_steps=3, gradient_clip_val=0.2):
+            for name, value in expected.state_dict().items():
+                torch.testing.assert_close(
+                    report["weights"][f"net.{name}"], value, rtol=1e-5, atol=1e-6
+                )
+
+
 # -- what may change the parameters, and end a phase -----------------------------------------------
 
 
@@ -518,6 +586,27 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_a_phase(
     resumed = train(tmp_path, other, 3, ranks, 10, ckpt_path=tmp_path / "middle.ckpt", **how)
     for a, b in zip(whole, resumed, strict=True):
         assert_equal(a, b)
+
+
+@pytest.mark.parametrize("ranks", [False, True], ids=["in process", "ranks"])
+def test_a_checkpoint_in_a_validation_disturbs_nothing_and_resumes(
+    ranks: bool, tmp_path: Path
+) -> None:
+    """In the middle of a phase, as ModelCheckpoint writes it where validation ends."""
+
+    class SavesInValidation(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"step{trainer.global_step}.ckpt")
+
+    how = {"local_steps": LocalSteps(4, checkpoints="ranks")}
+    looks = {"val_check_interval": 1, "limit_val_batches": 1}
+    net = Net("adam", norm=True)
+    plain = train(tmp_path / "a", net, 3, ranks, 8, **how)
+    seen = train(tmp_path / "b", net, 3, ranks, 8, callbacks=[SavesInValidation()], **looks, **how)
+    middle = tmp_path / "step6.ckpt"
+    resumed = train(tmp_path / "c", Net("adam", norm=True), 3, ranks, 8, ckpt_path=middle, **how)
+    for report in (*seen, *resumed):
+        assert_equal(plain[0], report)
 
 
 def test_one_file_resumes_at_the_phases_start(tmp_path: Path) -> None:

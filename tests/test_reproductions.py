@@ -189,3 +189,59 @@ def test_what_has_not_been_run_is_not_judged(name):
     assert "not run" in page
     assert "holds**" not in page
     assert "does not hold" not in page
+
+
+class Images(L.LightningModule):
+    """The MLP of the reproduction of local steps, as a user writes it."""
+
+    def __init__(self, net, make):
+        super().__init__()
+        self.net, self.make = net, make
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return self.make(self.parameters())
+
+
+@pytest.mark.parametrize(("kind", "length"), [("FedAvg", 5), ("DiLoCo", 4)])
+@pytest.mark.parametrize("method", ["SpectralFilter", "NNM + trimmed mean"])
+def test_local_steps_are_those_of_a_trainer(kind, length, method, monkeypatch):
+    """The batches of the reproduction, handed to a Trainer's in-process workers."""
+    module = importlib.import_module("local_steps")
+    monkeypatch.setattr(module, "STEPS", 20)
+    run = {"task": "digits", "partition": "iid", "kind": kind, "local_steps": length}
+    run |= {"method": method, "attack": "IPM(0.5)", "seed": 3}
+    found = module.train(run, "")
+    x, y, x_test, y_test = module.load("digits", "")
+    parts = module.PARTITIONS["iid"](y, module.N, 3)
+    draws = torch.Generator().manual_seed(3)
+    order = torch.cat(
+        [
+            part[torch.randint(len(part), (module.BATCH,), generator=draws)]
+            for _ in range(20)
+            for part in parts
+        ]
+    )
+    made = Images(module.Model("mlp", 8, 3).net, module.KINDS[kind].inner("digits"))
+    strategy = ByzantineRobustStrategy(
+        module.METHODS[method],
+        workers_per_process=module.N,
+        local_steps=length,
+        outer_optimizer=module.KINDS[kind].outer,
+        seed=3,
+    )
+    L.Trainer(
+        **QUIET,
+        max_epochs=1,
+        strategy=strategy,
+        callbacks=[
+            ByzantineWorkers(module.ATTACKS["IPM(0.5)"], workers=range(module.N - module.F, 12))
+        ],
+    ).fit(made, DataLoader(TensorDataset(x[order], y[order]), module.N * module.BATCH))
+    with torch.no_grad():
+        accuracy = 100 * (made.net(x_test).argmax(1) == y_test).double().mean().item()
+    assert accuracy == pytest.approx(found["accuracy"][0], abs=0.4)
+    assert accuracy > 25

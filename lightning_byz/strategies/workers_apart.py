@@ -149,6 +149,7 @@ class OneWorkerApart(WorkersApart, OneWorker):
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         super().__init__(strategy, training_step)
         self._own: dict[int, Tensor] = {}
+        self._aside: dict[str, Any] | None = None  # its module's state while the start is shown
 
     def to_start(self, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
@@ -157,12 +158,17 @@ class OneWorkerApart(WorkersApart, OneWorker):
 
     @contextmanager
     def showing_start(self) -> Iterator[None]:
+        if self._aside is not None:  # a checkpoint in a validation
+            yield
+            return
         parameters = [p for p, _ in self.start.values()]
+        self._aside = self.strategy.lightning_module.state_dict()
         self.to_start(parameters)
         try:
             with self.buffers.holding([buffer.clone() for buffer in self.buffers.start]):
                 yield
         finally:
+            self._aside = None
             for p in parameters:
                 p.data = self._own[id(p)]
 
@@ -172,7 +178,7 @@ class OneWorkerApart(WorkersApart, OneWorker):
     def phase_state(self) -> dict[str, Any]:
         order = [p for optimizer in self.states for p in parameters_of(optimizer)]
         return {
-            "module": self.strategy.lightning_module.state_dict(),
+            "module": self._aside or self.strategy.lightning_module.state_dict(),
             "started": [i for i, p in enumerate(order) if id(p) in self.start],
             "moved": [list(moved) for moved in self.moved],
             "optimizers": [optimizer.state_dict() for optimizer in self.states],
