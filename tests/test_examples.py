@@ -93,7 +93,8 @@ def test_every_example_is_tested():
         "quickstart",
         "retrofit_ddp",
         "gan_two_optimizers",
-    }  # test_demo.py; by the launchers of multi_node; above
+        "ray_train",
+    }  # test_demo.py; by the launchers of multi_node; above; test_ray.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*IN_ONE_PROCESS} | elsewhere
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {
         "multi_node",
