@@ -421,9 +421,10 @@ class Theirs(LightningEnvironment):
 
     creates_processes_externally = True
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, local_rank: int | None = None) -> None:
         super().__init__()
         self.rank, self.size = rank, size
+        self._local_rank = rank if local_rank is None else local_rank
 
     def world_size(self) -> int:
         return self.size
@@ -434,7 +435,8 @@ class Theirs(LightningEnvironment):
     def global_rank(self) -> int:
         return self.rank
 
-    local_rank = global_rank
+    def local_rank(self) -> int:
+        return self._local_rank
 
     def set_global_rank(self, rank: int) -> None:
         pass

@@ -26,7 +26,7 @@ from lightning_byz.strategies import random_states
 from lightning_byz.strategies.checkpoint_barrier import StoreBarrier, store_barrier
 from lightning_byz.strategies.module_buffers import shared_tensors
 from lightning_byz.strategies.validate import UnsupportedSetupError
-from lightning_byz.transports.meeting import meeting
+from lightning_byz.transports.meeting import RankLostError, meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack
 
 States = list[dict[int, dict[str, Tensor]]]
@@ -203,32 +203,34 @@ class TorchProcesses(Processes):
 
     def connect(self) -> None:
         if self.size > 1:
-            self._connect()
+            random_states.reset()
+            self.name_ranks()
+            with self._naming_nodes_that_do_not_come():
+                self._join_process_group()
         elif not dist.is_initialized():
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
             self._group_of_one = True
             # Lightning takes any process group for several processes, and asks for sync_dist=True.
             warnings.filterwarnings("ignore", r"It is recommended to use `self\.log")
-        if dist.get_world_size() != self.size:
-            strategy = self.strategy
-            raise UnsupportedSetupError(
-                "The run should have as many processes as torch.distributed's process group. "
-                f"Found {self.size} (Trainer(num_nodes={strategy.num_nodes}, "
-                f"devices={strategy.num_processes}), cluster environment "
-                f"{type(strategy.cluster_environment).__name__}) and a group of "
-                f"{dist.get_world_size()}. Give the Trainer the devices and nodes of the whole "
-                "group, or a cluster environment that knows its world_size."
-            )
+        self._check_process_group()
+        if self.size > 1:
+            meeting()
+            timeout = self.strategy._timeout or timedelta(minutes=30)
+            with self._naming_nodes_that_do_not_come():
+                self._store_barrier = store_barrier(self._address, timeout)
 
-    def _connect(self) -> None:
-        random_states.reset()
-        self.name_ranks()
+    @property
+    def _address(self) -> str:
+        """Rank 0's host."""
+        return str(self.strategy.cluster_environment.main_address)
+
+    def _join_process_group(self) -> None:
         strategy, environment = self.strategy, self.strategy.cluster_environment
         cuda = strategy.root_device.type == "cuda"
         if strategy._process_group_backend is None:
             strategy._process_group_backend = "nccl" if cuda else "gloo"
         if not dist.is_initialized():
-            os.environ["MASTER_ADDR"] = environment.main_address
+            os.environ["MASTER_ADDR"] = self._address
             os.environ["MASTER_PORT"] = str(environment.main_port)
             dist.init_process_group(
                 strategy._process_group_backend,
@@ -238,9 +240,41 @@ class TorchProcesses(Processes):
                 device_id=strategy.root_device if cuda else None,
             )
             atexit.register(_leave_process_group)
-        meeting()
-        timeout = strategy._timeout or timedelta(minutes=30)
-        self._store_barrier = store_barrier(environment.main_address, timeout)
+
+    @contextmanager
+    def _naming_nodes_that_do_not_come(self) -> Iterator[None]:
+        try:
+            yield
+        except dist.DistError as error:
+            strategy = self.strategy
+            raise RankLostError(
+                f"All {self.size} processes of the run, on {strategy.num_nodes} node(s), should "
+                f"meet at {self._address} within {strategy._timeout}. Rank {strategy.global_rank} "
+                "has not met them all. Start the same command on every node, and see that each "
+                "reaches that address and port of rank 0's (MASTER_ADDR, MASTER_PORT). "
+                "ByzantineRobustStrategy(timeout=...) sets how long they wait. torch.distributed "
+                f"said: {str(error).splitlines()[0][:300]}"
+            ) from error
+
+    def _check_process_group(self) -> None:
+        """That somebody else may have made."""
+        strategy = self.strategy
+        environment = type(strategy.cluster_environment).__name__
+        if dist.get_world_size() != self.size:
+            raise UnsupportedSetupError(
+                "The run should have as many processes as torch.distributed's process group. "
+                f"Found {self.size} (Trainer(num_nodes={strategy.num_nodes}, "
+                f"devices={strategy.num_processes}), cluster environment {environment}) and a "
+                f"group of {dist.get_world_size()}. Give the Trainer the devices and nodes of the "
+                "whole group, or a cluster environment that knows its world_size."
+            )
+        if dist.get_rank() != strategy.global_rank:
+            raise UnsupportedSetupError(
+                "The cluster environment should give every process its rank in "
+                f"torch.distributed's process group. Found {strategy.global_rank} by {environment} "
+                f"and {dist.get_rank()} in the group. Give the Trainer the cluster environment of "
+                "what has started the processes: Trainer(plugins=[...])."
+            )
 
     def leave(self) -> None:
         if self._group_of_one:
