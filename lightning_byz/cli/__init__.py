@@ -2,8 +2,9 @@
 ``predict`` from YAML files, ``grid``, ``report``, ``list``, ``keys``, ``demo``.
 
 `runs` is Lightning's command line, with `mistakes` in a configuration named in a sentence. A grid
-is read by `grid_file`, `grids` hands its cells to processes that run `grid_cells`, and `reports`
-shows what came of them, with pictures by `report_figures`. `catalogue` lists all parts.
+is read by `grid_file`, `grids` hands its cells to one of the `launchers`, which has them run by
+`grid_cells`, and `reports` shows what came of them, with pictures by `report_figures`. `catalogue`
+lists all parts.
 """
 
 from __future__ import annotations
@@ -113,8 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--jobs",
         type=_positive,
-        default=os.cpu_count() or 1,
-        help="runs at a time (default: one per core, %(default)s)",
+        help="most runs at a time (default: one per core here, as many as fit on a cluster)",
+    )
+    grid.add_argument(
+        "--launcher",
+        choices=("local", "slurm", "ray"),
+        default="local",
+        help="where runs take place: processes here, jobs of SLURM, tasks of Ray (default: local)",
     )
     grid.add_argument(
         "--output",
@@ -204,7 +210,7 @@ def _grid(options: argparse.Namespace) -> int:
         if options.dry_run:
             list_cells(grid, output, console)
             return 0
-        complete = run_grid(grid, output, options.jobs, console)
+        complete = run_grid(grid, output, options.jobs, console, options.launcher)
     except GridError as error:
         print(f"lightning-byz grid: {error}", file=sys.stderr)
         return 2

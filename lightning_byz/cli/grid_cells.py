@@ -1,8 +1,9 @@
-"""Runs cells of a grid, one after the other, in a worker process that stays warm."""
+"""Runs cells of a grid, one after the other, in a process that a launcher has started."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,13 +81,17 @@ class Curve(Callback):
             self.points[name].append(value)
 
 
-def prepare(log: str, threads: int) -> None:
+def prepare(log: str | None, threads: int) -> None:
     """Makes a fresh process ready to run cells: quiet, deaf to Ctrl-C (the parent decides), gone
     when the parent is.
+
+    Args:
+        log: where a child of this machine's command prints to; None: it is no child.
+        threads: that torch may use.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent is not None and log is not None:
 
         def follow() -> None:
             parent.join()
@@ -158,6 +163,32 @@ def _finish_wandb(trainer: Any) -> None:
         # a cell's result does not depend on what becomes of its log
         with contextlib.suppress(Exception):
             wandb.finish()
+
+
+def run_elsewhere(
+    folder: str, path: Sequence[str], threads: int, config: Mapping[str, Any], metric: str
+) -> tuple[dict[str, Any], str]:
+    """Trains one cell in a process that a cluster has started, as if it was one of this machine.
+
+    Args:
+        folder: the working folder of whoever runs the grid.
+        path: where modules are found there.
+        threads: that torch may use.
+        config: see `run`.
+        metric: see `run`.
+
+    Returns:
+        what `run` returns, and what was printed.
+    """
+    os.chdir(folder)
+    sys.path[:] = dict.fromkeys((*path, *sys.path))
+    # Lightning takes the tasks of a job of SLURM for the ranks of one run, except in this one:
+    os.environ["SLURM_JOB_NAME"] = "interactive"
+    prepare(None, threads)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        result = run(config, metric)
+    return result, said.getvalue()
 
 
 def pid() -> int:

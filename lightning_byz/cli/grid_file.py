@@ -93,6 +93,12 @@ AXES = {
 }
 """The axes of a grid, by their key in a grid file."""
 
+_LAUNCHERS = {
+    "slurm": "{partition: gpu, time: 60, cpus_per_task: 4}",
+    "ray": "{num_cpus: 2, num_gpus: 1}",
+}
+"""Launchers that are told, under this key in a grid file, what a cell needs; an example."""
+
 
 def part(text: str) -> dict[str, Any]:
     """The ``class_path`` and ``init_args`` of what is written like a call in Python:
@@ -173,6 +179,7 @@ class Grid:
         run: the configuration that all runs share, as for ``lightning-byz fit``.
         metric: what is compared: a metric that the model logs in validation, larger is better.
         output: where results go.
+        launchers: launcher -> what it is told of the room that a cell needs.
     """
 
     name: str
@@ -180,6 +187,7 @@ class Grid:
     run: Mapping[str, Any]
     metric: str
     output: Path
+    launchers: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def read(cls, path: Path) -> Grid:
@@ -193,7 +201,7 @@ class Grid:
             content = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
             raise GridError(f"{path} should be a grid file. {error}") from None
-        known = {*AXES, "run", "metric", "output"}
+        known = {*AXES, *_LAUNCHERS, "run", "metric", "output"}
         if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
             raise GridError(
                 f"{path} should have a key `run`, the configuration that all cells share, as for "
@@ -222,12 +230,20 @@ class Grid:
                     f"`{key}` should be a list of integers of at least 0. Found {values!r} in "
                     f"{path}."
                 )
+        launchers = {name: content.get(name) or {} for name in _LAUNCHERS}
+        for name, options in launchers.items():
+            if not isinstance(options, dict):
+                raise GridError(
+                    f"`{name}` should be a mapping, such as {_LAUNCHERS[name]}. Found {options!r} "
+                    f"in {path}."
+                )
         grid = cls(
             path.stem,
             axes,
             content["run"],
             content.get("metric", "accuracy"),
             Path(content.get("output", f"outputs/grids/{path.stem}")),
+            launchers,
         )
         grid._check_run(path)
         return grid

@@ -1,4 +1,4 @@
-"""``lightning-byz grid``: runs the cells of a grid file in parallel, and remembers those that are
+"""``lightning-byz grid``: has a launcher run the cells of a grid file, and remembers those that are
 done.
 """
 
@@ -7,16 +7,12 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,31 +29,34 @@ from rich.progress import (
 
 from lightning_byz.cli import grid_cells
 from lightning_byz.cli.grid_file import CELL_FIELDS, Cell, Grid, GridError
+from lightning_byz.cli.launchers import LAUNCHERS, Result
 from lightning_byz.cli.runs import ByzantineCLI, ConfigurationError
 
-RESULTS, CURVES, KEPT, LOG = "results.csv", "curves.csv", "results.jsonl", "log.txt"
+RESULTS, CURVES, KEPT = "results.csv", "curves.csv", "results.jsonl"
 """Files of a grid's folder: a line for each cell; a line for each point of each curve; what a rerun
-reads; what the runs printed.
+reads.
 """
 
-Result = dict[str, Any]
 
-
-def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
+def run_grid(
+    grid: Grid, output: Path, jobs: int | None, console: Console, launcher: str = "local"
+) -> bool:
     """Runs all cells that ``output`` does not know yet, and writes the tables.
 
     Args:
         grid: what to run.
         output: the grid's folder. What is there and belongs to the same cells is kept.
-        jobs: processes, each of which runs one cell after the other.
+        jobs: the most cells at a time; None: as many as the launcher has room for.
         console: for the progress bar, and the reasons of cells that fail.
+        launcher: where they run, a name in `LAUNCHERS`.
 
     Returns:
         whether every cell has a result. Cells that failed have none: the same call tries them
             again.
 
     Raises:
-        GridError: if the configuration of a cell cannot be read, before any cell has run.
+        GridError: if the configuration of a cell cannot be read, or the launcher cannot be used,
+            before any cell has run.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, once the tables are written.
     """
     cells = {grid.identity(cell): cell for cell in grid.cells()}
@@ -70,9 +69,10 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
         ]
     )
     output.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in cells if name not in results]
+    missing = {name: cell for name, cell in cells.items() if name not in results}
+    launched = LAUNCHERS[launcher](grid, output, jobs)
     console.print(
-        f"{grid.name}: {len(cells)} cells, {len(results)} of them known; {jobs} at a time. "
+        f"{grid.name}: {len(cells)} cells, {len(results)} of them known; {launched.where}. "
         f"Results go to {output}.",
         highlight=False,
         soft_wrap=True,
@@ -89,11 +89,10 @@ def run_grid(grid: Grid, output: Path, jobs: int, console: Console) -> bool:
             _sigterm_interrupts(),
             (output / KEPT).open("a") as file,
             Progress(*columns, console=console, speed_estimate_period=3600) as progress,
+            closing(launched.results(_made_ready(grid, missing, output))) as found,
         ):
             bar = progress.add_task("cells", total=len(cells), completed=len(results))
-            for name, result in _results(
-                grid, {name: cells[name] for name in missing}, output, jobs
-            ):
+            for name, result in found:
                 results[name] = result
                 file.write(json.dumps([name, result]) + "\n")
                 file.flush()
@@ -182,78 +181,18 @@ def kept(path: Path) -> Iterator[tuple[str, Result]]:
         yield name, result
 
 
-class _Worker:
-    """A process that runs cells, and is started anew after one that killed it."""
-
-    def __init__(self, log: Path, threads: int) -> None:
-        self._arguments = (str(log), threads)
-        self._start()
-
-    def _start(self) -> None:
-        self._pool = ProcessPoolExecutor(
-            1, get_context("spawn"), grid_cells.prepare, self._arguments
-        )
-        self._pid = self._pool.submit(grid_cells.pid)
-
-    def submit(self, config: Mapping[str, Any], metric: str) -> Future[Result]:
-        return self._pool.submit(grid_cells.run, config, metric)
-
-    def restart(self) -> None:
-        self._pool.shutdown(wait=False)
-        self._start()
-
-    def end(self) -> None:
-        """At once, whatever it does."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._pid.done() and self._pid.exception() is None:
-            try:
-                os.kill(self._pid.result(), signal.SIGKILL)
-            except ProcessLookupError:
-                return
-
-
-def _results(
-    grid: Grid, cells: Mapping[str, Cell], output: Path, jobs: int
-) -> Iterator[tuple[str, Result]]:
-    """The results of the cells, as they come."""
-    jobs = min(jobs, len(cells))
-    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
-    workers = [_Worker(output / LOG, threads) for _ in range(jobs)]
-    waiting = iter(cells.items())
-    running: dict[Future[Result], tuple[str, _Worker]] = {}
-
-    def give(worker: _Worker) -> None:
-        name, cell = next(waiting, (None, None))
-        if name is not None and cell is not None:
-            folder = output / "cells" / name
-            if folder.exists():  # what an attempt that was cut short, or failed, has left
-                shutil.rmtree(folder)
-            config = _config(grid, name, cell, output)
-            if config["trainer"].get("logger"):
-                folder.mkdir(parents=True)  # a WandbLogger wants it
-            running[worker.submit(config, grid.metric)] = name, worker
-
-    try:
-        for worker in workers:
-            give(worker)
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                name, worker = running.pop(future)
-                try:
-                    result = future.result()
-                except BrokenProcessPool:
-                    reason = (
-                        f"its process died, for want of memory perhaps; {output / LOG} holds what "
-                        "it said last"
-                    )
-                    result = {"status": "failed", "reason": reason, "curve": {}, "seconds": None}
-                    worker.restart()
-                give(worker)
-                yield name, result
-    finally:
-        for worker in workers:
-            worker.end()
+def _made_ready(
+    grid: Grid, cells: Mapping[str, Cell], output: Path
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The names and configurations of cells, each with an empty folder for its loggers."""
+    for name, cell in cells.items():
+        folder = output / "cells" / name
+        if folder.exists():  # what an attempt that was cut short, or failed, has left
+            shutil.rmtree(folder)
+        config = _config(grid, name, cell, output)
+        if config["trainer"].get("logger"):
+            folder.mkdir(parents=True)  # a WandbLogger wants it
+        yield name, config
 
 
 @contextmanager
