@@ -145,6 +145,7 @@ def test_cells_are_the_product_and_the_baseline_runs_alone(tmp_path):
         ({"attacks": []}, "`attacks` should be a list of at least one value"),
         ({"f": [-1]}, "`f` should be a list of integers of at least 0"),
         ({"sedes": [1]}, "has a key 'sedes'. Did you mean seeds?"),
+        ({"slurm": "gpu"}, "`slurm` should be a mapping, such as {partition: gpu"),
         ({"run": None}, "should have a key `run`"),
         (
             {"run": {"trainer": {"strategy": "byzantine_robust"}}},

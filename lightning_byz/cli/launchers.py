@@ -6,14 +6,16 @@ A `Launcher` gets the cells that have no result yet, and gives their results as 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -24,6 +26,8 @@ from typing import Any, ClassVar
 from lightning_byz.cli import grid_cells
 from lightning_byz.cli.grid_file import Grid, GridError
 from lightning_byz.optional_dependencies import require
+
+log = logging.getLogger("lightning_byz")
 
 LOG = "log.txt"
 """Of a grid's folder: what the runs printed."""
@@ -82,8 +86,8 @@ def _died(reason: str) -> Result:
 class _Worker:
     """A process that runs cells, and is started anew after one that killed it."""
 
-    def __init__(self, log: Path, threads: int) -> None:
-        self._arguments = (str(log), threads)
+    def __init__(self, said: Path, threads: int) -> None:
+        self._arguments = (str(said), threads)
         self._start()
 
     def _start(self) -> None:
@@ -117,11 +121,11 @@ class LocalLauncher(Launcher):
 
     def results(self, cells: Cells) -> Results:
         assert self.jobs is not None
-        waiting, log = iter(cells), self.output / LOG
+        waiting, said = iter(cells), self.output / LOG
         first = list(itertools.islice(waiting, self.jobs))
         threads = max(1, (os.cpu_count() or 1) // max(1, len(first)))
         running: dict[Future[Result], tuple[str, _Worker]] = {}
-        workers = [_Worker(log, threads) for _ in first]
+        workers = [_Worker(said, threads) for _ in first]
         try:
             for worker, (name, config) in zip(workers, first, strict=True):
                 running[worker.submit(config, self.grid.metric)] = name, worker
@@ -133,7 +137,7 @@ class LocalLauncher(Launcher):
                         result = future.result()
                     except BrokenProcessPool:
                         result = _died(
-                            f"its process died, for want of memory perhaps; {log} holds what it "
+                            f"its process died, for want of memory perhaps; {said} holds what it "
                             "said last"
                         )
                         worker.restart()
@@ -173,12 +177,15 @@ class SlurmLauncher(Launcher):
             )
         import submitit
 
-        output.mkdir(parents=True, exist_ok=True)
-        parameters = {"job_name": grid.name, "time": 60, **grid.launchers["slurm"]}
+        (output / "slurm").mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S_"), dir=output / "slurm")
+        # Without srun there are no tasks of a parallel program, such as MPI's, to take a cell for.
+        defaults = {"job_name": grid.name, "time": 60, "use_srun": False}
+        parameters = {**defaults, **grid.launchers["slurm"]}
         if jobs is not None:
             parameters["array_parallelism"] = jobs
         self._threads = int(parameters.get("cpus_per_task", 1))
-        self._executor = submitit.SlurmExecutor((output / "slurm").resolve())
+        self._executor = submitit.SlurmExecutor(Path(folder).resolve())
         try:
             self._executor.update_parameters(**parameters)
         except ValueError as error:
@@ -255,10 +262,10 @@ class RayLauncher(Launcher):
         require("lightning-byz grid --launcher ray", "ray", "ray")
         import ray
 
-        options = {"num_cpus": 1, "max_retries": 0, **grid.launchers["ray"]}
-        self._threads = max(1, int(options["num_cpus"]))
+        self._options = {"num_cpus": 1, "max_retries": 0, **grid.launchers["ray"]}
+        self._threads = max(1, int(self._options["num_cpus"]))
         try:
-            self._run = ray.remote(grid_cells.run_elsewhere).options(**options)
+            self._run = ray.remote(grid_cells.run_elsewhere).options(**self._options)
         except (TypeError, ValueError) as error:
             raise GridError(f"`ray` in the grid file: {error}") from None
 
@@ -272,6 +279,7 @@ class RayLauncher(Launcher):
         ours = not ray.is_initialized()
         if ours:
             ray.init(log_to_driver=False, logging_level="error")
+        self._warn_if_no_node_suffices(ray.nodes())
         waiting = itertools.chain(first, waiting)
         here = os.getcwd(), sys.path, self._threads
 
@@ -296,6 +304,22 @@ class RayLauncher(Launcher):
                 ray.cancel(task, force=True)
             if ours:
                 ray.shutdown()
+
+    def _warn_if_no_node_suffices(self, nodes: Sequence[Mapping[str, Any]]) -> None:
+        """Ray keeps tasks waiting for a node that may never come."""
+        asked = {
+            "CPU": self._options["num_cpus"],
+            "GPU": self._options.get("num_gpus") or 0,
+            **self._options.get("resources", {}),
+        }
+        have = [node["Resources"] for node in nodes if node["Alive"]]
+        if not any(all(room.get(k, 0) >= v for k, v in asked.items()) for room in have):
+            found = "; ".join(str({k: room.get(k, 0) for k in asked}) for room in have)
+            log.warning(
+                f"A node of Ray's should have room for a cell, which asks for {asked}. Found "
+                f"{found}. The cells wait until such a node joins. Lower `ray` in the grid file, "
+                "or add nodes."
+            )
 
 
 def _first_line(error: BaseException) -> str:
