@@ -6,7 +6,9 @@ import csv
 import functools
 import itertools
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -494,6 +496,11 @@ def test_the_report_of_a_grid(tmp_path, capsys):
         "accuracy-simulated-seconds-f-3",
     } <= set(names)
     assert "ValueError: &lt;Krum&gt; &amp; co" in text
+    for f in ("2", "3"):
+        assert f'<details id="table-f-{f}">' in text
+        table = latex_table((tmp_path / "grid" / "report" / f"table-f-{f}.tex").read_text())
+        assert set(table) == {"Mean", "Krum", "NNM + Krum"}
+    assert "failed" in table["NNM + Krum"]["worst"]
     assert "NNM + Krum | ALIE(z=1.5) | f=3 | IID | seed 1: failed" in text
 
 
@@ -573,6 +580,90 @@ def test_a_rule_that_failed_under_an_attack_has_no_worst_case(tmp_path, monkeypa
     for name in ("Krum", "NNM + Krum"):
         assert of_setting[name] == (pytest.approx(0.9), "")
         assert overall[name][0] == pytest.approx(0.5 if name == "NNM + Krum" else 0.9)
+
+
+def test_the_spread_over_seeds_is_the_standard_deviation(tmp_path, monkeypatch):
+    """In the pictures' cells, in bands, and in LaTeX, against Python's own `statistics`."""
+    from lightning_byz.cli import report_figures, reports
+
+    invented_grid(tmp_path / "grid", seeds=(0, 1, 5), fs=(2,))
+    lines = rows(tmp_path / "grid" / "results.csv")
+    for line in lines:
+        line |= {"status": "finished", "accuracy": line["accuracy"] or "0.5"}
+    write_csv(tmp_path / "grid" / "results.csv", lines)
+    seen, heatmap = {}, report_figures.heatmap
+
+    def draws(values, names, columns, notes, *more):
+        seen.update({(names[i], columns[j]): note for (i, j), note in notes.items()})
+        return heatmap(values, names, columns, notes, *more)
+
+    monkeypatch.setattr(report_figures, "heatmap", draws)
+    reports.write_report(tmp_path / "grid")
+    table = latex_table((tmp_path / "grid" / "report" / "table.tex").read_text())
+    for rule, attack in itertools.product(("Mean", "Krum"), ("none", "ALIE(z=1.5)")):
+        found = [
+            100 * float(line["accuracy"])
+            for line in lines
+            if (line["rule"], line["attack"], line["pre_aggregation"]) == (rule, attack, "none")
+        ]
+        assert len(found) == 3
+        deviation = statistics.stdev(found)
+        assert seen[rule, attack] == f"± {deviation:.0f}"
+        mean = f"{statistics.mean(found):.1f}"
+        assert table[rule][attack].replace(r"\textbf{", "").replace("}", "") == (
+            rf"{mean} $\pm$ {deviation:.1f}"
+        )
+    curves = [[0.1, 0.5], [0.2, 0.9], [0.6, 0.7]]
+    line = report_figures.band("", [[1, 2]] * 3, curves)
+    for middle, low, high, *found in zip(line.middle, line.low, line.high, *curves, strict=True):
+        assert middle == pytest.approx(statistics.mean(found))
+        assert high - middle == pytest.approx(middle - low)
+        assert high - middle == pytest.approx(statistics.stdev(found))
+    one = report_figures.band("", [[1, 2]], [[0.1, 0.5]])
+    assert (one.low == one.middle).all()
+
+
+def latex_table(text):
+    """Rule -> attack -> what its cell says."""
+    header, *lines = [line.strip() for line in text.splitlines() if " & " in line]
+    names = header.removesuffix(r" \\").split(" & ")
+    cells = [line.removesuffix(r" \\").split(" & ") for line in lines]
+    assert {len(line) for line in cells} == {len(names)}
+    return {line[0]: dict(zip(names[1:], line[1:], strict=True)) for line in cells}
+
+
+def test_latex_tables_say_what_failed_and_which_is_best(tmp_path):
+    import numpy as np
+
+    from lightning_byz.cli.report_tables import Comparison, latex
+
+    nan = float("nan")
+    values = np.array([[0.25, 0.9, 0.25], [0.5, nan, nan], [0.5004, 0.8, 0.5004]])
+    marks = {(0, 1): "diverged", (1, 1): "failed", (1, 2): "failed", (2, 2): "missing"}
+    spread = np.full_like(values, nan)
+    text = latex(
+        Comparison(["Krum_1", "A & B", "C"], ["none", "50%"], values, spread, marks),
+        "Rules, ±, † and 50% {of} #1 \\ ~ ^ $x$",
+        "table-f-2",
+        percent=True,
+    )
+    table = latex_table(text.replace(r"A \& B", "AB"))
+    assert table[r"Krum\_1"] == {
+        "none": "25.0",
+        r"50\%": r"\textbf{90.0} $^\dagger$",
+        "worst": "25.0",
+    }
+    assert table["AB"] == {"none": r"\textbf{50.0}", r"50\%": "failed", "worst": "failed"}
+    assert table["C"] == {"none": r"\textbf{50.0}", r"50\%": "80.0", "worst": r"\textbf{50.0} ?"}
+    caption = r"Rules, $\pm$, $^\dagger$ and 50\% \{of\} \#1 \textbackslash{} \textasciitilde{} "
+    assert caption + r"\textasciicircum{} \$x\$" in text
+    assert r"\label{tab:table-f-2}" in text
+    if shutil.which("pdflatex"):
+        document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + text
+        (tmp_path / "page.tex").write_text(document + r"\end{document}")
+        command = ["pdflatex", "-halt-on-error", "page.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def test_the_report_of_a_run(tmp_path):

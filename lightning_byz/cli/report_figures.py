@@ -45,9 +45,9 @@ class Line(NamedTuple):
     Attributes:
         label: what it is.
         x: increasing.
-        middle: of its seeds, at x.
-        low: the smallest of its seeds.
-        high: the largest.
+        middle: mean of its seeds, at x.
+        low: a standard deviation of its seeds below.
+        high: a standard deviation above.
     """
 
     label: str
@@ -63,10 +63,14 @@ def style() -> Any:
 
 
 def band(label: str, x: Sequence[Sequence[float]], y: Sequence[Sequence[float]]) -> Line:
-    """The curves of several seeds as one line with a band, up to where the shortest ends."""
+    """The curves of several seeds as one line with a band of their sample standard deviation, up to
+    where the shortest ends.
+    """
     at = np.asarray(min(x, key=lambda points: points[-1]), dtype=float)
     curves = np.stack([np.interp(at, points, values) for points, values in zip(x, y, strict=True)])
-    return Line(label, at, curves.mean(0), curves.min(0), curves.max(0))
+    middle = curves.mean(0)
+    spread = curves.std(0, ddof=1) if len(curves) > 1 else np.zeros_like(middle)
+    return Line(label, at, middle, middle - spread, middle + spread)
 
 
 def heatmap(

@@ -1,5 +1,5 @@
-"""``lightning-byz report``: one page of HTML, with pictures as PNG and PDF, from a grid's folder or
-a run's ``metrics.csv``.
+"""``lightning-byz report``: one page of HTML, with pictures as PNG and PDF and tables in LaTeX,
+from a grid's folder or a run's ``metrics.csv``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 import lightning_byz
 from lightning_byz.cli import report_figures as figures
+from lightning_byz.cli import report_tables as tables
 from lightning_byz.cli.grid_file import CELL_FIELDS, Cell
 from lightning_byz.cli.grids import CURVES, RESULTS
 
@@ -39,6 +40,7 @@ class _Page:
         title: of the page.
         facts: sentences at the top.
         pictures: name -> (figure, caption).
+        tables: name -> LaTeX.
         header: of the table at the end.
         table: its lines.
         problems: (what, why) of everything that failed.
@@ -47,14 +49,15 @@ class _Page:
     title: str
     facts: list[str] = field(default_factory=list)
     pictures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
     header: list[str] = field(default_factory=list)
     table: list[list[str]] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
 def write_report(folder: Path) -> Path:
-    """Writes ``folder/report``: index.html, which needs no other file and no network, and each
-    picture as PNG and PDF.
+    """Writes ``folder/report``: index.html, which needs no other file and no network, each picture
+    as PNG and PDF, and a grid's comparisons as tables in LaTeX.
 
     Args:
         folder: of a grid (with ``results.csv``), or of a run with a CSVLogger (with
@@ -91,6 +94,8 @@ def _written(page: _Page, output: Path) -> Path:
         pictures.append(
             {"name": name, "caption": caption, "data": base64.b64encode(image.getvalue()).decode()}
         )
+    for name, latex in page.tables.items():
+        (output / f"{name}.tex").write_text(latex)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lightning_byz.cli", "."),
         autoescape=True,
@@ -195,7 +200,7 @@ def _of_grid(folder: Path) -> _Page:
             f"Worst {metric} over all attacks",
             percent,
         )
-        caption = "Under the attack that is worst for the rule, by setting; mean of seeds."
+        caption = "Under the attack that is worst for the rule, by setting; means of seeds."
         caption += (
             " No result: it failed under an attack, or has not been run under all."
             if missing
@@ -262,13 +267,22 @@ _NOT_THE_METRIC = {
 }
 
 
-def _draw_setting(
-    page: _Page, rows: list[Row], points: list[Row], metric: str, percent: bool, name: str
-) -> dict[str, float]:
-    """Adds a setting's pictures to the page; each aggregation's worst result."""
+_MARKS = {"failed": "failed", "diverged": "†", "missing": "?"}
+"""What is written into a cell for what became of its runs."""
+_MEANINGS = {
+    "diverged": "training diverged",
+    "failed": "a run failed, so that the rule has no worst case",
+    "missing": "some attacks have not been run yet",
+}
+_OVER_SEEDS = "means of seeds, ± their standard deviation"
+
+
+def _compared(rows: list[Row], metric: str) -> tables.Comparison:
+    """Each aggregation under each attack, over the seeds, in rows of one setting."""
     aggregations, attacks = _names(rows, "aggregation"), _names(rows, "attack")
     values = np.full((len(aggregations), len(attacks) + 1), np.nan)
-    notes: dict[tuple[int, int], str] = {}
+    spread = np.full_like(values, np.nan)
+    marks: dict[tuple[int, int], str] = {}
     for (i, aggregation), (j, attack) in product(enumerate(aggregations), enumerate(attacks)):
         cells = [
             row for row in rows if (row["aggregation"], row["attack"]) == (aggregation, attack)
@@ -277,36 +291,45 @@ def _draw_setting(
         if results:
             values[i, j] = np.mean(results)
         if len(results) > 1:
-            half = (max(results) - min(results)) / 2
-            notes[i, j] = f"± {100 * half:.0f}" if percent else f"± {half:.2g}"
-        if any(row["status"] == "failed" for row in cells):
-            notes[i, j] = "failed"
-        elif any(row["status"] == "diverged" for row in cells):
-            notes[i, j] = notes.get((i, j), "") + " †"
+            spread[i, j] = np.std(results, ddof=1)
+        for status in ("failed", "diverged"):
+            if any(row["status"] == status for row in cells):
+                marks.setdefault((i, j), status)
+    worst = len(attacks)
     for i in range(len(aggregations)):
-        if any(notes.get((i, j)) == "failed" for j in range(len(attacks))):
-            notes[i, len(attacks)] = "failed"
+        if any(marks.get((i, j)) == "failed" for j in range(worst)):
+            marks[i, worst] = "failed"
         elif np.isfinite(values[i, :-1]).all():
             values[i, -1] = values[i, :-1].min()
         else:
-            notes[i, len(attacks)] = "?"
+            marks[i, worst] = "missing"
+    return tables.Comparison(aggregations, attacks, values, spread, marks)
+
+
+def _draw_setting(
+    page: _Page, rows: list[Row], points: list[Row], metric: str, percent: bool, name: str
+) -> dict[str, float]:
+    """Adds a setting's pictures to the page; each aggregation's worst result."""
+    compared = _compared(rows, metric)
+    aggregations, attacks = compared.aggregations, compared.attacks
+    values, marks = compared.values, compared.marks
+    several = bool(np.isfinite(compared.spread).any())
+    notes = {place: _MARKS[mark] for place, mark in marks.items()}
+    for i, j in zip(*np.nonzero(np.isfinite(compared.spread)), strict=True):
+        if marks.get((int(i), int(j))) != "failed":
+            spread = compared.spread[i, j]
+            width = f"± {100 * spread:.0f}" if percent else f"± {spread:.2g}"
+            notes[int(i), int(j)] = f"{width} {notes.get((int(i), int(j)), '')}".strip()
     title = f"{metric.capitalize()} at the end{f', {name}' if name else ''}"
-    figure = figures.heatmap(
-        values,
-        aggregations,
-        [*attacks, "worst"],
-        notes,
-        title + (", in percent" if percent else ""),
-        percent,
-    )
-    caption = "Rules against attacks; the last column is the worst of its row. Mean of seeds"
-    caption += ", ± half of their range" if any("±" in note for note in notes.values()) else ""
-    caption += "; †: training diverged" if any("†" in note for note in notes.values()) else ""
-    caption += (
-        "; who failed under an attack has no worst case" if "failed" in notes.values() else ""
-    )
-    caption += "; ?: some attacks have not been run yet" if "?" in notes.values() else ""
-    page.pictures[_slug("heatmap", name)] = figure, caption + "."
+    title += ", in percent" if percent else ""
+    figure = figures.heatmap(values, aggregations, [*attacks, "worst"], notes, title, percent)
+    said = ["Rules against attacks", "the last column is the worst of its row"]
+    said.append(_OVER_SEEDS if several else "means of seeds")
+    said += [f"{_MARKS[mark]}: {_MEANINGS[mark]}" for mark in _MEANINGS if mark in marks.values()]
+    caption = "; ".join(said) + "."
+    page.pictures[_slug("heatmap", name)] = figure, caption
+    table = tables.latex(compared, f"{title}. {caption}", _slug("table", name), percent)
+    page.tables[_slug("table", name)] = table
 
     for pre in _names(rows, "pre_aggregation"):
         shown = [
@@ -340,9 +363,7 @@ def _draw_setting(
                 percent,
             )
             seeds = len(_names(rows, "seed"))
-            caption = (
-                f"Mean of {seeds} seeds; the bands are their range." if seeds > 1 else "One seed."
-            )
+            caption = f"{seeds} seeds: {_OVER_SEEDS}." if seeds > 1 else "One seed."
             page.pictures[_slug("curves", name, "" if pre == "none" else pre)] = figure, caption
 
     worst_attack = {
