@@ -162,6 +162,33 @@ def test_the_commands_for_two_machines(tmp_path):
     assert "byzantine_robust: " not in outputs[1]
 
 
+@pytest.mark.thorough
+@pytest.mark.processes
+def test_the_manifest_for_kubernetes(tmp_path):
+    """Its command in every pod, with the variables that the training operator sets."""
+    job = yaml.safe_load((EXAMPLES / "multi_node" / "pytorchjob.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    pods = [
+        replicas[kind] for kind in ("Master", "Worker") for _ in range(replicas[kind]["replicas"])
+    ]
+    shared = {**environment(), "MASTER_ADDR": "localhost", "WORLD_SIZE": str(len(pods))}
+    started = []
+    for rank, pod in enumerate(pods):
+        (container,) = pod["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        *shell, command = container["command"]
+        started.append(
+            subprocess.Popen(
+                [*shell, small(command)], cwd=tmp_path, env={**shared, "RANK": str(rank)}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=500)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
+    assert ["byzantine_robust: " in output for output in outputs] == [True, False]
+
+
 SRUN = """#!/bin/bash
 # What SLURM's srun does, on one machine: the command once for every task, each with its rank.
 for rank in $(seq 0 $((SLURM_NTASKS - 1))); do
