@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from test_grids import DIES, grid_file, rows
-from test_launchers import environment
+from test_launchers import environment, ray_environment
 
 from lightning_byz import cli
 from lightning_byz.cli import grid_cells
@@ -248,7 +248,7 @@ def test_cells_as_tasks_of_ray_are_as_here(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "lightning_byz.cli", "grid", path, "--launcher=ray", "--output=out"],
         cwd=tmp_path,
-        env={**environment(), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=ray_environment(),
         capture_output=True,
         text=True,
         timeout=500,

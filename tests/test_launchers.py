@@ -26,6 +26,12 @@ def environment() -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(own_port())}
 
 
+def ray_environment() -> dict[str, str]:
+    """For Ray on a busy machine, where starting workers takes long."""
+    patient = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "400"}
+    return {**environment(), "RAY_USAGE_STATS_ENABLED": "0", **patient}
+
+
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=500, check=False

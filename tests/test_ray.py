@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 from harness import fit
-from test_launchers import environment
+from test_launchers import ray_environment
 
 from lightning_byz import (
     ByzantineWorkers,
@@ -41,7 +41,7 @@ def run(*command: object, folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,
-        env={**environment(), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=ray_environment(),
         capture_output=True,
         text=True,
         timeout=500,
