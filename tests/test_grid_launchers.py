@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from test_grids import DIES, grid_file, rows
-from test_launchers import environment, ray_environment
+from test_launchers import environment, run_on_ray
 
 from lightning_byz import cli
 from lightning_byz.cli import grid_cells
@@ -245,16 +245,8 @@ def test_without_slurms_commands_an_error_says_where_to_go(
 @pytest.mark.processes
 def test_cells_as_tasks_of_ray_are_as_here(tmp_path: Path) -> None:
     path = of_three_kinds(tmp_path, ray={"num_cpus": 0.5})
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_byz.cli", "grid", path, "--launcher=ray", "--output=out"],
-        cwd=tmp_path,
-        env=ray_environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
+    command = ["-m", "lightning_byz.cli", "grid", path, "--launcher=ray", "--output=out"]
+    run_on_ray(*command, folder=tmp_path, status=1)
     assert "WorkerCrashedError" in check_three_kinds(path, tmp_path / "out")["reason"]
 
 

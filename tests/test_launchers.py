@@ -26,10 +26,21 @@ def environment() -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(own_port())}
 
 
-def ray_environment() -> dict[str, str]:
-    """For Ray on a busy machine, where starting workers takes long."""
-    patient = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "400"}
-    return {**environment(), "RAY_USAGE_STATS_ENABLED": "0", **patient}
+def run_on_ray(*command: object, folder: Path, status: int = 0) -> str:
+    """What a program says that starts a Ray cluster on this machine, however busy that is."""
+    patient = {"RAY_raylet_start_wait_time_s": "400", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "400"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**environment(), "RAY_USAGE_STATS_ENABLED": "0", **patient},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == status, said
+    return said
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from harness import fit
-from test_launchers import ray_environment
+from test_launchers import run_on_ray
 
 from lightning_byz import (
     ByzantineWorkers,
@@ -37,20 +36,6 @@ has_ray = pytest.mark.skipif(
 )
 
 
-def run(*command: object, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=folder,
-        env=ray_environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 @has_ray
 @pytest.mark.thorough
 @pytest.mark.processes
@@ -58,7 +43,7 @@ def test_a_run_of_ray_with_a_liar_and_a_killed_worker_ends_as_one_without_ray(
     tmp_path: Path,
 ) -> None:
     """To the bit, as three forked ranks of which one lies, and none is killed."""
-    said = run(EXAMPLE, "--kill-rank=1", "--fast", "--epochs=3", folder=tmp_path)
+    said = run_on_ray(EXAMPLE, "--kill-rank=1", "--fast", "--epochs=3", folder=tmp_path)
     assert "The actor died unexpectedly" in said
     assert "Restored all states from the checkpoint" in said
     folder = re.search(r"3 workers on Ray, 1 lying: [\d.]+% of held-out digits, (\S+)", said)[1]
@@ -91,7 +76,7 @@ from lightning_byz.ray import HOME, RayByzantineRobustStrategy
 assert HOME == "pytorch_lightning"
 assert issubclass(RayByzantineRobustStrategy, pytorch_lightning.strategies.ParallelStrategy)
 """
-    run("-c", code, folder=tmp_path)
+    run_on_ray("-c", code, folder=tmp_path)
 
 
 @has_ray
@@ -133,6 +118,16 @@ def test_a_trainer_that_does_not_run_on_rays_processes_is_refused(
         prepare_trainer(trainer)
     with pytest.raises(UnsupportedSetupError, match="Found ByzantineRobustStrategy"):
         prepare_trainer(SimpleNamespace(strategy=ByzantineRobustStrategy()))
+
+
+@has_ray
+def test_the_guide_is_rays_recipe_with_two_names_changed() -> None:
+    page = (EXAMPLE.parents[1] / "docs" / "guides" / "clusters.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    for name in re.findall(r"\w*(?:Strategy|Environment|Callback)\(|prepare_trainer\(", code):
+        assert name.removesuffix("(") in names
 
 
 def test_without_ray_an_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
