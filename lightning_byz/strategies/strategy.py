@@ -179,15 +179,15 @@ class RobustStrategy(ProcessHooks):
 
         Nothing is wrapped.
         """
-        fitting, size = trainer.state.fn == "fit", self.processes.size
+        fitting, processes = trainer.state.fn == "fit", self.processes
         if fitting:
             self.resolved = resolve_algorithm(
-                self.algorithm, self.num_byzantine, size, self.workers_per_process
+                self.algorithm, self.num_byzantine, processes.replicas, self.workers_per_process
             )
         super().setup(trainer)
         module = self.lightning_module
-        if size > 1:
-            self.processes.share_model(module)
+        if processes.size > 1:
+            processes.share_model(module)
         if not fitting:
             return
         assert module is not None and self.resolved is not None
@@ -199,7 +199,9 @@ class RobustStrategy(ProcessHooks):
         shares = resolve_shares(self.worker_weights, self.resolved, self.n, self.root_device)
         exchange = partial(Exchange, self.resolved, transport, seed, shares)
         self._watch(None)
-        self.groups = gradient_groups(module, self.optimizers, exchange, self.n == 1)
+        self.groups = gradient_groups(
+            module, self.optimizers, exchange, self.n == 1, processes.flat
+        )
         self.exchanges = [group.exchange for group in self.groups]
         self.heterogeneity = [Heterogeneity(self.resolved, seed) for _ in self.exchanges]
         for each, found in zip(self.exchanges, self.heterogeneity, strict=True):
