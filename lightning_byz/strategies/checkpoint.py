@@ -34,6 +34,7 @@ def run_state(
         "version": 1,
         "n": strategy.n,
         "workers_per_process": strategy.workers_per_process,
+        "mesh": strategy.processes.mesh_sizes,
         "algorithm": repr(strategy.resolved),
         "server": server,
         "workers": workers,
@@ -83,8 +84,9 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None) -> None:
     _say_what_is_missing(saved, follow)
     strategy.local_workers.load(saved)
     strategy.report.load(saved)
-    if strategy.global_rank in saved["rng"]:
-        random_states.restore(strategy.root_device, saved["rng"][strategy.global_rank])
+    states = saved["rng"] if saved.get("mesh") == strategy.processes.mesh_sizes else {}
+    if strategy.global_rank in states:
+        random_states.restore(strategy.root_device, states[strategy.global_rank])
 
 
 def _adapted(

@@ -32,6 +32,11 @@ class FlatParameters:
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._rows: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a vector; the same on all ranks."""
+        return self.dim * self.dtype.itemsize
+
     @staticmethod
     def watch(p: Tensor, arrived: Callable[[], None]) -> tuple[Any, Any]:
         """Calls a function whenever a parameter's gradient has been accumulated, after every hook

@@ -291,6 +291,7 @@ class GradientSync:
         self._alone = all(group.exchange.transport.workers_per_process == 1 for group in groups)
         self._in_backward = False
         self._stepping = False  # inside of Strategy.optimizer_step
+        self._ignores_steps = False
         self._overlapped: GradientGroup | None = None
         # by id of a parameter: its group now, and where in its layout
         self._places: dict[int, tuple[GradientGroup, int]] = {}
@@ -475,6 +476,8 @@ class GradientSync:
 
     def of(self, optimizer: Optimizer) -> list[GradientGroup]:
         """The groups that have parameters of this optimizer."""
+        if self._ignores_steps:
+            return []
         count = sum(len(part["params"]) for part in optimizer.param_groups)
         known, groups = self._of_optimizer.get(optimizer, (-1, []))
         if known != count:
@@ -541,6 +544,17 @@ class GradientSync:
             yield
         finally:
             self._stepping = before
+
+    @contextmanager
+    def ignoring_steps(self) -> Iterator[None]:
+        """Inside, steps of optimizers are none: torch makes an empty one where it asks for a state
+        that there is not yet.
+        """
+        before, self._ignores_steps = self._ignores_steps, True
+        try:
+            yield
+        finally:
+            self._ignores_steps = before
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Torch's hook on every optimizer's step, raw ones included."""

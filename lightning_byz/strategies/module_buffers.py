@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_byz.aggregators import CoordinateMedian, TooFewRowsError
 from lightning_byz.compressors import Field
@@ -78,14 +79,15 @@ class WorkerBuffers:
         return len(self._places)
 
     def _found(self) -> list[tuple[nn.Module, str]]:
-        """Where the module's buffers are now, each of them once. Sparse ones are each process's
-        own.
+        """Where the module's buffers are now, each of them once. Sparse and distributed ones are
+        each process's own.
         """
         places, seen, self._is_data = [], set(), []
         for prefix, owner in self._module.named_modules():
             norm = isinstance(owner, _NORMS)
             for name, buffer in owner.named_buffers(recurse=False):
-                if id(buffer) not in seen and buffer.layout == torch.strided:
+                plain = buffer.layout == torch.strided and not isinstance(buffer, DTensor)
+                if id(buffer) not in seen and plain:
                     seen.add(id(buffer))
                     places.append((owner, name))
                     full = f"{prefix}.{name}".lstrip(".")

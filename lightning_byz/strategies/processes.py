@@ -76,6 +76,11 @@ class Processes(ABC):
         return int(self.strategy.global_rank)
 
     @property
+    def mesh_sizes(self) -> tuple[int, ...] | None:
+        """Replicas, and the ranks of each along two dimensions; None: every process has a model."""
+        return None
+
+    @property
     def sampler_kwargs(self) -> dict[str, int]:
         """Which part of the data is this process's, for a DistributedSampler."""
         return {"num_replicas": self.size, "rank": self.strategy.global_rank}
@@ -352,13 +357,25 @@ class TorchProcesses(Processes):
         return True
 
     def _to_rank_0(self, tensors: list[Tensor], layout: list[Field]) -> dict[int, Tensor] | None:
+        return self._gathered(tensors, layout, range(self.size))
+
+    def _gathered(
+        self,
+        tensors: list[Tensor],
+        layout: list[Field],
+        members: Sequence[int],
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[int, Tensor] | None:
+        """At the first of these ranks, which are a group, by place in it, all of their packed
+        tensors; elsewhere None.
+        """
         gloo = dist.get_backend() == "gloo"
         device = torch.device("cpu") if gloo else self.strategy.root_device
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8, device=device)
         pack([tensor.to(device) for tensor in tensors], layout, sent)
-        zero = self.strategy.is_global_zero
-        received = [torch.empty_like(sent) for _ in range(self.size)] if zero else None
-        dist.gather(sent, received, dst=0)
+        first = self.strategy.global_rank == members[0]
+        received = [torch.empty_like(sent) for _ in members] if first else None
+        dist.gather(sent, received, dst=members[0], group=group)
         return None if received is None else dict(enumerate(received))
 
 

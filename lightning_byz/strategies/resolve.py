@@ -161,7 +161,7 @@ def resolve_transport(strategy: Any) -> Transport:
         strategy.processes.flat([p for p in parameters_of(optimizer) if p.requires_grad])
         for optimizer in strategy.optimizers
     ]
-    largest = max((layout.dim * layout.dtype.itemsize for layout in layouts), default=0)
+    largest = max((layout.nbytes for layout in layouts), default=0)
     algorithm, processes = strategy.resolved, strategy.processes
     transport: Transport = strategy.transport or default_transport(
         algorithm, processes.replicas, largest

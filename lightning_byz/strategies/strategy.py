@@ -35,8 +35,10 @@ from lightning_byz.strategies.gradient_sync import (
     gradient_groups,
     may_repeat,
 )
+from lightning_byz.strategies.mesh_processes import MeshProcesses
+from lightning_byz.strategies.model_hooks import ModelHooks
+from lightning_byz.strategies.model_shards import ModelShards
 from lightning_byz.strategies.overlap import may_overlap
-from lightning_byz.strategies.process_hooks import ProcessHooks
 from lightning_byz.strategies.processes import Processes, TorchProcesses
 from lightning_byz.strategies.reductions import MetricReducer
 from lightning_byz.strategies.resolve import (
@@ -47,12 +49,13 @@ from lightning_byz.strategies.resolve import (
 from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.validate import check_arguments, check_setup
+from lightning_byz.strategies.validate_shards import check_sizes
 from lightning_byz.strategies.workers import LocalWorkers, NoBatch
 from lightning_byz.strategies.workers_at_once import Vectorize, local_workers
 from lightning_byz.transports import Transport
 
 
-class RobustStrategy(ProcessHooks):
+class RobustStrategy(ModelHooks):
     """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
 
     All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and
@@ -97,6 +100,15 @@ class RobustStrategy(ProcessHooks):
             "auto": where that pays and gives the same gradients, to rounding; the log says whether,
             and why not. True: an error where it cannot be; random operations, such as dropout, then
             draw other numbers than with False. False: one worker after the other.
+        data_parallel_size: S, for modules that shard themselves in ``configure_model``, as for
+            Lightning's ModelParallelStrategy: ``self.device_mesh`` has the dimensions
+            "data_parallel" and "tensor_parallel". A worker is a replica of the model, which S x T
+            processes hold together: n = processes / (S x T). The S ranks compute different samples,
+            and torch reduces their gradients inside of the replica. None: 1; without
+            `tensor_parallel_size` either, every process holds a whole model.
+        tensor_parallel_size: T, the ranks that compute the same samples together. None: 1.
+        save_distributed_checkpoint: of a sharded model: checkpoints are folders into which every
+            rank of the first replica writes its part. False: files with whole tensors.
     """
 
     save_patience = 60.0
@@ -117,6 +129,9 @@ class RobustStrategy(ProcessHooks):
         aggregated_buffers: Sequence[str] = (),
         resume_workers: Sequence[int | None] | None = None,
         vectorize: Vectorize = "auto",
+        data_parallel_size: int | None = None,
+        tensor_parallel_size: int | None = None,
+        save_distributed_checkpoint: bool = True,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -157,6 +172,13 @@ class RobustStrategy(ProcessHooks):
 
         at_server = transport is not None and transport.connects_processes
         self.processes: Processes = (ServerProcesses if at_server else TorchProcesses)(self)
+        self.shards = None
+        if data_parallel_size is not None or tensor_parallel_size is not None:
+            data = 1 if data_parallel_size is None else data_parallel_size
+            tensor = 1 if tensor_parallel_size is None else tensor_parallel_size
+            check_sizes(data, tensor, workers_per_process, transport)
+            self.processes = MeshProcesses(self, data, tensor)
+            self.shards = ModelShards(self, save_distributed_checkpoint)
         self.simulation: Honest = HONEST
         self.report = RoundReport(max_skipped_steps)
         self.resolved: Algorithm | None = None

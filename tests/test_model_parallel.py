@@ -1,0 +1,201 @@
+"""Workers that are replicas of a sharded model: the same results as with whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from harness import QUIET, whole
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from models import blobs
+from ranks import free_port
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from zoo import RULES
+
+from lightning_byz import RobustSGD
+from lightning_byz.lightning import ByzantineRobustStrategy
+
+pytestmark = pytest.mark.processes
+STEPS, SHARE = 4, 3
+
+
+class Ranked:
+    """Batches of a run of ``replicas x data`` ranks, for all of them or for one.
+
+    In every step, sample j of rank k is sample ``(step * SHARE + j) * ranks + k`` of the data.
+    """
+
+    def __init__(self, ranks: int, own: Sequence[int]) -> None:
+        self.ranks, self.own = ranks, own
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(STEPS):
+            yield [
+                (step * SHARE + j) * self.ranks + rank for rank in self.own for j in range(SHARE)
+            ]
+
+
+class Shards(L.LightningModule):
+    """A network that shards itself if there is a mesh."""
+
+    def __init__(self, ranks: int = 6, adam: bool = False, only: bool = False) -> None:
+        super().__init__()
+        self.ranks, self.adam, self.only = ranks, adam, only
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(10, 7), nn.Tanh(), nn.Linear(7, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+        )
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, mesh["tensor_parallel"], plan)
+        if self.only:
+            fully_shard(self.net[0], mesh=mesh["data_parallel"])
+        else:
+            fully_shard(self.net[2], mesh=mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.adam:
+            return torch.optim.AdamW(self.parameters(), lr=0.01, foreach=False)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
+
+    def train_dataloader(self) -> DataLoader:
+        kwargs = self.trainer.distributed_sampler_kwargs or {}
+        mesh = self.device_mesh
+        own = range(self.ranks) if mesh is None else [kwargs["rank"]]
+        return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
+
+
+def together(folder: Path, size: int, job: Callable[[int], Any]) -> list[Any]:
+    """What a job gives on each of so many forked ranks, which torchrun could have started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+
+    def run(rank: int) -> None:
+        os.environ.update(
+            LOCAL_RANK=str(rank),
+            NODE_RANK="0",
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        torch.save(job(rank), folder / f"job{rank}.pt")
+        dist.destroy_process_group()
+
+    start_processes(run, nprocs=size, start_method="fork")
+    return [torch.load(folder / f"job{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def trained(
+    shape: tuple[int, int, int],
+    algorithm: Any,
+    module: L.LightningModule | None = None,
+    strategy: dict[str, Any] | None = None,
+    ckpt_path: Path | None = None,
+    **trainer: Any,
+) -> L.LightningModule:
+    """A module, trained by this rank of several that `together` has started."""
+    replicas, data, tensor = shape
+    module = module or Shards(replicas * data)
+    L.Trainer(
+        **{**QUIET, "max_epochs": 1, "use_distributed_sampler": False, **trainer},
+        devices=replicas * data * tensor,
+        strategy=ByzantineRobustStrategy(
+            algorithm=algorithm,
+            data_parallel_size=data,
+            tensor_parallel_size=tensor,
+            **(strategy or {}),
+        ),
+        plugins=[LightningEnvironment()],
+    ).fit(module, ckpt_path=ckpt_path)
+    return module
+
+
+def weights(module: L.LightningModule) -> dict[str, torch.Tensor]:
+    return {name: whole(value) for name, value in module.state_dict().items()}
+
+
+def in_process(replicas: int, algorithm: Any, module: Any, **trainer: Any) -> dict[str, Any]:
+    """The weights of the same workers in one process, which hold whole models."""
+    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=replicas)
+    settings = {**QUIET, "max_epochs": 1, "use_distributed_sampler": False, **trainer}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        L.Trainer(**settings, strategy=strategy).fit(module)
+    return weights(module)
+
+
+def assert_weights(found: dict[str, Any], expected: dict[str, Any], case: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{case}, {n}: {m}"
+        )
+
+
+DRAWS = {"dnc", "majority_vote", "sign_guard"}
+"""They draw coordinates, or coins for them: of other vectors, other ones."""
+
+
+def rules(n: int) -> dict[str, Any]:
+    """Every rule, tolerating one worker where it can."""
+    cases = {case.name: case.rule for case in RULES if case.name not in DRAWS}
+    return {
+        name: RobustSGD(rule.with_f(max(0, min(1, rule.most_f(n)))), worker_momentum=0.9)
+        for name, rule in cases.items()
+        if rule.most_f(n) >= 0
+    }
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (4, 2, 1), (3, 1, 2), (3, 2, 2)])
+def test_every_rule_gives_what_it_gives_whole_models(
+    shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    replicas, data, tensor = shape
+    algorithms = rules(replicas)
+    if shape != (3, 2, 1):
+        some = ("mean", "median", "multi_krum", "nnm+trimmed_mean", "caf", "spectral_filter")
+        algorithms = {name: algorithms[name] for name in some if name in algorithms}
+
+    def job(rank: int) -> Any:
+        return {name: weights(trained(shape, each)) for name, each in algorithms.items()}
+
+    ranks = together(tmp_path, replicas * data * tensor, job)
+    for name, algorithm in algorithms.items():
+        expected = in_process(replicas, algorithm, Shards(replicas * data))
+        for found in ranks:
+            assert_weights(found[name], expected, name)
