@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,7 @@ from models import blobs
 from ranks import free_port
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing import start_processes
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -65,7 +64,7 @@ class Shards(L.LightningModule):
             return
         torch.manual_seed(3)
         self.net = nn.Sequential(
-            nn.Linear(10, 7), nn.Tanh(), nn.Linear(7, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+            nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3)
         )
         mesh = self.device_mesh
         if mesh is None:
