@@ -25,7 +25,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo import RULES
 
-from lightning_byz import RobustSGD
+from lightning_byz import (
+    ByzDIANA,
+    ByzDM21,
+    ByzEF21SGDM,
+    ClippedDifferences,
+    CoordinateMedian,
+    Identity,
+    Krum,
+    Mean,
+    RobustSGD,
+    Sharded,
+    SignSGDMajorityVote,
+    SpectralFilter,
+    TrimmedMean,
+)
 from lightning_byz.lightning import ByzantineRobustStrategy
 
 pytestmark = pytest.mark.processes
@@ -54,9 +68,17 @@ class Ranked:
 class Shards(L.LightningModule):
     """A network that shards itself if there is a mesh."""
 
-    def __init__(self, ranks: int = 6, adam: bool = False, only: bool = False) -> None:
+    def __init__(
+        self,
+        ranks: int = 6,
+        adam: bool = False,
+        only: bool = False,
+        norm: bool = False,
+        own: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self.ranks, self.adam, self.only = ranks, adam, only
+        self.ranks, self.adam, self.only, self.norm = ranks, adam, only, norm
+        self.own = range(ranks) if own is None else own
         self.net: Any = None
 
     def configure_model(self) -> None:
@@ -66,6 +88,8 @@ class Shards(L.LightningModule):
         self.net = nn.Sequential(
             nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3)
         )
+        if self.norm:
+            self.net.append(nn.BatchNorm1d(3))
         mesh = self.device_mesh
         if mesh is None:
             return
@@ -92,7 +116,7 @@ class Shards(L.LightningModule):
     def train_dataloader(self) -> DataLoader:
         kwargs = self.trainer.distributed_sampler_kwargs or {}
         mesh = self.device_mesh
-        own = range(self.ranks) if mesh is None else [kwargs["rank"]]
+        own = self.own if mesh is None else [kwargs["rank"]]
         return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
 
 
@@ -198,3 +222,77 @@ def test_every_rule_gives_what_it_gives_whole_models(
         expected = in_process(replicas, algorithm, Shards(replicas * data))
         for found in ranks:
             assert_weights(found[name], expected, name)
+
+
+def spectral() -> Any:
+    return RobustSGD(SpectralFilter(f=1), worker_momentum=0.9, undo_worker_momentum=True)
+
+
+FEATURES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "server momentum": (RobustSGD(Krum(f=0), server_momentum=0.9), {}, {}),
+    "ef21": (ByzEF21SGDM(CoordinateMedian(f=1), Identity(), eta=0.2), {}, {}),
+    "dm21": (ByzDM21(CoordinateMedian(f=1), Identity(), eta=0.5), {}, {}),
+    "diana": (ByzDIANA(CoordinateMedian(f=1), Identity(), alpha=0.5), {}, {}),
+    "signum": (SignSGDMajorityVote(momentum=0.5), {}, {}),
+    "drift": (
+        ClippedDifferences(RobustSGD(Mean()), TrimmedMean(f=0), 2, 3.0, "drift"),
+        {},
+        {},
+    ),
+    "adamw": (spectral(), {"adam": True}, {}),
+    "plain parameters": (spectral(), {"only": True}, {}),
+    "clip": (spectral(), {}, {"gradient_clip_val": 0.05}),
+    "clip plain parameters": (spectral(), {"only": True}, {"gradient_clip_val": 0.05}),
+    "clip values": (
+        spectral(),
+        {},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ),
+    "accumulate": (spectral(), {}, {"accumulate_grad_batches": 2}),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 2, 2)])
+def test_features_are_those_of_whole_models(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    replicas, data, tensor = shape
+    features = {k: v for k, v in FEATURES.items() if tensor == 1 or "clip" in k or "plain" in k}
+
+    def job(rank: int) -> Any:
+        return {
+            name: weights(
+                trained(shape, algorithm, Shards(6, **of_module), {"transport": Sharded()}, **more)
+            )
+            for name, (algorithm, of_module, more) in features.items()
+        }
+
+    ranks = together(tmp_path, replicas * data * tensor, job)
+    for name, (algorithm, of_module, more) in features.items():
+        expected = in_process(replicas, algorithm, Shards(6, **of_module), **more)
+        for found in ranks:
+            assert_weights(found[name], expected, name)
+
+
+class Spoiled(Shards):
+    """Rank 3, a part of replica 1, has a nan in its part of a gradient."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.global_rank == 3:
+            self.net[0].weight.register_post_accumulate_grad_hook(
+                lambda p: p.grad.to_local()[0].fill_(torch.nan)
+            )
+
+
+def test_one_bad_part_silences_its_replica(tmp_path: Path) -> None:
+    shape, algorithm = (3, 2, 1), RobustSGD(CoordinateMedian(f=1))
+
+    def job(rank: int) -> Any:
+        return [
+            weights(trained(shape, algorithm, Spoiled(6), {"transport": transport}))
+            for transport in (None, Sharded())
+        ]
+
+    expected = in_process(2, RobustSGD(Mean()), Shards(6, own=[0, 1, 4, 5]))
+    for found in together(tmp_path, 6, job):
+        for case in found:
+            assert_weights(case, expected, "a nan")

@@ -26,6 +26,11 @@ class ModelHooks(ProcessHooks):
             self.shards.prepare(trainer)
         super().setup(trainer)
 
+    def teardown(self) -> None:
+        if self.shards is not None:
+            self.shards.leave()
+        super().teardown()
+
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         if self.shards is None:

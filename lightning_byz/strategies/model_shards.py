@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,6 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY
+from lightning_byz.strategies.gradient_sync import parameters_of
+from lightning_byz.strategies.mesh import local
+from lightning_byz.strategies.sharded_parameters import ShardedParameters
 from lightning_byz.strategies.sharded_state import SavedVectors, with_parts, with_whole_vectors
 from lightning_byz.strategies.validate_shards import check_model, check_shards
 
@@ -57,6 +61,27 @@ class ModelShards:
         check_model(strategy.lightning_module, strategy.processes.mesh)
         check_shards(strategy, trainer)
         materialize(strategy.lightning_module, strategy.root_device)
+        clips = {"clip_grad_by_norm": self.clip_norm, "clip_grad_by_value": clip_values}
+        vars(strategy.precision_plugin).update(clips)
+
+    def leave(self) -> None:
+        """Gives the precision plugin its own functions back."""
+        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+            vars(self.strategy.precision_plugin).pop(name, None)
+
+    @torch.no_grad()
+    def clip_norm(self, optimizer: Any, clip_val: float) -> None:
+        """Scales an optimizer's gradients, so that the norm of all is at most ``clip_val``, as
+        `torch.nn.utils.clip_grad_norm_` does, which takes no tensors of unlike meshes together.
+        """
+        used = [p for p in parameters_of(optimizer) if p.grad is not None]
+        layout = ShardedParameters(used, self.strategy.processes.mesh)
+        square = torch.linalg.vector_norm(layout.read_gradients(), dtype=torch.float64).square()
+        dist.all_reduce(square, group=layout.mesh.group)
+        factor = (clip_val / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        for p in used:
+            part = local(p.grad)  # type: ignore[arg-type]
+            part.mul_(factor.to(part))
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None) -> Iterator[None]:
@@ -195,6 +220,14 @@ class ModelShards:
                 load(vectors.tensors, checkpoint_id=path, process_group=group)
             checkpoint[CHECKPOINT_KEY] = vectors.put_into(checkpoint[CHECKPOINT_KEY], strategy)
         return checkpoint
+
+
+@torch.no_grad()
+def clip_values(optimizer: Any, clip_val: float) -> None:
+    """Clips every number of an optimizer's gradients to at most this size."""
+    for p in parameters_of(optimizer):
+        if p.grad is not None:
+            local(p.grad).clamp_(-clip_val, clip_val)
 
 
 def _is_distributed(state: Mapping[str, Any]) -> bool:
