@@ -296,3 +296,92 @@ def test_one_bad_part_silences_its_replica(tmp_path: Path) -> None:
     for found in together(tmp_path, 6, job):
         for case in found:
             assert_weights(case, expected, "a nan")
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def remembers() -> Any:
+    """A method with state in both halves."""
+    return ByzEF21SGDM(CoordinateMedian(f=1), Identity(), eta=0.2)
+
+
+def assert_equal_weights(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_resumed_is_uninterrupted(
+    distributed: bool, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"save_distributed_checkpoint": distributed}
+    path = tmp_path / "saved.ckpt"
+
+    def job(rank: int) -> Any:
+        ranks = shape[0] * shape[1]
+        whole_run = trained(shape, remembers(), Shards(ranks, adam=True), options, max_epochs=2)
+        first = trained(shape, remembers(), Shards(ranks, adam=True), options)
+        torch.rand(rank + 1)
+        first.trainer.save_checkpoint(path)
+        module = Shards(ranks, adam=True)
+        resumed = trained(shape, remembers(), module, options, path, max_epochs=2)
+        return weights(whole_run), weights(resumed)
+
+    size = shape[0] * shape[1] * shape[2]
+    for expected, found in together(tmp_path, size, job):
+        assert_equal_weights(found, expected)
+    assert path.is_dir() == distributed
+
+
+def test_checkpoints_go_from_mesh_to_mesh(tmp_path: Path) -> None:
+    """From 3 x 2 into 3 x 1, into 3 x 1 x 2, and into whole models; from these into 3 x 2."""
+    folder, file, plain = tmp_path / "folder.ckpt", tmp_path / "file.ckpt", tmp_path / "plain.ckpt"
+    algorithm = remembers()
+    strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=3)
+    settings = {**QUIET, "use_distributed_sampler": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = L.Trainer(**settings, strategy=strategy, max_epochs=1)
+        trainer.fit(Shards(6, adam=True))
+    trainer.save_checkpoint(plain)
+
+    def from_two(rank: int) -> Any:
+        for path, distributed in ((folder, True), (file, False)):
+            options = {"save_distributed_checkpoint": distributed}
+            module = trained((3, 2, 1), algorithm, Shards(6, adam=True), options)
+            module.trainer.save_checkpoint(path)
+        module = Shards(6, adam=True)
+        return weights(trained((3, 2, 1), algorithm, module, {}, plain, max_epochs=2))
+
+    def into(shape: tuple[int, int, int], path: Path) -> Callable[[int], Any]:
+        def job(rank: int) -> Any:
+            module = Again(6, adam=True)
+            return weights(trained(shape, algorithm, module, {}, path, max_epochs=2))
+
+        return job
+
+    expected = in_process(3, algorithm, Shards(6, adam=True), max_epochs=2)
+    for found in together(tmp_path / "a", 6, from_two):
+        assert_weights(found, expected, "from whole models")
+    for path in (folder, file):
+        for shape, size in (((3, 1, 1), 3), ((3, 1, 2), 6)):
+            for found in together(tmp_path / "b", size, into(shape, path)):
+                assert_weights(found, expected, f"{path.name} into {shape}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = Shards(6, adam=True)
+        strategy = ByzantineRobustStrategy(algorithm=algorithm, workers_per_process=3)
+        trainer = L.Trainer(**settings, strategy=strategy, max_epochs=2)
+        trainer.fit(module, ckpt_path=file)
+    assert_weights(weights(module), expected, "into whole models")
+
+
+class Again(Shards):
+    """Replica r computes the samples of ranks 2 r and 2 r + 1 of another mesh."""
+
+    def train_dataloader(self) -> DataLoader:
+        rank = (self.trainer.distributed_sampler_kwargs or {})["rank"]
+        own = [2 * rank, 2 * rank + 1]
+        return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
