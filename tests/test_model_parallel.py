@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from harness import QUIET, whole
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from models import blobs
 from ranks import free_port
 from torch import nn
@@ -29,18 +31,24 @@ from lightning_byz import (
     ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
+    ByzVRMarinaPP,
     ClippedDifferences,
     CoordinateMedian,
     Identity,
     Krum,
     Mean,
+    ParameterServer,
+    PerShard,
     RobustSGD,
     Sharded,
+    SignFlip,
     SignSGDMajorityVote,
     SpectralFilter,
+    TopK,
     TrimmedMean,
 )
-from lightning_byz.lightning import ByzantineRobustStrategy
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, SuspicionMonitor
+from lightning_byz.strategies.validate import UnsupportedSetupError
 
 pytestmark = pytest.mark.processes
 STEPS, SHARE = 4, 3
@@ -52,14 +60,14 @@ class Ranked:
     In every step, sample j of rank k is sample ``(step * SHARE + j) * ranks + k`` of the data.
     """
 
-    def __init__(self, ranks: int, own: Sequence[int]) -> None:
-        self.ranks, self.own = ranks, own
+    def __init__(self, ranks: int, own: Sequence[int], steps: int = STEPS) -> None:
+        self.ranks, self.own, self.steps = ranks, own, steps
 
     def __len__(self) -> int:
-        return STEPS
+        return self.steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(STEPS):
+        for step in range(self.steps):
             yield [
                 (step * SHARE + j) * self.ranks + rank for rank in self.own for j in range(SHARE)
             ]
@@ -75,10 +83,11 @@ class Shards(L.LightningModule):
         only: bool = False,
         norm: bool = False,
         own: Sequence[int] | None = None,
+        steps: int = STEPS,
     ) -> None:
         super().__init__()
         self.ranks, self.adam, self.only, self.norm = ranks, adam, only, norm
-        self.own = range(ranks) if own is None else own
+        self.own, self.steps = range(ranks) if own is None else own, steps
         self.net: Any = None
 
     def configure_model(self) -> None:
@@ -110,14 +119,15 @@ class Shards(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.adam:
-            return torch.optim.AdamW(self.parameters(), lr=0.01, foreach=False)
+            return torch.optim.AdamW(self.parameters(), lr=0.02, foreach=False)
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
     def train_dataloader(self) -> DataLoader:
         kwargs = self.trainer.distributed_sampler_kwargs or {}
         mesh = self.device_mesh
         own = self.own if mesh is None else [kwargs["rank"]]
-        return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
+        data = blobs(self.ranks * SHARE * self.steps)
+        return DataLoader(data, batch_sampler=Ranked(self.ranks, own, self.steps))
 
 
 def together(folder: Path, size: int, job: Callable[[int], Any]) -> list[Any]:
@@ -385,3 +395,207 @@ class Again(Shards):
         rank = (self.trainer.distributed_sampler_kwargs or {})["rank"]
         own = [2 * rank, 2 * rank + 1]
         return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
+
+
+# -- beside Lightning's strategy -------------------------------------------------------------------
+
+
+def test_a_mean_is_what_model_parallel_strategy_computes(tmp_path: Path) -> None:
+    """And each loads the other's checkpoints."""
+    theirs, ours = tmp_path / "theirs.ckpt", tmp_path / "ours.ckpt"
+
+    def with_lightnings(ckpt_path: Path | None = None, **more: Any) -> Shards:
+        module = Shards(6, adam=True)
+        strategy = ModelParallelStrategy(data_parallel_size=6, tensor_parallel_size=1)
+        settings = {**QUIET, "use_distributed_sampler": False, "max_epochs": 1, **more}
+        trainer = L.Trainer(
+            **settings, strategy=strategy, devices=6, plugins=[LightningEnvironment()]
+        )
+        trainer.fit(module, ckpt_path=ckpt_path)
+        return module
+
+    def job(rank: int) -> Any:
+        found = []
+        for module, path in (
+            (with_lightnings(), theirs),
+            (trained((3, 2, 1), RobustSGD(Mean()), Shards(6, adam=True)), ours),
+        ):
+            module.trainer.save_checkpoint(path)
+            found.append(weights(module))
+        module = Shards(6, adam=True)
+        theirs_here = trained((3, 2, 1), RobustSGD(Mean()), module, {}, theirs, max_epochs=2)
+        return [*found, weights(theirs_here), weights(with_lightnings(ours, max_epochs=2))]
+
+    for lightnings, mean, theirs_here, ours_there in together(tmp_path, 6, job):
+        assert_weights(mean, lightnings, "a mean")
+        assert_weights(ours_there, theirs_here, "checkpoints of the other strategy")
+
+
+class Manual(Shards):
+    """Steps by hand."""
+
+    def __init__(self, ranks: int = 6, **kwargs: Any) -> None:
+        super().__init__(ranks, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.clip_gradients(optimizer, 0.05)
+        optimizer.step()
+
+
+def test_manual_optimization_logs_and_buffers(tmp_path: Path) -> None:
+    algorithm, clip = spectral(), {"gradient_clip_val": 0.05}
+
+    def job(rank: int) -> Any:
+        logged = trained((3, 2, 1), algorithm)
+        buffers = trained((3, 2, 1), algorithm, Shards(6, norm=True), limit_train_batches=1)
+        return (
+            weights(trained((3, 2, 1), algorithm, Manual(6))),
+            {name: float(value) for name, value in logged.trainer.callback_metrics.items()},
+            {name: value.clone() for name, value in buffers.named_buffers()},
+        )
+
+    by_hand = in_process(3, algorithm, Shards(6), **clip)
+    module = Shards(6)
+    in_process(3, algorithm, module)
+    loss = float(module.trainer.callback_metrics["loss"])
+    module = Shards(6, norm=True, own=[0, 2, 4])  # the first rank of each replica
+    in_process(3, algorithm, module, limit_train_batches=1)
+    for found, metrics, buffers in together(tmp_path, 6, job):
+        assert_weights(found, by_hand, "manual optimization")
+        assert metrics == {"loss": pytest.approx(loss, abs=1e-5)}
+        assert_weights(buffers, dict(module.named_buffers()), "buffers")
+
+
+def accuracy(state: dict[str, torch.Tensor]) -> float:
+    x, y = blobs(600, seed=1).tensors
+    net = nn.Sequential(
+        nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+    )
+    net.load_state_dict({name.removeprefix("net."): value for name, value in state.items()})
+    return 100 * float((net(x).argmax(1) == y).float().mean())
+
+
+def test_a_lying_replica_costs_less_than_two_points(tmp_path: Path) -> None:
+    def job(rank: int) -> Any:
+        def run(algorithm: Any, *callbacks: L.Callback) -> Any:
+            module = Shards(6, adam=True, steps=100)
+            return weights(trained((3, 2, 1), algorithm, module, callbacks=list(callbacks)))
+
+        lying = ByzantineWorkers(SignFlip(scale=3.0), workers=[1])
+        return run(spectral()), run(spectral(), lying), run(RobustSGD(Mean()), lying)
+
+    for found in together(tmp_path, 6, job):
+        honest, defended, undefended = map(accuracy, found)
+        assert honest > 80
+        assert honest - defended < 2
+        assert honest - undefended > 10
+
+
+def test_each_rank_holds_its_part_only(tmp_path: Path) -> None:
+    """Of the gradient, of momenta, and of what the server remembers of every worker."""
+
+    def job(rank: int) -> Any:
+        module = trained((3, 2, 2), remembers(), strategy={"transport": Sharded()})
+        (exchange,) = module.trainer.strategy.exchanges
+        state = exchange.workers[rank // 4]
+        own = sum(p.to_local().numel() for p in module.parameters())
+        return exchange.dim, [len(t) for t in state if t.ndim], exchange.server, own
+
+    ranks = together(tmp_path, 12, job)
+    whole_dim = sum(p.numel() for p in configured().parameters())
+    for replica in range(3):
+        assert sum(dim for dim, *_ in ranks[4 * replica : 4 * replica + 4]) == whole_dim
+    for dim, states, server, own in ranks:
+        assert dim <= own and all(length == dim for length in states)
+        assert all(t.shape[-1] <= dim for t in server if t.ndim)
+
+
+def configured() -> Shards:
+    module = Shards()
+    module.configure_model()
+    return module
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+class Unsharded(Shards):
+    def configure_model(self) -> None:
+        self.net = nn.Linear(10, 3)
+
+
+class NoHook(Shards):
+    configure_model = L.LightningModule.configure_model
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(10, 3)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sizes": ("should divide the number of processes", {"shape": (1, 2, 1), "data": 4}),
+    "no hook": ("should be sharded in the hook `configure_model`", {"module": NoHook}),
+    "unsharded": ("Found no distributed parameter in Unsharded", {"module": Unsharded}),
+    "top-k": (r"PerShard\(TopK\(", {"algorithm": ByzEF21SGDM(Mean(), TopK(ratio=0.1))}),
+    "previous": ("asks for further ones", {"algorithm": ByzVRMarinaPP(Mean())}),
+    "callback": ("SuspicionMonitor takes every rank", {"callbacks": [SuspicionMonitor()]}),
+}
+
+
+def test_what_cannot_be_sharded_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def job(rank: int) -> Any:
+        messages = {}
+        for name, (_, case) in REFUSED.items():
+            data = case.get("data", 2)
+            module = case.get("module", Shards)()
+            strategy = ByzantineRobustStrategy(
+                algorithm=case.get("algorithm", RobustSGD(Mean())), data_parallel_size=data
+            )
+            settings = {**QUIET, "use_distributed_sampler": False, "max_epochs": 1}
+            trainer = L.Trainer(
+                **settings,
+                strategy=strategy,
+                devices=6,
+                plugins=[LightningEnvironment()],
+                callbacks=case.get("callbacks", []),
+            )
+            with pytest.raises(UnsupportedSetupError) as error:
+                trainer.fit(module)
+            messages[name] = str(error.value), trainer.global_step
+        return messages
+
+    for messages in together(tmp_path, 6, job):
+        for name, (pattern, _) in REFUSED.items():
+            message, steps = messages[name]
+            assert re.search(pattern, message) and "Found" in message, (name, message)
+            assert steps == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("data_parallel_size=0", {"data_parallel_size": 0}),
+        ("tensor_parallel_size='auto'", {"tensor_parallel_size": "auto"}),
+        ("workers_per_process=2", {"data_parallel_size": 2, "workers_per_process": 2}),
+        ("transport=ParameterServer", {"data_parallel_size": 2, "transport": ParameterServer()}),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ByzantineRobustStrategy(**arguments)
+
+
+def test_compressors_of_whole_vectors_may_compress_parts(tmp_path: Path) -> None:
+    algorithm = ByzEF21SGDM(CoordinateMedian(f=1), PerShard(TopK(ratio=0.3), shards=1), eta=0.5)
+
+    def job(rank: int) -> Any:
+        return weights(trained((3, 2, 1), algorithm, Shards(6, adam=True, steps=100)))
+
+    first, *others = together(tmp_path, 6, job)
+    for other in others:
+        assert_equal_weights(other, first)
+    assert accuracy(first) > 80

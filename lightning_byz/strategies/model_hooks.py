@@ -27,9 +27,13 @@ class ModelHooks(ProcessHooks):
         super().setup(trainer)
 
     def teardown(self) -> None:
-        if self.shards is not None:
-            self.shards.leave()
-        super().teardown()
+        if self.shards is None:
+            super().teardown()
+            return
+        self.shards.leave()  # its parts stay where they are
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator):
+            if part is not None:
+                part.teardown()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:

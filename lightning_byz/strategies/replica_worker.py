@@ -28,7 +28,7 @@ class ReplicaWorker(OneWorker):
 
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         super().__init__(strategy, training_step)
-        mesh = strategy.processes.mesh
+        mesh = self._mesh = strategy.processes.mesh
         self.buffers = ReplicaBuffers(mesh, strategy.lightning_module, strategy.aggregated_buffers)
         self._inside = AllGather()
         self._group: dist.ProcessGroup | None = None
@@ -37,6 +37,11 @@ class ReplicaWorker(OneWorker):
             self._group, self._inside.ranks = group, Ranks(members, group)
             self._inside.connect(mesh.data, len(members), 1, strategy.root_device)
         self._inside_logs = StepLogs()
+
+    def _key(self, worker: int) -> tuple[int, int, int]:
+        """Ranks that compute different samples draw different numbers."""
+        seed, step, worker = super()._key(worker)
+        return seed, step, worker * self._mesh.sizes[1] + self._mesh.data
 
     def _log(self, logs: Sequence[WorkerLog], cohort: Tensor, step: int) -> None:
         super()._log([self._of_replica(log) for log in logs], cohort, step)

@@ -118,9 +118,9 @@ def check_algorithm(algorithm: Algorithm) -> None:
     name = type(algorithm).__name__
     if algorithm.needs_previous or algorithm.uses_trusted:
         raise UnsupportedSetupError(
-            f"{name} asks for further gradients, at other parameters or on other data, which are "
-            "not computed for sharded models. Use an algorithm that takes one gradient a step, "
-            "such as RobustSGD() or ByzEF21SGDM()."
+            "The algorithm of a sharded model should take one gradient a step. Found "
+            f"{name}, which asks for further ones, at other parameters or on other data. Use "
+            "another, such as RobustSGD() or ByzEF21SGDM()."
         )
     for field in dataclasses.fields(algorithm):  # type: ignore[arg-type]
         part = getattr(algorithm, field.name)
