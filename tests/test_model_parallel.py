@@ -14,13 +14,13 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from harness import QUIET, whole
+from harness import QUIET, fit, whole
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import blobs
 from ranks import free_port
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.multiprocessing import start_processes
 from torch.nn import functional as F
@@ -84,10 +84,13 @@ class Shards(L.LightningModule):
         norm: bool = False,
         own: Sequence[int] | None = None,
         steps: int = STEPS,
+        data: bool = True,
+        policy: Any = None,
     ) -> None:
         super().__init__()
         self.ranks, self.adam, self.only, self.norm = ranks, adam, only, norm
         self.own, self.steps = range(ranks) if own is None else own, steps
+        self.data, self.policy = data, policy or MixedPrecisionPolicy()
         self.net: Any = None
 
     def configure_model(self) -> None:
@@ -105,11 +108,12 @@ class Shards(L.LightningModule):
         if mesh["tensor_parallel"].size() > 1:
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(self.net, mesh["tensor_parallel"], plan)
-        if self.only:
-            fully_shard(self.net[0], mesh=mesh["data_parallel"])
-        else:
-            fully_shard(self.net[2], mesh=mesh["data_parallel"])
-            fully_shard(self.net, mesh=mesh["data_parallel"])
+        kwargs = {"mesh": mesh["data_parallel"], "mp_policy": self.policy}
+        if not self.data:
+            return
+        fully_shard(self.net[0 if self.only else 2], **kwargs)
+        if not self.only:
+            fully_shard(self.net, **kwargs)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -262,22 +266,30 @@ FEATURES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 2, 2)])
+@pytest.mark.parametrize("shape", [(3, 2, 1), (3, 1, 2), (3, 2, 2)])
 def test_features_are_those_of_whole_models(shape: tuple[int, int, int], tmp_path: Path) -> None:
     replicas, data, tensor = shape
     features = {k: v for k, v in FEATURES.items() if tensor == 1 or "clip" in k or "plain" in k}
+    if data == 1:
+        features = {"tensors alone": (spectral(), {"data": False}, {})}
 
     def job(rank: int) -> Any:
         return {
             name: weights(
-                trained(shape, algorithm, Shards(6, **of_module), {"transport": Sharded()}, **more)
+                trained(
+                    shape,
+                    algorithm,
+                    Shards(3 * data, **of_module),
+                    {"transport": Sharded()},
+                    **more,
+                )
             )
             for name, (algorithm, of_module, more) in features.items()
         }
 
     ranks = together(tmp_path, replicas * data * tensor, job)
     for name, (algorithm, of_module, more) in features.items():
-        expected = in_process(replicas, algorithm, Shards(6, **of_module), **more)
+        expected = in_process(replicas, algorithm, Shards(3 * data, **of_module), **more)
         for found in ranks:
             assert_weights(found[name], expected, name)
 
@@ -599,3 +611,83 @@ def test_compressors_of_whole_vectors_may_compress_parts(tmp_path: Path) -> None
     for other in others:
         assert_equal_weights(other, first)
     assert accuracy(first) > 80
+
+
+# -- set-up ----------------------------------------------------------------------------------------
+
+
+class OnMeta(Shards):
+    """Is made without memory, and initialized in its shards."""
+
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            super().configure_model()
+
+
+def test_a_model_on_the_meta_device_and_half_precision(tmp_path: Path) -> None:
+    """Replicas start from the first one's numbers; a policy of fully_shard reduces in its own
+    precision, and rounds are in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def job(rank: int) -> Any:
+        torch.manual_seed(rank)
+        on_meta = trained((3, 2, 1), spectral(), OnMeta(6))
+        half = trained((3, 2, 1), spectral(), Shards(6, policy=policy, norm=False))
+        dtype = half.trainer.strategy.groups[0].layout.dtype
+        return weights(on_meta), weights(half), dtype
+
+    first, *others = together(tmp_path, 6, job)
+    expected = in_process(3, spectral(), Shards(6))
+    for other in others:
+        assert_equal_weights(other[0], first[0])
+    assert first[2] == torch.float32
+    for name, value in first[1].items():
+        torch.testing.assert_close(value, expected[name], rtol=0.05, atol=0.05, msg=name)
+
+
+class Validated(Shards):
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+    val_dataloader = Shards.train_dataloader
+
+
+def test_a_model_that_validates_between_steps_is_saved_and_trained_on(tmp_path: Path) -> None:
+    """A forward pass leaves whole copies of parameters in the module."""
+    path = tmp_path / "saved.ckpt"
+
+    def job(rank: int) -> Any:
+        once = trained((3, 2, 1), remembers(), Validated(6), max_epochs=2)
+        half = trained((3, 2, 1), remembers(), Validated(6))
+        half.trainer.save_checkpoint(path)
+        module = Validated(6)
+        strategy = ByzantineRobustStrategy(remembers(), data_parallel_size=2)
+        settings = {**QUIET, "max_epochs": 2, "use_distributed_sampler": False}
+        trainer = L.Trainer(
+            **settings, strategy=strategy, devices=6, plugins=[LightningEnvironment()]
+        )
+        trainer.validate(module, ckpt_path=path, verbose=False)
+        trainer.fit(module, ckpt_path=path)
+        return weights(once), weights(module), float(trainer.callback_metrics["val"])
+
+    results = together(tmp_path, 6, job)
+    for expected, found, value in results:
+        assert_equal_weights(found, expected)
+        assert value == results[0][2]
+
+
+def test_ranks_that_fork_and_samplers(tmp_path: Path) -> None:
+    """Lightning's own launcher and sampler: ranks of one tensor-parallel group share samples."""
+    strategy = ByzantineRobustStrategy(
+        RobustSGD(Mean()), data_parallel_size=2, tensor_parallel_size=2, start_method="fork"
+    )
+    data = DataLoader(blobs(96), batch_size=3)
+    reports = fit(tmp_path, Shards(4), strategy, devices=8, data=data, extra=sampled, max_steps=2)
+    kwargs = [report["extra"] for report in reports]
+    assert kwargs == [(4, rank) for rank in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+def sampled(trainer: L.Trainer, module: L.LightningModule) -> tuple[int, int]:
+    kwargs = trainer.distributed_sampler_kwargs or {}
+    return kwargs["num_replicas"], kwargs["rank"]

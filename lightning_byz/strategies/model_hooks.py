@@ -25,6 +25,8 @@ class ModelHooks(ProcessHooks):
         if self.shards is not None:
             self.shards.prepare(trainer)
         super().setup(trainer)
+        if self.shards is not None:
+            self.shards.name_parameters()
 
     def teardown(self) -> None:
         if self.shards is None:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY
 from lightning_byz.strategies.gradient_sync import parameters_of
@@ -43,10 +44,15 @@ class ModelShards:
         strategy: the RobustStrategy, whose processes are those of a mesh.
         distributed: checkpoints are folders into which every rank of the first replica writes its
             part; False: files with whole tensors, which rank 0 writes.
+
+    Attributes:
+        names: of the parameters, by id. Outside of set-up the module may show whole copies of them,
+            which a forward pass has left.
     """
 
     def __init__(self, strategy: Any, distributed: bool) -> None:
         self.strategy, self.distributed = strategy, distributed
+        self.names: dict[int, str] = {}
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -58,11 +64,19 @@ class ModelShards:
             UnsupportedSetupError: says what should hold, what was found, and what to do.
         """
         strategy = self.strategy
+        for part in strategy.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # an earlier run may have ended with a forward pass
         check_model(strategy.lightning_module, strategy.processes.mesh)
         check_shards(strategy, trainer)
         materialize(strategy.lightning_module, strategy.root_device)
         clips = {"clip_grad_by_norm": self.clip_norm, "clip_grad_by_value": clip_values}
         vars(strategy.precision_plugin).update(clips)
+
+    def name_parameters(self) -> None:
+        """Called once the model is set up."""
+        named = self.strategy.lightning_module.named_parameters()
+        self.names = {id(p): name for name, p in named}
 
     def leave(self) -> None:
         """Gives the precision plugin its own functions back."""

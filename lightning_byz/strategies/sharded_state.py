@@ -131,8 +131,7 @@ class SavedVectors:
 
     def _names(self, strategy: Any, i: int, name: str, rows: Tensor) -> list[list[str]]:
         """By vector and parameter, the name of a tensor."""
-        module = strategy.lightning_module
-        known = {id(p): name for name, p in module.named_parameters()}
+        known = strategy.shards.names
         parameters = [known[id(p)] for p in _layouts(strategy)[i].parameters]
         count = rows.shape[:-1].numel()
         prefix = f"{CHECKPOINT_KEY}.optimizer_{i}.{name}"
