@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from zoo import RULES
 
 from lightning_byz import (
+    AllGather,
     ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
@@ -241,14 +242,6 @@ def test_rules_on_tensor_parallel_replicas(shape: tuple[int, int, int], tmp_path
     """
     some = ["median", "cge", "multi_krum", "caf", "spectral_filter"]
     check_rules(shape, some, tmp_path)
-
-
-@pytest.mark.thorough(keep=1)
-@pytest.mark.parametrize("shape", [(3, 2, 1), (4, 2, 1)])
-def test_every_rule_gives_what_it_gives_whole_models(
-    shape: tuple[int, int, int], tmp_path: Path
-) -> None:
-    check_rules(shape, list(rules(shape[0])), tmp_path)
 
 
 def spectral() -> Any:
@@ -704,3 +697,49 @@ def test_ranks_that_fork_and_samplers(tmp_path: Path) -> None:
 def sampled(trainer: L.Trainer, module: L.LightningModule) -> tuple[int, int]:
     kwargs = trainer.distributed_sampler_kwargs or {}
     return kwargs["num_replicas"], kwargs["rank"]
+
+
+class Tiny(Shards):
+    """So few numbers that some ranks have none."""
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        torch.manual_seed(3)
+        self.net = nn.Sequential(nn.Linear(10, 1), nn.Linear(1, 1))
+        if self.device_mesh is not None:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return (self.net(batch[0])[:, 0] - batch[1]).square().mean()
+
+
+def test_a_rank_that_no_number_belongs_to_takes_part(tmp_path: Path) -> None:
+    def job(rank: int) -> Any:
+        return [
+            weights(trained((3, 2, 1), algorithm, Tiny(6), {"transport": transport}))
+            for algorithm in (spectral(), remembers())
+            for transport in (AllGather(), Sharded())
+        ]
+
+    for found in together(tmp_path, 6, job):
+        for i, algorithm in enumerate((spectral(), remembers())):
+            for case in found[2 * i : 2 * i + 2]:
+                assert_weights(case, in_process(3, algorithm, Tiny(6)), "an empty part")
+
+
+def test_one_replica_is_plain_training(tmp_path: Path) -> None:
+    def job(rank: int) -> Any:
+        return weights(trained((1, 2, 1), None, Shards(2)))
+
+    expected = in_process(1, None, Shards(2))
+    for found in together(tmp_path, 2, job):
+        assert_weights(found, expected, "one replica")
+
+
+@pytest.mark.thorough(keep=1)
+@pytest.mark.parametrize("shape", [(3, 2, 1), (4, 2, 1)])
+def test_every_rule_gives_what_it_gives_whole_models(
+    shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    check_rules(shape, list(rules(shape[0])), tmp_path)

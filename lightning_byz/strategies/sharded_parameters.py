@@ -27,7 +27,8 @@ class ShardedParameters(FlatParameters):
         mesh: the run's.
 
     Attributes:
-        dim: the length of this rank's vector.
+        dim: the length of this rank's vector, at least 1: a rank that no number belongs to sends a
+            0.
         sizes: how many numbers of each parameter are in it.
     """
 
@@ -50,7 +51,10 @@ class ShardedParameters(FlatParameters):
             shape.numel() if owned else 0
             for shape, owned in zip(self._shapes, self._owned, strict=True)
         ]
-        self.dim = sum(self.sizes)
+        self.dim = max(1, sum(self.sizes))
+
+    def like(self) -> Tensor:
+        return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
 
     @property
     def nbytes(self) -> int:
@@ -69,11 +73,11 @@ class ShardedParameters(FlatParameters):
     @torch.no_grad()
     def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """This rank's part of the replica's gradient ``[dim]``. All its ranks call it."""
-        flat = self.like() if out is None else out
+        flat = self.like() if out is None else out.zero_()
         parts = self._averages([self._gradient(p) for p in self.parameters])
         for piece, owned, part in zip(self._pieces(flat), self._owned, parts, strict=True):
-            if owned:
-                piece.zero_() if part is None else piece.copy_(part.reshape(-1))
+            if owned and part is not None:
+                piece.copy_(part.reshape(-1))
         return flat.mul_(scale) if scale != 1 else flat
 
     def _gradient(self, p: Tensor) -> Tensor | None:
@@ -132,7 +136,7 @@ class ShardedParameters(FlatParameters):
         return [part for part in held if part is not None]
 
     def _pieces(self, flat: Tensor) -> Sequence[Tensor]:
-        return torch.split(flat, self.sizes)
+        return torch.split(flat[: sum(self.sizes)], self.sizes)
 
     @torch.no_grad()
     def write_gradients(
@@ -177,7 +181,7 @@ class ShardedParameters(FlatParameters):
         """The vector ``[dim]`` of tensors like the parameters."""
         owned = zip(tensors, self._owned, strict=True)
         parts = [local(tensor).reshape(-1) for tensor, is_owned in owned if is_owned]
-        return torch.cat([*parts, parts[0].new_empty(0)]) if parts else self.like()
+        return torch.cat(parts) if sum(self.sizes) else self.like()
 
     def whole(self, flat: Tensor) -> Tensor:
         """The whole vector, as of a model that is not sharded, on every rank of the replica."""
