@@ -2205,9 +2205,9 @@ BUGS = [
     ),
     Bug(
         "hooks of ours run before the user's",
-        "strategies/gradient_sync.py",
-        "node.register_hook(partial(self._arrived, p))",
-        "p.register_post_accumulate_grad_hook(partial(self._arrived, p))",
+        "strategies/flat_parameters.py",
+        "return node, node.register_hook(lambda *_: arrived())",
+        "return node, p.register_post_accumulate_grad_hook(lambda *_: arrived())",
         "gradient_sync",
     ),
     Bug(
