@@ -120,16 +120,17 @@ class GradientGroup:
         """Forgets the gradients of a process of several workers."""
         self.rows, self.used = [None] * len(self.rows), [None] * len(self.rows)
 
-    def _present(self) -> FlatParameters:
+    def present(self) -> FlatParameters:
+        """The layout of the last backward pass, or what that of the next one will be."""
         return self.layout or self._flat([p for p in self.parameters() if p.requires_grad])
 
     def example(self) -> Tensor:
         """An empty vector of the size, dtype and device of a gradient."""
-        return self._present().like()
+        return self.present().like()
 
     def parameters_now(self) -> Tensor:
         """The parameters' values ``[d]``."""
-        return self._present().read_parameters()
+        return self.present().read_parameters()
 
     # -- aggregates, and gradients of this process's own -------------------------------------------
 

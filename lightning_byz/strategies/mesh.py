@@ -32,12 +32,14 @@ class ReplicaMesh:
         of_replica: its last two dimensions, what modules are handed.
         replica, data, tensor: this rank's coordinates.
         group: the ranks of this replica.
+        world: the default group, of all ranks.
 
     Raises:
         UnsupportedSetupError: if the sizes do not divide the number of ranks.
     """
 
     def __init__(self, device: torch.device, data_parallel: int, tensor_parallel: int) -> None:
+        self.world = dist.group.WORLD
         world, places = dist.get_world_size(), data_parallel * tensor_parallel
         if world % places:
             raise UnsupportedSetupError(

@@ -75,7 +75,8 @@ class MeshProcesses(TorchProcesses):
 
     def connect(self) -> None:
         super().connect()
-        self._mesh = ReplicaMesh(self.strategy.root_device, *self._sizes)
+        if self._mesh is None or self._mesh.world is not dist.group.WORLD:
+            self._mesh = ReplicaMesh(self.strategy.root_device, *self._sizes)
         give_mesh(self.strategy.lightning_module, self._mesh.of_replica)
 
     def connect_transport(self, transport: Transport) -> None:

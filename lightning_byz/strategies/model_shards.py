@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY
 from lightning_byz.strategies.gradient_sync import parameters_of
@@ -245,9 +246,7 @@ def clip_values(optimizer: Any, clip_val: float) -> None:
 
 
 def _is_distributed(state: Mapping[str, Any]) -> bool:
-    return any(
-        isinstance(value, Tensor) and hasattr(value, "device_mesh") for value in state.values()
-    )
+    return any(isinstance(value, DTensor) for value in state.values())
 
 
 def _numbers(state: Mapping[str, Any]) -> dict[str, int]:

@@ -21,10 +21,11 @@ from lightning_byz.transports import Transport
 
 log = logging.getLogger("lightning_byz")
 
-_NORMS = (
+NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
+"""Whose buffers are statistics."""
 
 
 def shared_tensors(module: nn.Module) -> list[Tensor]:
@@ -84,7 +85,7 @@ class WorkerBuffers:
         """
         places, seen, self._is_data = [], set(), []
         for prefix, owner in self._module.named_modules():
-            norm = isinstance(owner, _NORMS)
+            norm = isinstance(owner, NORMS)
             for name, buffer in owner.named_buffers(recurse=False):
                 plain = buffer.layout == torch.strided and not isinstance(buffer, DTensor)
                 if id(buffer) not in seen and plain:

@@ -68,7 +68,7 @@ def _vectors(init: Callable[[Tensor], Any]) -> set[str]:
 
 
 def _layouts(strategy: Any) -> list[ShardedParameters]:
-    return [group.layout or group._present() for group in strategy.groups]
+    return [group.present() for group in strategy.groups]
 
 
 def _of_dims(saved: dict[str, Any], dims: list[int]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, PerShard
 from lightning_byz.strategies.mesh import ReplicaMesh
+from lightning_byz.strategies.module_buffers import NORMS
 from lightning_byz.strategies.overlap import is_lightnings
 from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.transports import Transport
@@ -79,7 +80,7 @@ def check_model(module: nn.Module, mesh: ReplicaMesh) -> None:
         found = [
             b for b, buffer in part.named_buffers(recurse=False) if isinstance(buffer, DTensor)
         ]
-        if found and isinstance(part, nn.modules.batchnorm._NormBase):
+        if found and isinstance(part, NORMS):
             raise UnsupportedSetupError(
                 "Buffers of batch normalization should be plain tensors, which the strategy "
                 f"merges. Found {name}.{found[0]}, which is distributed. Leave the module out of "
