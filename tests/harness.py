@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from ports import own_port
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 
 from lightning_byz import Mean, RobustSGD
@@ -31,6 +32,11 @@ QUIET = {
 }
 
 
+def whole(tensor: Any) -> Any:
+    """A copy of a tensor; of one that is sharded, with all of its shards."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
 class Report(L.Callback):
     """Writes what a rank ended with."""
 
@@ -42,7 +48,7 @@ class Report(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         torch.save(
             {
-                "weights": {k: v.clone() for k, v in pl_module.state_dict().items()},
+                "weights": {k: whole(v) for k, v in pl_module.state_dict().items()},
                 "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
                 "seen": getattr(pl_module, "seen", []),
                 "steps": trainer.global_step,

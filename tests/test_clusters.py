@@ -17,7 +17,8 @@ import pytest
 import torch
 from harness import QUIET
 from models import Plain, loader
-from test_launchers import SCRIPT, assert_ranks_agree, environment, free_port
+from ports import own_port
+from test_launchers import SCRIPT, assert_ranks_agree, environment
 from test_worker_state import Theirs
 from torch.multiprocessing import start_processes
 
@@ -51,7 +52,7 @@ def comes_alone(index: int, ranks: list[int], ports: list[int]) -> None:
 
 
 def test_a_node_that_never_comes_is_an_error_that_says_what_to_do() -> None:
-    ports = [free_port(), free_port()]
+    ports = [own_port(), own_port()]
     start_processes(comes_alone, args=([0, 1], ports), nprocs=2, start_method="fork")
 
 
@@ -62,7 +63,7 @@ def has_another_rank(index: int, folder: Path) -> None:
     with pytest.raises(
         UnsupportedSetupError, match=f"Found {1 - index} by Theirs and {index} in the group"
     ):
-        train(1 - index, 2, free_port())
+        train(1 - index, 2, own_port())
 
 
 def test_ranks_that_are_not_those_of_the_group_are_an_error(tmp_path: Path) -> None:

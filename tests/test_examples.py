@@ -88,12 +88,21 @@ def test_the_gan_runs(tmp_path):
     assert re.search(r"\d of 8 points found; \d+% of what it makes", output)
 
 
+@pytest.mark.thorough(keep=1)
+@pytest.mark.processes
+def test_the_sharded_transformer_runs(tmp_path):
+    output = run(sys.executable, EXAMPLES / "sharded_transformer.py", "--fast", cwd=tmp_path)
+    assert "rank 0 holds 60,352 of 120,704 parameters" in output
+    assert re.search(r"3 workers: [4-8]\.\d\d bits a character", output)
+
+
 def test_every_example_is_tested():
     elsewhere = {
         "quickstart",
         "retrofit_ddp",
         "gan_two_optimizers",
         "ray_train",
+        "sharded_transformer",
     }  # test_demo.py; by the launchers of multi_node; above; test_ray.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*IN_ONE_PROCESS} | elsewhere
     assert {path.name for path in EXAMPLES.iterdir() if path.is_dir()} == {

@@ -28,7 +28,10 @@ def environment() -> dict[str, str]:
 
 def run_on_ray(*command: object, folder: Path, status: int = 0) -> str:
     """What a program says that starts a Ray cluster on this machine, however busy that is."""
-    patient = {"RAY_raylet_start_wait_time_s": "400", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "400"}
+    patient = {
+        "RAY_raylet_start_wait_time_s": "400",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "400",
+    }
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,

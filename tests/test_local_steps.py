@@ -676,6 +676,7 @@ class RawSteps(Manual):
         (Net(), {"local_steps": LocalSteps(2, participants=4)}, "Found 4 of n=3"),
         (Net(), {"algorithm": DStar(), "local_steps": LocalSteps(2, participants=2)}, "its own"),
         (Net(), {"vectorize": True}, "vectorize"),
+        (Net(), {"data_parallel_size": 1, "ranks": True}, "sharded"),
         (Net(), {"accumulate_grad_batches": 2}, "accumulate_grad_batches"),
         (Net("changes its groups"), {}, "changes them"),
         (TwoOptimizers(), {"ranks": True}, "several optimizers"),

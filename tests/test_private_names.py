@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import lightning as L
 import torch
+from lightning.pytorch.strategies import launchers
 from torch.utils.data import DataLoader
 
-from lightning_byz.strategies.private_names import has_hooks, logging_in
+from lightning_byz.strategies.private_names import (
+    bring_no_weights,
+    give_mesh,
+    has_hooks,
+    logging_in,
+)
 
 
 def test_hooks_on_a_parameter_are_found() -> None:
@@ -61,3 +71,31 @@ def test_what_is_logged_later_is_filed_under_its_hook() -> None:
     trainer.fit(module, DataLoader(torch.randn(2, 1)))
     assert trainer.callback_metrics["late_epoch"] == 3.0
     assert set(hooks) == {("late", "training_step"), ("here", "backward")}
+
+
+def test_a_module_is_handed_a_mesh() -> None:
+    module, mesh = LogsLater(), SimpleNamespace()
+    give_mesh(module, mesh)  # type: ignore[arg-type]
+    assert module.device_mesh is mesh
+
+
+def test_a_launcher_brings_no_weights_back(tmp_path: Path) -> None:
+    """And no file of them stays; what else it brings arrives."""
+    loaded: list[Any] = []
+    strategy: Any = SimpleNamespace(checkpoint_io=SimpleNamespace(load_checkpoint=loaded.append))
+    launcher = launchers._MultiProcessingLauncher(strategy, start_method="fork")
+    bring_no_weights(launcher)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    source: Any = SimpleNamespace(callback_metrics={"loss": torch.tensor(2.0)})
+    output = launchers.multiprocessing._WorkerOutput(
+        None,
+        folder / "file",
+        "a state",
+        None,
+        launcher.get_extra_results(source),  # type: ignore[arg-type]
+    )
+    trainer: Any = SimpleNamespace(checkpoint_callback=None, state=None, callback_metrics={})
+    launcher._recover_results_in_main_process(output, trainer)
+    assert not folder.exists() and loaded == []
+    assert trainer.state == "a state" and float(trainer.callback_metrics["loss"]) == 2.0

@@ -62,14 +62,14 @@ class WorkerData(_Base):
     def train_sampler(self) -> WorkerSampler:
         """The workers' streams of this process."""
         trainer = self.trainer
+        alone = {"num_replicas": 1, "rank": 0}  # or not distributed by ranks
         return WorkerSampler(
             self.training,  # type: ignore[arg-type]
             self.batch_size,
             workers_per_process=1
             if trainer is None
             else getattr(trainer.strategy, "workers_per_process", 1),
-            num_replicas=None if trainer is None else trainer.world_size,
-            rank=None if trainer is None else trainer.global_rank,
+            **({} if trainer is None else trainer.distributed_sampler_kwargs or alone),
             seed=int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
             partition=self.partition,
         )

@@ -114,11 +114,7 @@ class Exchange:
         rushing = torch.zeros(n, dtype=torch.bool)
         rushing[torch.tensor(sorted(self.simulation.liars_at(self.step)), dtype=torch.int64)] = True
         previous = self.previous if self.dim == len(x) else None
-        drift = (
-            None
-            if previous is None
-            else torch.linalg.vector_norm(x - previous, dtype=torch.float64)
-        )
+        drift = None if previous is None else self.transport.norm(x - previous)
         round = Round(
             step=self.step,
             n=n,

@@ -111,7 +111,8 @@ class ServerSide:
             round = round._replace(cohort=self.algorithm.cohort(round))
         assert round.cohort is not None
         rule = self.algorithm.rule(round)
-        flags = torch.stack([message.flags for message in received.messages]).cpu()
+        said = torch.stack([message.flags for message in received.messages])
+        flags = self.transport.of_whole_workers(said).cpu()
         spoke = (flags[:, 0] == SPEAKS) & round.cohort
         idle = (flags[:, 0] == IDLE) & round.cohort
         left_out = torch.zeros_like(spoke)

@@ -24,6 +24,10 @@ Callbacks and faces import it.
   `unmoved_parameters` finds those that too few workers use.
 * Processes: `processes` (torch.distributed, or one), `server_processes` (a parameter server, whose
   workers may die and come back), `reductions` of what ranks report.
+* Models that several processes hold together: `mesh` says which ranks are a replica, and which
+  parts of a parameter they have; `mesh_processes`, `replica_worker` and `sharded_parameters` are
+  such processes, worker and vectors; `model_hooks` and `model_shards` set the model up, save and
+  load it, with the algorithm's state (`sharded_state`); `validate_shards` refuses what cannot work.
 * Checkpoints: `checkpoint` saves and restores, `resuming_with_others` fits one to other workers,
   `checkpoint_barrier` notices a rank that saves alone.
 * `private_names`: the private names of torch and Lightning that are used, and no others.

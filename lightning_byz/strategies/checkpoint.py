@@ -36,6 +36,7 @@ def run_state(
         "version": 1,
         "n": strategy.n,
         "workers_per_process": strategy.workers_per_process,
+        "mesh": strategy.processes.mesh_sizes,
         "algorithm": repr(strategy.resolved),
         "server": server,
         "workers": workers,
@@ -94,8 +95,9 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None, filepath: Any) -> No
     strategy.report.load(saved)
     if strategy.sync is not None and saved.get("sync"):
         strategy.sync.load(saved["sync"], filepath)
-    if strategy.global_rank in saved["rng"]:
-        random_states.restore(strategy.root_device, saved["rng"][strategy.global_rank])
+    states = saved["rng"] if saved.get("mesh") == strategy.processes.mesh_sizes else {}
+    if strategy.global_rank in states:
+        random_states.restore(strategy.root_device, states[strategy.global_rank])
 
 
 def _adapted(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_byz.numerics.memory import empty_rows
 
@@ -29,6 +31,22 @@ class FlatParameters:
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a vector; the same on all ranks."""
+        return self.dim * self.dtype.itemsize
+
+    @staticmethod
+    def watch(p: Tensor, arrived: Callable[[], None]) -> tuple[Any, Any]:
+        """Calls a function whenever a parameter's gradient has been accumulated, after every hook
+        on the parameter itself.
+
+        Returns:
+            what has to be kept alive, and the hook.
+        """
+        node = get_gradient_edge(p).node
+        return node, node.register_hook(lambda *_: arrived())
 
     def like(self) -> Tensor:
         """An empty vector ``[d]`` of the right dtype and device."""

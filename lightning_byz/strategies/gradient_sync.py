@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -54,6 +53,7 @@ class GradientGroup:
         parameters: gives them, as they are now.
         exchange: of their gradients.
         of_optimizer: whether an optimizer has them.
+        flat: makes the layout of some of them.
 
     Attributes:
         layout: the parameters that the group's last backward pass was about.
@@ -72,6 +72,7 @@ class GradientGroup:
         parameters: Callable[[], Iterable[Tensor]],
         exchange: Exchange,
         of_optimizer: bool = True,
+        flat: Callable[[Sequence[Tensor]], FlatParameters] = FlatParameters,
     ) -> None:
         self.name, self.parameters, self.exchange, self.of_optimizer = (
             name,
@@ -79,7 +80,7 @@ class GradientGroup:
             exchange,
             of_optimizer,
         )
-        self.fresh_starts = 0
+        self.fresh_starts, self._flat = 0, flat
         self._algorithm = exchange.algorithm  # which does not know the parameters' sizes yet
         self.forget()
 
@@ -111,7 +112,7 @@ class GradientGroup:
                     "at the end."
                 )
             self.exchange.dim = None
-        self.layout, self.overlap = FlatParameters(parameters), None
+        self.layout, self.overlap = self._flat(parameters), None
         self.clear_rows()
         self.exchange.algorithm = self._algorithm.for_sizes(self.layout.sizes)
         return self.layout
@@ -120,16 +121,17 @@ class GradientGroup:
         """Forgets the gradients of a process of several workers."""
         self.rows, self.used = [None] * len(self.rows), [None] * len(self.rows)
 
-    def _present(self) -> FlatParameters:
-        return self.layout or FlatParameters([p for p in self.parameters() if p.requires_grad])
+    def present(self) -> FlatParameters:
+        """The layout of the last backward pass, or what that of the next one will be."""
+        return self.layout or self._flat([p for p in self.parameters() if p.requires_grad])
 
     def example(self) -> Tensor:
         """An empty vector of the size, dtype and device of a gradient."""
-        return self._present().like()
+        return self.present().like()
 
     def parameters_now(self) -> Tensor:
         """The parameters' values ``[d]``."""
-        return self._present().read_parameters()
+        return self.present().read_parameters()
 
     # -- aggregates, and gradients of this process's own -------------------------------------------
 
@@ -287,6 +289,7 @@ class GradientSync(Sync):
         self._alone = all(group.exchange.transport.workers_per_process == 1 for group in groups)
         self._in_backward = False
         self._stepping = False  # inside of Strategy.optimizer_step
+        self._ignores_steps = False
         self._overlapped: GradientGroup | None = None
         # by id of a parameter: its group now, and where in its layout
         self._places: dict[int, tuple[GradientGroup, int]] = {}
@@ -362,12 +365,12 @@ class GradientSync(Sync):
         """Puts hooks where gradients are accumulated: there they run after every hook on the
         parameter itself.
         """
-        for p in (p for group in groups for p in group._members()):
-            if id(p) not in self._nodes:
-                node = get_gradient_edge(p).node
-                self._nodes[id(p)] = (node, node.register_hook(partial(self._arrived, p)))
+        for layout in (group.layout for group in groups if group.layout is not None):
+            for p in layout.parameters:
+                if id(p) not in self._nodes:
+                    self._nodes[id(p)] = layout.watch(p, partial(self._arrived, p))
 
-    def _arrived(self, p: Tensor, *_: Any) -> None:
+    def _arrived(self, p: Tensor) -> None:
         """A gradient has been accumulated."""
         place = self._places.get(id(p))
         if place is None or p.grad is None:
@@ -462,6 +465,8 @@ class GradientSync(Sync):
 
     def of(self, optimizer: Optimizer) -> list[GradientGroup]:
         """The groups that have parameters of this optimizer."""
+        if self._ignores_steps:
+            return []
         count = sum(len(part["params"]) for part in optimizer.param_groups)
         known, groups = self._of_optimizer.get(optimizer, (-1, []))
         if known != count:
@@ -530,6 +535,17 @@ class GradientSync(Sync):
         finally:
             self._stepping = before
 
+    @contextmanager
+    def ignoring_steps(self) -> Iterator[None]:
+        """Inside, steps of optimizers are none: torch makes an empty one where it asks for a state
+        that there is not yet.
+        """
+        before, self._ignores_steps = self._ignores_steps, True
+        try:
+            yield
+        finally:
+            self._ignores_steps = before
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Torch's hook on every optimizer's step, raw ones included."""
         groups = self.of(optimizer)
@@ -574,6 +590,7 @@ def gradient_groups(
     optimizers: Sequence[Optimizer],
     exchange: Callable[[int, str], Exchange],
     alone: bool,
+    flat: Callable[[Sequence[Tensor]], FlatParameters] = FlatParameters,
 ) -> list[GradientGroup]:
     """The parameters of each optimizer, and those that need a gradient and are in none.
 
@@ -582,11 +599,13 @@ def gradient_groups(
         optimizers: the run's.
         exchange: ``(index, name) -> Exchange``, makes that of a group.
         alone: there is nobody to exchange with.
+        flat: makes the layout of parameters.
     """
     groups = []
     for i, optimizer in enumerate(optimizers):
         name = f"optimizer {i} ({type(optimizer).__name__})"
-        groups.append(GradientGroup(name, partial(parameters_of, optimizer), exchange(i, name)))
+        parameters = partial(parameters_of, optimizer)
+        groups.append(GradientGroup(name, parameters, exchange(i, name), flat=flat))
     inside = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
     rest = [
         (name, p)
@@ -610,7 +629,7 @@ def gradient_groups(
     name = "the parameters in no optimizer"
     return [
         *groups,
-        GradientGroup(name, parameters_of_nobody, exchange(len(groups), name), of_optimizer=False),
+        GradientGroup(name, parameters_of_nobody, exchange(len(groups), name), False, flat),
     ]
 
 

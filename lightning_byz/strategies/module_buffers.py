@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_byz.aggregators import CoordinateMedian, TooFewRowsError
 from lightning_byz.compressors import Field
@@ -20,10 +21,11 @@ from lightning_byz.transports import Transport
 
 log = logging.getLogger("lightning_byz")
 
-_NORMS = (
+NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
+"""Whose buffers are statistics."""
 
 
 def shared_tensors(module: nn.Module) -> list[Tensor]:
@@ -78,14 +80,15 @@ class WorkerBuffers:
         return len(self._places)
 
     def _found(self) -> list[tuple[nn.Module, str]]:
-        """Where the module's buffers are now, each of them once. Sparse ones are each process's
-        own.
+        """Where the module's buffers are now, each of them once. Sparse and distributed ones are
+        each process's own.
         """
         places, seen, self._is_data = [], set(), []
         for prefix, owner in self._module.named_modules():
-            norm = isinstance(owner, _NORMS)
+            norm = isinstance(owner, NORMS)
             for name, buffer in owner.named_buffers(recurse=False):
-                if id(buffer) not in seen and buffer.layout == torch.strided:
+                plain = buffer.layout == torch.strided and not isinstance(buffer, DTensor)
+                if id(buffer) not in seen and plain:
                     seen.add(id(buffer))
                     places.append((owner, name))
                     full = f"{prefix}.{name}".lstrip(".")

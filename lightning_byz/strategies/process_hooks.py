@@ -49,7 +49,7 @@ class ProcessHooks(_Base):
     @property
     def n(self) -> int:
         """Number of workers of the run."""
-        return self.processes.size * self.workers_per_process
+        return self.processes.replicas * self.workers_per_process
 
     @property
     def is_distributed(self) -> bool:
@@ -63,7 +63,7 @@ class ProcessHooks(_Base):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.processes.size, "rank": self.global_rank}
+        return self.processes.sampler_kwargs
 
     @property
     def process_group_backend(self) -> str | None:

@@ -10,7 +10,7 @@ import atexit
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -24,8 +24,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from lightning_byz.compressors import Field
 from lightning_byz.strategies import random_states
 from lightning_byz.strategies.checkpoint_barrier import StoreBarrier, store_barrier
+from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.module_buffers import shared_tensors
 from lightning_byz.strategies.validate import UnsupportedSetupError
+from lightning_byz.strategies.workers import LocalWorkers, OneWorker
+from lightning_byz.transports import Transport
 from lightning_byz.transports.meeting import RankLostError, meeting
 from lightning_byz.transports.wire import pack, packed_size, unpack
 
@@ -43,6 +46,8 @@ class Processes(ABC):
         saved_alone: this process writes a checkpoint without the others.
     """
 
+    one_worker: type[LocalWorkers] = OneWorker
+    """What computes the only worker of a process."""
     is_behind = False
     """Whether this batch's round is known to be closed, so that nothing has to be computed for it.
     """
@@ -57,6 +62,38 @@ class Processes(ABC):
         """How many there are: what the cluster environment says, once it has been told ours."""
         strategy = self.strategy
         return strategy.num_nodes * strategy.num_processes if self._size is None else self._size
+
+    @property
+    def replicas(self) -> int:
+        """How many models there are: one in each process, or in each group of them that holds one
+        together.
+        """
+        return self.size
+
+    @property
+    def replica(self) -> int:
+        """The number of this process's."""
+        return int(self.strategy.global_rank)
+
+    @property
+    def mesh_sizes(self) -> tuple[int, ...] | None:
+        """Replicas, and the ranks of each along two dimensions; None: every process has a model."""
+        return None
+
+    @property
+    def sampler_kwargs(self) -> dict[str, int]:
+        """Which part of the data is this process's, for a DistributedSampler."""
+        return {"num_replicas": self.size, "rank": self.strategy.global_rank}
+
+    def flat(self, parameters: Sequence[Tensor]) -> FlatParameters:
+        """Parameters as one vector, as far as this process has to exchange their gradients."""
+        return FlatParameters(parameters)
+
+    def connect_transport(self, transport: Transport) -> None:
+        """Tells a transport who takes part."""
+        strategy = self.strategy
+        workers, device = strategy.workers_per_process, strategy.root_device
+        transport.connect(self.replica, self.replicas, workers, device)
 
     def name_ranks(self) -> None:
         """Tells the cluster environment, and all that logs on rank 0 only, which rank this is."""
@@ -146,7 +183,7 @@ class Processes(ABC):
         """
         if self.alone or self.saved_alone:
             return local, {self.strategy.global_rank: states}
-        rank, share = self.strategy.global_rank, self.strategy.workers_per_process
+        rank, share = self.replica, self.strategy.workers_per_process
         keys = [
             (i, worker - rank * share, name)
             for i, workers in enumerate(local)
@@ -354,13 +391,25 @@ class TorchProcesses(Processes):
         return True
 
     def _to_rank_0(self, tensors: list[Tensor], layout: list[Field]) -> dict[int, Tensor] | None:
+        return self._gathered(tensors, layout, range(self.size))
+
+    def _gathered(
+        self,
+        tensors: list[Tensor],
+        layout: list[Field],
+        members: Sequence[int],
+        group: dist.ProcessGroup | None = None,
+    ) -> dict[int, Tensor] | None:
+        """At the first of these ranks, which are a group, by place in it, all of their packed
+        tensors; elsewhere None.
+        """
         gloo = dist.get_backend() == "gloo"
         device = torch.device("cpu") if gloo else self.strategy.root_device
         sent = torch.zeros(packed_size(layout), dtype=torch.uint8, device=device)
         pack([tensor.to(device) for tensor in tensors], layout, sent)
-        zero = self.strategy.is_global_zero
-        received = [torch.empty_like(sent) for _ in range(self.size)] if zero else None
-        dist.gather(sent, received, dst=0)
+        first = self.strategy.global_rank == members[0]
+        received = [torch.empty_like(sent) for _ in members] if first else None
+        dist.gather(sent, received, dst=members[0], group=group)
         return None if received is None else dict(enumerate(received))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_byz.aggregators import SMEA, Chain, Mean, SpectralFilter
 from lightning_byz.algorithms import Algorithm, RobustSGD
-from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import parameters_of
 from lightning_byz.strategies.local_steps import LocalSteps
 from lightning_byz.strategies.validate import warn
@@ -170,14 +169,15 @@ def resolve_transport(strategy: Any) -> Transport:
         strategy: the RobustStrategy, with its optimizers.
     """
     layouts = [
-        FlatParameters([p for p in parameters_of(optimizer) if p.requires_grad])
+        strategy.processes.flat([p for p in parameters_of(optimizer) if p.requires_grad])
         for optimizer in strategy.optimizers
     ]
-    largest = max((layout.dim * layout.dtype.itemsize for layout in layouts), default=0)
-    algorithm, size = strategy.resolved, strategy.processes.size
-    transport: Transport = strategy.transport or default_transport(algorithm, size, largest)
-    workers, device = strategy.workers_per_process, strategy.root_device
-    transport.connect(strategy.global_rank, size, workers, device)
+    largest = max((layout.nbytes for layout in layouts), default=0)
+    algorithm, processes = strategy.resolved, strategy.processes
+    transport: Transport = strategy.transport or default_transport(
+        algorithm, processes.replicas, largest
+    )
+    processes.connect_transport(transport)
     explain_transport(algorithm, transport)
     return transport
 

@@ -35,9 +35,11 @@ from lightning_byz.strategies.gradient_sync import (
     gradient_groups,
 )
 from lightning_byz.strategies.local_steps import LocalSteps, OuterOptimizer
+from lightning_byz.strategies.mesh_processes import MeshProcesses
+from lightning_byz.strategies.model_hooks import ModelHooks
+from lightning_byz.strategies.model_shards import ModelShards
 from lightning_byz.strategies.overlap import may_overlap
 from lightning_byz.strategies.phases import PhaseSync
-from lightning_byz.strategies.process_hooks import ProcessHooks
 from lightning_byz.strategies.processes import Processes, TorchProcesses
 from lightning_byz.strategies.reductions import MetricReducer
 from lightning_byz.strategies.resolve import (
@@ -49,12 +51,13 @@ from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.strategies.server_processes import ServerProcesses
 from lightning_byz.strategies.sync import Sync
 from lightning_byz.strategies.validate import check_arguments, check_local_steps, check_setup
+from lightning_byz.strategies.validate_shards import check_sizes
 from lightning_byz.strategies.workers import LocalWorkers, NoBatch
 from lightning_byz.strategies.workers_at_once import Vectorize, local_workers
 from lightning_byz.transports import Transport
 
 
-class RobustStrategy(ProcessHooks):
+class RobustStrategy(ModelHooks):
     """Robust aggregation of the workers' gradients, in place of DDP's all-reduce.
 
     All of ByzantineRobustStrategy but its Lightning base class (see `lightning_byz.lightning` and
@@ -104,6 +107,15 @@ class RobustStrategy(ProcessHooks):
             gradients are exchanged in every step.
         outer_optimizer: makes, of the parameters, the optimizer that steps on the aggregate of
             local steps. None: that of DiLoCo, SGD with learning rate 0.7 and Nesterov momentum 0.9.
+        data_parallel_size: S, for modules that shard themselves in ``configure_model``, as for
+            Lightning's ModelParallelStrategy: ``self.device_mesh`` has the dimensions
+            "data_parallel" and "tensor_parallel". A worker is a replica of the model, which S x T
+            processes hold together: n = processes / (S x T). The S ranks compute different samples,
+            and torch reduces their gradients inside of the replica. None: 1; without
+            `tensor_parallel_size` either, every process holds a whole model.
+        tensor_parallel_size: T, the ranks that compute the same samples together. None: 1.
+        save_distributed_checkpoint: of a sharded model: checkpoints are folders into which every
+            rank of the first replica writes its part. False: files with whole tensors.
     """
 
     save_patience = 60.0
@@ -126,6 +138,9 @@ class RobustStrategy(ProcessHooks):
         vectorize: Vectorize = "auto",
         local_steps: int | LocalSteps | None = None,
         outer_optimizer: OuterOptimizer | None = None,
+        data_parallel_size: int | None = None,
+        tensor_parallel_size: int | None = None,
+        save_distributed_checkpoint: bool = True,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -168,6 +183,13 @@ class RobustStrategy(ProcessHooks):
 
         at_server = transport is not None and transport.connects_processes
         self.processes: Processes = (ServerProcesses if at_server else TorchProcesses)(self)
+        self.shards = None
+        if data_parallel_size is not None or tensor_parallel_size is not None:
+            data = 1 if data_parallel_size is None else data_parallel_size
+            tensor = 1 if tensor_parallel_size is None else tensor_parallel_size
+            check_sizes(data, tensor, workers_per_process, transport)
+            self.processes = MeshProcesses(self, data, tensor)
+            self.shards = ModelShards(self, save_distributed_checkpoint)
         self.simulation: Honest = HONEST
         self.report = RoundReport(max_skipped_steps)
         self.resolved: Algorithm | None = None
@@ -192,19 +214,19 @@ class RobustStrategy(ProcessHooks):
 
         Nothing is wrapped.
         """
-        fitting, size = trainer.state.fn == "fit", self.processes.size
+        fitting, processes = trainer.state.fn == "fit", self.processes
         if fitting:
             self.resolved = resolve_algorithm(
                 self.algorithm,
                 self.num_byzantine,
-                size,
+                processes.replicas,
                 self.workers_per_process,
                 self.local_steps,
             )
         super().setup(trainer)
         module = self.lightning_module
-        if size > 1:
-            self.processes.share_model(module)
+        if processes.size > 1:
+            processes.share_model(module)
         if not fitting:
             return
         assert module is not None and self.resolved is not None
@@ -221,7 +243,7 @@ class RobustStrategy(ProcessHooks):
         exchange = partial(Exchange, self.resolved, transport, seed, shares, participants=drawn)
         self._watch(None)
         alone = self.n == 1 or local is not None  # parameters in no optimizer move nowhere then
-        self.groups = gradient_groups(module, self.optimizers, exchange, alone)
+        self.groups = gradient_groups(module, self.optimizers, exchange, alone, processes.flat)
         self.exchanges = [group.exchange for group in self.groups]
         self.heterogeneity = [Heterogeneity(self.resolved, seed) for _ in self.exchanges]
         for each, found in zip(self.exchanges, self.heterogeneity, strict=True):
@@ -351,7 +373,8 @@ class RobustStrategy(ProcessHooks):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What all workers have in common."""
         with nullcontext() if self.sync is None else self.sync.showing_start():
-            return dict(super().lightning_module_state_dict())
+            state: dict[str, Any] = super().lightning_module_state_dict()
+        return state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

@@ -79,6 +79,12 @@ class Sync(ABC):
             what the step gave.
         """
 
+    def ignoring_steps(self) -> AbstractContextManager[None]:
+        """Inside, steps of optimizers are none: torch makes an empty one where it asks for a state
+        that there is not yet.
+        """
+        return _nothing()
+
     def showing_start(self) -> AbstractContextManager[None]:
         """Inside, the module has the parameters and buffers that all workers have in common."""
         return _nothing()

@@ -251,6 +251,11 @@ def check_local_steps(strategy: Any, trainer: Any, algorithm: Algorithm) -> None
         UnsupportedSetupError: says what should hold, what was found, and what to do.
     """
     module, name = strategy.lightning_module, type(algorithm).__name__
+    if strategy.shards is not None:
+        raise UnsupportedSetupError(
+            "With local_steps every worker is one process with the whole model. Found a sharded "
+            "model (data_parallel_size, tensor_parallel_size). Use one of the two."
+        )
     if algorithm.needs_previous or algorithm.needs_trusted or strategy.trusted_data is not None:
         raise UnsupportedSetupError(
             "With local_steps workers send differences of parameters, of which there is one each. "

@@ -20,7 +20,7 @@ from lightning_byz.strategies.private_names import has_hooks
 from lightning_byz.strategies.stacked_pass import NotStackableError, Stacked, StackedPass, stack
 from lightning_byz.strategies.step_logs import WorkerLog
 from lightning_byz.strategies.validate import UnsupportedSetupError
-from lightning_byz.strategies.workers import LocalWorkers, OneWorker, WorkersInTurn
+from lightning_byz.strategies.workers import LocalWorkers, WorkersInTurn
 from lightning_byz.strategies.workers_apart import OneWorkerApart, WorkersApartInTurn
 
 log = logging.getLogger("lightning_byz")
@@ -76,7 +76,8 @@ def local_workers(strategy: Any, training_step: Callable[..., Any]) -> LocalWork
         apart = OneWorkerApart if strategy.workers_per_process == 1 else WorkersApartInTurn
         return apart(strategy, training_step)
     if strategy.workers_per_process == 1:
-        return OneWorker(strategy, training_step)
+        worker: LocalWorkers = strategy.processes.one_worker(strategy, training_step)
+        return worker
     if strategy.vectorize is False:
         return WorkersInTurn(strategy, training_step)
     return WorkersAtOnce(strategy, training_step, strategy.vectorize)

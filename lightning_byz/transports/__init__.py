@@ -2,9 +2,9 @@
 
 `base` is the interface, `messages` what travels through it. `in_process` sends nothing.
 `all_gather` and `sharded` are collectives of torch.distributed, with what they share in
-`collective`; `meeting` tells ranks that are out of step, or dead, by name. `parameter_server`
-survives its workers. `wire` packs tensors, `parsing` reads what other processes say with suspicion:
-logged values, names, shapes, texts.
+`collective`; `ranks` says which processes one of them connects. `meeting` tells ranks that are out
+of step, or dead, by name. `parameter_server` survives its workers. `wire` packs tensors, `parsing`
+reads what other processes say with suspicion: logged values, names, shapes, texts.
 """
 
 from lightning_byz.transports.all_gather import AllGather

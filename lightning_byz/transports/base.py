@@ -129,6 +129,19 @@ class Link(ABC):
         """The sum of a small tensor over the ranks that hold the other columns."""
         return tensor
 
+    def norm(self, vector: Tensor) -> Tensor:
+        """``||vector||``, a 0-d float64 tensor, of a vector of which this rank holds the part that
+        it holds of its workers' gradients.
+        """
+        norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+        return norm
+
+    def of_whole_workers(self, flags: Tensor) -> Tensor:
+        """What workers say that are held in parts by several ranks, given what their parts here
+        say: ``[n, 1 + P]`` uint8, as in `Message`.
+        """
+        return flags
+
 
 class Columns(ABC):
     """Who aggregates which columns, and how the estimate reaches the ranks that did not. By default

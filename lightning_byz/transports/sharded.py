@@ -9,7 +9,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_byz.compressors import Compressor, Field, Identity, WireFormat
@@ -69,7 +68,8 @@ class Sharded(Collective):
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
-        return self.overlap
+        """Not where workers are held in parts, which may have unlike numbers of buckets."""
+        return self.overlap and not self.has_parts
 
     def __init__(self, overlap: bool = True, bucket_size: int = 2**22) -> None:
         if isinstance(bucket_size, bool) or not isinstance(bucket_size, int) or bucket_size < 1:
@@ -91,7 +91,7 @@ class Sharded(Collective):
 
     def cut(self, codec: Compressor, in_pieces: bool) -> None:
         self._bucket, self._stripes = None, 1
-        if in_pieces and self.overlap:
+        if in_pieces and self.overlaps:
             self._bucket = min(
                 32 * self.bucket_size // codec.nbytes(32, torch.float32), self.bucket_size
             )
@@ -129,11 +129,7 @@ class Sharded(Collective):
         return self.spans_of(self.rank, dim)
 
     def total(self, tensor: Tensor) -> Tensor:
-        self._meeting.join()
-        shared = tensor.to(self._device, copy=True)
-        with self._meeting.naming_lost_ranks():
-            dist.all_reduce(shared)
-        return shared.to(tensor.device)
+        return self._sum(tensor)
 
     def bytes_down(self, message: Message, answer: Payload) -> int:
         return sum(tensor.nbytes for tensor in answer)
