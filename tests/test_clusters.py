@@ -5,6 +5,8 @@ do not fit together. Ray is in test_ray.py, torchrun in test_launchers.py.
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,3 +89,30 @@ def test_mpirun(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert_ranks_agree(tmp_path, 3)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    shutil.which("slurmctld", path=f"{os.environ['PATH']}:/usr/sbin") is None,
+    reason="needs SLURM: apt-get install slurm-wlm munge",
+)
+def test_two_nodes_of_slurm(tmp_path: Path) -> None:
+    """The command of docs/guides/clusters.md, for one epoch."""
+    page = (ROOT / "docs" / "guides" / "clusters.md").read_text()
+    (command,) = re.findall(r"^bash (tools/local_slurm.sh .*)$", page, re.MULTILINE)
+    for folder in ("tools", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", *command.split(), "--fast"],
+        cwd=tmp_path,
+        env={**environment(), "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    output = (tmp_path / "slurm-1.out").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + output
+    assert output.count("byzantine_robust: ") == 1
+    assert "n=4 workers, tolerating f=1" in output

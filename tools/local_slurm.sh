@@ -10,21 +10,29 @@ for program in munged slurmctld slurmd; do
 done
 PATH=$PATH:/usr/sbin
 folder=$(mktemp -d /tmp/local_slurm.XXXXXX)
-daemons=()
 idle() { [ "$(sinfo --noheader --states=idle --format=%D 2> "$folder/sinfo.err")" = 2 ]; }
 stop() {
-    scancel --user="$(id -un)" 2> "$folder/scancel.err" || true
-    for _ in $(seq 60); do idle && break; sleep 0.5; done # a node's own processes end after its job
-    for ((i = ${#daemons[@]} - 1; i >= 0; i--)); do
-        kill "${daemons[i]}" 2> /dev/null && wait "${daemons[i]}" 2> /dev/null || true
+    if [ "$(jobs -pr | wc -l)" = 4 ]; then
+        scancel --user="$(id -un)" 2> "$folder/scancel.err" || true
+        for _ in $(seq 60); do idle && break; sleep 0.5; done # a node's own processes end after its job
+    fi
+    for signal in TERM KILL; do # a slurmd that waits for its controller heeds the second only
+        for daemon in $(jobs -pr); do kill -s "$signal" "$daemon"; done
+        for _ in $(seq 50); do [ -z "$(jobs -pr)" ] && break; sleep 0.1; done
     done
     rm -rf "$folder"
 }
 trap stop EXIT
 
+# Below the ports that the kernel gives to connections, so that none is taken before a daemon has it.
 read -r controller first second < <(python3 - <<'PORTS'
-import socket
-opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+import random, socket
+opened = []
+while len(opened) < 3:
+    try:
+        opened.append(socket.create_server(("", random.randrange(20000, 32000))))
+    except OSError:
+        continue
 print(*(each.getsockname()[1] for each in opened))
 PORTS
 )
@@ -62,20 +70,18 @@ head -c 1024 /dev/urandom > "$folder/munge.key"
 chmod 600 "$folder/munge.key"
 munged --foreground --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" \
     --pid-file="$folder/munge.pid" --seed-file="$folder/munge.seed" 2> "$folder/munge.log" &
-daemons+=($!)
-until [ -S "$folder/munge.socket" ]; do sleep 0.1; kill -0 "${daemons[0]}"; done
+until [ -S "$folder/munge.socket" ]; do sleep 0.1; [ -n "$(jobs -pr)" ]; done
 slurmctld -D -i 2> "$folder/slurmctld.err" &
-daemons+=($!)
 for node in 1 2; do
     slurmd -D -N "$node" 2> "$folder/slurmd$node.err" &
-    daemons+=($!)
-done
+    done
 # The job's first process looks for its node's name, which no name server knows.
 export MASTER_ADDR=127.0.0.1
 until idle; do
-    for daemon in "${daemons[@]}"; do
-        kill -0 "$daemon" || { tail -n 20 "$folder"/*.log "$folder"/*.err >&2; exit 1; }
-    done
+    if [ "$(jobs -pr | wc -l)" != 4 ]; then
+        tail -n 20 "$folder"/*.log "$folder"/*.err >&2
+        exit 1
+    fi
     sleep 0.5
 done
 "$@"

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -278,7 +279,10 @@ class RayLauncher(Launcher):
             return
         ours = not ray.is_initialized()
         if ours:
+            before = signal.getsignal(signal.SIGTERM)
             ray.init(log_to_driver=False, logging_level="error")
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's would end the program at once
         self._warn_if_no_node_suffices(ray.nodes())
         waiting = itertools.chain(first, waiting)
         here = os.getcwd(), sys.path, self._threads
