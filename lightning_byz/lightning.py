@@ -58,7 +58,7 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):
     """
 
     strategy_name = "byzantine_robust"
-    _launchers = launchers
+    _launchers, _callback = launchers, Callback
 
 
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):

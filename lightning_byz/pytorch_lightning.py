@@ -57,7 +57,7 @@ class ByzantineRobustStrategy(RobustStrategy, ParallelStrategy):  # type: ignore
     """
 
     strategy_name = "byzantine_robust"
-    _launchers = launchers
+    _launchers, _callback = launchers, Callback
 
 
 class ByzantineWorkers(ByzantineWorkersCallback, Callback):  # type: ignore[misc]

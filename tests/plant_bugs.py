@@ -2549,8 +2549,8 @@ BUGS = [
     Bug(
         "what joins in the middle of a phase is forgotten",
         "strategies/phases.py",
-        '            outer.add_param_group({"params": new})',
-        "            pass",
+        'outer.param_groups[0]["params"].extend(new)',
+        "pass",
         "local_steps",
     ),
     Bug(
@@ -2601,6 +2601,41 @@ BUGS = [
         "strategies/step_logs.py",
         "[call for log in logs for call in log.calls],",
         "logs[-1].calls,",
+        "local_steps",
+    ),
+    Bug(
+        "a line search sees the last phase's loss",
+        "strategies/workers_apart.py",
+        "        return closure\n",
+        "        return super().agreed(closure)\n",
+        "local_steps",
+    ),
+    Bug(
+        "an epoch's values are logged in the next one",
+        "strategies/phases.py",
+        "        if self.strategy.lightning_module.trainer.is_last_batch:  # its values are of this epoch",
+        "        if False:",
+        "local_steps",
+    ),
+    Bug(
+        "files of ranks stay behind",
+        "strategies/phases.py",
+        "                os.remove(self._of_rank(filepath))",
+        "                pass",
+        "local_steps",
+    ),
+    Bug(
+        "frozen parameters move with the outer momentum",
+        "strategies/phases.py",
+        "            for p, _ in gradients:\n                p.grad = None\n",
+        "",
+        "local_steps",
+    ),
+    Bug(
+        "callbacks see a worker's own model at the end",
+        "strategies/phases.py",
+        "            if strategy.sync is not None:\n                strategy.sync.end_training()",
+        "            pass",
         "local_steps",
     ),
     Bug(

@@ -1,5 +1,5 @@
-"""Local steps: FedAvg and DiLoCo are what their definitions say, in process, on ranks and on a
-server.
+"""Local steps: FedAvg and DiLoCo are what their definitions say, in process and on ranks; on a
+server they are in test_parameter_server.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from harness import assert_close, assert_equal, cpu_amp, fit
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from models import GAN, Manual, Plain, blobs, loader, loss_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,7 +36,7 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers, ReplicaCheck
 from lightning_byz.strategies.local_steps import DILOCO
 
 FEDAVG = partial(torch.optim.SGD, lr=1.0)
@@ -55,6 +56,7 @@ OPTIMIZERS = {
     "sgd with momentum": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     "adam": partial(torch.optim.Adam, lr=0.01),
     "adamw": partial(torch.optim.AdamW, lr=0.01),
+    "lbfgs": partial(torch.optim.LBFGS, lr=0.1, max_iter=3, line_search_fn="strong_wolfe"),
     "adagrad": partial(torch.optim.Adagrad, lr=0.05),  # has a state before its first step
 }
 
@@ -129,7 +131,7 @@ def train(
 
 TRAINER = {
     *("max_epochs", "callbacks", "ckpt_path", "extra", "plugins", "val_check_interval"),
-    *("limit_val_batches", "accumulate_grad_batches", "gradient_clip_val"),
+    *("limit_val_batches", "accumulate_grad_batches", "gradient_clip_val", "enable_checkpointing"),
 }
 
 
@@ -163,9 +165,16 @@ def diloco(
         for worker, optimizer, part in zip(
             workers, optimizers, zip(*(x.chunk(n) for x in batch), strict=True), strict=True
         ):
-            optimizer.zero_grad()
-            loss_of(worker, part).backward()
-            optimizer.step()
+
+            def closure(
+                worker: Any = worker, part: Any = part, optimizer: Any = optimizer
+            ) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(worker, part)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
         if (t + 1) % steps and t + 1 < len(batches):
             continue
         for group in zip(net.parameters(), *(w.parameters() for w in workers), strict=True):
@@ -179,7 +188,7 @@ def diloco(
     return net
 
 
-@pytest.mark.parametrize("inner", ["sgd with momentum", "adamw", "adagrad"])
+@pytest.mark.parametrize("inner", ["sgd with momentum", "adamw", "adagrad", "lbfgs"])
 @pytest.mark.parametrize("fresh", [False, True], ids=["kept", "fresh"])
 @pytest.mark.parametrize(("n", "ranks"), [(1, False), (3, False), (3, True)])
 def test_it_is_diloco(n: int, ranks: bool, fresh: bool, inner: str, tmp_path: Path) -> None:
@@ -378,6 +387,89 @@ def test_a_phases_logged_values_are_averaged_and_logged_where_it_ends(tmp_path: 
         assert report["metrics"]["most"] == 7
 
 
+def test_what_is_logged_by_hand_arrives(tmp_path: Path) -> None:
+    """In manual optimization a phase ends inside of the training step, before its last log."""
+
+    class Logs(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            self.log("batch", float(batch_idx), on_step=True, on_epoch=True)
+
+    reports = train(tmp_path, Logs(), 3, True, 7, local_steps=2)
+    for report in reports:
+        assert report["metrics"]["batch_epoch"] == pytest.approx(3.0)
+        assert report["metrics"]["batch_step"] == 6.0
+
+
+def test_an_epochs_values_are_logged_where_it_ends(tmp_path: Path) -> None:
+    """Phases of 4 steps, epochs of 6; nothing that is logged keeps its graph."""
+
+    class Logs(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            weight = self.net[0].weight.sum()
+            self.log("epoch", weight * 0 + float(self.current_epoch), on_epoch=True, on_step=False)
+            return super().training_step(batch, batch_idx)
+
+    class Sees(L.Callback):
+        def __init__(self) -> None:
+            self.epochs: list[float] = []
+
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            self.epochs.append(float(trainer.callback_metrics["epoch"]))
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            kept = [log for step in trainer.strategy.local_workers._phase for log in step]
+            calls = [call.value for log in kept for call in log.calls]
+            assert not any(torch.is_tensor(value) and value.requires_grad for value in calls)
+
+    for i, ranks in enumerate((False, True)):
+        sees = Sees()
+        report, *_ = train(
+            tmp_path / str(i),
+            Logs(),
+            3,
+            ranks,
+            local_steps=4,
+            max_epochs=3,
+            callbacks=[sees],
+            extra=lambda *_: sees.epochs,  # noqa: B023
+        )
+        assert report["extra"] == [0.0, 1.0, 2.0]
+
+
+class SwapsInAverage(L.Callback):
+    """Validates an average of weights, which it puts into the model for that time."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        here = [p.detach().clone() for p in module.parameters()]
+        before = getattr(self, "average", here)
+        self.average = [a.lerp(b, 0.1) for a, b in zip(before, here, strict=True)]
+
+    def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
+        if hasattr(self, "average"):
+            self.aside = [p.detach().clone() for p in module.parameters()]
+            self.put(module, self.average)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        if hasattr(self, "average"):
+            self.put(module, self.aside)
+
+    def put(self, module: Any, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(module.parameters(), values, strict=True):
+                p.copy_(value)
+
+
+@pytest.mark.parametrize("ranks", [False, True], ids=["in process", "ranks"])
+def test_a_callback_may_swap_weights_for_a_validation(ranks: bool, tmp_path: Path) -> None:
+    looks = {"val_check_interval": 1, "limit_val_batches": 1, "local_steps": 3}
+    net, swaps = Net(), [SwapsInAverage()]
+    plain = train(tmp_path / "a", net, 3, ranks, 8, **looks)
+    swapped = train(tmp_path / "b", net, 3, ranks, 8, callbacks=swaps, **looks)
+    for report in swapped:
+        assert_close(report, plain[0])
+
+
 def test_who_is_not_drawn_does_nothing(tmp_path: Path) -> None:
     """In process and on ranks the same three of five train in each phase."""
 
@@ -402,6 +494,7 @@ def test_who_is_not_drawn_does_nothing(tmp_path: Path) -> None:
             ranks,
             8,
             local_steps=LocalSteps(2, participants=3),
+            num_byzantine=0,
             callbacks=[Counts()],
             extra=lambda *_: (Counts.drawn[-4:], trained(_[0])),
         )
@@ -475,7 +568,14 @@ def test_learning_rates_follow_their_schedule_and_gradients_are_clipped(tmp_path
         optimizer = inner(list(parameters))
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.3)
         clip = partial(nn.utils.clip_grad_norm_, optimizer.param_groups[0]["params"], 0.2)
-        optimizer.register_step_pre_hook(lambda *_: (clip(), None)[1])
+        step = optimizer.step
+
+        def clipping(closure: Any) -> None:
+            closure()
+            clip()
+            step()
+
+        optimizer.step = clipping
         optimizer.register_step_post_hook(lambda *_: schedule.step())
         return optimizer
 
@@ -516,6 +616,15 @@ def test_an_overflow_of_one_worker_keeps_phases_in_step(tmp_path: Path) -> None:
         assert all(torch.isfinite(value).all() for value in report["weights"].values())
 
 
+@pytest.mark.parametrize("ranks", [False, True], ids=["in process", "ranks"])
+def test_a_loss_scaler_needs_no_gradient_of_those_that_are_not_drawn(
+    ranks: bool, tmp_path: Path
+) -> None:
+    steps = LocalSteps(2, participants=2)
+    for report in train(tmp_path, Net(), 4, ranks, local_steps=steps, **cpu_amp()):
+        assert all(torch.isfinite(value).all() for value in report["weights"].values())
+
+
 def test_parameters_that_join_in_the_middle_of_a_phase_are_exchanged(tmp_path: Path) -> None:
     class Unfreezes(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, i: int) -> None:
@@ -529,12 +638,30 @@ def test_parameters_that_join_in_the_middle_of_a_phase_are_exchanged(tmp_path: P
 
     net = Frozen(frozen=True)
     how = {"local_steps": 4, "callbacks": [Unfreezes()]}
+    how["extra"] = lambda trainer, _: len(trainer.strategy.sync.outer[0].param_groups)
     alone, *_ = train(tmp_path / "a", net, 3, False, 8, **how)
     reports = train(tmp_path / "b", net, 3, True, 8, **how)
     assert not torch.equal(alone["weights"]["net.0.weight"], net.net[0].weight)
     for report in reports:
         assert_equal(report, reports[0])
+        assert report["extra"] == 1  # as in a run that resumes
     assert_close(alone, reports[0])
+
+
+def test_frozen_parameters_stay_whatever_the_outer_momentum_is(tmp_path: Path) -> None:
+    class Zeros(Net):
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            optimizer.zero_grad(set_to_none=False)
+
+    class Freezes(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, i: int) -> None:
+            if i == 4:
+                module.net[0].requires_grad_(False)
+                self.before = module.net[0].weight.clone()
+
+    freezes = Freezes()
+    report, *_ = train(tmp_path, Zeros(), 3, False, 8, local_steps=2, callbacks=[freezes])
+    assert torch.equal(report["weights"]["net.0.weight"], freezes.before)
 
 
 @pytest.mark.parametrize("ranks", [False, True], ids=["in process", "ranks"])
@@ -544,7 +671,7 @@ def test_training_that_stops_in_the_middle_of_a_phase_ends_it(ranks: bool, tmp_p
             trainer.should_stop = trainer.global_step == 5
 
     class AtTheEnd(L.Callback):
-        def teardown(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
             torch.save(flat(module.net), tmp_path / f"end{trainer.global_rank}.pt")
 
     net = Net()
@@ -569,9 +696,9 @@ class Saves(L.Callback):
 
 @pytest.mark.parametrize("fresh", [False, True], ids=["kept", "fresh"])
 @pytest.mark.parametrize("at", [3, 4, 6], ids="after {} steps".format)
-@pytest.mark.parametrize("ranks", [False, True], ids=["in process", "ranks"])
+@pytest.mark.parametrize(("n", "ranks"), [(1, False), (3, False), (3, True)])
 def test_a_run_resumes_bit_for_bit_in_the_middle_of_a_phase(
-    ranks: bool, at: int, fresh: bool, tmp_path: Path
+    n: int, ranks: bool, at: int, fresh: bool, tmp_path: Path
 ) -> None:
     steps = LocalSteps(4, fresh_optimizer=fresh, checkpoints="ranks")
     how = {
@@ -580,10 +707,10 @@ def test_a_run_resumes_bit_for_bit_in_the_middle_of_a_phase(
     }
     torch.manual_seed(3)
     net = Net("adam", norm=True, dropout=0.2)
-    whole = train(tmp_path, net, 3, ranks, 10, callbacks=[Saves(tmp_path, at)], **how)
+    whole = train(tmp_path, net, n, ranks, 10, callbacks=[Saves(tmp_path, at)], **how)
     torch.manual_seed(4)
     other = Net("adam", norm=True, dropout=0.2)
-    resumed = train(tmp_path, other, 3, ranks, 10, ckpt_path=tmp_path / "middle.ckpt", **how)
+    resumed = train(tmp_path, other, n, ranks, 10, ckpt_path=tmp_path / "middle.ckpt", **how)
     for a, b in zip(whole, resumed, strict=True):
         assert_equal(a, b)
 
@@ -628,6 +755,27 @@ def test_one_file_resumes_at_the_phases_start(tmp_path: Path) -> None:
             )
 
 
+def test_files_of_ranks_go_with_their_checkpoint(tmp_path: Path) -> None:
+    """What ModelCheckpoint removes, links to, and what an old save left behind."""
+    how: dict[str, Any] = {"local_steps": LocalSteps(4, checkpoints="ranks")}
+    keeps = ModelCheckpoint(
+        tmp_path, "{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max"
+    )
+    keeps.CHECKPOINT_NAME_LAST, keeps.save_last = "last", "link"
+    callbacks = [keeps, Saves(tmp_path, 2)]
+    whole = train(
+        tmp_path, Net(), 3, True, 7, callbacks=callbacks, enable_checkpointing=True, **how
+    )
+    files = sorted(path.name for path in tmp_path.glob("step*"))
+    assert files == ["step=7.ckpt", *(f"step=7.ckpt.rank{rank}" for rank in range(3))]
+    again = train(tmp_path, Net(), 3, True, 7, ckpt_path=tmp_path / "last.ckpt", **how)
+    for a, b in zip(whole, again, strict=True):
+        assert_equal(a, b)
+    (tmp_path / "step=7.ckpt.rank1").write_bytes((tmp_path / "middle.ckpt.rank1").read_bytes())
+    with pytest.raises(Exception, match=r"should belong to .*Found one that was saved in"):
+        train(tmp_path, Net(), 3, True, 9, ckpt_path=tmp_path / "step=7.ckpt", **how)
+
+
 def test_a_lost_file_of_a_rank_is_named(tmp_path: Path) -> None:
     steps = LocalSteps(4, checkpoints="ranks")
     train(tmp_path, Net(), 3, True, 6, local_steps=steps, callbacks=[Saves(tmp_path, 3)])
@@ -662,6 +810,21 @@ class OwnScaler(Manual):
         self.scaler = torch.amp.GradScaler("cpu")
 
 
+class ByHand(Net):
+    """Has a second optimizer that Lightning does not know."""
+
+    def on_train_start(self) -> None:
+        self.second = torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.second.step()
+
+
+class NoOptimizer(Net):
+    def configure_optimizers(self) -> None:
+        return None
+
+
 class RawSteps(Manual):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.manual_backward(loss_of(self.net, batch))
@@ -682,6 +845,20 @@ class RawSteps(Manual):
         (TwoOptimizers(), {"ranks": True}, "several optimizers"),
         (OwnScaler(), {"ranks": True}, "scaler"),
         (RawSteps(), {"ranks": True}, r"self\.optimizers\(\)"),
+        (ByHand(), {"ranks": True}, r"from configure_optimizers"),
+        (NoOptimizer(), {}, "gives none"),
+        (Manual(), {"local_steps": LocalSteps(2, participants=2), "ranks": True}, "automatic"),
+        (
+            Net(),
+            {"local_steps": LocalSteps(2, participants=3), "algorithm": ByzEF21SGDM(Mean())},
+            "knows of all n",
+        ),
+        (Net(), {"callbacks": [ReplicaCheck()], "ranks": True}, "ReplicaCheck compares"),
+        (
+            Net(),
+            {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})], "max_epochs": 2},
+            "step without one",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -94,7 +94,8 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None, filepath: Any) -> No
     strategy.local_workers.load(saved)
     strategy.report.load(saved)
     if strategy.sync is not None and saved.get("sync"):
-        strategy.sync.load(saved["sync"], filepath)
+        same = resuming_with_others.is_same(follow, saved["n"])
+        strategy.sync.load(saved["sync"], filepath, same)
     states = saved["rng"] if saved.get("mesh") == strategy.processes.mesh_sizes else {}
     if strategy.global_rank in states:
         random_states.restore(strategy.root_device, states[strategy.global_rank])

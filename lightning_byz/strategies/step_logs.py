@@ -82,6 +82,7 @@ class WorkerLog:
 
     def note(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """The same, where nothing is compiled."""
+        value = value.detach() if isinstance(value, Tensor) else value
         names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx")
         self.calls.append(Call(name, value, {**dict(zip(names, args, strict=False)), **kwargs}))
         if kwargs.get("batch_size"):

@@ -39,7 +39,7 @@ from lightning_byz.strategies.mesh_processes import MeshProcesses
 from lightning_byz.strategies.model_hooks import ModelHooks
 from lightning_byz.strategies.model_shards import ModelShards
 from lightning_byz.strategies.overlap import may_overlap
-from lightning_byz.strategies.phases import PhaseSync
+from lightning_byz.strategies.phases import PhaseSync, first_callback
 from lightning_byz.strategies.processes import Processes, TorchProcesses
 from lightning_byz.strategies.reductions import MetricReducer
 from lightning_byz.strategies.resolve import (
@@ -121,7 +121,9 @@ class RobustStrategy(ModelHooks):
     save_patience = 60.0
     """Seconds that rank 0 waits with a checkpoint where others may come or not (`StoreBarrier`)."""
 
-    _launchers: Any  # the launchers of the Lightning package that the subclass belongs to
+    # of the Lightning package that the subclass belongs to
+    _launchers: Any
+    _callback: type
 
     def __init__(
         self,
@@ -205,6 +207,7 @@ class RobustStrategy(ModelHooks):
     # -- the beginning and the end -----------------------------------------------------------------
 
     def teardown(self) -> None:
+        self._shown.close()
         self._watch(None)
         self.processes.leave()
         super().teardown()
@@ -253,6 +256,7 @@ class RobustStrategy(ModelHooks):
         if local is not None:
             run = partial(exchange_gradients, self)
             self._watch(PhaseSync(self, self.groups, run, local, self.outer_optimizer))
+            first_callback(self._callback, self, trainer)
         elif self.n > 1:
             manual = not module.automatic_optimization
             run = partial(exchange_gradients, self, find_scaler=loss_scaler)
@@ -357,9 +361,8 @@ class RobustStrategy(ModelHooks):
         self.processes.note_validated(batch_size(args[0]) or 1)
         return super().validation_step(*args, **kwargs)
 
-    def on_validation_start(self) -> None:
-        """What is validated is what all workers have in common."""
-        super().on_validation_start()
+    def show_start(self) -> None:
+        """Until the end of the validation the module has what all workers have in common."""
         if self.sync is not None:
             self._shown.enter_context(self.sync.showing_start())
 
@@ -393,6 +396,11 @@ class RobustStrategy(ModelHooks):
             return snapshot
         self._resumed_from = checkpoint_path
         return dict(super().load_checkpoint(checkpoint_path, *args, **kwargs))
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        super().remove_checkpoint(filepath)
+        if self.sync is not None:
+            self.sync.remove_files(filepath)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         super().load_optimizer_state_dict(checkpoint)

@@ -106,8 +106,11 @@ class Sync(ABC):
         """What goes into a checkpoint; may write files of this rank's own beside it."""
         return {}
 
-    def load(self, saved: Mapping[str, Any], filepath: Any) -> None:  # noqa: B027
-        """Restores what `save` gave."""
+    def load(self, saved: Mapping[str, Any], filepath: Any, same: bool) -> None:  # noqa: B027
+        """Restores what `save` gave. ``same``: the workers are those that saved it."""
+
+    def remove_files(self, filepath: Any) -> None:  # noqa: B027  # most write none
+        """The checkpoint there is removed: so are this rank's own files beside it."""
 
 
 @contextmanager

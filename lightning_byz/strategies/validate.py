@@ -267,6 +267,35 @@ def check_local_steps(strategy: Any, trainer: Any, algorithm: Algorithm) -> None
             f"`participants` draws the workers of a phase. Found {name}, which draws its own. "
             "Leave participants out, or use another algorithm, such as RobustSGD()."
         )
+    if strategy.local_steps.participants and algorithm.sees_absent:
+        raise UnsupportedSetupError(
+            f"`participants` draws the workers of a phase, of which f may lie. Found {name}, which "
+            "aggregates what it knows of all n. Leave participants out, or use another algorithm, "
+            "such as RobustSGD() or EF14()."
+        )
+    if strategy.local_steps.participants and not module.automatic_optimization:
+        raise UnsupportedSetupError(
+            "`participants` needs automatic optimization: by hand a worker trains whether it is "
+            "drawn or not. Leave participants out, or use automatic optimization."
+        )
+    if not any(part["params"] for each in strategy.optimizers for part in each.param_groups):
+        raise UnsupportedSetupError(
+            "Local steps are steps of the module's optimizers. Found that configure_optimizers "
+            "gives none. Return one."
+        )
+    # not by class: callbacks import strategies, and not the other way
+    compares = ("ReplicaCheck", "DuplicateBatchCheck")
+    compared = [
+        base.__name__
+        for callback in trainer.callbacks
+        for base in type(callback).__mro__
+        if base.__name__ in compares
+    ]
+    if compared:
+        raise UnsupportedSetupError(
+            f"{compared[0]} compares ranks that hold the same parameters and optimizer states. "
+            "With local_steps each rank has its own. Leave it out."
+        )
     drawn = strategy.local_steps.participants
     if drawn is not None and drawn > strategy.n:
         raise UnsupportedSetupError(

@@ -205,7 +205,7 @@ class LocalWorkers(ABC):
         ends = ", the last one of its epoch" if last else ""
         follows = strategy.lightning_module.automatic_optimization and not strategy.sync.blocked
         next_ = f", then {exchange.place}" if follows else ""
-        exchange.transport.meet(f"training step {self.micro_step}{ends}{next_}")
+        exchange.transport.meet(f"{self._place}{ends}{next_}")
         if follows:  # so that ranks need not meet again
             exchange.announce()
         silenced = set[int]().union(*(each.quarantined for each in strategy.exchanges))
@@ -219,6 +219,11 @@ class LocalWorkers(ABC):
         self._hear = log_all
         if not (follows and self.hears_later):
             self.hear()
+
+    @property
+    def _place(self) -> str:
+        """Of the present training step, in words that are the same on all ranks."""
+        return f"training step {self.micro_step}"
 
     def hear(self) -> None:
         """Logs what all workers said of their last training step, unless that is done."""

@@ -19,14 +19,19 @@ from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.gradient_sync import GradientGroup, parameters_of
 from lightning_byz.strategies.optimizer_states import OptimizerStates
 from lightning_byz.strategies.step_logs import WorkerLog
+from lightning_byz.strategies.validate import UnsupportedSetupError
 from lightning_byz.strategies.workers import LocalWorkers, OneWorker, WorkersInTurn, stand_in
+
+
+class _NothingToStepError(Exception):
+    """A worker has no gradient; holds what its closure gave."""
 
 
 class WorkersApart(LocalWorkers):
     """What the local workers of a phase have in common.
 
-    Values that a training step logs are averaged over a phase's steps, and logged where it ends:
-    until then nobody waits for anybody.
+    Values that a training step logs are averaged over a phase's steps, and logged where it ends, or
+    where an epoch does: until then nobody waits for anybody.
 
     Args:
         strategy: the RobustStrategy, whose exchanges are set up.
@@ -37,6 +42,7 @@ class WorkersApart(LocalWorkers):
             the phase's start, the same everywhere.
         states: of each optimizer, by worker.
         moved: of each optimizer, the workers that have had a gradient in this phase.
+        phase_over: what has been logged is to be logged where this training step ends.
     """
 
     hears_later = False
@@ -44,6 +50,7 @@ class WorkersApart(LocalWorkers):
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         super().__init__(strategy, training_step)
         self.start: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, Tensor] = {}  # what the only worker has come to, while the start shows
         offload = strategy.root_device.type != "cpu" and bool(strategy.local_steps.participants)
         self.states = {
             optimizer: OptimizerStates(optimizer, self.count, offload)
@@ -52,6 +59,11 @@ class WorkersApart(LocalWorkers):
         self._phase: list[list[WorkerLog]] = []
         self._cohort: tuple[Tensor, int] | None = None
         self.moved = [[False] * self.count for _ in strategy.optimizers]
+        self.phase_over = False
+
+    def agreed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The worker's own, whose loss is its own."""
+        return closure
 
     def note_start(self, parameters: Sequence[Tensor]) -> None:
         """Remembers the values of parameters that no step of this phase has changed yet."""
@@ -73,25 +85,43 @@ class WorkersApart(LocalWorkers):
             closure: its closure.
             take: ``(optimizer, closure)``, takes the step.
         """
-        result = take(optimizer, closure)
-        self._note_moved(0, optimizer)
-        return result
+        return self._take(0, optimizer, closure, take)
 
-    def _note_moved(self, i: int, optimizer: Optimizer) -> None:
-        moved = self.moved[self.strategy.optimizers.index(optimizer)]
-        moved[i] = moved[i] or any(p.grad is not None for p in parameters_of(optimizer))
+    def _take(
+        self, i: int, optimizer: Optimizer, closure: Callable[[], Any], take: Callable[..., Any]
+    ) -> Any:
+        """A worker's step, unless it has no gradient: a loss scaler needs one."""
+
+        def evaluate() -> Any:
+            result = closure()
+            if not any(p.grad is not None for p in parameters_of(optimizer)):
+                raise _NothingToStepError(result)
+            self.moved[self.strategy.optimizers.index(optimizer)][i] = True
+            return result
+
+        try:
+            return take(optimizer, evaluate)
+        except _NothingToStepError as nothing:
+            return nothing.args[0]
 
     def _log(self, logs: Sequence[WorkerLog], cohort: Tensor, step: int) -> None:
         self._phase.append(list(logs))
         self._cohort = (cohort, step)
+        if self.phase_over:
+            self.log_phase()
 
     # -- the end of a phase ------------------------------------------------------------------------
 
     def log_phase(self) -> None:
         """Logs, once for all workers, what the phase's training steps have logged."""
-        steps, self._phase = self._phase, []
+        steps, self._phase, self.phase_over = self._phase, [], False
         if steps and self._cohort is not None:
             super()._log([WorkerLog.joined(own) for own in zip(*steps, strict=True)], *self._cohort)
+
+    @property
+    def _place(self) -> str:
+        """A line search may take unlike numbers of training steps on unlike ranks."""
+        return f"values before round {self.strategy.exchanges[0].step}"
 
     def to_start(self, parameters: Iterable[Tensor]) -> None:
         """These parameters of the module are those of the phase's start."""
@@ -112,6 +142,7 @@ class WorkersApart(LocalWorkers):
         """
         for p in parameters_of(optimizer):
             self.start.pop(id(p), None)
+            self._own.pop(id(p), None)
         self.moved[self.strategy.optimizers.index(optimizer)] = [False] * self.count
         if first is not None:
             self.states[optimizer].begin(first)
@@ -148,7 +179,6 @@ class OneWorkerApart(WorkersApart, OneWorker):
 
     def __init__(self, strategy: Any, training_step: Callable[..., Any]) -> None:
         super().__init__(strategy, training_step)
-        self._own: dict[int, Tensor] = {}
         self._aside: dict[str, Any] | None = None  # its module's state while the start is shown
 
     def to_start(self, parameters: Iterable[Tensor]) -> None:
@@ -207,6 +237,7 @@ class WorkersApartInTurn(WorkersApart, WorkersInTurn):
         self._now: int | None = None  # the worker whose step is computed
         self._parts_now: list[Any] | None = None
         self._logs: list[WorkerLog] = []
+        self._in_step = False
         self._taking: list[int] = []
 
     def _kept(self, p: Tensor) -> Tensor:
@@ -245,16 +276,17 @@ class WorkersApartInTurn(WorkersApart, WorkersInTurn):
         here = self.strategy.exchanges[0].transport.workers
         self._taking = [i for i, worker in enumerate(here) if bool(self._cohort[0][worker])]
         self._parts_now, self._logs = None, [WorkerLog() for _ in here]
+        self._in_step = True
         states, result = self.states[optimizer], None
         states.bring(self._taking)
         for i in self._taking:
             self._now = i
             with self._model_of(i), states.of(i):
-                result = take(optimizer, closure)
-                self._note_moved(i, optimizer)
+                result = self._take(i, optimizer, closure, take)
         self._now = None
         if not self._taking:
-            result = take(optimizer, closure)
+            result = closure()
+        self._in_step = False
         states.show()
         self._log(self._logs, *self._cohort)
         self.micro_step += 1
@@ -262,7 +294,13 @@ class WorkersApartInTurn(WorkersApart, WorkersInTurn):
 
     def training_step(self, batch: Any, rest: Sequence[Any], kwargs: Any) -> Any:
         """The training step of the worker whose turn it is, on its part of the batch."""
-        assert self._cohort is not None
+        if not self._in_step or self._cohort is None:
+            raise UnsupportedSetupError(
+                "In-process workers with local_steps take a step with every batch. Found a "
+                "training step without one, as gradient accumulation makes it, or an "
+                "`optimizer_step` that calls its closure alone. Use one worker per process: "
+                "Trainer(devices=n)."
+            )
         if self._parts_now is None:
             self._parts_now = self._dealt(batch, self._cohort[0])
         i = self._now
