@@ -196,7 +196,7 @@ def report(results: list[tuple[Run, Run]]) -> str:
                 [
                     kind,
                     length,
-                    f"{sent[0]:.2g}, {sent[-1]:.2g}",
+                    f"{sent[0]:.3g}, {sent[-1]:.3g}",
                     *(cell(results, method=method, **now) for method in METHODS),
                 ]
             )
