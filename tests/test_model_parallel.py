@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -547,6 +548,18 @@ class Unsharded(Shards):
         self.net = nn.Linear(10, 3)
 
 
+class WholeWorld(Shards):
+    """Forgets the mesh, and sizes that the number of processes does not divide."""
+
+    def configure_model(self) -> None:
+        self.net = nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 3))
+        fully_shard(self.net)
+
+
+class Watches(SuspicionMonitor):
+    """A kind of it."""
+
+
 class NoHook(Shards):
     configure_model = L.LightningModule.configure_model
 
@@ -561,7 +574,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "unsharded": ("Found no distributed parameter in Unsharded", {"module": Unsharded}),
     "top-k": (r"PerShard\(TopK\(", {"algorithm": ByzEF21SGDM(Mean(), TopK(ratio=0.1))}),
     "previous": ("asks for further ones", {"algorithm": ByzVRMarinaPP(Mean())}),
-    "callback": ("SuspicionMonitor takes every rank", {"callbacks": [SuspicionMonitor()]}),
+    "callback": ("SuspicionMonitor takes every rank", {"callbacks": [Watches()]}),
+    "no mesh": (r"\[[0-9], [0-9]\]. Found net.0.weight on the ranks", {"module": WholeWorld}),
+    "plain": (
+        "Found net.2.weight, which is not",
+        {"data": 6, "module": partial(Shards, only=True)},
+    ),
 }
 
 
@@ -632,6 +650,22 @@ class OnMeta(Shards):
         torch.manual_seed(self.global_rank)
 
 
+class Half(Shards):
+    """A part of it is made on the meta device, and another one of 7s."""
+
+    def configure_model(self) -> None:
+        head = nn.Linear(8, 3)
+        nn.init.constant_(head.weight, 7.0)
+        with torch.device("meta"):
+            body = nn.Linear(10, 8)
+        self.net = nn.Sequential(body, head)
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        assert bool((whole(self.net[1].weight.detach()) == 7).all())
+        assert bool(whole(self.net[0].weight.detach()).any())
+
+
 def test_a_model_on_the_meta_device_and_half_precision(tmp_path: Path) -> None:
     """Replicas start from the first one's numbers; a policy of fully_shard reduces in its own
     precision, and rounds are in float32.
@@ -639,6 +673,7 @@ def test_a_model_on_the_meta_device_and_half_precision(tmp_path: Path) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def job(rank: int) -> Any:
+        trained((3, 2, 1), spectral(), Half(6), max_steps=1)
         on_meta = trained((3, 2, 1), spectral(), OnMeta(6))
         half = trained((3, 2, 1), spectral(), Shards(6, policy=policy))
         dtype = half.trainer.strategy.groups[0].layout.dtype

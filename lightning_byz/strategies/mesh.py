@@ -59,6 +59,9 @@ class ReplicaMesh:
         groups = [dist.new_group(members) for members in ranks]
         self.group: Any = groups[self.replica]
         self.members: list[int] = ranks[self.replica]
+        lines = [self.whole[dimension] for dimension in DIMENSIONS]
+        self._along = [(mesh.mesh.tolist(), mesh.get_group()) for mesh in lines]
+        self._held: dict[Any, list[tuple[int, ...] | None]] = {}
 
     @property
     def ranks(self) -> Ranks:
@@ -70,8 +73,17 @@ class ReplicaMesh:
         """The ranks that differ from this one in this dimension of the mesh only, in order, and
         their group.
         """
-        mesh = self.whole[DIMENSIONS[dimension]]
-        return mesh.mesh.tolist(), mesh.get_group()
+        return self._along[dimension]
+
+    def _held_along(self, p: Tensor, dimension: int) -> list[tuple[int, ...] | None]:
+        """By rank along a dimension, which part of a parameter it has; found once for all that are
+        distributed alike.
+        """
+        alike = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+        if (alike, dimension) not in self._held:
+            ranks, _ = self.along(dimension)
+            self._held[alike, dimension] = [_part_of(p, rank) for rank in ranks]
+        return self._held[alike, dimension]
 
     def is_copied(self, p: Tensor, dimension: int) -> bool:
         """Whether all ranks along a dimension of the replica have the same part of a parameter;
@@ -83,7 +95,7 @@ class ReplicaMesh:
         ranks, _ = self.along(dimension)
         if len(ranks) == 1:
             return False
-        held = [_part_of(p, rank) for rank in ranks]
+        held = self._held_along(p, dimension)
         if None in held:  # on meshes of their own, which are alike
             return True
         if len(set(held)) in (1, len(ranks)):
@@ -97,7 +109,7 @@ class ReplicaMesh:
     def is_averaged_inside(self, p: Tensor) -> bool:
         """Whether torch averages a parameter's gradient over the replica's data."""
         ranks, _ = self.along(1)
-        return len(ranks) == 1 or all(_part_of(p, rank) is not None for rank in ranks)
+        return len(ranks) == 1 or None not in self._held_along(p, 1)
 
 
 def _part_of(p: Tensor, rank: int) -> tuple[int, ...] | None:

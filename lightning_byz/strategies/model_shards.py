@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -265,22 +265,23 @@ def _renamed(state: Mapping[str, Any], keys: Mapping[Any, Any]) -> dict[str, Any
     return {**state, "state": states, "param_groups": groups}
 
 
+@torch.no_grad()
 def materialize(module: nn.Module, device: torch.device) -> None:
-    """Gives a model's tensors on the meta device memory, and numbers by ``reset_parameters``.
+    """Gives a model's tensors on the meta device memory, and numbers by ``reset_parameters``;
+    others keep theirs.
 
     Raises:
         TypeError: names the modules that have tensors and no such method.
     """
-    if not any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+    if not any(t.is_meta for t in _tensors(module)):
         return
+    on_meta = [
+        part for part in module.modules() if any(t.is_meta for t in _tensors(part, recurse=False))
+    ]
+    kept = {i: local(t).clone() for i, t in enumerate(_tensors(module)) if not t.is_meta}
     module.to_empty(device=device)
     without = set[str]()
-    for part in module.modules():
-        if (
-            next(iter((*part.parameters(recurse=False), *part.buffers(recurse=False))), None)
-            is None
-        ):
-            continue
+    for part in on_meta:
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()
@@ -292,3 +293,10 @@ def materialize(module: nn.Module, device: torch.device) -> None:
             f"Found none in {', '.join(sorted(without))}. Write one that fills in the module's own "
             "parameters and buffers, or make them on a CPU."
         )
+    tensors = _tensors(module)
+    for i, value in kept.items():
+        local(tensors[i]).copy_(value)
+
+
+def _tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    return [*module.parameters(recurse), *module.buffers(recurse)]

@@ -76,6 +76,19 @@ def check_model(module: nn.Module, mesh: ReplicaMesh) -> None:
             f"Found no distributed parameter in {type(module).__name__}. Call fully_shard or "
             "parallelize_module with self.device_mesh in it."
         )
+    for name, p in module.named_parameters():
+        ranks = p.device_mesh.mesh.flatten().tolist() if isinstance(p, DTensor) else []
+        if not set(ranks) <= set(mesh.members):
+            raise UnsupportedSetupError(
+                "A model should be sharded over the ranks of its replica, here "
+                f"{mesh.members}. Found {name} on the ranks {ranks}, as fully_shard places it "
+                "without a mesh. Pass mesh=self.device_mesh['data_parallel']."
+            )
+        if isinstance(p, DTensor) and p.device.type not in (p.device_mesh.device_type, "meta"):
+            raise UnsupportedSetupError(
+                "Parameters should stay on the accelerator, where they are exchanged. Found "
+                f"{name} on {p.device}, as a CPUOffloadPolicy leaves it. Leave offload_policy out."
+            )
     for name, part in module.named_modules():
         found = [
             b for b, buffer in part.named_buffers(recurse=False) if isinstance(buffer, DTensor)
@@ -99,7 +112,7 @@ def check_shards(strategy: Any, trainer: Any) -> None:
             "A sharded model should be trained without a loss scaler. Found precision='16-mixed'. "
             "Use 'bf16-mixed', or a MixedPrecisionPolicy of fully_shard."
         )
-    callbacks = {type(callback).__name__ for callback in trainer.callbacks}
+    callbacks = {kind.__name__ for each in trainer.callbacks for kind in type(each).__mro__}
     for name in _SEE_RANKS:
         if name in callbacks:
             raise UnsupportedSetupError(
@@ -108,6 +121,24 @@ def check_shards(strategy: Any, trainer: Any) -> None:
             )
     if strategy.resolved is not None and strategy.n > 1:
         check_algorithm(strategy.resolved)
+    elif strategy.resolved is not None:
+        check_one_replica(strategy.lightning_module, strategy.processes.mesh)
+
+
+def check_one_replica(module: nn.Module, mesh: ReplicaMesh) -> None:
+    """Refuses trainable parameters that nobody would average: a single replica exchanges nothing.
+
+    Raises:
+        UnsupportedSetupError: says what to do.
+    """
+    for name, p in module.named_parameters():
+        if p.requires_grad and not mesh.is_averaged_inside(p):
+            raise UnsupportedSetupError(
+                "With one replica every trainable parameter should be sharded over the data, as "
+                f"only torch averages gradients. Found {name}, which is not. Call "
+                "fully_shard(..., mesh=self.device_mesh['data_parallel']) on the module that has "
+                "it, use several replicas, or requires_grad_(False)."
+            )
 
 
 def check_algorithm(algorithm: Algorithm) -> None:
