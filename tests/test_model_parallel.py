@@ -301,6 +301,49 @@ def test_features_are_those_of_whole_models(shape: tuple[int, int, int], tmp_pat
             assert_weights(found[name], expected, name)
 
 
+class Uneven(Shards):
+    """Rank 3 alone, a part of replica 1, uses a plain layer, and has no batch in step 1."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        torch.manual_seed(4)
+        self.rare = nn.Linear(3, 3)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        z, places = self.net(batch[0]), range(0)
+        if self.device_mesh is not None and self.global_rank == 3:
+            places = range(SHARE)
+        elif len(z) == 6 * SHARE:  # of all ranks
+            places = range(3 * SHARE, 4 * SHARE)
+        if places:
+            z = torch.cat([z[: places.start], self.rare(z[places]), z[places.stop :]])
+        return F.cross_entropy(z, batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> DataLoader:
+        """In one process, the samples of those that have some."""
+        batches: list[Any] = [*super().train_dataloader()]
+        if self.device_mesh is None:
+            others = [place for place in range(6 * SHARE) if place // SHARE not in (2, 3)]
+            batches[1] = [part[others] for part in batches[1]]
+        elif self.global_rank == 3:
+            batches[1] = None
+        return DataLoader(batches, batch_size=None)
+
+
+def test_a_rank_may_lack_a_gradient_or_a_batch(tmp_path: Path) -> None:
+    """Then its replica has the gradient of the others, or no batch."""
+    expected = in_process(1, RobustSGD(Mean()), Uneven(6))
+
+    def job(rank: int) -> Any:
+        return weights(trained((3, 2, 1), RobustSGD(Mean()), Uneven(6)))
+
+    for found in together(tmp_path, 6, job):
+        assert_weights(found, expected, "uneven")
+
+
 class Spoiled(Shards):
     """Rank 3, a part of replica 1, has a nan in its part of a gradient."""
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from lightning_byz.strategies.mesh import ReplicaMesh
 from lightning_byz.strategies.module_buffers import WorkerBuffers
 from lightning_byz.strategies.step_logs import StepLogs, WorkerLog
-from lightning_byz.strategies.workers import OneWorker
+from lightning_byz.strategies.workers import NoBatch, OneWorker
 from lightning_byz.transports import AllGather, Transport
 from lightning_byz.transports.ranks import Ranks
 
@@ -37,6 +38,28 @@ class ReplicaWorker(OneWorker):
             self._group, self._inside.ranks = group, Ranks(members, group)
             self._inside.connect(mesh.data, len(members), 1, strategy.root_device)
         self._inside_logs = StepLogs()
+
+    def training_step(self, batch: Any, rest: Sequence[Any], kwargs: Any) -> Any:
+        """A rank without a batch leaves its replica without one, as its ranks compute together."""
+        if not self._everybody_has(batch):
+            batch = NoBatch()
+        return super().training_step(batch, rest, kwargs)
+
+    def _everybody_has(self, batch: Any) -> bool:
+        """Whether all ranks of the replica have a batch; asked where a loader may give None."""
+        strategy = self.strategy
+        loader = strategy.lightning_module.trainer.train_dataloader
+        if isinstance(loader, DataLoader) and loader.collate_fn is default_collate:
+            if isinstance(batch, NoBatch):
+                raise ValueError(
+                    "Every rank of a replica should have a batch, or say so before the others "
+                    "compute. Found None, which default_collate does not give. Give None in a "
+                    "collate_fn, not in a hook of the module."
+                )
+            return True
+        none = torch.tensor(int(isinstance(batch, NoBatch)), device=strategy.root_device)
+        dist.all_reduce(none, group=self._mesh.group)
+        return int(none) == 0
 
     def _key(self, worker: int) -> tuple[int, int, int]:
         """Ranks that compute different samples draw different numbers."""
@@ -84,5 +107,8 @@ class ReplicaBuffers(WorkerBuffers):
         if len(members) > 1:
             buffers = self._read()
             for i in touched.nonzero().flatten().tolist():
-                dist.broadcast(buffers[i], src=members[0], group=group)
+                shared = buffers[i].contiguous()
+                dist.broadcast(shared, src=members[0], group=group)
+                if shared is not buffers[i]:
+                    buffers[i].copy_(shared)
         super().merge(transport, touched, present, f)

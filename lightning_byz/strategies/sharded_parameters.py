@@ -70,6 +70,18 @@ class ShardedParameters(FlatParameters):
 
     # -- gradients ---------------------------------------------------------------------------------
 
+    def used(self) -> Tensor:
+        """``[P]`` bool: the parameters that have a gradient; of those that torch leaves alone, on
+        some rank. All ranks of the replica call it.
+        """
+        used = super().used()
+        if all(self._averaged):
+            return used
+        _, group = self.mesh.along(1)
+        count = used.to(self.device, torch.int32)
+        dist.all_reduce(count, group=group)
+        return count.cpu() > 0
+
     @torch.no_grad()
     def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """This rank's part of the replica's gradient ``[dim]``. All its ranks call it."""
