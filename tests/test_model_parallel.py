@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -34,11 +35,13 @@ from lightning_byz import (
     ByzDM21,
     ByzEF21SGDM,
     ByzVRMarinaPP,
+    Chain,
     ClippedDifferences,
     CoordinateMedian,
     Identity,
     Krum,
     Mean,
+    MedianNormClipping,
     ParameterServer,
     PerShard,
     RobustSGD,
@@ -459,6 +462,58 @@ class Again(Shards):
         return DataLoader(blobs(self.ranks * SHARE * STEPS), batch_sampler=Ranked(self.ranks, own))
 
 
+class SavesFirst(Shards):
+    """Saves before the first step, and has a layer that no loss needs."""
+
+    path: Path | None = None
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.other = nn.Linear(4, 4)
+        fully_shard(self.other, mesh=self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        if self.path is not None and self.trainer.global_step == 0:
+            self.trainer.save_checkpoint(self.path)
+
+    def test_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        assert bool(self.net(batch[0]).isfinite().all())
+
+    test_dataloader = Shards.train_dataloader
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_what_has_no_state_yet_is_saved_and_resumed(distributed: bool, tmp_path: Path) -> None:
+    """Before the first step, of parameters without a gradient, and of weights alone."""
+    options: dict[str, Any] = {"save_distributed_checkpoint": distributed}
+    first, last, only = tmp_path / "first.ckpt", tmp_path / "last.ckpt", tmp_path / "weights.ckpt"
+
+    def run(ckpt_path: Path | None = None, save: Path | None = None, epochs: int = 2) -> Any:
+        module = SavesFirst(6, adam=True)
+        module.path = save
+        algorithm, more = RobustSGD(Mean()), {"max_epochs": epochs}
+        return trained((3, 2, 1), algorithm, module, options, ckpt_path, **more)
+
+    def job(rank: int) -> Any:
+        expected = weights(run())
+        runs = [run(save=first), run(first)]
+        half = run(epochs=1)
+        half.trainer.save_checkpoint(last)
+        half.trainer.save_checkpoint(only, weights_only=True)
+        runs.append(run(last))
+        if distributed:
+            with patch.object(os, "replace"):  # the end comes before it
+                half.trainer.save_checkpoint(last)
+            with pytest.raises(ValueError, match="has written to its end"):
+                run(last)
+        half.trainer.test(half, ckpt_path=only, verbose=False)
+        return expected, [weights(module) for module in runs]
+
+    for expected, runs in together(tmp_path, 6, job):
+        for found in runs:
+            assert_equal_weights(found, expected)
+
+
 # -- beside Lightning's strategy -------------------------------------------------------------------
 
 
@@ -797,12 +852,14 @@ def test_a_rank_that_no_number_belongs_to_takes_part(tmp_path: Path) -> None:
     def job(rank: int) -> Any:
         return [
             weights(trained((3, 2, 1), algorithm, Tiny(6), {"transport": transport}))
-            for algorithm in (spectral(), remembers())
+            for algorithm in algorithms
             for transport in (AllGather(), Sharded())
         ]
 
+    by_tensor = Chain(pre=(MedianNormClipping(by_tensor=True),), rule=Mean())
+    algorithms = (spectral(), remembers(), RobustSGD(by_tensor))
     for found in together(tmp_path, 6, job):
-        for i, algorithm in enumerate((spectral(), remembers())):
+        for i, algorithm in enumerate(algorithms):
             for case in found[2 * i : 2 * i + 2]:
                 assert_weights(case, in_process(3, algorithm, Tiny(6)), "an empty part")
 

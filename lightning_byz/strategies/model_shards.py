@@ -4,6 +4,7 @@ Lightning's ModelParallelStrategy does.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -54,6 +56,7 @@ class ModelShards:
     def __init__(self, strategy: Any, distributed: bool) -> None:
         self.strategy, self.distributed = strategy, distributed
         self.names: dict[int, str] = {}
+        self._clipped: ShardedParameters | None = None
 
     # -- set-up ------------------------------------------------------------------------------------
 
@@ -81,6 +84,7 @@ class ModelShards:
 
     def leave(self) -> None:
         """Gives the precision plugin its own functions back."""
+        self._clipped = None
         for name in ("clip_grad_by_norm", "clip_grad_by_value"):
             vars(self.strategy.precision_plugin).pop(name, None)
 
@@ -90,7 +94,11 @@ class ModelShards:
         `torch.nn.utils.clip_grad_norm_` does, which takes no tensors of unlike meshes together.
         """
         used = [p for p in parameters_of(optimizer) if p.grad is not None]
-        layout = ShardedParameters(used, self.strategy.processes.mesh)
+        if not used:  # on no rank: the round was skipped
+            return
+        layout = self._clipped
+        if layout is None or [*map(id, layout.parameters)] != [*map(id, used)]:
+            layout = self._clipped = ShardedParameters(used, self.strategy.processes.mesh)
         square = torch.linalg.vector_norm(layout.read_gradients(), dtype=torch.float64).square()
         dist.all_reduce(square, group=layout.mesh.group)
         factor = (clip_val / (square.sqrt() + 1e-6)).clamp(max=1.0)
@@ -130,20 +138,33 @@ class ModelShards:
         return state if self.distributed or not state else _renamed(state, _numbers(state))
 
     def _named_state(self, optimizer: Any, options: StateDictOptions) -> dict[str, Any]:
-        """Torch makes an empty step where there is no state yet."""
-        sync = self.strategy.sync
+        """Torch makes an empty step where there is no state yet, which is taken back."""
+        sync, fresh = self.strategy.sync, not optimizer.state
         with nullcontext() if sync is None else sync.ignoring_steps():
-            return dict(get_optimizer_state_dict(self.strategy.model, optimizer, options=options))
+            model = self.strategy.model
+            state: dict[str, Any] = dict(
+                get_optimizer_state_dict(model, optimizer, options=options)
+            )
+        if fresh:
+            optimizer.state.clear()
+            for of_parameter in state.get("state", {}).values():
+                if "step" in of_parameter:
+                    of_parameter["step"] = of_parameter["step"] * 0
+        return state
 
     def _load_optimizer(self, optimizer: Any, state: dict[str, Any], whole: bool) -> None:
         if whole:  # numbered, or named as Lightning's Fabric does
             numbers = _numbers(self._named_state(optimizer, StateDictOptions()))
             state = _renamed(state, {number: name for name, number in numbers.items()})
-        sync, options = self.strategy.sync, StateDictOptions(full_state_dict=whole)
+        sync = self.strategy.sync
+        options = StateDictOptions(full_state_dict=whole, strict=False)
         with nullcontext() if sync is None else sync.ignoring_steps():
             set_optimizer_state_dict(
                 self.strategy.model, optimizer, optim_state_dict=state, options=options
             )
+        for p in parameters_of(optimizer):  # those that had no gradient yet start afresh
+            if self.names[id(p)] not in state["state"]:
+                optimizer.state.pop(p, None)
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -194,22 +215,26 @@ class ModelShards:
         optimizers = checkpoint.pop("optimizer_states", [])
         state |= {f"optimizer_{i}": optimizer for i, optimizer in enumerate(optimizers)}
         path.mkdir(parents=True, exist_ok=True)
+        if strategy.is_global_zero:  # a folder without it is none, until all is written
+            (path / _METADATA).unlink(missing_ok=True)
         save(state, checkpoint_id=path, process_group=mesh.group)
         if strategy.is_global_zero:
-            torch.save(checkpoint, path / _METADATA)
+            torch.save(checkpoint, path / f"{_METADATA}.part")
+            os.replace(path / f"{_METADATA}.part", path / _METADATA)
 
     def load(self, filepath: Any, weights_only: bool | None) -> dict[str, Any]:
         """A checkpoint of this strategy or of ModelParallelStrategy, or of a model that is not
         sharded, for this mesh: every replica reads it. Optimizers are loaded at once.
         """
         strategy = self.strategy
+        fitting = strategy.lightning_module.trainer.state.fn == "fit"
+        optimizers = strategy.optimizers if fitting else []
         path, group = Path(strategy.broadcast(filepath)), strategy.processes.mesh.group
         checkpoint: dict[str, Any]
         if path.is_file():
             checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-            for optimizer, state in zip(
-                strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False
-            ):
+            states = checkpoint.get("optimizer_states", ())
+            for optimizer, state in zip(optimizers, states, strict=False):
                 self._load_optimizer(optimizer, state, whole=True)
             if CHECKPOINT_KEY in checkpoint and strategy.groups:
                 checkpoint[CHECKPOINT_KEY] = with_parts(checkpoint[CHECKPOINT_KEY], strategy)
@@ -217,14 +242,20 @@ class ModelShards:
         if not (path / _METADATA).is_file():
             raise ValueError(
                 "The path of a checkpoint should be a file, or a folder that "
-                f"save_distributed_checkpoint=True has written. Found {path}."
+                f"save_distributed_checkpoint=True has written to its end. Found {path}."
             )
         checkpoint = torch.load(path / _METADATA, map_location="cpu", weights_only=weights_only)
         checkpoint["state_dict"] = get_model_state_dict(strategy.model)
         load({"state_dict": checkpoint["state_dict"]}, checkpoint_id=path, process_group=group)
-        for i, optimizer in enumerate(strategy.optimizers):
+        saved = set(FileSystemReader(path).read_metadata().planner_data.values())
+        if optimizers and not any(place[0] == "optimizer_0" for place in saved):
+            return checkpoint  # of weights only, which Lightning refuses to resume from
+        for i, optimizer in enumerate(optimizers):
             name = f"optimizer_{i}"
             state = {name: self._named_state(optimizer, StateDictOptions())}
+            known = {place[2] for place in saved if place[:2] == (name, "state")}
+            states = state[name]["state"]
+            state[name]["state"] = {each: states[each] for each in states if each in known}
             load(state, checkpoint_id=path, process_group=group)
             self._load_optimizer(optimizer, state[name], whole=False)
         checkpoint.setdefault("optimizer_states", [])

@@ -29,7 +29,7 @@ class ShardedParameters(FlatParameters):
     Attributes:
         dim: the length of this rank's vector, at least 1: a rank that no number belongs to sends a
             0.
-        sizes: how many numbers of each parameter are in it.
+        sizes: how many numbers of each parameter are in it; the 0 is of the last one.
     """
 
     def __init__(self, parameters: Sequence[Tensor], mesh: ReplicaMesh) -> None:
@@ -47,11 +47,12 @@ class ShardedParameters(FlatParameters):
         ]
         self._averaged = [mesh.is_averaged_inside(p) for p in self.parameters]
         self._shapes = [local(p).shape for p in self.parameters]
-        self.sizes = [
+        self._held = [
             shape.numel() if owned else 0
             for shape, owned in zip(self._shapes, self._owned, strict=True)
         ]
-        self.dim = max(1, sum(self.sizes))
+        self.dim = max(1, sum(self._held))
+        self.sizes = [*self._held[:-1], self.dim - sum(self._held[:-1])]
 
     def like(self) -> Tensor:
         return torch.zeros(self.dim, dtype=self.dtype, device=self.device)
@@ -148,7 +149,7 @@ class ShardedParameters(FlatParameters):
         return [part for part in held if part is not None]
 
     def _pieces(self, flat: Tensor) -> Sequence[Tensor]:
-        return torch.split(flat[: sum(self.sizes)], self.sizes)
+        return torch.split(flat[: sum(self._held)], self._held)
 
     @torch.no_grad()
     def write_gradients(
@@ -193,7 +194,7 @@ class ShardedParameters(FlatParameters):
         """The vector ``[dim]`` of tensors like the parameters."""
         owned = zip(tensors, self._owned, strict=True)
         parts = [local(tensor).reshape(-1) for tensor, is_owned in owned if is_owned]
-        return torch.cat(parts) if sum(self.sizes) else self.like()
+        return torch.cat(parts) if sum(self._held) else self.like()
 
     def whole(self, flat: Tensor) -> Tensor:
         """The whole vector, as of a model that is not sharded, on every rank of the replica."""
