@@ -2751,6 +2751,27 @@ BUGS = [
         "if True:",
         "model_parallel",
     ),
+    Bug(
+        "a model may be sharded over the whole world",
+        "strategies/validate_shards.py",
+        "if not set(ranks) <= set(mesh.members):",
+        "if False:",
+        "model_parallel",
+    ),
+    Bug(
+        "an empty step stays in the optimizer",
+        "strategies/model_shards.py",
+        "            optimizer.state.clear()\n",
+        "",
+        "model_parallel",
+    ),
+    Bug(
+        "tensors that are not on the meta device lose their numbers",
+        "strategies/model_shards.py",
+        "local(tensors[i]).copy_(value)",
+        "pass",
+        "model_parallel",
+    ),
     # suspicion, quarantine, resuming, grids
     Bug(
         "all partners speak for who is extreme",
