@@ -2650,7 +2650,7 @@ BUGS = [
         "strategies/server_processes.py",
         "batch_idx % trainer.accumulate_grad_batches == 0 and sync.between_rounds",
         "batch_idx % trainer.accumulate_grad_batches == 0",
-        "local_steps",
+        "parameter_server",
     ),
     # sharded models
     Bug(
