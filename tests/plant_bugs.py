@@ -2634,7 +2634,8 @@ BUGS = [
     Bug(
         "callbacks see a worker's own model at the end",
         "strategies/phases.py",
-        "            if strategy.sync is not None:\n                strategy.sync.end_training()",
+        "            if trainer.strategy.sync is not None:\n"
+        "                trainer.strategy.sync.end_training()",
         "            pass",
         "local_steps",
     ),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import lightning as L
 import pytest
 import torch
-from harness import assert_close, assert_equal, cpu_amp, fit
+from harness import QUIET, assert_close, assert_equal, cpu_amp, fit
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from models import GAN, Manual, Plain, blobs, loader, loss_of
 from torch import nn
@@ -734,6 +734,14 @@ def test_a_checkpoint_in_a_validation_disturbs_nothing_and_resumes(
     resumed = train(tmp_path / "c", Net("adam", norm=True), 3, ranks, 8, ckpt_path=middle, **how)
     for report in (*seen, *resumed):
         assert_equal(plain[0], report)
+
+
+def test_a_run_without_local_steps_says_what_it_leaves(tmp_path: Path) -> None:
+    train(tmp_path, Net(), 3, False, 6, local_steps=4, callbacks=[Saves(tmp_path, 5)])
+    strategy = ByzantineRobustStrategy(algorithm=MEAN, workers_per_process=3)
+    trainer = L.Trainer(**QUIET, max_epochs=2, strategy=strategy)
+    with pytest.warns(UserWarning, match="of a run with local_steps"):
+        trainer.fit(Net(), Parts(3, 6), ckpt_path=tmp_path / "middle.ckpt")
 
 
 def test_one_file_resumes_at_the_phases_start(tmp_path: Path) -> None:

@@ -93,7 +93,12 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None, filepath: Any) -> No
     _say_what_is_missing(saved, follow)
     strategy.local_workers.load(saved)
     strategy.report.load(saved)
-    if strategy.sync is not None and saved.get("sync"):
+    if saved.get("sync") and strategy.local_steps is None:
+        warn(
+            "byzantine_robust: the checkpoint is of a run with local_steps. This run has none: it "
+            "goes on from the start of the phase that was saved, without the outer optimizer."
+        )
+    elif strategy.sync is not None and saved.get("sync"):
         same = resuming_with_others.is_same(follow, saved["n"])
         strategy.sync.load(saved["sync"], filepath, same)
     states = saved["rng"] if saved.get("mesh") == strategy.processes.mesh_sizes else {}

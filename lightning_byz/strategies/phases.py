@@ -263,23 +263,22 @@ class PhaseSync(Sync):
         return phase
 
 
-def first_callback(base: type, strategy: Any, trainer: Any) -> None:
+def first_callback(base: type, trainer: Any) -> None:
     """Puts a callback before all others of a trainer, unless it is there: what they see in a
     validation, and at the end of the training, is what all workers have in common.
 
     Args:
         base: Lightning's Callback.
-        strategy: the RobustStrategy.
-        trainer: its trainer.
+        trainer: the trainer of a RobustStrategy.
     """
 
     class LocalStepsCallback(base):  # type: ignore[misc]
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-            strategy.show_start()
+            trainer.strategy.show_start()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            if strategy.sync is not None:
-                strategy.sync.end_training()
+            if trainer.strategy.sync is not None:
+                trainer.strategy.sync.end_training()
 
     if not any(type(each).__name__ == LocalStepsCallback.__name__ for each in trainer.callbacks):
         trainer.callbacks.insert(0, LocalStepsCallback())

@@ -256,7 +256,7 @@ class RobustStrategy(ModelHooks):
         if local is not None:
             run = partial(exchange_gradients, self)
             self._watch(PhaseSync(self, self.groups, run, local, self.outer_optimizer))
-            first_callback(self._callback, self, trainer)
+            first_callback(self._callback, trainer)
         elif self.n > 1:
             manual = not module.automatic_optimization
             run = partial(exchange_gradients, self, find_scaler=loss_scaler)
