@@ -1906,6 +1906,13 @@ BUGS = [
         "parameter_server_faults",
     ),
     Bug(
+        "who is ahead is not heard",
+        "transports/parameter_server/desk.py",
+        "            member.waiting = Waiting(key, head.layout, body)",
+        "            member.waiting = Waiting(key, head.layout, body if head.position < 3 else body[:0])",
+        "parameter_server_faults",
+    ),
+    Bug(
         "a snapshot whenever one asks",
         "transports/parameter_server/desk.py",
         "self.position >= member.given + self.backlog",

@@ -384,6 +384,59 @@ def test_local_steps_are_what_they_are_in_one_process(tmp_path: Path) -> None:
     assert_close(made[0], collective)
 
 
+class NowAndThen(Plain):
+    """Takes an optimizer's step in every third batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        if batch_idx % 3 != 2:
+            return
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class WaitsForOthers(L.Callback):
+    """At the server: does not begin its first batch before all workers wait in their first round."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 0 and trainer.global_step == 0:
+            server = trainer.strategy.transport._server
+            deadline = time.monotonic() + 300
+            while not server.ask(lambda: all(m.waiting for m in server.desk.members.values())):
+                assert time.monotonic() < deadline, server.desk.status()
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [(Plain, {"accumulate_grad_batches": 4}), (NowAndThen, {})],
+    ids=["accumulated", "by_hand"],
+)
+def test_workers_may_be_batches_ahead_of_the_server(
+    module: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where batches have no exchange: what they say counts when the server comes."""
+    run = job(
+        3,
+        module=module,
+        data=lambda: loader(8),
+        callbacks=lambda folder: [Watch(), WaitsForOthers()],
+        extra=present,
+        **settings,
+    )
+    with Ranks(tmp_path, 3, run) as ranks:
+        assert ranks.wait() == dict.fromkeys(range(3), 0), ranks.everything()
+    made = reports(tmp_path, 0, 1, 2)
+    for report in made:
+        assert_equal(report, made[0])
+    assert made[0]["extra"] == [[0, 1, 2]] * 3
+
+
 def test_a_worker_joins_where_a_phase_of_local_steps_begins(tmp_path: Path) -> None:
     """It dies in batch 3, asks to join in the middle of a phase of two steps, and takes part in
     the next.

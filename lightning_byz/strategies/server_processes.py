@@ -162,11 +162,14 @@ class ServerProcesses(Processes):
         return self.transport.behind
 
     def begin_batch(self, batch_idx: int) -> None:
-        """Here rank 0 makes snapshots for those that want one: between two optimizer steps."""
-        self.transport.at(self.transport.position + 1)
+        """A new position where a round begins. There rank 0 makes snapshots for those that want
+        one.
+        """
         trainer = self.strategy.lightning_module.trainer
         sync = self.strategy.sync
         ready = batch_idx % trainer.accumulate_grad_batches == 0 and sync.between_rounds
+        if ready:
+            self.transport.at(self.transport.position + 1)
         self._for_ranks = self.transport.wanting() if ready else []
         if self._for_ranks:
             trainer.save_checkpoint(f"snapshot for ranks {self._for_ranks}")

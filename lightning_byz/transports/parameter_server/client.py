@@ -129,7 +129,7 @@ class Client:
         answer, result = self._ask(head, body, (Kind.RESULT, Kind.NEVER, Kind.BEHIND))
         if answer.kind is Kind.BEHIND:
             raise LeftBehindError(
-                f"Rank {self.rank} is at batch {position}, and the server at {answer.layout}."
+                f"Rank {self.rank} is at round {position}, and the server at {answer.layout}."
             )
         return result if answer.kind is Kind.RESULT else None
 

@@ -233,8 +233,6 @@ class Desk:
     ) -> None:
         key = (head.position, head.name)
         member.wants = member.starting = False
-        if head.position > self.position + 1:
-            raise BadFrameError("step of the future")
         if member.waiting is not None and member.waiting.key == key:
             raise BadFrameError("duplicate")
         member.active, member.left, member.called = True, False, max(member.called, head.position)
@@ -247,6 +245,7 @@ class Desk:
         elif head.position < self.position:
             self._answer(route, Kind.NEVER, head)
         else:
+            # a worker may be ahead, where batches have no exchange: it waits for the server
             member.waiting = Waiting(key, head.layout, body)
             self._take(rank, now)
 
@@ -290,7 +289,7 @@ class Desk:
     # -- what the server does ----------------------------------------------------------------------
 
     def advance(self, position: int) -> None:
-        """The server has come to a new batch: what it did not enter before, it never will."""
+        """The server has come to a new position: what it did not enter before, it never will."""
         self.position = position
         oldest = position - self.backlog
         self.results = {key: result for key, result in self.results.items() if key[0] >= oldest}
@@ -441,6 +440,8 @@ class Desk:
             return "gone"
         if not member.active:
             return "joining"
+        if member.waiting is not None and member.waiting.key[0] > self.position:
+            return "ahead"
         return "behind" if member.called < self.position - 1 else "connected"
 
     def gone(self, route: bytes, now: float) -> None:

@@ -44,7 +44,7 @@ class Head(NamedTuple):
         session: 16 bytes that name the server's process, made anew by each; zeros in a hello.
         token: 16 bytes that name the worker's process, made anew by each.
         rank: the worker's process. From the server: the same.
-        position: the number of the batch that the sender is at, from 1; 0 before the first. From
+        position: how many batches the sender has come to in which a round begins. From
             the server: in a result that of the collective; in a snapshot that where it was made.
         layout: a fingerprint of the body's shapes and dtypes. From the server: the position that it
             is at.

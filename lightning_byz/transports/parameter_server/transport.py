@@ -55,7 +55,8 @@ class ParameterServer(Transport):
             the server.
         lost_after: seconds without a connection after which a worker takes the server for dead, and
             stops.
-        backlog: for how many batches the server keeps the results, for workers that are behind.
+        backlog: for how many rounds the server keeps the results, for workers that are behind. A
+            round begins with the first batch after an exchange.
         keys: directory of the keys (see `make_keys`); None makes keys for this run, where one
             command starts all ranks on one machine.
         max_message_bytes: the largest message that the server reads. None: four times the model's
@@ -266,13 +267,13 @@ class ParameterServer(Transport):
 
     @property
     def behind(self) -> bool:
-        """Whether the server is known to be at a later batch: the round of this one is closed."""
+        """Whether the server is known to be at a later position, so that this round is closed."""
         return self._client is not None and self._client.latest > self.position
 
     # -- where the run is --------------------------------------------------------------------------
 
     def at(self, position: int) -> None:
-        """This process begins the batch with this number, counted from 1."""
+        """This process has come to a batch in which a round begins, the position-th of these."""
         self.position, self._calls, self._catching_up = position, {}, False
         if self._server is not None:
             self._server.ask(lambda: self._server.desk.advance(position))
