@@ -74,6 +74,8 @@ class Round(NamedTuple):
         room: a tensor of the half's state -> memory for the one that takes its place in the next
             state, all of which is to be written. It may come from a state that nobody needs any
             more, because fresh memory is slow.
+        sent: the worker's gradient -> memory for what it sends in its place, number by number, all
+            of which is to be written. It may be the gradient's own.
     """
 
     step: int
@@ -89,6 +91,7 @@ class Round(NamedTuple):
     present: Tensor | None = None
     trusted: Tensor | None = None
     room: Callable[[Tensor], Tensor] = torch.empty_like
+    sent: Callable[[Tensor], Tensor] = torch.empty_like
 
     def shared(self, use: str, device: torch.device | str = "cpu") -> torch.Generator:
         """The stream that is the same on every worker and on the server: coins, cohorts, bucket

@@ -353,6 +353,60 @@ def test_with_a_mean_every_way_to_train_is_ddps(way: str, tmp_path: Path) -> Non
     ), "it did not train"
 
 
+@processes
+@pytest.mark.parametrize("way", ["micro-batches that are exchanged", "SAM by hand"])
+def test_aggregates_that_come_in_shards_add_up(way: str, tmp_path: Path) -> None:
+    """The memory of one is not the next one's while it is looked at."""
+    runs = []
+    for strategy in (forked_ddp(), averaging(start_method="fork", transport=Sharded())):
+        L.seed_everything(1, verbose=False)
+        runs += fit(tmp_path, WAYS[way][0](), strategy, devices=RANKS, data=loader(8))[:1]
+    assert_close(runs[0], runs[1])
+
+
+class Keeps(Plain):
+    """Keeps all gradients, without a copy."""
+
+    def on_fit_start(self) -> None:
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.kept += [(p.grad, p.grad.clone()) for p in self.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("transport", "algorithm"),
+    [
+        pytest.param(Sharded, RobustSGD(Mean()), marks=processes),
+        pytest.param(AllGather, RobustSGD(Mean()), marks=processes),
+        pytest.param(AllGather, ByzEF21SGDM(Mean(), TopK(0.1)), marks=processes),
+        pytest.param(InProcess, ByzEF21SGDM(Mean(), TopK(0.1))),
+    ],
+    ids=["sharded", "gathered", "few change, gathered", "few change, in-process"],
+)
+def test_a_gradient_that_somebody_keeps_stays_what_it_was(
+    transport: Any, algorithm: Any, tmp_path: Path
+) -> None:
+    alone = transport is InProcess
+    strategy = ByzantineRobustStrategy(
+        algorithm,
+        transport(),
+        num_byzantine=0,
+        start_method="fork",
+        workers_per_process=2 if alone else 1,
+    )
+    reports = fit(
+        tmp_path,
+        Keeps(),
+        strategy,
+        devices=1 if alone else 2,
+        data=loader(24),
+        extra=lambda _, m: [torch.equal(*pair) for pair in m.kept],
+    )
+    for report in reports:
+        assert len(report["extra"]) >= 20 and all(report["extra"])
+
+
 # -- edits of gradients in hooks -------------------------------------------------------------------
 
 

@@ -414,6 +414,50 @@ def test_a_nan_in_a_bucket_is_found_by_who_receives_it(tmp_path: Path) -> None:
     )
 
 
+SPENDING = {
+    "rows": RobustSGD(CoordinateMedian(f=1)),
+    "momentum": RobustSGD(TrimmedMean(f=1), worker_momentum=0.9, undo_worker_momentum=True),
+    "votes": SignSGDMajorityVote().with_f(1),
+    "few coordinates change": ByzEF21SGDM(CoordinateMedian(f=1), TopK(k=5)),
+    "gradients in the message": RobustSGD(CoordinateMedian(f=1), PerTensor(Identity(), [D])),
+}
+
+
+@pytest.mark.parametrize("bucket_size", [96, 4096])
+def test_an_estimate_may_take_the_place_of_the_gradient(tmp_path: Path, bucket_size: int) -> None:
+    """One worker a rank; also where part of the message has left before."""
+
+    def work(rank: int) -> Any:
+        transport = Sharded(bucket_size=bucket_size)
+        transport.connect(rank, RANKS, 1, CPU)
+        made = {}
+        for name, algorithm in SPENDING.items():
+            like, found = torch.zeros(D).double(), []
+            for spend in (False, True):
+                exchange, estimates = Exchange(algorithm, transport, seed=3), []
+                for step in range(4):
+                    row = rows_for(RANKS, D, seed=step)[rank].clone()
+                    said = [Contribution(Gradients(row), torch.ones(P, dtype=torch.bool))]
+                    upload = exchange.open(like) if step % 2 else None
+                    if upload is not None:
+                        first, last = upload.left[0]
+                        upload.send([row[first:last]])
+                    outcome = exchange.run(said, like, spend=spend)
+                    seen = transport.assemble(outcome.seen.dense(), D)
+                    estimates += [outcome.estimate.clone(), seen.clone()]
+                found.append(estimates)
+                in_place = outcome.estimate.data_ptr() == row.data_ptr()
+                untouched = torch.equal(row, rows_for(RANKS, D, seed=3)[rank])
+            same = all(map(torch.equal, *found))
+            made[name] = same, in_place, untouched
+        return made
+
+    for made in in_ranks(tmp_path, work):
+        kept = made.pop("gradients in the message")
+        assert kept == (True, False, True)
+        assert made == dict.fromkeys(made, (True, True, False))
+
+
 def test_one_rank_alone_saves_no_shard_and_all_start_afresh(tmp_path: Path) -> None:
     """EF21's estimates without their mirrors would be worth nothing."""
     case = CASES["algorithm ef21_top_k"]

@@ -4,6 +4,7 @@ in the optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -46,15 +47,12 @@ class ServerState(NamedTuple):
     rounds: Tensor
 
 
-def _momentum(
-    m: Tensor, g: Tensor, beta: float, rounds: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The new exponential moving average of g, in ``out`` if there is one, and what it stands for
-    once its start at 0 is corrected for.
+def _corrected(m: Tensor, beta: float, rounds: Tensor, room: Callable[[], Tensor | None]) -> Tensor:
+    """What an exponential moving average stands for once its start at 0, so many rounds ago, is
+    corrected for; in ``room()`` if that is another tensor.
     """
-    m = torch.lerp(g, m, beta, out=out)
-    correction = 1 - beta ** float(rounds + 1)
-    return m, m if correction == 1 else m / correction
+    correction = 1 - beta ** float(rounds)
+    return m if correction == 1 else torch.div(m, correction, out=room())
 
 
 @dataclass(frozen=True)
@@ -139,10 +137,9 @@ class RobustSGD(Algorithm):
     ) -> tuple[Payload, WorkerState]:
         g = grads.current
         if self.worker_momentum:
-            m, g = _momentum(
-                state.m, g, self.worker_momentum, state.rounds, out=round.room(state.m)
-            )
-            state = WorkerState(m, state.rounds + 1)
+            m = torch.lerp(g, state.m, self.worker_momentum, out=round.room(state.m))
+            state, here = WorkerState(m, state.rounds + 1), g
+            g = _corrected(m, self.worker_momentum, state.rounds, lambda: round.sent(here))
         return self.compressor.encode(g, round.private("compressor", g.device)), state
 
     @property
@@ -165,7 +162,8 @@ class RobustSGD(Algorithm):
             a = g * (1 - beta ** float(rounds + 1))
             g = (a - beta * state.a) / (1 - beta)
         if self.server_momentum:
-            m, g = _momentum(m, g, self.server_momentum, rounds)
+            m = torch.lerp(g, m, self.server_momentum)
+            g = _corrected(m, self.server_momentum, rounds + 1, lambda: None)
             g = g.clone() if g is m else g  # who writes into the estimate changes no state
         return g, ServerState(
             m, a, last, rounds if self.server_momentum == 0 and not self._undoes else rounds + 1

@@ -19,6 +19,7 @@ from lightning_byz.engine.server_side import ServerSide
 from lightning_byz.engine.simulation import HONEST, Honest
 from lightning_byz.engine.worker_side import BucketedMessages, WorkerSide
 from lightning_byz.numerics.finite import all_finite
+from lightning_byz.numerics.memory import same_memory
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.transports import Awaited, Message, Transport, Verdict
 from lightning_byz.types import Payload, Round
@@ -143,7 +144,7 @@ class Exchange:
         return Awaited(cohort - need, next(enough, need), self.algorithm.full_gradient(round))
 
     @torch.no_grad()
-    def open(self, x: Tensor) -> BucketedMessages | None:
+    def open(self, x: Tensor, spend: bool = False) -> BucketedMessages | None:
         """Begins the next round, so that buckets of the local workers' messages may leave before
         their gradients are complete.
 
@@ -152,15 +153,18 @@ class Exchange:
 
         Args:
             x: as in `run`.
+            spend: as in `run`.
         """
         workers, _ = self._sides(x)
         self._meet()
-        self._opened = self._bucketed(workers, self.next_round(x), x)
+        self._opened = self._bucketed(workers, self.next_round(x), x, spend)
         return self._opened
 
-    def _bucketed(self, workers: WorkerSide, round: Round, x: Tensor) -> BucketedMessages | None:
+    def _bucketed(
+        self, workers: WorkerSide, round: Round, x: Tensor, spend: bool
+    ) -> BucketedMessages | None:
         whole = self.simulation.forges  # who lies sees the others' whole messages first
-        return None if whole else workers.bucketed(self.transport, round, x)
+        return None if whole else workers.bucketed(self.transport, round, x, spend)
 
     @property
     def place(self) -> str:
@@ -182,16 +186,23 @@ class Exchange:
 
     @torch.no_grad()
     def run(
-        self, contributions: Sequence[Contribution], x: Tensor, trusted: Tensor | None = None
+        self,
+        contributions: Sequence[Contribution],
+        x: Tensor,
+        trusted: Tensor | None = None,
+        spend: bool = False,
     ) -> Outcome:
         """One round.
 
         Args:
-            contributions: one for each local worker, in order. Gradients are not modified.
+            contributions: one for each local worker, in order. Gradients are not modified, unless
+                they are to be spent.
             x: ``[d]``, the parameters; for algorithms that do not need the drift, any vector of
                 their size, dtype and device.
             trusted: ``[d]`` a gradient on trusted data; rank 0's counts. None, on all ranks, if
                 there is none.
+            spend: messages may take the place of gradients, and the estimate that of the only
+                local worker's.
 
         Returns:
             the outcome. Its estimate is the same on every rank. If it has none, no state has
@@ -202,18 +213,20 @@ class Exchange:
             self._meet()
         round = self._agreed(self.next_round(x), trusted)
         codec, down = self.algorithm.codec(round), self.algorithm.downlink(round)
-        buckets = self._opened or self._bucketed(workers, round, x)
+        buckets = self._opened or self._bucketed(workers, round, x, spend)
         self._opened = None
         transport, quarantined = self.transport, frozenset(self.quarantined)
         sent: Mapping[int, Payload] = MappingProxyType({})
         if buckets is not None:
             received, message, states = buckets.close(contributions)
-            outcome = server.judge(received, message, down, round, x, quarantined)
+            spare = _spare(contributions, ()) if spend else None
+            outcome = server.judge(received, message, down, round, x, quarantined, spare)
         else:
             messages, states, sent = workers.whole(contributions, round, x)
             if transport.serves:
                 received = self.simulation.received(messages, codec, round, server, self.index)
-                outcome = server.judge(received, messages[0], down, round, x, quarantined)
+                spare = _spare(contributions, messages) if spend else None
+                outcome = server.judge(received, messages[0], down, round, x, quarantined, spare)
             else:
                 verdict = transport.submit(messages, codec, down, len(x), x.dtype, round)
                 outcome = self._told(verdict, down, round, messages[0])
@@ -357,3 +370,13 @@ class Exchange:
         if self.dim is None:
             return {}
         return {w: self.algorithm.rejoined(x, self.server, w)._asdict() for w in workers}
+
+
+def _spare(contributions: Sequence[Contribution], messages: Sequence[Message]) -> Tensor | None:
+    """The only local worker's gradient, if none of these messages lies in its memory."""
+    if len(contributions) != 1 or contributions[0].grads is None:
+        return None
+    grads = contributions[0].grads
+    payloads = (tensor for message in messages for tensor in message.payload)
+    kept = [*payloads] if grads.previous is None else [*payloads, grads.previous]
+    return None if any(same_memory(grads.current, t) for t in kept) else grads.current

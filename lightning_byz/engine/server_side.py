@@ -25,7 +25,7 @@ from lightning_byz.engine.state_layout import (
     copied,
     piece_of,
 )
-from lightning_byz.numerics.memory import TensorPool, empty_rows, places_of, side_by_side
+from lightning_byz.numerics.memory import Lender, TensorPool, empty_rows, places_of, side_by_side
 from lightning_byz.numerics.rows import AnyRows, Rows
 from lightning_byz.transports import Message, Received, Transport, Verdict
 from lightning_byz.types import Payload, Round
@@ -40,6 +40,7 @@ class _Heard(NamedTuple):
         decode: makes the rows.
         down: the format of the answer.
         round: with ``present`` set.
+        out: ``[d]`` memory for the whole estimate; None: it comes in memory of its own.
     """
 
     received: Received
@@ -47,6 +48,7 @@ class _Heard(NamedTuple):
     decode: Callable[[], Rows]
     down: Compressor
     round: Round
+    out: Tensor | None
 
 
 class ServerSide:
@@ -77,8 +79,8 @@ class ServerSide:
         mine = transport.columns(like)
         self.state: Any = algorithm.init_server(mine, n) if transport.serves else None
         self.last: Tensor | None = None
-        self.whole: Tensor | None = None  # memory for an estimate that comes in shares
         self.pool = TensorPool()
+        self._lender = Lender()
         self._rows: Tensor | None = None
         self._plan: _Plan | None = None
 
@@ -95,6 +97,7 @@ class ServerSide:
         round: Round,
         x: Tensor,
         quarantined: frozenset[int],
+        spare: Tensor | None = None,
     ) -> Outcome:
         """What comes of a round's messages; the others are told.
 
@@ -105,6 +108,7 @@ class ServerSide:
             round: the round.
             x: ``[d]``, for its size, dtype and device.
             quarantined: workers whose messages do not count.
+            spare: ``[d]`` memory that the estimate may lie in.
         """
         if round.measured:
             round = round._replace(arrivals=self.transport.arrivals())
@@ -145,7 +149,8 @@ class ServerSide:
         )
         answer: Payload | None = None
         try:
-            estimate, answer = self._answer(_Heard(received, blank, decode, down, round))
+            out = self._room(x, spare)
+            estimate, answer = self._answer(_Heard(received, blank, decode, down, round, out))
         except TooFewRowsError as error:
             # so that some honest worker says so
             nobody = not bool(spoke.any()) and int(idle.sum()) > (rule.f or 0)
@@ -208,27 +213,35 @@ class ServerSide:
         """The whole estimate as a worker decodes it, and the payload that told it; and the new
         state.
         """
-        round, values = heard.round, heard.blank.values
+        round = heard.round
         assert round.present is not None
-        shape_fits = self.whole is not None and self.whole.shape == (self.dim,)
-        if self.transport.in_shards and not shape_fits:
-            self.whole = torch.empty(self.dim, dtype=values.dtype, device=values.device)
         payloads = [heard.received.messages[w].payload for w in _indices(round.present)]
         answer = self.algorithm.tally(payloads, heard.blank, round)
         if answer is not None:
-            return self.spread(answer, heard.down)
+            return self.spread(answer, heard)
         if self._plan is None:
             self._plan = _plan(self, heard.down)
         return self._plan.answer(heard)
 
-    def spread(self, answer: Payload, down: Compressor) -> tuple[Tensor, Payload]:
+    def _room(self, like: Tensor, spare: Tensor | None) -> Tensor | None:
+        """Memory for a whole estimate that comes in shares, or that differs from the last one in
+        few coordinates; None: it comes in memory of its own.
+        """
+        if self.transport.in_shards:
+            return self._lender(like) if spare is None else spare
+        # a server may still be sending the estimate before
+        copied = self.algorithm.changes_few and not self.transport.measured
+        return self._lender(like) if copied else None
+
+    def spread(self, answer: Payload, heard: _Heard) -> tuple[Tensor, Payload]:
         """The whole estimate as a worker decodes it, and the payload that told it.
 
         Args:
             answer: this rank's columns of it, encoded.
-            down: the format of the answer.
+            heard: what it is made of.
         """
-        whole, told = self.transport.spread(answer, down, self.dim, self.dtype, self.whole)
+        out = heard.out if self.transport.in_shards else None
+        whole, told = self.transport.spread(answer, heard.down, self.dim, self.dtype, out)
         if self.algorithm.changes_few:
             self.last = whole.clone()
         return whole, told
@@ -439,7 +452,7 @@ class Whole(_Plan):
         side = self.side
         estimate = side.estimate(heard, side.named(heard))
         answer = heard.down.encode(estimate, heard.round.shared("downlink", estimate.device))
-        return side.spread(answer, heard.down)
+        return side.spread(answer, heard)
 
 
 class Revised(Whole):
@@ -464,13 +477,9 @@ class Revised(Whole):
             index = places_of(estimate != transport.columns(last))
             numbers = estimate[index]
         answer = transport.revise(index, numbers, last)
-        # who writes into the estimate changes no state; a server may still be sending the one
-        # before
-        if side.whole is None or transport.measured:
-            side.whole = last.clone()
-        else:
-            side.whole.copy_(last)
-        return side.whole, heard.down.encode(side.whole) if answer is None else answer
+        # who writes into the estimate changes no state
+        whole = last.clone() if heard.out is None else heard.out.copy_(last)
+        return whole, heard.down.encode(whole) if answer is None else answer
 
 
 class InPieces(_Plan):
@@ -484,7 +493,7 @@ class InPieces(_Plan):
             before = piece_of(side.state, place, place + size, width, side.columns)
             estimate, state = algorithm.server(piece, before, round)
             if downlink is None:  # there will be an estimate
-                downlink = side.transport.downlink(side.dim, rows.values, side.whole)
+                downlink = side.transport.downlink(side.dim, rows.values, heard.out)
             downlink.send(estimate)
             states.append(state)
             place += size

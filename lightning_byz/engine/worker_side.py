@@ -33,7 +33,7 @@ from lightning_byz.engine.state_layout import (
 )
 from lightning_byz.engine.workers_together import WorkersTogether
 from lightning_byz.numerics.finite import all_finite
-from lightning_byz.numerics.memory import TensorPool
+from lightning_byz.numerics.memory import TensorPool, one_after_the_other
 from lightning_byz.transports import Message, Received, Transport, Uplink
 from lightning_byz.types import Gradients, Payload, Round
 
@@ -61,9 +61,17 @@ class WorkerSide:
         self._pool = TensorPool()
         self._together = WorkersTogether(self._columns, self._pool)
 
-    def bucketed(self, transport: Transport, round: Round, x: Tensor) -> BucketedMessages | None:
+    def bucketed(
+        self, transport: Transport, round: Round, x: Tensor, spend: bool
+    ) -> BucketedMessages | None:
         """The coming round's messages in buckets; None where the algorithm or the transport wants
         whole ones.
+
+        Args:
+            transport: a connected transport.
+            round: the round.
+            x: ``[d]``, for its size, dtype and device.
+            spend: messages may take the place of gradients.
         """
         if not (self.algorithm.coordinate_wise and transport.serves):
             return None
@@ -73,7 +81,7 @@ class WorkerSide:
             return None
         check = self.unchecked > 0
         return BucketedMessages(
-            self.algorithm, round, uplink, self.states, self._columns, self._pool, x, check
+            self.algorithm, round, uplink, self.states, self._columns, self._pool, x, spend, check
         )
 
     def whole(
@@ -210,6 +218,7 @@ class BucketedMessages:
         columns: of every tensor of a state, whether its last dimension is that of the coordinates.
         room: memory for its next state, which is written piece by piece.
         x: ``[d]``, for its size, dtype and device.
+        spend: messages may take the place of gradients.
         check: look at the states that the algorithm makes.
 
     Attributes:
@@ -227,9 +236,10 @@ class BucketedMessages:
         columns: Sequence[bool],
         room: TensorPool,
         x: Tensor,
+        spend: bool,
         check: bool = False,
     ) -> None:
-        self.check = check
+        self.check, self.spend = check, spend
         self.algorithm, self.round, self.uplink, self.dim = algorithm, round, uplink, len(x)
         self.codec = algorithm.codec(round)
         self.like = x[:0]
@@ -288,7 +298,7 @@ class BucketedMessages:
     @torch.no_grad()
     def send(self, grads: Sequence[Tensor | None]) -> None:
         """The next bucket of every local worker's gradient; None for those that have none. They are
-        to be left alone until the round ends.
+        to be left alone until the round ends, and may be written into if they are spent.
         """
         first, last = self.uplink.buckets[self.uplink.sent]
         payloads = []
@@ -307,9 +317,7 @@ class BucketedMessages:
                 self._block(worker, g[a - first : b - first], a, b)
                 for a, b in itertools.pairwise(cuts)
             ]
-            payloads.append(
-                blocks[0] if len(blocks) == 1 else tuple(map(torch.cat, zip(*blocks, strict=True)))
-            )
+            payloads.append(tuple(map(one_after_the_other, zip(*blocks, strict=True))))
         self.uplink.send(payloads)
 
     def _block(self, worker: int, g: Tensor, first: int, last: int) -> Payload:
@@ -325,6 +333,7 @@ class BucketedMessages:
         round = self.round._replace(
             worker=worker,
             room=lambda old: places[id(old)] if id(old) in places else torch.empty_like(old),
+            sent=(lambda gradient: gradient) if self.spend else torch.empty_like,
         )
         payload, after = self.algorithm.worker(Gradients(g), before, round)
         if self.check:

@@ -45,6 +45,27 @@ def side_by_side(vectors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.as_strided(first, (len(vectors), len(first)), (gap, 1))
 
 
+def one_after_the_other(pieces: Sequence[Tensor]) -> Tensor:
+    """Vectors as one: without a copy where they follow each other in one storage."""
+    first, place = pieces[0], pieces[0].storage_offset()
+    for piece in pieces:
+        if (
+            piece.dim() != 1
+            or piece.stride() != (1,)
+            or piece.dtype != first.dtype
+            or piece.storage_offset() != place
+            or not same_memory(piece, first)
+        ):
+            return torch.cat(tuple(pieces))
+        place += len(piece)
+    return torch.as_strided(first, (place - first.storage_offset(),), (1,))
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in one storage."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def end_to_end(rows: Tensor) -> Tensor | None:
     """Rows ``[n, d]`` of memory as one vector ``[n * width]`` without a copy, width being their
     distance: with what lies between them. None where the memory ends before.
@@ -63,6 +84,29 @@ def places_of(mask: Tensor) -> Tensor:
         if mask.device.type == "cpu"
         else mask.nonzero().flatten()
     )
+
+
+class Lender:
+    """Memory for one vector after the other, because fresh memory is slow: a vector's is lent again
+    once no tensor looks at it any more. On accelerators the allocator does that.
+    """
+
+    def __init__(self) -> None:
+        # memory, and what lives as long as a tensor looks at it
+        self._known: list[tuple[Tensor, weakref.ref[np.ndarray]]] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Memory for a vector of this shape, dtype and device."""
+        if like.device.type != "cpu":
+            return torch.empty_like(like)
+        free = [memory for memory, user in self._known if user() is None]
+        memory = next((each for each in free if each.numel() == like.nbytes), None)
+        if memory is None:
+            memory = torch.empty(like.nbytes, dtype=torch.uint8)
+        user = memory.numpy()
+        in_use = [(each, user) for each, user in self._known if user() is not None]
+        self._known = [*in_use, (memory, weakref.ref(user))]
+        return torch.from_numpy(user).view(like.dtype)
 
 
 class TensorPool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_byz.numerics.memory import empty_rows
+from lightning_byz.numerics.memory import Lender, empty_rows, same_memory
 
 
 class FlatParameters:
@@ -31,6 +31,7 @@ class FlatParameters:
         self.dtype = reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._rows: Tensor | None = None
+        self._lender = Lender()
 
     @property
     def nbytes(self) -> int:
@@ -52,19 +53,32 @@ class FlatParameters:
         """An empty vector ``[d]`` of the right dtype and device."""
         return torch.empty(self.dim, dtype=self.dtype, device=self.device)
 
+    def blank(self) -> Tensor:
+        """A vector ``[d]`` of the right dtype and device, whose numbers are not stored."""
+        return torch.empty(1, dtype=self.dtype, device=self.device).expand(self.dim)
+
     def used(self) -> Tensor:
         """``[P]`` bool: the parameters that have a gradient."""
         return torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.bool)
 
     def rows(self, workers: int) -> Tensor:
         """Room for the gradients of so many workers, ``[workers, d]``: the same in every step,
-        because fresh memory is slow.
+        because fresh memory is slow, unless gradients have been put there (`write_gradients`) that
+        are still looked at.
         """
         if self._rows is None or len(self._rows) != workers:
-            self._rows = empty_rows(
-                workers, self.dim, torch.empty(0, dtype=self.dtype, device=self.device)
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            self._rows = (
+                self._lender(like.new_empty(self.dim))[None]
+                if workers == 1
+                else empty_rows(workers, self.dim, like)
             )
         return self._rows
+
+    def part_with(self, flat: Tensor) -> None:
+        """A vector's memory is that of gradients from now on, and no longer room for others."""
+        if self._rows is not None and same_memory(flat, self._rows):
+            self._rows = None
 
     def read_gradients(self, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """The gradients as a vector ``[d]``, times ``scale``; 0 where a parameter has none.
@@ -111,6 +125,7 @@ class FlatParameters:
 
         ``views``: gradients may lie in the vector's own memory, which then is theirs.
         """
+        self.part_with(flat)
         for piece, p, is_used in zip(
             torch.split(flat, self.sizes), self.parameters, used, strict=True
         ):

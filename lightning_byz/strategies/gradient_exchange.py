@@ -37,7 +37,7 @@ def exchange_gradients(
         if not exchange.announced:
             strategy.processes.move_on()
         trusted = workers.extra.trusted if group is strategy.groups[0] else None
-        outcome = exchange.run(contributions, parameters_of_round(group), trusted)
+        outcome = exchange.run(contributions, parameters_of_round(group), trusted, spend=True)
 
     parameters, f = len(layout.parameters), outcome.rule.f or 0
     used, touched = outcome.used[:parameters], outcome.used[parameters:]

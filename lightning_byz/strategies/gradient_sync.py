@@ -126,8 +126,8 @@ class GradientGroup:
         return self.layout or self._flat([p for p in self.parameters() if p.requires_grad])
 
     def example(self) -> Tensor:
-        """An empty vector of the size, dtype and device of a gradient."""
-        return self.present().like()
+        """A vector of the size, dtype and device of a gradient, whose numbers are not stored."""
+        return self.present().blank()
 
     def parameters_now(self) -> Tensor:
         """The parameters' values ``[d]``."""

@@ -57,7 +57,7 @@ class Overlap:
     def during_backward(self) -> Iterator[None]:
         """The last backward pass before the exchange."""
         in_pieces = self.exchange.algorithm.coordinate_wise and not self.broken
-        self._upload = self.exchange.open(self.layout.like()) if in_pieces else None
+        self._upload = self.exchange.open(self.layout.blank(), spend=True) if in_pieces else None
         device = self.layout.device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._written, self._late = set(), False

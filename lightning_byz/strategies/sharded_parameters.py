@@ -156,6 +156,7 @@ class ShardedParameters(FlatParameters):
         self, flat: Tensor, used: Sequence[bool], scale: float = 1.0, views: bool = False
     ) -> None:
         """All ranks of the replica call it."""
+        self.part_with(flat)
         for p, part, is_used in zip(self.parameters, self.parts(flat), used, strict=True):
             if not is_used:
                 p.grad = None

@@ -80,7 +80,8 @@ def _trained(algorithm: Algorithm, transport: Transport, nan: bool = False) -> d
     exchange = Exchange(algorithm, transport, seed=5)
     x, estimates, present, used = torch.zeros(_DIM), [], [], []
     for k in range(_ROUNDS):
-        outcome = exchange.run([_contribution(w, k, nan) for w in transport.workers], x)
+        said = [_contribution(w, k, nan) for w in transport.workers]
+        outcome = exchange.run(said, x, spend=transport.in_shards)
         assert outcome.estimate is not None and outcome.round.present is not None
         estimates.append(outcome.estimate.clone())
         present.append(outcome.round.present.clone())
