@@ -507,6 +507,18 @@ def test_valid_refuses_indices_that_are_outside_repeated_or_unsorted(compressor,
     assert bool(compressor.valid(payload, D_WIRE)) == valid
 
 
+@pytest.mark.parametrize("levels", [1, 2, 4, 100])
+def test_valid_refuses_codes_beyond_the_levels(levels):
+    """0 to 2s say something; bits have room for more."""
+    codec, d = QSGD(levels=levels), 7
+    for code in range(2**codec.width):
+        for place in (0, d - 1):
+            codes = torch.zeros(d, dtype=torch.uint8)
+            codes[place] = code
+            payload = pack_bits(codes, codec.width), torch.ones(1)
+            assert bool(codec.valid(payload, d)) == (code <= 2 * levels)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @each(COMPRESSORS)
 def test_valid_refuses_numbers_that_are_not_finite(case, bad):

@@ -682,6 +682,22 @@ def test_training_that_stops_in_the_middle_of_a_phase_ends_it(ranks: bool, tmp_p
     torch.testing.assert_close(ends[0], flat(expected), rtol=1e-5, atol=1e-6)
 
 
+def test_the_last_validation_is_of_what_training_ends_with(tmp_path: Path) -> None:
+    """The last phase ends with the last batch, where that is known beforehand, and not after it."""
+
+    class Sees(L.Callback):
+        def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
+            self.seen = flat(module.net).clone()
+
+    sees, net = Sees(), Net()
+    validated = {"callbacks": [sees], "limit_val_batches": 1}
+    report, *_ = train(tmp_path, net, 3, False, 7, local_steps=3, **validated)
+    final = torch.cat([v.flatten().double() for v in report["weights"].values()])
+    assert torch.equal(sees.seen, final)
+    expected = diloco(copy.deepcopy(net.net), Parts(3, 7).batches(), 3, 3, net.make, DILOCO)
+    torch.testing.assert_close(final, flat(expected), rtol=1e-5, atol=1e-6)
+
+
 # -- checkpoints -----------------------------------------------------------------------------------
 
 

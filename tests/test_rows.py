@@ -256,6 +256,16 @@ def test_a_center_is_one_of_these_rows(center):
         Rows(rows_for(5, 20, dtype=torch.float32)).squared_distances_to(center)
 
 
+@pytest.mark.parametrize("d", [100, 8_192, 20_000, 600_000])
+def test_products_without_kernels_count_all_columns(d):
+    x = rows_for(3, d, dtype=torch.float32)
+    with kernels.switched_off():
+        found = Rows(x).gram()
+    wide = x.double()
+    lengths = wide.norm(dim=1)
+    assert ((found - wide @ wide.T).abs() <= 1e-6 * lengths[:, None] * lengths).all()
+
+
 def test_no_rows_have_no_products():
     assert Rows(torch.zeros(0, 5)).squared_distances().shape == (0, 0)
 
