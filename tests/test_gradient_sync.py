@@ -364,6 +364,54 @@ def test_aggregates_that_come_in_shards_add_up(way: str, tmp_path: Path) -> None
     assert_close(runs[0], runs[1])
 
 
+class Halves(ByHand):
+    """Two halves of a batch, exchanged one after the other, with zeroed gradients in between or
+    not.
+    """
+
+    def __init__(self, zeroed: bool) -> None:
+        super().__init__()
+        self.zeroed, self.estimates = zeroed, []
+
+    def on_fit_start(self) -> None:
+        (exchange,) = self.trainer.strategy.exchanges
+        exchange.observers.append(lambda outcome: self.estimates.append(outcome.estimate.clone()))
+
+    def step(self, batch: Batch, batch_idx: int) -> None:
+        self.zero_grad()
+        for half in (0, 1):
+            if half and self.zeroed:
+                self.zero_grad()
+            self.manual_backward(self.loss([part[half::2] for part in batch]))
+
+
+@processes
+@pytest.mark.parametrize("transport", [AllGather, Sharded])
+def test_what_is_sent_holds_no_aggregate(transport: Any, tmp_path: Path) -> None:
+    """A momentum of workers would remember it."""
+    seen = []
+    for zeroed in (False, True):
+        L.seed_everything(1, verbose=False)
+        strategy = ByzantineRobustStrategy(
+            RobustSGD(Mean(), worker_momentum=0.9),
+            transport(),
+            num_byzantine=0,
+            start_method="fork",
+        )
+        run = fit(
+            tmp_path,
+            Halves(zeroed),
+            strategy,
+            devices=2,
+            data=loader(24),
+            extra=lambda _, module: module.estimates,
+        )
+        seen.append(run[0]["extra"])
+    assert len(seen[0]) >= 4
+    for kept, zeroed in zip(*seen, strict=True):
+        torch.testing.assert_close(kept, zeroed, rtol=1e-5, atol=1e-7)
+
+
 class Keeps(Plain):
     """Keeps all gradients, without a copy."""
 

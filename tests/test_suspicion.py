@@ -220,6 +220,20 @@ def test_two_that_copy_a_third_do_not_make_the_others_gross() -> None:
         assert test.accused <= {3, 4}
 
 
+def test_who_is_far_beside_one_worker_alone_is_not_gross() -> None:
+    """One stands in the middle of five others, which are twice as far from each other; three are
+    150 times as far from it. Who is where changes.
+    """
+    test, generator = SuspicionTest(9, 2), torch.Generator().manual_seed(0)
+    for _ in range(40):
+        side, *far = torch.linalg.qr(torch.randn(64, 4, generator=generator))[0].T
+        around = [torch.zeros(64), *[side] * 3, *[-side] * 2]
+        places = torch.stack([*around, *(150 * direction for direction in far)])
+        rows = 1e4 * torch.randn(64, generator=generator) + places
+        test.observe(rows[torch.randperm(9, generator=generator)])
+    assert not test.accused
+
+
 def test_rows_of_the_same_bits_accuse_nobody_and_another_direction_is_found() -> None:
     """Replicated data: distances are rounding errors, and a liar with a usual norm is infinitely
     farther.
