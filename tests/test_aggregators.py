@@ -225,6 +225,13 @@ def assert_near_the_honest(out, honest, n):
     assert torch.linalg.vector_norm(out - honest.mean(0)) <= (1 + n**0.5) * diameter + rounding
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e150])
+@each(RULES)
+def test_rows_of_any_size_have_a_result(case, size):
+    """Whatever lengths its settings are meant for."""
+    assert set_up(case)(rows_for(N, D) * size).isfinite().all()
+
+
 @each(ROBUST_RULES)
 @pytest.mark.parametrize("junk", JUNK)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

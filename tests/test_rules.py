@@ -429,6 +429,17 @@ def test_monna_needs_the_row_it_trusts():
         MoNNA(f=2, trusted=7)(x)
 
 
+def test_monna_finds_the_row_it_trusts_among_other_numbers():
+    """Rows that were made of those that speak, clipped ones say, are still their workers'."""
+    x = rows_for(7, 5)
+    speaking = torch.tensor([False, True, True, False, True, True, True])
+    made = Rows(x).select(speaking)
+    made = made.with_values(2 * made.dense()).select(torch.tensor([4, 3, 2, 1]))
+    assert made.workers.tolist() == [6, 5, 4, 2]
+    weights = MoNNA(f=1, trusted=2).weights(made.mix(torch.eye(4)))
+    torch.testing.assert_close(weights, MoNNA(f=1, trusted=3).weights(Rows(2 * x[[6, 5, 4, 2]])))
+
+
 @pytest.mark.parametrize(
     ("tie", "expected"), [("plus_one", {1.0}), ("zero", {0.0}), ("random", {1.0, -1.0})]
 )

@@ -199,6 +199,7 @@ def _weighted_median(products: Tensor, trust: Tensor) -> Tensor:
 
 def _simplex_weights(distances: Tensor, strength: float) -> Tensor:
     """``argmin over a in the simplex of sum_i a_i d_i + strength / 2 ||a||^2``."""
+    distances = distances - distances.min()  # changes no weight, and keeps the digits of strength
     ordered = distances.sort().values
     levels = (ordered.cumsum(0) + strength) / torch.arange(
         1, len(ordered) + 1, device=ordered.device

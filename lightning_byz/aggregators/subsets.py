@@ -99,9 +99,9 @@ class MoNNA(WeightedAggregator):
 
     def _position(self, rows: Rows) -> int:
         """Where the trusted row is among those that take part."""
-        if rows.index is None:
+        if rows.workers is None:
             return self.trusted
-        here = (rows.index == self.trusted).nonzero()
+        here = (rows.workers == self.trusted).nonzero()
         if len(here) == 0:
             raise TooFewRowsError(
                 f"MoNNA trusts worker {self.trusted}, whose row is silent in this round."

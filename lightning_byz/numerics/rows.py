@@ -100,6 +100,7 @@ class Rows:
     Attributes:
         values: ``[n_stored, d_local]``; never modified.
         index: the stored rows that take part, in order, or None for all. Selecting copies nothing.
+        workers: ``[n]`` whose rows these are; None: those of workers 0, 1, ... in order.
         mixing: ``[n, n_taking_part]`` float64; row i of the result is
             ``sum_j mixing[i, j] * row_j``, made block by block.
         total: adds up a small tensor over the ranks that hold the other slices.
@@ -129,6 +130,7 @@ class Rows:
 
     values: Tensor
     index: Tensor | None = None
+    workers: Tensor | None = None
     mixing: Tensor | None = None
     total: Callable[[Tensor], Tensor] = _identity
     agree: Callable[[Tensor], Tensor] = _identity
@@ -220,7 +222,14 @@ class Rows:
         quarantined = (
             None if self.quarantined is None else self.quarantined[keep.to(self.quarantined.device)]
         )
-        chosen = replace(self, shares=shares, exposed=exposed, quarantined=quarantined)
+        workers = torch.arange(len(self)) if self.workers is None else self.workers
+        chosen = replace(
+            self,
+            workers=workers[keep.to(workers.device)],
+            shares=shares,
+            exposed=exposed,
+            quarantined=quarantined,
+        )
         if self.mixing is not None:
             return replace(chosen, mixing=self.mixing[keep.to(self.mixing.device)])
         keep = keep.to(self.values.device)
@@ -242,6 +251,7 @@ class Rows:
         return replace(
             self,
             mixing=weights if self.mixing is None else weights @ self.mixing,
+            workers=self.workers if len(weights) == len(self) else None,
             shares=None,
             exposed=None,
             quarantined=None,
@@ -391,9 +401,10 @@ class Rows:
 
     def with_values(self, values: Tensor) -> Rows:
         """Other rows ``[m, d_local]`` of which all else is as of these: columns, random stream,
-        shares.
+        shares; and if there are as many, whose they are.
         """
-        return replace(self, values=values, index=None, mixing=None)
+        workers = self.workers if len(values) == len(self) else None
+        return replace(self, values=values, index=None, workers=workers, mixing=None)
 
     @property
     def stream(self) -> torch.Generator:
