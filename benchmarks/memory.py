@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from _runs import machine, markdown, write_csv
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from step import METHODS, Module
+from step import METHODS
+from tasks import Classifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -86,7 +87,7 @@ def train(method: str, rank: int, world: int) -> None:
     data = TensorDataset(torch.randn(2 * STEPS, WIDTH), torch.randint(10, (2 * STEPS,)))
     net = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)])
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    trainer.fit(Module(net), DataLoader(data, batch_size=2))
+    trainer.fit(Classifier(net), DataLoader(data, batch_size=2))
     most = torch.tensor([peak.peak])
     dist.all_reduce(most, dist.ReduceOp.MAX)
     if rank == 0:

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from _runs import machine, markdown, write_csv
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from tasks import TASKS
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.utils.data import DataLoader, TensorDataset
@@ -57,66 +57,6 @@ from lightning_byz import (
 from lightning_byz.lightning import ByzantineRobustStrategy
 
 WARM_UP = 2
-
-
-Samples = tuple[Tensor, Tensor]
-
-
-def resnet18() -> nn.Module:
-    """11.2 million parameters."""
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=10)
-
-
-def images() -> Samples:
-    """64 of 32 x 32, of ten classes."""
-    return torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
-
-
-class Transformer(nn.Module):
-    """11.4 million parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-        self.embed, self.layers, self.head = (
-            nn.Embedding(1000, 384),
-            nn.TransformerEncoder(layer, 6),
-            nn.Linear(384, 1000),
-        )
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.layers(self.embed(tokens)).mean(1))
-
-
-def sentences() -> Samples:
-    """64 of 32 tokens, with the token to tell."""
-    return torch.randint(1000, (64, 32)), torch.randint(1000, (64,))
-
-
-def logistic_regression() -> nn.Module:
-    """248 parameters."""
-    return nn.Linear(123, 2)
-
-
-def features() -> Samples:
-    """64 of 123 numbers, of two classes."""
-    return torch.randn(64, 123), torch.randint(2, (64,))
-
-
-def small_layers() -> nn.Module:
-    """34 layers, 36,930 parameters."""
-    hidden = [layer for _ in range(32) for layer in (nn.ReLU(), nn.Linear(32, 32))]
-    return nn.Sequential(nn.Linear(123, 32), *hidden, nn.Linear(32, 2))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Samples]]] = {
-    "resnet18": (resnet18, images),
-    "transformer": (Transformer, sentences),
-    "logistic regression": (logistic_regression, features),
-    "34 small layers": (small_layers, features),
-}
 
 
 class Hooked(DDPStrategy):
@@ -182,18 +122,6 @@ COLUMNS = ["setting", "machine", "threads_per_rank", "model", "ranks", "method",
 COLUMNS += ["step_over_ddp", "exposed_ms", "exposed_over_ddp", "aim", "mb_sent", "bytes_over_ddp"]
 
 
-class Module(L.LightningModule):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
-
-
 class Clock(L.Callback):
     """When every step ended, and how many bytes had left by then."""
 
@@ -220,11 +148,11 @@ def steps_of(
     """Seconds and bytes of this many steps of a method. Every rank has samples of its own: equal
     messages would be cheaper to compare, and to revise.
     """
-    build, draw = MODELS[model]
+    task = TASKS[model]
     torch.manual_seed(0)
-    net = build()
+    module = task.module()
     torch.manual_seed(1 + dist.get_rank())
-    tensors = draw()
+    tensors = task.draw()
     clock, alone = Clock(), method == "no communication"
     loader = DataLoader(TensorDataset(*tensors), batch_size=batch_size)
     trainer = L.Trainer(
@@ -240,10 +168,10 @@ def steps_of(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[clock],
+        callbacks=[*task.callbacks(), clock],
     )
     dist.barrier()
-    trainer.fit(Module(net), loader)
+    trainer.fit(module, loader)
     dist.barrier()
     after = range(WARM_UP, len(clock.times))
     return [clock.times[i] - clock.times[i - 1] for i in after], [
@@ -315,7 +243,7 @@ def table(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), help="these only, beside DDP"
     )
