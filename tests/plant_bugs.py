@@ -840,7 +840,7 @@ BUGS = [
         "engine/server_side.py",
         "(flags[:, 0] == SPEAKS) & round.cohort",
         "(flags[:, 0] == SPEAKS)",
-        "papers",
+        "papers exchange",
     ),
     Bug(
         "who is not sampled is called silent",

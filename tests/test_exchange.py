@@ -101,6 +101,29 @@ def same(a, b):
 # -- who counts ------------------------------------------------------------------------------------
 
 
+class Stopwatch(InProcess):
+    """Messages arrive when the test says so, and that is measured."""
+
+    measured = True
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = torch.tensor(seconds, dtype=torch.float64)
+
+    def arrivals(self):
+        return self.seconds
+
+
+def test_of_messages_that_are_there_only_those_of_the_first_k_count():
+    """More than k may have come by the time a round closes."""
+    transport = connected(transport=Stopwatch([3.0, 1.0, 9.0, 2.0, torch.inf]))
+    exchange = Exchange(DStar(DeviationFilter(f=1), k=3), transport, 0)
+    for step in range(3):
+        outcome = exchange.run(contributions(grads_of(step)), LIKE)
+        assert outcome.round.present.tolist() == [True, True, False, True, False]
+        assert torch.equal(outcome.round.cohort, outcome.round.present)
+
+
 def test_absent_workers_are_silent_and_the_rule_sees_the_others():
     grads = grads_of()
     outcome = Exchange(RobustSGD(CoordinateMedian(f=2)), connected(), 0).run(
