@@ -2228,7 +2228,7 @@ BUGS = [
         "ranks draw on",
         "strategies/processes.py",
         "        random_states.reset()\n",
-        "",
+        "        pass\n",
         "gradient_sync",
     ),
     Bug(
