@@ -675,9 +675,30 @@ BUGS = [
     Bug(
         "MoNNA trusts a place, not a worker",
         "aggregators/subsets.py",
-        "(rows.index == self.trusted)",
+        "(rows.workers == self.trusted)",
         "(torch.arange(len(rows)) == self.trusted)",
         "rules",
+    ),
+    Bug(
+        "clipped rows are nobody's",
+        "numerics/rows.py",
+        "workers = self.workers if len(values) == len(self) else None",
+        "workers = None",
+        "rules",
+    ),
+    Bug(
+        "memory is lent again while somebody looks at it",
+        "numerics/memory.py",
+        "free = [memory for memory, user in self._known if user() is None]",
+        "free = [memory for memory, _ in self._known]",
+        "gradient_sync",
+    ),
+    Bug(
+        "a message that lies in the gradient is written over",
+        "engine/exchange.py",
+        "return None if any(same_memory(grads.current, t) for t in kept) else grads.current",
+        "return grads.current",
+        "sharded",
     ),
     Bug(
         "a tie is a minus",
@@ -1423,7 +1444,7 @@ BUGS = [
     Bug(
         "momentum not corrected for its start",
         "algorithms/robust_sgd.py",
-        "m if correction == 1 else m / correction",
+        "m if correction == 1 else torch.div(m, correction, out=room())",
         "m.clone()",
         "algorithms",
     ),
