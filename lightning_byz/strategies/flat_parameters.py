@@ -76,7 +76,7 @@ class FlatParameters:
         return self._rows
 
     def part_with(self, flat: Tensor) -> None:
-        """A vector's memory is that of gradients from now on, and no longer room for others."""
+        """A vector's memory may be that of gradients from now on, and no longer room for others."""
         if self._rows is not None and same_memory(flat, self._rows):
             self._rows = None
 
