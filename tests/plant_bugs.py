@@ -880,8 +880,8 @@ BUGS = [
     Bug(
         "the previous parameters are not saved",
         "engine/exchange.py",
-        '"previous": self.previous}',
-        '"previous": None}',
+        '"previous": self.previous,',
+        '"previous": None,',
         "exchange",
     ),
     # gradients besides the minibatch's
@@ -1149,7 +1149,7 @@ BUGS = [
     Bug(
         "the spectral filter never filters",
         "aggregators/spectral.py",
-        "limit = (1 + self.share * n) * typical",
+        "limit = (1 + self._share(rows.unlike) * n) * typical",
         "limit = n * n * typical",
         "rules",
     ),
@@ -1198,8 +1198,8 @@ BUGS = [
     Bug(
         "heterogeneity is of one slice",
         "engine/heterogeneity.py",
-        "products = rows.sum(here @ here.T)",
-        "products = here @ here.T",
+        "products = rows.sum(now @ now.T)",
+        "products = now @ now.T",
         "heterogeneity",
     ),
     Bug(
@@ -1207,6 +1207,55 @@ BUGS = [
         "engine/heterogeneity.py",
         "data = max(0.0, self._between - self._within)",
         "data = self._between",
+        "heterogeneity",
+    ),
+    Bug(
+        "no rule is told how unlike data are",
+        "engine/server_side.py",
+        "unlike=self.heterogeneity.value",
+        "unlike=None",
+        "heterogeneity",
+    ),
+    Bug(
+        "the spectral filter's limit follows nothing",
+        "aggregators/spectral.py",
+        "part = (unlike - _ALIKE) / (_UNLIKE - _ALIKE)",
+        "part = 1.0",
+        "rules",
+    ),
+    Bug(
+        "a checkpoint forgets how unlike data are",
+        "engine/exchange.py",
+        'server_side.heterogeneity.load(server["experience"])',
+        "pass",
+        "heterogeneity",
+    ),
+    Bug(
+        "a checkpoint forgets the first round of a pair",
+        "engine/heterogeneity.py",
+        "last = self._last._replace(rows=total(self._last.rows).cpu())._asdict()",
+        "last = None",
+        "heterogeneity",
+    ),
+    Bug(
+        "a checkpoint has one rank's columns of a round",
+        "engine/server_side.py",
+        "return self.heterogeneity.state(None if apart else transport.total)",
+        "return self.heterogeneity.state(None if apart else lambda tensor: tensor)",
+        "guides",
+    ),
+    Bug(
+        "a closure's second evaluation is a new round",
+        "engine/exchange.py",
+        "self._server_side.heterogeneity.forget_last()",
+        "pass",
+        "heterogeneity",
+    ),
+    Bug(
+        "other workers' rows are taken for the last round's",
+        "strategies/resuming_with_others.py",
+        '{**saved["experience"], "last": None}',
+        'saved["experience"]',
         "heterogeneity",
     ),
     Bug(
@@ -2923,6 +2972,7 @@ def main(wanted: list[str]) -> int:
         for part in ("lightning_byz", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "docs").symlink_to(ROOT / "docs")  # tests run what pages say
         for bug in bugs:
             path, began = copy / "lightning_byz" / bug.file, time.monotonic()
             source = path.read_text()

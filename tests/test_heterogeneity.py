@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_byz.aggregators import (
     Mean,
     StaticClipping,
     TrimmedMean,
+    WeightedAggregator,
 )
 from lightning_byz.algorithms import ByzEF21SGDM, RobustSGD
 from lightning_byz.compressors import TopK
@@ -38,6 +40,8 @@ from lightning_byz.lightning import (
     DigitsDataModule,
     RobustnessMonitor,
 )
+from lightning_byz.numerics.rows import Rows
+from lightning_byz.strategies.resuming_with_others import adapted
 from lightning_byz.strategies.round_report import RoundReport
 from lightning_byz.transports import InProcess
 from lightning_byz.types import Gradients
@@ -53,8 +57,7 @@ def estimate(
     """
     transport = InProcess()
     transport.connect(0, 1, N, torch.device("cpu"))
-    exchange, found = Exchange(algorithm, transport, 0), Heterogeneity(algorithm)
-    exchange.observers.append(found.observe)
+    exchange = Exchange(algorithm, transport, 0)
     generator = torch.Generator().manual_seed(0)
     means = spread * torch.randn(N, D, generator=generator)
     used = torch.ones(1, dtype=torch.uint8)
@@ -63,7 +66,8 @@ def estimate(
         if liars is not None:
             rows[-3:] = liars
         exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0])
-    return found
+    assert exchange.heterogeneity is not None
+    return exchange.heterogeneity
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
@@ -97,16 +101,101 @@ def test_a_worker_that_was_away_is_left_out_of_a_change() -> None:
     transport = InProcess()
     transport.connect(0, 1, N, torch.device("cpu"))
     algorithm = RobustSGD(CoordinateMedian(f=2))
-    exchange, found = Exchange(algorithm, transport, 0), Heterogeneity(algorithm)
-    exchange.observers.append(found.observe)
+    exchange = Exchange(algorithm, transport, 0)
     for gradients in rows:
         exchange.run(
             [Contribution(Gradients(g), torch.ones(1, dtype=torch.uint8)) for g in gradients],
             gradients[0],
         )
+    found = exchange.heterogeneity
+    assert found is not None
     assert found.estimates == 3  # rounds 11, 21, 31
     assert found.value is not None
     assert found.value < 0.2
+
+
+@dataclass(frozen=True)
+class Asking(WeightedAggregator):
+    """A mean that remembers what it was told of the workers' data."""
+
+    f: int | None = 0
+    told: list[float | None] = field(default_factory=list)
+
+    def weights(self, rows: Rows) -> torch.Tensor:
+        self.told.append(rows.unlike)
+        return torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
+
+
+def run_rounds(exchange: Exchange, first: int, last: int, spread: float = 1.0) -> list[Any]:
+    """The states of the estimate after each of these rounds."""
+    means = spread * torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    used, states = torch.ones(1, dtype=torch.uint8), []
+    for step in range(first, last):
+        noise = torch.randn(N, D, generator=torch.Generator().manual_seed(step + 1))
+        exchange.run([Contribution(Gradients(row), used) for row in means + noise], means[0])
+        assert exchange.heterogeneity is not None
+        states.append(exchange.heterogeneity.state(lambda tensor: tensor))
+    return states
+
+
+def alone(algorithm: RobustSGD, n: int = N) -> Exchange:
+    transport = InProcess()
+    transport.connect(0, 1, n, torch.device("cpu"))
+    return Exchange(algorithm, transport, 0)
+
+
+def test_rules_are_told_what_earlier_rounds_have_shown() -> None:
+    rule = Asking()
+    exchange = alone(RobustSGD(rule, worker_momentum=0.5))
+    run_rounds(exchange, 0, 23)
+    first, second = rule.told[12], rule.told[22]
+    assert rule.told == [None] * 12 + [first] * 10 + [second]
+    assert first is not None
+    assert second not in (None, first)
+    assert second == exchange.heterogeneity.value  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("saved_at", range(9, 13))
+def test_a_resumed_run_estimates_what_the_uninterrupted_one_does(
+    saved_at: int, tmp_path: Path
+) -> None:
+    """Also between the two rounds that are looked at together."""
+    algorithm = RobustSGD(SpectralFilter(f=3), worker_momentum=0.5)
+    whole, resumed = alone(algorithm), alone(algorithm)
+    before = run_rounds(whole, 0, saved_at)[-1]
+    assert (before["last"] is not None) == (saved_at == 11)
+    torch.save((whole.server_state(), whole.worker_states()), tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load(*saved, torch.zeros(D))
+    ends = [run_rounds(exchange, saved_at, 23)[-1] for exchange in (whole, resumed)]
+    assert ends[0] == ends[1]
+    assert ends[0]["estimates"] == 2
+
+
+def test_a_closure_that_is_evaluated_again_is_no_next_round() -> None:
+    exchange = alone(RobustSGD(Mean(), worker_momentum=0.5))
+    run_rounds(exchange, 0, 10)
+    memory = exchange.memory()
+    run_rounds(exchange, 10, 11)
+    exchange.repeat(memory)
+    assert run_rounds(exchange, 11, 12)[-1]["estimates"] == 0
+    assert run_rounds(exchange, 12, 22)[-1]["estimates"] == 1
+
+
+def test_a_run_of_other_workers_keeps_the_estimate_but_no_rows() -> None:
+    algorithm = RobustSGD(Mean(), worker_momentum=0.5)
+    exchange, other = alone(algorithm), alone(algorithm, N + 1)
+    run_rounds(exchange, 0, 21)
+    server = [exchange.server_state()]
+    assert server[0]["experience"]["last"] is not None
+    saved = {"server": server, "workers": [exchange.worker_states()], "silences": {}}
+    saved |= {"workers_per_process": N, "rng": {}}
+    follow = [*range(N), None]
+    made = adapted(saved, follow, N + 1, [algorithm], [torch.zeros(D)])
+    other.load(made["server"][0], made["workers"][0], torch.zeros(D))
+    assert other.heterogeneity is not None
+    assert other.heterogeneity.state(None) == exchange.heterogeneity.state(None)  # type: ignore[union-attr]
+    assert other.heterogeneity.state(lambda tensor: tensor)["last"] is None
 
 
 # -- who is told -----------------------------------------------------------------------------------
@@ -118,22 +207,15 @@ class Found:
     def __init__(self, value: float | None, estimates: int = ENOUGH) -> None:
         self.value, self.estimates = value, estimates
 
-    def observe(self, outcome: Any) -> None:
-        pass
-
 
 def told(rule: Aggregator, *found: Found) -> list[str]:
     """What a run with this rule warns of."""
-
-    class Outcome:
-        def __init__(self) -> None:
-            self.rule = rule
 
     report = RoundReport(3)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for each in found:
-            report.note_heterogeneity(Outcome(), each)  # type: ignore[arg-type]
+            report.note_heterogeneity(each, rule)  # type: ignore[arg-type]
     return [str(warning.message) for warning in caught]
 
 

@@ -243,6 +243,35 @@ def test_the_spectral_filter_takes_weight_only_while_a_direction_holds_too_much(
         assert bool(trusted.all() if length < 0.8 else (~trusted).all())
 
 
+@pytest.mark.parametrize(
+    ("unlike", "share"),
+    [
+        (None, 0.15),
+        (0.0, 0.02),
+        (0.25, 0.02),
+        (0.3, 0.0525),
+        (0.35, 0.085),
+        (0.45, 0.15),
+        (1.0, 0.15),
+    ],
+)
+def test_the_spectral_filter_s_limit_follows_how_unlike_data_are(unlike, share):
+    """Four equal lies of ever other lengths: some are trusted with this limit and with no smaller
+    one.
+    """
+    honest, trusted = groups(each=1, kinds=16), []
+    for length in torch.linspace(0.3, 1.5, 25):
+        lie = torch.zeros(4, 200, dtype=torch.float64)
+        lie[:, 100] = length
+        rows = Rows(torch.cat([honest, lie]), unlike=unlike)
+        found = SpectralFilter(f=4).weights(rows)
+        torch.testing.assert_close(found, SpectralFilter(f=4, share=share).weights(rows))
+        trusted.append(float(found[-4:].sum()))
+        fixed = SpectralFilter(f=4, share=0.05).weights(Rows(rows.values))
+        assert torch.equal(SpectralFilter(f=4, share=0.05).weights(rows), fixed)
+    assert (min(trusted) > 0) == (share == 0.15)
+
+
 @pytest.mark.parametrize("f", [1, 3, 6])
 def test_equal_lies_move_the_spectral_filter_by_no_more_than_it_says(f):
     n, share = 20, 0.15

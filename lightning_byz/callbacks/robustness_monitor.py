@@ -107,7 +107,8 @@ class RobustnessMonitorCallback(_Base):
             if step % self.every_n_steps:
                 return {}
             values = self._measured(outcome, exchange, self._liars(strategy, step))
-            unlike = strategy.heterogeneity[strategy.exchanges.index(exchange)].value
+            found = exchange.heterogeneity
+            unlike = None if found is None else found.value
             return values if unlike is None else {**values, "byz/heterogeneity": unlike}
 
         self._log.watch(strategy.exchanges, measure)

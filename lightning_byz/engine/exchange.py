@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.algorithms.base import draw
 from lightning_byz.compressors import Compressor
+from lightning_byz.engine.heterogeneity import Heterogeneity
 from lightning_byz.engine.outcome import Contribution, Outcome
 from lightning_byz.engine.server_side import ServerSide
 from lightning_byz.engine.simulation import HONEST, Honest
@@ -86,10 +87,15 @@ class Exchange:
         """The server's state, or this rank's columns of it; None where it is not held."""
         return None if self._server_side is None else self._server_side.state
 
+    @property
+    def heterogeneity(self) -> Heterogeneity | None:
+        """How unlike the workers' data are; None before the first round."""
+        return None if self._server_side is None else self._server_side.heterogeneity
+
     def _start(self, like: Tensor) -> None:
         self.dim, self.previous, self._opened = len(like), None, None
         self._worker_side = WorkerSide(self.algorithm, self.transport, like)
-        self._server_side = ServerSide(self.algorithm, self.transport, like, self.shares)
+        self._server_side = ServerSide(self.algorithm, self.transport, like, self.shares, self.seed)
 
     def _sides(self, like: Tensor) -> tuple[WorkerSide, ServerSide]:
         """Both halves, begun anew if vectors have another length.
@@ -297,6 +303,8 @@ class Exchange:
                 "a step, as LBFGS and SAM do. Use another optimizer, or another algorithm, such "
                 "as RobustSGD."
             )
+        if self._server_side is not None:
+            self._server_side.heterogeneity.forget_last()
         if memory is None:
             self.dim = None
         elif not isinstance(memory, int):
@@ -318,8 +326,13 @@ class Exchange:
                 server state then.
         """
         side = self._server_side if self.dim is not None else None
-        server = None if side is None else side.collected(alone)
-        return {"step": self.step, "dim": self.dim, "server": server, "previous": self.previous}
+        return {
+            "step": self.step,
+            "dim": self.dim,
+            "server": None if side is None else side.collected(alone),
+            "previous": self.previous,
+            "experience": None if side is None else side.experience(alone),
+        }
 
     def worker_states(self) -> dict[int, dict[str, Tensor]]:
         """The local workers' halves, by worker, as plain containers of tensors of their own."""
@@ -350,6 +363,8 @@ class Exchange:
         elif self.transport.serves:
             # one rank saved without the others' shards: momenta are worth nothing without mirrors
             return
+        if server.get("experience") is not None:
+            server_side.heterogeneity.load(server["experience"])
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:

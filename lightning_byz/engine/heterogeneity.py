@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,21 @@ ENOUGH = 5
 _EVERY = 10
 _COLUMNS = 4096
 _KEPT = 0.9
+
+
+class _Looked(NamedTuple):
+    """What was seen in the first round of a pair.
+
+    Attributes:
+        step: the round.
+        workers: ``[m]`` that spoke.
+        rows: ``[m, k]`` float64, theirs in the columns that are looked at; what is not held here
+            may be 0.
+    """
+
+    step: int
+    workers: Tensor
+    rows: Tensor
 
 
 class Heterogeneity:
@@ -56,7 +74,7 @@ class Heterogeneity:
         fits = isinstance(algorithm, RobustSGD) and isinstance(algorithm.compressor, Identity)
         self._algorithm = algorithm if fits else None
         self._beta = algorithm.worker_momentum if isinstance(algorithm, RobustSGD) else 0.0
-        self._last: tuple[int, Tensor, Tensor] | None = None  # step, workers, rows
+        self._last: _Looked | None = None
         # sums of 2 Var(m), and of squared distances between workers
         self._within = self._between = 0.0
 
@@ -78,40 +96,70 @@ class Heterogeneity:
             self._last = None
             return
         workers, seen = rows
-        last, self._last = self._last, (step, workers, self._columns(seen))
-        if step % _EVERY == 1 and last is not None and last[0] == step - 1:
-            self._estimate(seen, last, self._last)
+        index = self._index(seen)
+        held = seen.holds(index)
+        columns = seen.columns(index)
+        values = columns.wide() * columns.unit
+        last, self._last = self._last, None
+        if step % _EVERY == 0:
+            whole = values.new_zeros(len(values), len(index))
+            whole[:, held] = values
+            self._last = _Looked(step, workers, whole)
+        elif last is not None and last.step == step - 1:
+            common = torch.isin(workers, last.workers), torch.isin(last.workers, workers)
+            now, before = values[common[0].to(values.device)], last.rows[common[1]]
+            self._estimate(seen, now, before.to(now)[:, held])
 
-    def _columns(self, rows: Rows) -> Tensor:
-        """``[m, k]`` float64: the rows in some columns, always the same."""
+    def _index(self, rows: Rows) -> Tensor:
+        """``[k]`` int64, increasing: the columns that are looked at, always the same."""
         dim = rows.values.shape[1] if rows.dim is None else rows.dim
-        index = torch.arange(dim)
-        if dim > _COLUMNS:
-            draws = keyed_generator("heterogeneity", self.seed)
-            index = torch.randint(dim, (_COLUMNS,), generator=draws).sort().values
-        columns = rows.columns(index)
-        return columns.wide() * columns.unit
+        if dim <= _COLUMNS:
+            return torch.arange(dim)
+        draws = keyed_generator("heterogeneity", self.seed)
+        return torch.randint(dim, (_COLUMNS,), generator=draws).sort().values
 
-    def _estimate(
-        self,
-        rows: Rows,
-        last: tuple[int, Tensor, Tensor],
-        now: tuple[int, Tensor, Tensor],
-    ) -> None:
-        both = torch.isin(now[1], last[1]), torch.isin(last[1], now[1])
-        if int(both[0].sum()) < 3:
+    def _estimate(self, rows: Rows, now: Tensor, before: Tensor) -> None:
+        """From the same workers' columns here in two rounds in succession, ``[m, k]`` each."""
+        if len(now) < 3:
             return
-        here, before = now[2][both[0].to(now[2].device)], last[2][both[1].to(last[2].device)]
-        products = rows.sum(here @ here.T)  # over all slices of columns
-        changes = rows.sum((here - before).square().sum(1))
+        products = rows.sum(now @ now.T)  # over all slices of columns
+        changes = rows.sum((now - before).square().sum(1))
         squares = products.diagonal()
         distances = squares + squares[:, None] - 2 * products
         to_others = distances.fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
-        between = float(to_others.median(dim=1).values.median())
-        within = float(changes.median()) / (1 - self._beta)
-        self._between = _KEPT * self._between + max(between, 0.0)
+        between = to_others.median(dim=1).values.median().clamp_min(0.0)
+        within = changes.median() / (1 - self._beta)
+        between, within = rows.agree(torch.stack([between, within])).tolist()
+        self._between = _KEPT * self._between + between
         self._within = _KEPT * self._within + within
         self.estimates += 1
+
+    def forget_last(self) -> None:
+        """The round that comes next is no successor of the last one."""
+        self._last = None
+
+    def state(self, total: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
+        """What goes into a checkpoint.
+
+        Args:
+            total: adds up a tensor over the slices of columns; None: they cannot be added up, and
+                the first round of a pair is left out.
+        """
+        last = None
+        if total is not None and self._last is not None:
+            last = self._last._replace(rows=total(self._last.rows).cpu())._asdict()
+        return {
+            "estimates": self.estimates,
+            "within": self._within,
+            "between": self._between,
+            "last": last,
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `state` gave."""
+        self.estimates = saved["estimates"]
+        self._within, self._between = saved["within"], saved["between"]
+        self._last = None if saved["last"] is None else _Looked(**saved["last"])
 
 
 def _spoken(outcome: Outcome) -> tuple[Tensor, Rows]:

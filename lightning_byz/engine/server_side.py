@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_byz.aggregators import Aggregator, TooFewRowsError
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.compressors import Compressor, Identity
+from lightning_byz.engine.heterogeneity import Heterogeneity
 from lightning_byz.engine.outcome import IDLE, NO_LOSS, SPEAKS, Outcome
 from lightning_byz.engine.state_layout import (
     check_shapes,
@@ -59,8 +60,10 @@ class ServerSide:
         transport: a connected transport.
         like: ``[d]``, for its size, dtype and device.
         shares: ``[n]`` how much of the data each worker holds; None: all the same.
+        seed: of the exchange's random streams.
 
     Attributes:
+        heterogeneity: how unlike the workers' data are, as far as rounds have shown.
         state: the server's state; None where it is not held.
         unchecked: rounds in which the algorithm's own answers are looked at.
         last: ``[d]`` the last estimate, where the next one differs from it in few coordinates.
@@ -69,9 +72,15 @@ class ServerSide:
     """
 
     def __init__(
-        self, algorithm: Algorithm, transport: Transport, like: Tensor, shares: Tensor | None
+        self,
+        algorithm: Algorithm,
+        transport: Transport,
+        like: Tensor,
+        shares: Tensor | None,
+        seed: int,
     ) -> None:
         self.algorithm, self.transport, self.shares = algorithm, transport, shares
+        self.heterogeneity = Heterogeneity(algorithm, seed)
         self.dim, self.dtype, self.unchecked = len(like), like.dtype, 2
         n = transport.n
         check_state(algorithm.init_server(like[:0], n), f"{type(algorithm).__name__}.init_server")
@@ -165,6 +174,7 @@ class ServerSide:
         assert round.cohort is not None
         verdict = Verdict(round.cohort, present, used, answer, outcome.seconds, outcome.reason)
         self.transport.publish(verdict, down, len(x), x.dtype)
+        self.heterogeneity.observe(outcome)
         self.unchecked = max(0, self.unchecked - 1)
         return outcome
 
@@ -179,6 +189,7 @@ class ServerSide:
             spans=transport.spans(self.dim),
             dim=self.dim,
             shares=self.shares,
+            unlike=self.heterogeneity.value,
         )
 
     def _as_seen_here(self, round: Round, present: Tensor) -> Round:
@@ -383,6 +394,12 @@ class ServerSide:
             whole = self.transport.collect(value, self.dim) if here else value
             state[name] = value.clone() if whole is value else whole  # it may be written into
         return state
+
+    def experience(self, alone: bool) -> dict[str, Any]:
+        """What rounds have shown, for a checkpoint. ``alone``: as in `collected`."""
+        transport = self.transport
+        apart = transport.has_parts or (alone and transport.in_shards)
+        return self.heterogeneity.state(None if apart else transport.total)
 
     def load(self, whole: Mapping[str, Tensor]) -> None:
         """The state becomes that of a checkpoint.

@@ -119,6 +119,8 @@ class Rows:
             nan; None: nobody knows.
         quarantined: ``[n]`` bool, the rows that are left out because their worker is accused; None:
             nobody is.
+        unlike: how unlike the workers' data are, in [0, 1], from earlier rounds, for rules that use
+            it (`lightning_byz.engine.heterogeneity`); None: nobody knows.
         compiled: on an accelerator coordinate-wise rules run as one pass that torch.compile makes
             of them, instead of one operation after the other.
         scales: ``[n_stored]`` float64 powers of two, by which the stored rows are multiplied when
@@ -141,6 +143,7 @@ class Rows:
     shares: Tensor | None = None
     exposed: Tensor | None = None
     quarantined: Tensor | None = None
+    unlike: float | None = None
     compiled: bool = False
     scales: Tensor | None = None
     unit: float = 1.0
@@ -423,6 +426,13 @@ class Rows:
         return replace(
             self, values=self.values[:, torch.cat(kept)], last=None, dim=None, spans=None
         )
+
+    def holds(self, index: Tensor) -> Tensor:
+        """``[k]`` bool: which columns of the whole vectors, given by their indices, are here."""
+        held = torch.zeros(len(index), dtype=torch.bool)
+        for _, first, last in self._places():
+            held |= (index >= first) & (index < last)
+        return held
 
     def span(self, first: int, last: int) -> Rows:
         """The rows in columns first .. last - 1 of the whole vectors only; a slice keeps those that

@@ -77,7 +77,7 @@ def described(follow: Followed, before: int) -> str:
 def without_states(saved: Mapping[str, Any]) -> dict[str, Any]:
     """What the checkpoint would hold had its algorithm not begun."""
     server = [
-        {"step": state["step"], "dim": None, "server": None, "previous": None}
+        {"step": state["step"], "dim": None, "server": None, "previous": None, "experience": None}
         for state in saved["server"]
     ]
     return {**saved, "server": server, "workers": [{} for _ in server]}
@@ -141,6 +141,8 @@ def _random_states(
 def _server(
     saved: Mapping[str, Any], algorithm: Algorithm, like: Tensor, follow: Followed
 ) -> dict[str, Any]:
+    if saved.get("experience") is not None:  # of the last round's workers
+        saved = {**saved, "experience": {**saved["experience"], "last": None}}
     if saved["dim"] is None or saved["server"] is None:
         return dict(saved)
     x, n = like.new_zeros(saved["dim"]).cpu(), len(follow)

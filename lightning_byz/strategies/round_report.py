@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_byz.aggregators import Chain, Rule
+from lightning_byz.aggregators import Aggregator, Chain, Rule
+from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.heterogeneity import ENOUGH, UNLIKE, Heterogeneity
 from lightning_byz.engine.outcome import NO_LOSS, Outcome, comes
 from lightning_byz.strategies.unmoved_parameters import FewUsers, described
@@ -49,10 +50,14 @@ class RoundReport:
         self._told_no_loss = self._told_unlike = False
         self._few_users = FewUsers()
 
+    def note(self, outcome: Outcome, exchange: Exchange) -> None:
+        """Says what is to be said of a round. Called where the server's half runs."""
+        self.note_silence(outcome, exchange.transport)
+        if exchange.heterogeneity is not None:
+            self.note_heterogeneity(exchange.heterogeneity, outcome.rule)
+
     def note_silence(self, outcome: Outcome, transport: Transport) -> None:
-        """Logs who was silent, the 1st, 10th, 100th, ... time. Called where the server's half
-        runs.
-        """
+        """Logs who was silent, the 1st, 10th, 100th, ... time."""
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
@@ -85,12 +90,11 @@ class RoundReport:
         if unmoved:
             warnings.warn(described(unmoved, module, f), stacklevel=2)
 
-    def note_heterogeneity(self, outcome: Outcome, found: Heterogeneity) -> None:
+    def note_heterogeneity(self, found: Heterogeneity, rule: Aggregator) -> None:
         """Warns once where workers' data differ so much that the rule is likely to lose what only
-        some of them say. Called where the server's half runs.
+        some of them say.
         """
-        found.observe(outcome)
-        value, rule = found.value, outcome.rule
+        value = found.value
         if self._told_unlike or value is None or value < UNLIKE or found.estimates < ENOUGH:
             return
         self._told_unlike = True

@@ -182,7 +182,8 @@ class ServerProcesses(Processes):
         strategy, ranks, share = self.strategy, self._for_ranks, self.transport.workers_per_process
         workers = [worker for rank in ranks for worker in range(rank * share, (rank + 1) * share)]
         states = [group.exchange.rejoined(workers, group.example()) for group in strategy.groups]
-        server = [{**exchange.server_state(), "server": None} for exchange in strategy.exchanges]
+        kept_here = {"server": None, "experience": None}
+        server = [{**exchange.server_state(), **kept_here} for exchange in strategy.exchanges]
         kept = {
             name: value
             for name, value in checkpoint.items()

@@ -23,7 +23,6 @@ from torch import Tensor
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.data.batches import batch_size
 from lightning_byz.engine.exchange import Exchange
-from lightning_byz.engine.heterogeneity import Heterogeneity
 from lightning_byz.engine.simulation import HONEST, Honest, Simulation
 from lightning_byz.strategies import resuming_with_others
 from lightning_byz.strategies.checkpoint import CHECKPOINT_KEY, collect, restore
@@ -199,7 +198,6 @@ class RobustStrategy(ModelHooks):
         self.local_workers: LocalWorkers | None = None
         self.groups: list[GradientGroup] = []
         self.exchanges: list[Exchange] = []
-        self.heterogeneity: list[Heterogeneity] = []  # of each exchange
         self._reducer = MetricReducer()
         self._shown = ExitStack()  # for the time of a validation
         self._resumed_from: Any = None
@@ -248,10 +246,8 @@ class RobustStrategy(ModelHooks):
         alone = self.n == 1 or local is not None  # parameters in no optimizer move nowhere then
         self.groups = gradient_groups(module, self.optimizers, exchange, alone, processes.flat)
         self.exchanges = [group.exchange for group in self.groups]
-        self.heterogeneity = [Heterogeneity(self.resolved, seed) for _ in self.exchanges]
-        for each, found in zip(self.exchanges, self.heterogeneity, strict=True):
-            each.observers.append(lambda outcome: self.report.note_silence(outcome, transport))
-            each.observers.append(partial(self.report.note_heterogeneity, found=found))
+        for each in self.exchanges:
+            each.observers.append(partial(self.report.note, exchange=each))
         self.simulation = HONEST
         if local is not None:
             run = partial(exchange_gradients, self)

@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
-from lightning_byz.aggregators import NNM, Chain, CoordinateMedian, Mean, TrimmedMean
+from lightning_byz.aggregators import (
+    NNM,
+    Chain,
+    CoordinateMedian,
+    Mean,
+    SpectralFilter,
+    TrimmedMean,
+)
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
 from lightning_byz.compressors import Field, TopK
 from lightning_byz.engine.exchange import Exchange
@@ -35,6 +42,12 @@ _ALGORITHMS: dict[str, Algorithm] = {
     "sparse messages": ByzEF21SGDM(aggregator=CoordinateMedian(f=1), compressor=TopK(ratio=0.1)),
     "votes": SignSGDMajorityVote().with_f(1),
 }
+
+
+_LEARNS = RobustSGD(aggregator=SpectralFilter(f=1))
+"""A rule that follows what rounds have shown of the workers' data."""
+_SAVED, _LAST = 11, 13
+"""Rounds of a run that is saved, between two rounds that are looked at together; and of all."""
 
 
 def transport_laws(
@@ -96,6 +109,40 @@ def _trained(algorithm: Algorithm, transport: Transport, nan: bool = False) -> d
     }
 
 
+def _resumed(
+    make: Callable[[], Transport], rank: int, processes: int, file: Path
+) -> list[dict[str, Any]]:
+    """What ends a run that is not interrupted, and one that goes on from what it saved."""
+    ends = []
+    for interrupted in (False, True):
+        transport = make()
+        transport.connect(rank, processes, 1, torch.device("cpu"))
+        exchange, x = Exchange(_LEARNS, transport, seed=5), torch.zeros(_DIM)
+        if interrupted:
+            saved = torch.load(file, weights_only=True)
+            exchange.load(saved, {}, x)
+        estimates = []
+        while exchange.step < _LAST:
+            said = []
+            for w in transport.workers:
+                (shift,) = random_rows(1, _DIM, w, dtype=torch.float32)
+                grads, used = _contribution(w, exchange.step, False)
+                assert grads is not None
+                said.append(Contribution(Gradients(grads.current + shift), used))
+            estimate = exchange.run(said, x).estimate
+            assert estimate is not None
+            estimates.append(estimate.clone())
+            if exchange.step == _SAVED and not interrupted:
+                state = exchange.server_state()
+                if rank == 0:
+                    torch.save(state, file)
+                dist.barrier()
+        found = exchange.heterogeneity
+        assert found is not None
+        ends.append({"estimate": estimates[-1], "unlike": torch.tensor(found.value)})
+    return ends
+
+
 def _run(rank: int, processes: int, folder: Path, make: Callable[[], Transport]) -> None:
     """One process: everything that is looked at, into a file."""
     torch.set_num_threads(1)
@@ -127,6 +174,7 @@ def _run(rank: int, processes: int, folder: Path, make: Callable[[], Transport])
             again = make()  # every run has its own
             again.connect(rank, processes, 1, torch.device("cpu"))
             found[f"{name}, nan {nan}"] = _trained(algorithm, again, nan)
+    found["resumed"] = _resumed(make, rank, processes, folder / "state.pt")
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -148,6 +196,8 @@ def _cases(found: list[dict[str, Any]], processes: int) -> Iterator[Case]:
             key, with_nan = f"{name}, nan {nan}", ", one worker has a nan" if nan else ""
             expected = _expected(algorithm, processes, nan)
             yield f"{name}: the bits of one process{with_nan}", partial(_same, found, key, expected)
+
+    yield "a run that is resumed ends as one that is not interrupted", partial(_resumes, found)
 
 
 def _numbers_workers(found: list[dict[str, Any]], processes: int) -> None:
@@ -174,6 +224,13 @@ def _covers(found: list[dict[str, Any]]) -> None:
         return
     columns = sorted(c for result in found for a, z in result["spans"] for c in range(a, z))
     assert columns == list(range(_DIM)), "some columns belong to nobody, or to several ranks"
+
+
+def _resumes(found: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(found):
+        whole, resumed = result["resumed"]
+        assert _equal(whole["unlike"], found[0]["resumed"][0]["unlike"]), f"rank {rank} knows other"
+        assert _equal(whole, resumed), f"rank {rank} ends elsewhere: {resumed} instead of {whole}"
 
 
 def _equal(a: Any, b: Any) -> bool:

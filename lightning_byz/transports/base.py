@@ -121,6 +121,11 @@ class Link(ABC):
         """The result of the last `post`."""
         return self._delivered
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether this rank holds parts of its workers' vectors, and other ranks the rest."""
+        return False
+
     @abstractmethod
     def agree(self, tensor: Tensor) -> Tensor:
         """Rank 0's copy of a small tensor that decisions depend on."""

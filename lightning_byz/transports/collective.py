@@ -31,7 +31,6 @@ class Collective(Transport):
 
     @property
     def has_parts(self) -> bool:
-        """Whether this rank holds parts of its workers' vectors, and other ranks the rest."""
         return self.ranks is not None and self.ranks.parts is not None
 
     def connect(
