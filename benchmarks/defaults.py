@@ -34,6 +34,7 @@ from lightning_byz.aggregators import (
     CAF,
     NNM,
     Aggregator,
+    ByHeterogeneity,
     Chain,
     CoordinateMedian,
     GeometricMedian,
@@ -72,10 +73,11 @@ class Candidate(NamedTuple):
     undone: bool = True
 
 
-CHOSEN = "SpectralFilter"
+CHOSEN = "by heterogeneity"
 CANDIDATES = {
     "Mean": Candidate(Mean(), 0.0, False),  # DDP
-    CHOSEN: Candidate(SpectralFilter()),
+    CHOSEN: Candidate(ByHeterogeneity()),
+    "SpectralFilter": Candidate(SpectralFilter()),
     "CAF, norm floor 0.3": Candidate(CAF(norm_floor=0.3)),
     "geometric median": Candidate(GeometricMedian()),
     "NNM + trimmed mean": Candidate(Chain(pre=(NNM(),), rule=TrimmedMean())),
@@ -86,10 +88,10 @@ CANDIDATES = {
 }
 """The rules, each with a worker momentum of 0.9 that the server undoes."""
 MOMENTA = {
-    f"{CHOSEN}, momentum 0": Candidate(SpectralFilter(), 0.0, False),
-    f"{CHOSEN}, momentum 0.5": Candidate(SpectralFilter(), 0.5, False),
-    f"{CHOSEN}, momentum 0.9": Candidate(SpectralFilter(), 0.9, False),
-    f"{CHOSEN}, momentum 0.5, undone": Candidate(SpectralFilter(), 0.5, True),
+    f"{CHOSEN}, momentum 0": Candidate(ByHeterogeneity(), 0.0, False),
+    f"{CHOSEN}, momentum 0.5": Candidate(ByHeterogeneity(), 0.5, False),
+    f"{CHOSEN}, momentum 0.9": Candidate(ByHeterogeneity(), 0.9, False),
+    f"{CHOSEN}, momentum 0.5, undone": Candidate(ByHeterogeneity(), 0.5, True),
 }
 """The chosen rule with other momenta, under the attacks that do not search."""
 PARTITIONS = {"iid": IID(), **{f"Dirichlet({a:g})": Dirichlet(a) for a in (1.0, 0.3, 0.1)}}

@@ -307,8 +307,13 @@ def caf(rows: Matrix, f: int, norm_floor: float = 0.0) -> list[float]:
         ]
         if max(tau) == 0:
             break
-        c = [weight * (1 - t / max(tau)) for weight, t in zip(c, tau, strict=True)]
+        c = [weight * less(t / max(tau)) for weight, t in zip(c, tau, strict=True)]
     return out
+
+
+def less(part: float) -> float:
+    """What a row keeps; those that tie with the farthest keep nothing."""
+    return 0.0 if part > 1 - 1e-9 else 1 - part
 
 
 def spectral_filter(rows: Matrix, f: int, share: float, norm_floor: float) -> list[float]:
@@ -338,7 +343,7 @@ def spectral_filter(rows: Matrix, f: int, share: float, norm_floor: float) -> li
         ]
         if value * math.fsum(c) <= limit or max(tau) == 0:
             return mu
-        fewer = [weight * (1 - t / max(tau)) for weight, t in zip(c, tau, strict=True)]
+        fewer = [weight * less(t / max(tau)) for weight, t in zip(c, tau, strict=True)]
         if math.fsum(fewer) < least:
             return mu
         c = fewer

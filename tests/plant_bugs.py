@@ -1149,7 +1149,7 @@ BUGS = [
     Bug(
         "the spectral filter never filters",
         "aggregators/spectral.py",
-        "limit = (1 + self._share(rows.unlike) * n) * typical",
+        "limit = (1 + self.share * n) * typical",
         "limit = n * n * typical",
         "rules",
     ),
@@ -1191,8 +1191,8 @@ BUGS = [
     Bug(
         "heterogeneity forgets the momentum",
         "engine/heterogeneity.py",
-        "noise = self._within * (1 + self._beta) / (1 - self._beta)",
-        "noise = self._within",
+        "noise = 2 * changed / (gain**2 * (1 + self._variance(self._rounds - 1)))",
+        "noise = 2 * changed",
         "heterogeneity",
     ),
     Bug(
@@ -1205,8 +1205,8 @@ BUGS = [
     Bug(
         "heterogeneity takes noise for data",
         "engine/heterogeneity.py",
-        "data = max(0.0, self._between - self._within)",
-        "data = self._between",
+        "data = max(0.0, apart - self._variance(self._rounds) * noise)",
+        "data = apart",
         "heterogeneity",
     ),
     Bug(
@@ -1217,10 +1217,24 @@ BUGS = [
         "heterogeneity",
     ),
     Bug(
-        "the spectral filter's limit follows nothing",
+        "rows that tie keep what is rounded",
         "aggregators/spectral.py",
-        "part = (unlike - _ALIKE) / (_UNLIKE - _ALIKE)",
-        "part = 1.0",
+        "_TIED = 1e-9",
+        "_TIED = -1.0",
+        "rules",
+    ),
+    Bug(
+        "like data are taken for unlike ones",
+        "aggregators/by_heterogeneity.py",
+        "        if part <= 0:\n            return self.alike.weights(rows)\n",
+        "        if part <= 0:\n            return self.unlike.weights(rows)\n",
+        "rules",
+    ),
+    Bug(
+        "a choice of rules is the other way round",
+        "aggregators/by_heterogeneity.py",
+        "weights.lerp(self.alike.weights(rows).to(weights), 1 - part)",
+        "weights.lerp(self.alike.weights(rows).to(weights), part)",
         "rules",
     ),
     Bug(
@@ -1247,7 +1261,7 @@ BUGS = [
     Bug(
         "a closure's second evaluation is a new round",
         "engine/exchange.py",
-        "self._server_side.heterogeneity.forget_last()",
+        "self._server_side.heterogeneity.repeat()",
         "pass",
         "heterogeneity",
     ),

@@ -31,6 +31,7 @@ from zoo import RULES
 
 from lightning_byz import (
     AllGather,
+    ByHeterogeneity,
     ByzDIANA,
     ByzDM21,
     ByzEF21SGDM,
@@ -48,7 +49,6 @@ from lightning_byz import (
     Sharded,
     SignFlip,
     SignSGDMajorityVote,
-    SpectralFilter,
     TopK,
     TrimmedMean,
 )
@@ -249,7 +249,7 @@ def test_rules_on_tensor_parallel_replicas(shape: tuple[int, int, int], tmp_path
 
 
 def spectral() -> Any:
-    return RobustSGD(SpectralFilter(f=1), worker_momentum=0.9, undo_worker_momentum=True)
+    return RobustSGD(ByHeterogeneity(f=1), worker_momentum=0.9, undo_worker_momentum=True)
 
 
 FEATURES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {

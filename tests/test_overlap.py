@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_byz import (
     NNM,
     AllGather,
+    ByHeterogeneity,
     ByzEF21SGDM,
     Chain,
     CoordinateMedian,
@@ -26,7 +27,6 @@ from lightning_byz import (
     RobustSGD,
     Sharded,
     SignSGDMajorityVote,
-    SpectralFilter,
     TrimmedMean,
 )
 from lightning_byz.lightning import (
@@ -146,7 +146,7 @@ CASES: dict[str, tuple[Callable[[], Plain], Any, dict[str, Any], bool]] = {
     ),
     "the default": (
         Plain,
-        RobustSGD(SpectralFilter(), worker_momentum=0.9, undo_worker_momentum=True),
+        RobustSGD(ByHeterogeneity(), worker_momentum=0.9, undo_worker_momentum=True),
         {},
         True,
     ),

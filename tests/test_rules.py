@@ -20,6 +20,7 @@ from lightning_byz.aggregators import (
     SMEA,
     AutoGM,
     Bulyan,
+    ByHeterogeneity,
     CenteredClip,
     Chain,
     CoordinateMedian,
@@ -243,35 +244,6 @@ def test_the_spectral_filter_takes_weight_only_while_a_direction_holds_too_much(
         assert bool(trusted.all() if length < 0.8 else (~trusted).all())
 
 
-@pytest.mark.parametrize(
-    ("unlike", "share"),
-    [
-        (None, 0.15),
-        (0.0, 0.02),
-        (0.25, 0.02),
-        (0.3, 0.0525),
-        (0.35, 0.085),
-        (0.45, 0.15),
-        (1.0, 0.15),
-    ],
-)
-def test_the_spectral_filter_s_limit_follows_how_unlike_data_are(unlike, share):
-    """Four equal lies of ever other lengths: some are trusted with this limit and with no smaller
-    one.
-    """
-    honest, trusted = groups(each=1, kinds=16), []
-    for length in torch.linspace(0.3, 1.5, 25):
-        lie = torch.zeros(4, 200, dtype=torch.float64)
-        lie[:, 100] = length
-        rows = Rows(torch.cat([honest, lie]), unlike=unlike)
-        found = SpectralFilter(f=4).weights(rows)
-        torch.testing.assert_close(found, SpectralFilter(f=4, share=share).weights(rows))
-        trusted.append(float(found[-4:].sum()))
-        fixed = SpectralFilter(f=4, share=0.05).weights(Rows(rows.values))
-        assert torch.equal(SpectralFilter(f=4, share=0.05).weights(rows), fixed)
-    assert (min(trusted) > 0) == (share == 0.15)
-
-
 @pytest.mark.parametrize("f", [1, 3, 6])
 def test_equal_lies_move_the_spectral_filter_by_no_more_than_it_says(f):
     n, share = 20, 0.15
@@ -332,10 +304,76 @@ def test_long_lies_cost_the_spectral_filter_no_digits():
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("rule", [SpectralFilter, CAF])
+def test_equal_lies_lose_their_weight_together(rule):
+    """Rows on a line, those beyond the median clipped to it: what is rounded decides nothing."""
+    moved = 0.0
+    for seed in range(60):
+        x = rows_for(11, 1, seed=seed, scale=10.0)
+        x[-4:] = -20.0 - seed / 7
+        found = [rule(f=4)(x * (1 + k * 2.0**-50)) for k in range(8)]
+        moved = max(moved, *(float((a - found[0]).abs()) for a in found))
+        weights = rule(f=4).weights(Rows(x))[-4:]
+        assert float(weights.max() - weights.min()) < 1e-12
+    assert moved < 1e-9
+
+
 @pytest.mark.parametrize("option", [{"share": 0.0}, {"share": 1.0}, {"norm_floor": 1.0}])
 def test_what_a_spectral_filter_refuses(option):
     with pytest.raises(ValueError, match="Found"):
         SpectralFilter(**option)
+
+
+# -- by how unlike data are ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unlike", "part"),
+    [(None, 1.0), (0.0, 0.0), (0.25, 0.0), (0.3, 0.25), (0.35, 0.5), (0.45, 1.0), (1.0, 1.0)],
+)
+def test_the_default_s_rule_passes_from_one_rule_to_the_other(unlike, part):
+    """Four liars of ever other lengths among unlike rows, which the two rules take otherwise."""
+    honest, apart = groups(each=1, kinds=16), []
+    for length in (0.1, 0.9, 1.5, 50.0):
+        lie = torch.zeros(4, 200, dtype=torch.float64)
+        lie[:, 100] = length
+        rows = Rows(torch.cat([honest, lie]), unlike=unlike)
+        alike, differing = CAF(f=4, norm_floor=0.3)(rows), SpectralFilter(f=4)(rows)
+        apart.append(float((alike - differing).norm()))
+        expected = part * differing + (1 - part) * alike
+        torch.testing.assert_close(ByHeterogeneity(f=4)(rows), expected)
+        torch.testing.assert_close(
+            ByHeterogeneity(f=4).weights(rows),
+            part * SpectralFilter(f=4).weights(rows)
+            + (1 - part) * CAF(f=4, norm_floor=0.3).weights(rows),
+        )
+    assert min(apart) > 1e-3
+
+
+def test_the_default_s_rule_takes_other_rules_and_bounds():
+    x = rows_for(9, 20, seed=1)
+    rule = ByHeterogeneity(alike=Krum(), unlike=MultiKrum(f=2), low=0.5, high=0.6)
+    assert (rule.f, rule.alike.f, rule.with_f(3).unlike.f) == (2, 2, 3)
+    assert rule.most_f(9) == min(Krum(f=0).most_f(9), MultiKrum(f=0).most_f(9))
+    assert not rule.bears_unlike_data
+    assert torch.equal(rule(Rows(x, unlike=0.5)), Krum(f=2)(x))
+    assert torch.equal(rule(Rows(x, unlike=0.6)), MultiKrum(f=2)(x))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"alike": CoordinateMedian()},
+        {"unlike": CenteredClip(tau=1.0)},
+        {"low": -0.1},
+        {"low": 0.5},
+        {"high": 1.1},
+        {"f": 1, "alike": CAF(f=2)},
+    ],
+)
+def test_what_a_choice_of_rules_refuses(option):
+    with pytest.raises(ValueError, match="Found"):
+        ByHeterogeneity(**option)
 
 
 # -- rules that sample -----------------------------------------------------------------------------

@@ -6,8 +6,9 @@ kin, and into ``__all__`` here; the command line lists what is there.
 * One coordinate at a time: `coordinate_wise` (median, trimmed mean, MeaMed, Phocas),
   `majority_vote`.
 * By distances: `krum`, `geometric_median`, `centered_clipping`, `subsets` (MDA, MoNNA, ... keep the
-  n - f rows that belong together), `subset_search` (the same by trying all), `spectral` (CAF, DnC,
-  the default's SpectralFilter), `sign_guard`, `medoid` (inner products that f rows cannot spoil).
+  n - f rows that belong together), `subset_search` (the same by trying all), `spectral` (CAF,
+  SpectralFilter, DnC), `sign_guard`, `medoid` (inner products that f rows cannot spoil).
+* By how unlike data are: `by_heterogeneity` (the default's choice between two rules).
 * Before a rule: `nearest_neighbor_mixing`, `bucketing`, `clipping` (ARC); `chain` puts them there.
 
 Only numerics is below them.
@@ -21,6 +22,7 @@ from lightning_byz.aggregators.base import (
     WeightedAggregator,
 )
 from lightning_byz.aggregators.bucketing import Bucketing
+from lightning_byz.aggregators.by_heterogeneity import ByHeterogeneity
 from lightning_byz.aggregators.centered_clipping import CenteredClip
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.aggregators.clipping import ARC, MedianNormClipping, StaticClipping
@@ -53,6 +55,7 @@ __all__ = [
     "AutoGM",
     "Bucketing",
     "Bulyan",
+    "ByHeterogeneity",
     "CenteredClip",
     "Chain",
     "CoordinateMedian",

@@ -39,6 +39,20 @@ def _top_direction(products: Tensor, weights: Tensor) -> tuple[float, Tensor]:
     return variance, along.square() / variance
 
 
+def _with_less(weights: Tensor, tau: Tensor) -> Tensor:
+    """Weights ``[n]`` less the part of them that each row's ``tau`` is of the largest one, which is
+    positive.
+
+    Rows that are as far as the farthest lose all, however their ``tau`` is rounded: equal lies are.
+    """
+    left = 1 - tau / tau.max()
+    return weights * torch.where(left > _TIED, left, 0.0)
+
+
+_TIED = 1e-9
+"""Squared distances that differ by a smaller part may be those of equal rows."""
+
+
 def _long_enough(rows: Rows, f: int, floor: float) -> Tensor:
     """``[n]`` float64 weights to start with: 1, and 0 for rows shorter than ``floor`` times the
     median norm; for the min(f, n - 2f - 1) shortest at most, so that f liars stay a minority of
@@ -114,7 +128,7 @@ class CAF(WeightedAggregator):
             tau = torch.where(c > 0, tau, 0.0)
             if not float(tau.max()) > 0:
                 break  # all rows that have weight are equal
-            c = c * (1 - tau / tau.max())
+            c = _with_less(c, tau)
         return chosen / chosen.sum()
 
 
@@ -135,11 +149,9 @@ class SpectralFilter(WeightedAggregator):
     the median squared distance to the others, times 1.5; and at most the squared median norm.
 
     f equal lies that the filter lets pass move the result by about ``sqrt(f (1 + share n)) / n``
-    times the median norm, along any direction. So ``share`` follows ``rows.unlike``, how unlike the
-    workers' data have been found to be: it is 0.02 up to 0.25, 0.15 from 0.45 on, and linear in
-    between; 0.15 while nobody knows, as for rows of a plain matrix. `CAF` has no such limit: it
-    keeps the mean that varies least, whoever it leaves out. That costs little where all workers
-    draw from one distribution, and much where they do not.
+    times the median norm, along any direction. `CAF` has no such limit: it keeps the mean that
+    varies least, whoever it leaves out. That costs little where all workers draw from one
+    distribution, and much where they do not.
 
     Needs n > 2f. Lengths are measured from 0, so the result does not move with the rows. With f = 0
     it is the mean. No paper: the parts are those of `ARC` (arXiv 2405.14432), with the median norm
@@ -149,7 +161,7 @@ class SpectralFilter(WeightedAggregator):
     Args:
         share: the part of all variance that one direction may hold, besides one row's; between 0
             and 1. A smaller one leaves less room to liars, and takes more from honest workers whose
-            data differ. None: it follows ``rows.unlike``.
+            data differ.
         norm_floor: rows shorter than this part of the median norm start without weight, the min(f,
             n - 2f - 1) shortest at most, as in `CAF`. Such short lies slow the training, and stand
             out nowhere. In [0, 1).
@@ -159,14 +171,14 @@ class SpectralFilter(WeightedAggregator):
 
     clips: ClassVar[bool] = True
 
-    share: float | None = None
+    share: float = 0.15
     norm_floor: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.share is not None and not 0 < self.share < 1:
+        if not 0 < self.share < 1:
             raise ValueError(
-                "`share` is a part of the rows' variance, between 0 and 1, or None. Found "
+                "`share` is a part of the rows' variance, between 0 and 1. Found "
                 f"share={self.share}."
             )
         _check_floor(self.norm_floor)
@@ -189,7 +201,7 @@ class SpectralFilter(WeightedAggregator):
             distances = rows.mix(torch.diag(factors)).squared_distances()
         products = products_around_medoid(distances, self.f)
         typical = min(1.5 * _usual_variance(distances), float(radius) ** 2)
-        limit = (1 + self._share(rows.unlike) * n) * typical
+        limit = (1 + self.share * n) * typical
         weights = _long_enough(rows, self.f, self.norm_floor).to(products)
         least = float(weights.sum()) - 2 * self.f
         while True:
@@ -197,30 +209,12 @@ class SpectralFilter(WeightedAggregator):
             tau = torch.where(weights > 0, tau, 0.0)
             if variance * float(weights.sum()) <= limit or not float(tau.max()) > 0:
                 break
-            fewer = weights * (1 - tau / tau.max())
+            fewer = _with_less(weights, tau)
             if float(fewer.sum()) < least:
                 break
             weights = fewer
         return weights / weights.sum() * factors
 
-    def _share(self, unlike: float | None) -> float:
-        if self.share is not None:
-            return self.share
-        if unlike is None:
-            return _WIDE
-        part = (unlike - _ALIKE) / (_UNLIKE - _ALIKE)
-        return _NARROW + (_WIDE - _NARROW) * min(1.0, max(0.0, part))
-
-
-_NARROW, _WIDE = 0.02, 0.15
-"""The parts of all variance that one direction may hold, where data are alike, and where they
-differ.
-"""
-
-_ALIKE, _UNLIKE = 0.25, 0.45
-"""Heterogeneity up to which data are alike, and from which on they differ: data dealt at random
-have at most 0.26 without an attack, Dirichlet(1) 0.3 to 0.55 (docs/default-algorithm.md).
-"""
 
 _MOST_SHRUNK = 1e-2
 """Rows that are shortened more have lost digits of their distances, which are made anew."""

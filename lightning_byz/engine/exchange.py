@@ -304,7 +304,7 @@ class Exchange:
                 "as RobustSGD."
             )
         if self._server_side is not None:
-            self._server_side.heterogeneity.forget_last()
+            self._server_side.heterogeneity.repeat()
         if memory is None:
             self.dim = None
         elif not isinstance(memory, int):

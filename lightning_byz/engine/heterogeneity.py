@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -50,16 +51,19 @@ class Heterogeneity:
     makes. It is near 0 where all draw from one distribution, and near 1 where data differ much, or
     batches are large. Finite shares of the same data are different data, too.
 
-    Rows are moving averages of gradients, with weight beta of the past. Noise is new in every
-    round, so a row's change tells how much of it there is: ``E ||m_t - m_(t-1)||^2 = 2 (1 - beta)
-    Var(m)``, and ``N = 2 Var(g) = 2 Var(m) (1 + beta) / (1 - beta)``. Between two workers,
-    ``E ||m_i - m_j||^2 = H + 2 Var(m)``. Changes are the median over the workers, distances the
-    median over the workers of the median to the others, so that fewer than half of the workers
-    cannot make it what they like; liars still make it larger, as they differ. The drift of
-    gradients, as the model moves, counts as noise.
+    Rows are averages of a worker's gradients, as `RobustSGD` makes them, with weight beta of the
+    past. After t gradients, each of which has noise of variance V, the average's is ``v_t V``, with
+    ``v_t = (1 - beta) / (1 + beta) (1 + beta^t) / (1 - beta^t)``. So between two workers
+    ``E ||m_i - m_j||^2 = H + v_t N``. Noise is new in every round, so a row's change tells how much
+    of it there is: ``m_(t+1) - m_t = a (g_(t+1) - m_t)`` with ``a = (1 - beta) / (1 -
+    beta^(t+1))``, and ``E ||m_(t+1) - m_t||^2 = a^2 (1 + v_t) N / 2``.
 
-    Two rounds in succession of every ten are looked at, in 4,096 columns, and averaged over some
-    hundred rounds.
+    Changes are the median over the workers, distances the median over the workers of the median to
+    the others, so that fewer than half of the workers cannot make it what they like; liars still
+    make it larger, as they differ. The drift of gradients, as the model moves, counts as noise.
+
+    Two rounds in succession of every ten are looked at, the first two at once, in 4,096 columns,
+    and averaged over some hundred rounds.
 
     Args:
         algorithm: the run's. Only uncompressed `RobustSGD` has rows that are moving averages.
@@ -74,28 +78,27 @@ class Heterogeneity:
         fits = isinstance(algorithm, RobustSGD) and isinstance(algorithm.compressor, Identity)
         self._algorithm = algorithm if fits else None
         self._beta = algorithm.worker_momentum if isinstance(algorithm, RobustSGD) else 0.0
+        self._rounds = 0  # that gave an estimate
         self._last: _Looked | None = None
-        # sums of 2 Var(m), and of squared distances between workers
-        self._within = self._between = 0.0
+        self._sum = self._weight = 0.0  # of the estimates, each weighing more than those before
 
     @property
     def value(self) -> float | None:
         """In [0, 1]; None before the first estimate."""
-        noise = self._within * (1 + self._beta) / (1 - self._beta)
-        data = max(0.0, self._between - self._within)
-        return data / (data + noise) if self.estimates and data + noise > 0 else None
+        return self._sum / self._weight if self.estimates else None
 
     def observe(self, outcome: Outcome) -> None:
         """Looks at a round, where it is one to look at; on all ranks or on none."""
-        step = outcome.round.step
-        # until then moving averages are mostly their start
-        if self._algorithm is None or step < 2 / (1 - self._beta) or step % _EVERY > 1:
+        if self._algorithm is None or outcome.estimate is None:
             return
-        rows = None if outcome.estimate is None else _spoken(outcome)
-        if rows is None or len(rows[0]) < 3:
+        self._rounds += 1
+        step = outcome.round.step
+        if step % _EVERY > 1:
+            return
+        workers, seen = _spoken(outcome)
+        if len(workers) < 3:
             self._last = None
             return
-        workers, seen = rows
         index = self._index(seen)
         held = seen.holds(index)
         columns = seen.columns(index)
@@ -127,16 +130,25 @@ class Heterogeneity:
         squares = products.diagonal()
         distances = squares + squares[:, None] - 2 * products
         to_others = distances.fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
-        between = to_others.median(dim=1).values.median().clamp_min(0.0)
-        within = changes.median() / (1 - self._beta)
-        between, within = rows.agree(torch.stack([between, within])).tolist()
-        self._between = _KEPT * self._between + between
-        self._within = _KEPT * self._within + within
+        between = to_others.median(dim=1).values.median()
+        apart, changed = rows.agree(torch.stack([between, changes.median()])).tolist()
+        gain = (1 - self._beta) / (1 - self._beta**self._rounds)
+        noise = 2 * changed / (gain**2 * (1 + self._variance(self._rounds - 1)))
+        data = max(0.0, apart - self._variance(self._rounds) * noise)
+        if not 0 < data + noise < math.inf:
+            return
+        self._sum = _KEPT * self._sum + data / (data + noise)
+        self._weight = _KEPT * self._weight + 1
         self.estimates += 1
 
-    def forget_last(self) -> None:
-        """The round that comes next is no successor of the last one."""
-        self._last = None
+    def _variance(self, t: int) -> float:
+        """Of an average of t gradients, over that of one."""
+        past = self._beta**t
+        return (1 - self._beta) / (1 + self._beta) * (1 + past) / (1 - past)
+
+    def repeat(self) -> None:
+        """The round that comes next takes the last one's place."""
+        self._rounds, self._last = self._rounds - 1, None
 
     def state(self, total: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
         """What goes into a checkpoint.
@@ -150,15 +162,16 @@ class Heterogeneity:
             last = self._last._replace(rows=total(self._last.rows).cpu())._asdict()
         return {
             "estimates": self.estimates,
-            "within": self._within,
-            "between": self._between,
+            "rounds": self._rounds,
+            "sum": self._sum,
+            "weight": self._weight,
             "last": last,
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restores what `state` gave."""
-        self.estimates = saved["estimates"]
-        self._within, self._between = saved["within"], saved["between"]
+        self.estimates, self._rounds = saved["estimates"], saved["rounds"]
+        self._sum, self._weight = saved["sum"], saved["weight"]
         self._last = None if saved["last"] is None else _Looked(**saved["last"])
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_byz.aggregators import SMEA, Chain, Mean, SpectralFilter
+from lightning_byz.aggregators import SMEA, ByHeterogeneity, Chain, Mean
 from lightning_byz.algorithms import Algorithm, RobustSGD
 from lightning_byz.strategies.gradient_sync import parameters_of
 from lightning_byz.strategies.local_steps import LocalSteps
@@ -22,14 +22,14 @@ from lightning_byz.transports import AllGather, InProcess, Sharded, Transport
 log = logging.getLogger("lightning_byz")
 
 DEFAULT_ALGORITHM = RobustSGD(
-    aggregator=SpectralFilter(), worker_momentum=0.9, undo_worker_momentum=True
+    aggregator=ByHeterogeneity(), worker_momentum=0.9, undo_worker_momentum=True
 )
-"""A filter that takes from workers only what stands out, uncompressed: the choice of
+"""Two filters, for like and for unlike data, uncompressed: the choice of
 docs/default-algorithm.md for a project whose learning rate was tuned for DDP, whether its workers'
 data are alike or not.
 """
 
-LOCAL_STEPS_ALGORITHM = RobustSGD(aggregator=SpectralFilter())
+LOCAL_STEPS_ALGORITHM = RobustSGD(aggregator=ByHeterogeneity())
 """The same rule for local steps, which average a worker's noise themselves."""
 
 

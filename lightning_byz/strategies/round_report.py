@@ -104,7 +104,7 @@ class RoundReport:
                 f"are {100 * value:.0f} % data and {100 - 100 * value:.0f} % noise of batches "
                 f"(byz/heterogeneity={value:.2f}), and {rule_name(rule)} takes the workers that "
                 f"differ most for liars: with f={rule.f} it may lose what only they have seen, "
-                "though nobody lies. Use SpectralFilter(), the default's rule, or a smaller "
+                "though nobody lies. Use ByHeterogeneity(), the default's rule, or a smaller "
                 "num_byzantine. See docs/choose.md."
             )
 

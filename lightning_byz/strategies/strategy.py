@@ -68,7 +68,7 @@ class RobustStrategy(ModelHooks):
 
     Args:
         algorithm: what workers send and what is made of it. None:
-            ``RobustSGD(SpectralFilter(), worker_momentum=0.9, undo_worker_momentum=True)``,
+            ``RobustSGD(ByHeterogeneity(), worker_momentum=0.9, undo_worker_momentum=True)``,
             uncompressed; with one or two workers, a plain mean without momentum.
         transport: how messages travel. None: `InProcess` for one process; for several, `Sharded`,
             or `AllGather` where that is faster: for gradients of up to a megabyte, and for sparse

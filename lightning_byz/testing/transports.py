@@ -15,10 +15,10 @@ from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 
 from lightning_byz.aggregators import (
     NNM,
+    ByHeterogeneity,
     Chain,
     CoordinateMedian,
     Mean,
-    SpectralFilter,
     TrimmedMean,
 )
 from lightning_byz.algorithms import Algorithm, ByzEF21SGDM, RobustSGD, SignSGDMajorityVote
@@ -44,7 +44,7 @@ _ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
-_LEARNS = RobustSGD(aggregator=SpectralFilter(f=1))
+_LEARNS = RobustSGD(aggregator=ByHeterogeneity(f=1))
 """A rule that follows what rounds have shown of the workers' data."""
 _SAVED, _LAST = 11, 13
 """Rounds of a run that is saved, between two rounds that are looked at together; and of all."""
