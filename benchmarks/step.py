@@ -10,6 +10,9 @@ network interface named by GLOO_SOCKET_IFNAME, by the kernel's count.
 
     python benchmarks/step.py [--models resnet18] [--setting "1 Gbit/s"]
         [--output docs/performance/step.csv]
+    python benchmarks/step.py --phases --models resnet18 --methods mean
+
+``--phases`` says instead where the main thread of rank 0 spends the exchange.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -54,7 +59,10 @@ from lightning_byz import (
     TopK,
     TrimmedMean,
 )
+from lightning_byz.engine.server_side import ServerSide
 from lightning_byz.lightning import ByzantineRobustStrategy
+from lightning_byz.strategies.overlap import Overlap
+from lightning_byz.transports import sharded
 
 WARM_UP = 2
 
@@ -107,6 +115,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "the default": ByzantineRobustStrategy,
     "signSGD majority vote (AllGather)": robust(SignSGDMajorityVote(), AllGather),
 }
+
+BASES = ("no communication", "DDP")
 
 AIMS: dict[str, dict[str, float]] = {
     **{key: {"1 Gbit/s": 1.2, "100 Mbit/s": 1.1, "loopback": 2} for key in ("mean", "median")},
@@ -179,11 +189,57 @@ def steps_of(
     ]
 
 
+PHASES: dict[str, tuple[type, str]] = {
+    "worker's half of the buckets": (Overlap, "arrived"),
+    "waiting for messages": (sharded._Uplink, "close"),
+    "rule and answer": (ServerSide, "judge"),
+}
+"""By part of the exchange, the method that the main thread is in meanwhile."""
+
+
+@contextmanager
+def timed_phases(spent: dict[str, float]) -> Iterator[None]:
+    """Inside, seconds in each of `PHASES` are added to ``spent``."""
+
+    def timed(original: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return original(*args)
+            finally:
+                spent[phase] += time.perf_counter() - began
+
+        return call
+
+    with ExitStack() as stack:
+        for phase, (owner, name) in PHASES.items():
+            patch = mock.patch.object(owner, name, timed(getattr(owner, name), phase))
+            stack.enter_context(patch)
+        yield
+
+
+def phases(arguments: argparse.Namespace, world: int) -> None:
+    """Prints milliseconds a step, for each model and method."""
+    for model in arguments.models:
+        size = arguments.steps, arguments.batch_size, world
+        base = [statistics.median(steps_of(name, model, *size)[0]) for name in BASES]
+        for method in arguments.methods:
+            spent = dict.fromkeys(PHASES, 0.0)
+            with timed_phases(spent):
+                step = statistics.median(steps_of(method, model, *size)[0])
+            if dist.get_rank() == 0:
+                rows = [
+                    ["exposed exchange", f"{1000 * (step - base[0]):.1f}"],
+                    ["of DDP", f"{1000 * (base[1] - base[0]):.1f}"],
+                ]
+                all_steps = arguments.steps + WARM_UP
+                rows += [[name, f"{1000 * spent[name] / all_steps:.1f}"] for name in spent]
+                print(markdown([f"{model}, {method}", "ms a step"], rows), flush=True)
+
+
 def measure(arguments: argparse.Namespace, world: int) -> None:
     names = [
-        name
-        for name in METHODS
-        if not arguments.methods or name in ("no communication", "DDP", *arguments.methods)
+        name for name in METHODS if not arguments.methods or name in (*BASES, *arguments.methods)
     ]
     for model in arguments.models:
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -259,7 +315,10 @@ def main() -> None:
         "--setting", default="loopback", help="the network, as the table names it: 1 Gbit/s"
     )
     parser.add_argument("--output", type=Path, help="a CSV file to which the rows are added")
+    parser.add_argument("--phases", action="store_true", help="where the exchange of METHODS goes")
     arguments = parser.parse_args()
+    if arguments.phases and not arguments.methods:
+        parser.error("--phases needs --methods")
     if "RANK" not in os.environ:
         sys.exit(on_this_machine(arguments.ranks))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -269,7 +328,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    measure(arguments, world)
+    (phases if arguments.phases else measure)(arguments, world)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 
-from lightning_byz.aggregators import SMEA, ByHeterogeneity, Chain, Mean
+from lightning_byz.aggregators import SMEA, ByHeterogeneity, Chain, Mean, SpectralFilter
 from lightning_byz.algorithms import Algorithm, RobustSGD
 from lightning_byz.strategies.gradient_sync import parameters_of
 from lightning_byz.strategies.local_steps import LocalSteps
@@ -29,8 +29,10 @@ docs/default-algorithm.md for a project whose learning rate was tuned for DDP, w
 data are alike or not.
 """
 
-LOCAL_STEPS_ALGORITHM = RobustSGD(aggregator=ByHeterogeneity())
-"""The same rule for local steps, which average a worker's noise themselves."""
+LOCAL_STEPS_ALGORITHM = RobustSGD(aggregator=SpectralFilter())
+"""The filter for unlike data: local steps make honest workers differ, too. They average a worker's
+noise themselves, so that none has momentum (docs/reproductions/local_steps.md).
+"""
 
 
 def resolve_algorithm(
