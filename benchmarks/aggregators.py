@@ -59,7 +59,7 @@ def nnm(rule: byz.Chain | Any, f: int) -> byz.Chain:
 def rules(n: int, f: int) -> dict[str, Timed]:
     """Every rule, for n rows of which f may lie."""
     small = (n - 3) // 4
-    mixed = byz.NNM(f=f)
+    mixed, between = byz.NNM(f=f), byz.ByHeterogeneity(f=f)
     return {
         "median": byz.CoordinateMedian(f=f),
         "trimmed_mean": byz.TrimmedMean(f=f),
@@ -80,6 +80,10 @@ def rules(n: int, f: int) -> dict[str, Timed]:
         "smea": byz.SMEA(f=min(f, byz.SMEA().most_f(n))),
         "caf": byz.CAF(f=f),
         "spectral_filter": byz.SpectralFilter(f=f),
+        # between its two rules it asks both
+        "by_heterogeneity": lambda rows: between(
+            Rows(rows, unlike=(between.low + between.high) / 2)
+        ),
         "dnc": byz.DnC(f=f),
         "sign_guard": byz.SignGuard(f=f),
         "majority_vote": byz.MajorityVote(f=f),
