@@ -121,7 +121,8 @@ RATES = {
     ("fashion-mnist", "AdamW"): 2e-3,
 }
 SETTING = ("data", "model", "optimizer", "n", "f", "partition")
-COLUMNS = (*SETTING, "candidate", *ATTACKS, *SEARCHES)
+COLUMNS = (*SETTING, "candidate", *ATTACKS, *SEARCHES, "unlike")
+"""``unlike``: the heterogeneity that the run with nobody lying ends with."""
 
 
 @cache
@@ -211,7 +212,7 @@ def optimizer_of(start: Tensor, name: str, rate: float) -> tuple[nn.Parameter, A
 
 
 def train(run: Run, data: str) -> Run:
-    """The test accuracy, in percent, at the end of one run."""
+    """The test accuracy, in percent, and the heterogeneity at the end of one run."""
     torch.set_num_threads(1)
     x, y, x_test, y_test = load(run["data"], data)
     n, liars = run["n"], list(range(run["n"] - run["f"], run["n"]))
@@ -257,7 +258,9 @@ def train(run: Run, data: str) -> Run:
         step()
     with torch.no_grad():
         right = model(w, x_test).argmax(1) == y_test
-    return {"accuracy": 100 * right.double().mean().item()}
+    found = exchange.heterogeneity
+    unlike = None if found is None else found.value
+    return {"accuracy": 100 * right.double().mean().item(), "unlike": unlike}
 
 
 def transport(n: int) -> InProcess:
@@ -292,6 +295,8 @@ def all_runs(screen: bool) -> list[Run]:
 def table(results: list[tuple[Run, Run]]) -> list[list[str]]:
     """Lines of `COLUMNS`; what was not run is blank."""
     accuracy = mean_by(results, *SETTING, "candidate", "attack")
+    known = [pair for pair in results if pair[1].get("unlike") is not None]
+    unlike = mean_by(known, *SETTING, "candidate", "attack", value="unlike")
     lines = dict.fromkeys(key[:-1] for key in accuracy)
     order = [*CANDIDATES, *MOMENTA]
     return [
@@ -301,6 +306,7 @@ def table(results: list[tuple[Run, Run]]) -> list[list[str]]:
                 f"{accuracy[(*line, attack)]:.1f}" if (*line, attack) in accuracy else ""
                 for attack in (*ATTACKS, *SEARCHES)
             ),
+            f"{unlike[(*line, 'none')]:.2f}" if (*line, "none") in unlike else "",
         ]
         for line in sorted(
             lines,

@@ -1191,8 +1191,8 @@ BUGS = [
     Bug(
         "heterogeneity forgets the momentum",
         "engine/heterogeneity.py",
-        "noise = 2 * changed / (gain**2 * (1 + self._variance(self._rounds - 1)))",
-        "noise = 2 * changed",
+        "noise = (2 * changes / (gain.square() * (1 + self._variance(t - 1)))).median()",
+        "noise = (2 * changes).median()",
         "heterogeneity",
     ),
     Bug(
@@ -1205,8 +1205,8 @@ BUGS = [
     Bug(
         "heterogeneity takes noise for data",
         "engine/heterogeneity.py",
-        "data = max(0.0, apart - self._variance(self._rounds) * noise)",
-        "data = apart",
+        "distances = distances - (part + part[:, None]) * noise",
+        "",
         "heterogeneity",
     ),
     Bug(
@@ -1214,6 +1214,48 @@ BUGS = [
         "engine/server_side.py",
         "unlike=self.heterogeneity.value",
         "unlike=None",
+        "heterogeneity",
+    ),
+    Bug(
+        "what was loaded is added up over the ranks again",
+        "engine/heterogeneity.py",
+        "rows = self._last.rows if self._last.whole else total(self._last.rows)",
+        "rows = total(self._last.rows)",
+        "guides",
+    ),
+    Bug(
+        "liars that copy a worker hide the data",
+        "engine/heterogeneity.py",
+        "to_others[:, (len(now) - 1) // 2]",
+        "to_others[:, (len(now) - 2) // 2]",
+        "heterogeneity",
+    ),
+    Bug(
+        "distances that no number holds are nan",
+        "engine/heterogeneity.py",
+        "distances = distances.nan_to_num(nan=math.inf, posinf=math.inf)",
+        "pass",
+        "heterogeneity",
+    ),
+    Bug(
+        "other columns are compared",
+        "engine/heterogeneity.py",
+        " and torch.equal(last.columns, index)",
+        "",
+        "heterogeneity",
+    ),
+    Bug(
+        "a worker that begins later has an old average",
+        "engine/heterogeneity.py",
+        "self._rounds + spoke",
+        "self._rounds + 1",
+        "heterogeneity",
+    ),
+    Bug(
+        "an evaluation that is replaced counts",
+        "engine/heterogeneity.py",
+        "self._rounds, self._turn = self._rounds - self._counted.long(), self._turn - 1",
+        "pass",
         "heterogeneity",
     ),
     Bug(
@@ -1240,14 +1282,14 @@ BUGS = [
     Bug(
         "a checkpoint forgets how unlike data are",
         "engine/exchange.py",
-        'server_side.heterogeneity.load(server["experience"])',
-        "pass",
+        'server.get("experience"), workers.keys(), self.transport.n, self.step',
+        "None, workers.keys(), self.transport.n, self.step",
         "heterogeneity",
     ),
     Bug(
         "a checkpoint forgets the first round of a pair",
         "engine/heterogeneity.py",
-        "last = self._last._replace(rows=total(self._last.rows).cpu())._asdict()",
+        "last = self._last._replace(rows=rows.cpu(), whole=True)._asdict()",
         "last = None",
         "heterogeneity",
     ),
@@ -1268,8 +1310,8 @@ BUGS = [
     Bug(
         "other workers' rows are taken for the last round's",
         "strategies/resuming_with_others.py",
-        '{**saved["experience"], "last": None}',
-        'saved["experience"]',
+        '{**experience, "rounds": rounds, "last": None}',
+        '{**experience, "rounds": rounds}',
         "heterogeneity",
     ),
     Bug(

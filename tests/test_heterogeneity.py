@@ -180,8 +180,109 @@ def test_a_closure_that_is_evaluated_again_is_no_next_round() -> None:
     run_rounds(exchange, 10, 11)
     exchange.repeat(memory)
     again = run_rounds(exchange, 11, 12)[-1]
-    assert (again["estimates"], again["rounds"]) == (1, 11)
+    assert (again["estimates"], again["turn"], again["rounds"]) == (1, 11, [11] * N)
     assert run_rounds(exchange, 12, 22)[-1]["estimates"] == 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_evaluations_without_an_estimate_count_for_nothing(beta: float) -> None:
+    """A line search in which everything is nan, for a while."""
+    exchange, bad = alone(RobustSGD(Mean(), worker_momentum=beta)), torch.full((N, D), torch.nan)
+    used = torch.ones(1, dtype=torch.uint8)
+    run_rounds(exchange, 0, 10)
+    for _ in range(12):
+        memory = exchange.memory()
+        exchange.run([Contribution(Gradients(row), used) for row in bad], bad[0])
+        exchange.repeat(memory)
+    state = run_rounds(exchange, 10, 30)[-1]
+    assert (state["turn"], state["rounds"], state["estimates"]) == (30, [30] * N, 3)
+    assert exchange.heterogeneity.value == pytest.approx(0.5, abs=0.05)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("evaluations", [2, 5])
+def test_two_steps_are_compared_however_often_a_closure_is_evaluated(evaluations: int) -> None:
+    exchange = alone(RobustSGD(Mean(), worker_momentum=0.5))
+    for step in range(30):
+        for k in range(evaluations):
+            memory = exchange.memory()
+            run_rounds(exchange, 5 * step + k, 5 * step + k + 1)
+            if k < evaluations - 1:
+                exchange.repeat(memory)
+    found = exchange.heterogeneity
+    assert found is not None
+    assert found.estimates == 3
+    assert found.value == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_with_another_seed_compares_no_other_columns(seed: int) -> None:
+    algorithm = RobustSGD(Mean(), worker_momentum=0.5)
+    exchange, other = alone(algorithm), alone(algorithm)
+    run_rounds(exchange, 0, 11)
+    other.seed = seed
+    other.load(exchange.server_state(), exchange.worker_states(), torch.zeros(D))
+    assert run_rounds(other, 11, 12)[-1]["estimates"] == (2 if seed == exchange.seed else 1)
+    assert other.heterogeneity.value == pytest.approx(0.5, abs=0.05)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("lie", [1e160, 1e307])
+@pytest.mark.parametrize("liars", [1, 3])
+def test_rows_that_no_number_can_square_do_not_hide_the_data(lie: float, liars: int) -> None:
+    exchange, used = alone(RobustSGD(CoordinateMedian(f=3), worker_momentum=0.9)), torch.ones(1)
+    means = 3 * torch.randn(N, 50, generator=torch.Generator().manual_seed(0)).double()
+    for step in range(22):
+        rows = means + torch.randn(N, 50, generator=torch.Generator().manual_seed(step + 1))
+        rows[-liars:] = lie * rows[:liars].sign()
+        exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0])
+    assert exchange.heterogeneity is not None
+    assert exchange.heterogeneity.estimates == 3
+    assert exchange.heterogeneity.value == pytest.approx(0.9, abs=0.05)
+
+
+@pytest.mark.parametrize(("n", "f"), [(3, 1), (5, 2), (7, 3), (11, 5), (10, 3)])
+@pytest.mark.parametrize("attack", ["mimic", "mean"])
+def test_liars_that_agree_with_honest_workers_do_not_hide_the_data(
+    n: int, f: int, attack: str
+) -> None:
+    exchange, used = alone(RobustSGD(CoordinateMedian(f=f), worker_momentum=0.9), n), torch.ones(1)
+    means = torch.randn(n, D, generator=torch.Generator().manual_seed(0))
+    for step in range(42):
+        rows = means + torch.randn(n, D, generator=torch.Generator().manual_seed(step + 1))
+        rows[n - f :] = rows[0] if attack == "mimic" else rows[: n - f].mean(0)
+        exchange.run([Contribution(Gradients(row), used) for row in rows], rows[0])
+    assert exchange.heterogeneity is not None
+    assert exchange.heterogeneity.value == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_checkpoint_of_a_run_that_did_not_count_has_old_averages() -> None:
+    algorithm = RobustSGD(Mean(), worker_momentum=0.9)
+    exchange, other = alone(algorithm), alone(algorithm)
+    run_rounds(exchange, 0, 60)
+    saved = exchange.server_state()
+    del saved["experience"]
+    other.load(saved, exchange.worker_states(), torch.zeros(D))
+    assert run_rounds(other, 60, 62)[-1]["estimates"] == 1
+    assert other.heterogeneity.value == pytest.approx(0.5, abs=0.05)  # type: ignore[union-attr]
+
+
+def test_workers_that_begin_later_or_come_seldom_do_not_change_it() -> None:
+    exchange, used = alone(RobustSGD(Mean(), worker_momentum=0.9)), torch.ones(1)
+    means = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    for step in range(52):
+        rows = means + torch.randn(N, D, generator=torch.Generator().manual_seed(step + 1))
+        rows[:7] *= torch.nan if step < 8 else 1
+        rows[7] *= torch.nan if step % 10 > 1 else 1
+        exchange.run([Contribution(Gradients(row), used) for row in rows], means[0])
+        if step in (11, 51):
+            found = exchange.heterogeneity
+            assert found is not None
+            assert found.value == pytest.approx(0.5, abs=0.05)
+    saved = exchange.server_state(), exchange.worker_states()
+    del saved[1][3]  # it starts afresh
+    other = alone(RobustSGD(Mean(), worker_momentum=0.9))
+    other.load(*saved, torch.zeros(D))
+    assert run_rounds(other, 52, 72)[-1]["rounds"][3] == 20
+    assert other.heterogeneity.value == pytest.approx(0.5, abs=0.05)  # type: ignore[union-attr]
 
 
 def test_a_run_of_other_workers_keeps_the_estimate_but_no_rows() -> None:
@@ -196,7 +297,8 @@ def test_a_run_of_other_workers_keeps_the_estimate_but_no_rows() -> None:
     made = adapted(saved, follow, N + 1, [algorithm], [torch.zeros(D)])
     other.load(made["server"][0], made["workers"][0], torch.zeros(D))
     assert other.heterogeneity is not None
-    assert other.heterogeneity.state(None) == exchange.heterogeneity.state(None)  # type: ignore[union-attr]
+    before = exchange.heterogeneity.state(None)  # type: ignore[union-attr]
+    assert other.heterogeneity.state(None) == {**before, "rounds": [*before["rounds"], 0]}
     assert other.heterogeneity.state(lambda tensor: tensor)["last"] is None
 
 

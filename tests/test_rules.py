@@ -360,6 +360,11 @@ def test_the_default_s_rule_takes_other_rules_and_bounds():
     assert torch.equal(rule(Rows(x, unlike=0.6)), MultiKrum(f=2)(x))
 
 
+def test_a_choice_of_rules_is_refused_where_one_of_them_is():
+    with pytest.raises(ValueError, match="index of one of n=7 workers. Found 9"):
+        ByHeterogeneity(f=2, alike=MoNNA(trusted=9)).check(7)
+
+
 @pytest.mark.parametrize(
     "option",
     [

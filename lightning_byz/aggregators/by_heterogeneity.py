@@ -26,9 +26,10 @@ class ByHeterogeneity(WeightedAggregator):
     ``rows.unlike`` is how unlike the data have been found to be in earlier rounds, in [0, 1]. Up to
     ``low`` the weights are those of ``alike``, from ``high`` on those of ``unlike``, and in between
     they pass from the first to the second linearly. While nobody knows, they are those of
-    ``unlike``: in the first two rounds, where the algorithm is not `RobustSGD` or is compressed,
-    and for rows of a plain matrix. Fewer than half of the workers cannot make the number what they
-    like, but they can raise it (`lightning_byz.engine.heterogeneity`).
+    ``unlike``: in the first two rounds, for rows of a plain matrix, and all through a run whose
+    algorithm is not `RobustSGD`, or is compressed, or of which too few workers speak in two rounds
+    in succession. Fewer than half of the workers can raise the number, but not lower it
+    (`lightning_byz.engine.heterogeneity`).
 
     Tolerates what both rules tolerate. Both get this rule's f. No paper: a composition.
 
@@ -36,7 +37,7 @@ class ByHeterogeneity(WeightedAggregator):
         alike: a `WeightedAggregator`.
         unlike: another one.
         low: heterogeneity up to which data are alike: those dealt at random have about 0.2.
-        high: from here on they differ: Dirichlet(1) has about 0.5.
+        high: from here on they differ: labels by Dirichlet(1) have about that.
     """
 
     compares_rows: ClassVar[bool] = True
@@ -99,6 +100,11 @@ class ByHeterogeneity(WeightedAggregator):
         return dataclasses.replace(
             self, alike=self.alike.for_sizes(sizes), unlike=self.unlike.for_sizes(sizes)
         )
+
+    def check(self, n: int) -> None:
+        super().check(n)
+        self.alike.check(n)
+        self.unlike.check(n)
 
     def caveat(self, n: int) -> str | None:
         return self.alike.caveat(n) or self.unlike.caveat(n)

@@ -136,7 +136,7 @@ class CAF(WeightedAggregator):
 class SpectralFilter(WeightedAggregator):
     """Clips rows to their median norm, then takes weight from those that stand out along a
     direction, while that direction holds more than its part of the variance. The default
-    algorithm's rule.
+    algorithm's rule for unlike data (`ByHeterogeneity`).
 
     Where nobody lies, workers' rows differ for two reasons: each has noise of its own, and workers
     with data of one kind agree. The first gives every direction the variance of one row at most,

@@ -110,7 +110,7 @@ def source(part: type) -> str:
     says neither.
     """
     text = " ".join(documentation(part).split("\nArgs:")[0].split())
-    none, cited = re.search(r"No paper: ([^.]*)\.", text), _CITED.search(text)
+    none, cited = re.search(r"No paper: (.*?)\.(?:\s|$)", text), _CITED.search(text)
     if none is not None:
         return f"({none[1]})"
     paper = _LEADS.sub("", cited[0]) if cited is not None else ""

@@ -363,8 +363,9 @@ class Exchange:
         elif self.transport.serves:
             # one rank saved without the others' shards: momenta are worth nothing without mirrors
             return
-        if server.get("experience") is not None:
-            server_side.heterogeneity.load(server["experience"])
+        server_side.heterogeneity.load(
+            server.get("experience"), workers.keys(), self.transport.n, self.step
+        )
         previous = server.get("previous")
         self.previous = None if previous is None else previous.to(like)
         for worker in self.transport.workers:

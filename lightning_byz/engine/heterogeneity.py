@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from lightning_byz.engine.outcome import Outcome
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import keyed_generator
 
-UNLIKE = 0.4
+UNLIKE = 0.5
 """From here on rules that drop rows lose what only some workers' data say
-(docs/default-algorithm.md): Dirichlet(1) has about 0.3, Dirichlet(0.3) 0.5, Dirichlet(0.1) 0.7.
+(docs/default-algorithm.md): Dirichlet(1) has about 0.45, Dirichlet(0.3) 0.6, Dirichlet(0.1) 0.75.
 """
 
 ENOUGH = 5
@@ -32,15 +32,18 @@ class _Looked(NamedTuple):
     """What was seen in the first round of a pair.
 
     Attributes:
-        step: the round.
+        turn: which round it was, of those that count.
         workers: ``[m]`` that spoke.
-        rows: ``[m, k]`` float64, theirs in the columns that are looked at; what is not held here
-            may be 0.
+        columns: ``[k]`` the columns that were looked at.
+        rows: ``[m, k]`` float64, theirs in these columns.
+        whole: whether all of it is here; else columns of other slices are 0.
     """
 
-    step: int
+    turn: int
     workers: Tensor
+    columns: Tensor
     rows: Tensor
+    whole: bool
 
 
 class Heterogeneity:
@@ -52,18 +55,21 @@ class Heterogeneity:
     batches are large. Finite shares of the same data are different data, too.
 
     Rows are averages of a worker's gradients, as `RobustSGD` makes them, with weight beta of the
-    past. After t gradients, each of which has noise of variance V, the average's is ``v_t V``, with
-    ``v_t = (1 - beta) / (1 + beta) (1 + beta^t) / (1 - beta^t)``. So between two workers
-    ``E ||m_i - m_j||^2 = H + v_t N``. Noise is new in every round, so a row's change tells how much
-    of it there is: ``m_(t+1) - m_t = a (g_(t+1) - m_t)`` with ``a = (1 - beta) / (1 -
-    beta^(t+1))``, and ``E ||m_(t+1) - m_t||^2 = a^2 (1 + v_t) N / 2``.
+    past. After t gradients, each of which has noise of variance V, the average's is ``v(t) V``,
+    with ``v(t) = (1 - beta) / (1 + beta) (1 + beta^t) / (1 - beta^t)``. So between two workers
+    ``E ||m_i - m_j||^2 = H + (v(t_i) + v(t_j)) N / 2``. Noise is new in every round, so a row's
+    change tells how much of it there is: ``m(t+1) - m(t) = a (g(t+1) - m(t))`` with ``a = (1 -
+    beta) / (1 - beta^(t+1))``, and ``E ||m(t+1) - m(t)||^2 = a^2 (1 + v(t)) N / 2``.
 
-    Changes are the median over the workers, distances the median over the workers of the median to
-    the others, so that fewer than half of the workers cannot make it what they like; liars still
-    make it larger, as they differ. The drift of gradients, as the model moves, counts as noise.
+    N is the median over the workers, H the median over the workers of the (upper) median to the
+    others. So fewer than half of the workers cannot lower it: N is between those of honest ones,
+    and so is H where all liars are near. They can raise it up to 1, by being unlike the others. The
+    drift of gradients, as the model moves, counts as noise.
 
     Two rounds in succession of every ten are looked at, the first two at once, in 4,096 columns,
-    and averaged over some hundred rounds.
+    and averaged over some hundred rounds; those of which more than 2f workers, and three, have
+    spoken in both. Of an optimizer that evaluates its closure several times a step, an evaluation
+    that another one replaces is no round.
 
     Args:
         algorithm: the run's. Only uncompressed `RobustSGD` has rows that are moving averages.
@@ -78,7 +84,9 @@ class Heterogeneity:
         fits = isinstance(algorithm, RobustSGD) and isinstance(algorithm.compressor, Identity)
         self._algorithm = algorithm if fits else None
         self._beta = algorithm.worker_momentum if isinstance(algorithm, RobustSGD) else 0.0
-        self._rounds = 0  # that gave an estimate
+        self._turn = 0  # of the next round
+        self._rounds: Tensor | None = None  # [n] int64: by worker, the gradients in its average
+        self._counted: Tensor | None = None  # [n] bool: who spoke in the last round, if it counted
         self._last: _Looked | None = None
         self._sum = self._weight = 0.0  # of the estimates, each weighing more than those before
 
@@ -89,29 +97,29 @@ class Heterogeneity:
 
     def observe(self, outcome: Outcome) -> None:
         """Looks at a round, where it is one to look at; on all ranks or on none."""
-        if self._algorithm is None or outcome.estimate is None:
+        self._counted = None
+        if outcome.estimate is None:
             return
-        self._rounds += 1
-        step = outcome.round.step
-        if step % _EVERY > 1:
+        self._counted = spoke = _spoke(outcome)
+        self._rounds = spoke.long() if self._rounds is None else self._rounds + spoke
+        turn, self._turn = self._turn, self._turn + 1
+        if self._algorithm is None or turn % _EVERY > 1:
             return
-        workers, seen = _spoken(outcome)
-        if len(workers) < 3:
-            self._last = None
-            return
-        index = self._index(seen)
-        held = seen.holds(index)
-        columns = seen.columns(index)
-        values = columns.wide() * columns.unit
         last, self._last = self._last, None
-        if step % _EVERY == 0:
+        rows, workers = outcome.seen.select(spoke), spoke.nonzero().flatten()
+        index = self._index(rows)
+        held, columns = rows.holds(index), rows.columns(index)
+        values = columns.wide() * columns.unit
+        if turn % _EVERY == 0:
             whole = values.new_zeros(len(values), len(index))
             whole[:, held] = values
-            self._last = _Looked(step, workers, whole)
-        elif last is not None and last.step == step - 1:
+            self._last = _Looked(turn, workers, index, whole, whole=False)
+        elif last is not None and last.turn == turn - 1 and torch.equal(last.columns, index):
             common = torch.isin(workers, last.workers), torch.isin(last.workers, workers)
             now, before = values[common[0].to(values.device)], last.rows[common[1]]
-            self._estimate(seen, now, before.to(now)[:, held])
+            if len(now) > max(2, 2 * (outcome.rule.f or 0)):
+                of_common = self._rounds[workers[common[0]]].to(now)
+                self._estimate(rows, now, before.to(now)[:, held], of_common)
 
     def _index(self, rows: Rows) -> Tensor:
         """``[k]`` int64, increasing: the columns that are looked at, always the same."""
@@ -121,34 +129,45 @@ class Heterogeneity:
         draws = keyed_generator("heterogeneity", self.seed)
         return torch.randint(dim, (_COLUMNS,), generator=draws).sort().values
 
-    def _estimate(self, rows: Rows, now: Tensor, before: Tensor) -> None:
-        """From the same workers' columns here in two rounds in succession, ``[m, k]`` each."""
-        if len(now) < 3:
-            return
-        products = rows.sum(now @ now.T)  # over all slices of columns
+    def _estimate(self, rows: Rows, now: Tensor, before: Tensor, t: Tensor) -> None:
+        """From the same workers' columns here in two rounds in succession, ``[m, k]`` each.
+
+        Args:
+            rows: of the second round, whose slices these are.
+            now: in the second round.
+            before: in the first.
+            t: ``[m]`` the gradients in each average, in the second round.
+        """
+        gain = (1 - self._beta) / (1 - self._beta**t)
         changes = rows.sum((now - before).square().sum(1))
-        squares = products.diagonal()
+        noise = (2 * changes / (gain.square() * (1 + self._variance(t - 1)))).median()
+        products = rows.sum(now @ now.T)  # over all slices of columns
+        squares, part = products.diagonal(), self._variance(t) / 2
         distances = squares + squares[:, None] - 2 * products
-        to_others = distances.fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
-        between = to_others.median(dim=1).values.median()
-        apart, changed = rows.agree(torch.stack([between, changes.median()])).tolist()
-        gain = (1 - self._beta) / (1 - self._beta**self._rounds)
-        noise = 2 * changed / (gain**2 * (1 + self._variance(self._rounds - 1)))
-        data = max(0.0, apart - self._variance(self._rounds) * noise)
+        # those of rows whose squares no number holds are nan
+        distances = distances.nan_to_num(nan=math.inf, posinf=math.inf)
+        distances = distances - (part + part[:, None]) * noise
+        to_others = distances.fill_diagonal_(-math.inf).sort(dim=1).values[:, 1:]
+        data = to_others[:, (len(now) - 1) // 2].median()
+        noise, data = rows.agree(torch.stack([noise, data])).tolist()
+        data = max(0.0, data) if math.isfinite(data) else data
         if not 0 < data + noise < math.inf:
             return
         self._sum = _KEPT * self._sum + data / (data + noise)
         self._weight = _KEPT * self._weight + 1
         self.estimates += 1
 
-    def _variance(self, t: int) -> float:
+    def _variance(self, t: Tensor) -> Tensor:
         """Of an average of t gradients, over that of one."""
         past = self._beta**t
         return (1 - self._beta) / (1 + self._beta) * (1 + past) / (1 - past)
 
     def repeat(self) -> None:
         """The round that comes next takes the last one's place."""
-        self._rounds, self._last = self._rounds - 1, None
+        self._last = None
+        if self._counted is not None and self._rounds is not None:
+            self._rounds, self._turn = self._rounds - self._counted.long(), self._turn - 1
+        self._counted = None
 
     def state(self, total: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
         """What goes into a checkpoint.
@@ -159,25 +178,38 @@ class Heterogeneity:
         """
         last = None
         if total is not None and self._last is not None:
-            last = self._last._replace(rows=total(self._last.rows).cpu())._asdict()
+            rows = self._last.rows if self._last.whole else total(self._last.rows)
+            last = self._last._replace(rows=rows.cpu(), whole=True)._asdict()
         return {
             "estimates": self.estimates,
-            "rounds": self._rounds,
             "sum": self._sum,
             "weight": self._weight,
+            "turn": self._turn,
+            "rounds": None if self._rounds is None else self._rounds.tolist(),
             "last": last,
         }
 
-    def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores what `state` gave."""
-        self.estimates, self._rounds = saved["estimates"], saved["rounds"]
-        self._sum, self._weight = saved["sum"], saved["weight"]
-        self._last = None if saved["last"] is None else _Looked(**saved["last"])
+    def load(self, saved: Mapping[str, Any] | None, known: Set[int], n: int, step: int) -> None:
+        """Restores what `state` gave.
+
+        Args:
+            saved: from `state`; None: of a run that did not count, whose averages are old.
+            known: the workers that go on with their averages; those of others are new.
+            n: the number of workers.
+            step: the number of rounds before.
+        """
+        saved = saved or {"rounds": [step] * n, "turn": step}
+        self.estimates, self._turn = saved.get("estimates", 0), saved["turn"]
+        self._sum, self._weight = saved.get("sum", 0.0), saved.get("weight", 0.0)
+        rounds, last = saved["rounds"], saved.get("last")
+        if rounds is not None:
+            self._rounds = torch.tensor([t if w in known else 0 for w, t in enumerate(rounds)])
+        if last is not None and known >= set(last["workers"].tolist()):
+            self._last = _Looked(**last)
 
 
-def _spoken(outcome: Outcome) -> tuple[Tensor, Rows]:
-    """The workers that spoke, and their rows."""
+def _spoke(outcome: Outcome) -> Tensor:
+    """``[n]`` bool: the workers that spoke."""
     present, cohort = outcome.round.present, outcome.round.cohort
     assert present is not None
-    spoke = present if cohort is None else present & cohort
-    return spoke.nonzero().flatten(), outcome.seen.select(spoke)
+    return (present if cohort is None else present & cohort).cpu()

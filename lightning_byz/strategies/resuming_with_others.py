@@ -141,8 +141,10 @@ def _random_states(
 def _server(
     saved: Mapping[str, Any], algorithm: Algorithm, like: Tensor, follow: Followed
 ) -> dict[str, Any]:
-    if saved.get("experience") is not None:  # of the last round's workers
-        saved = {**saved, "experience": {**saved["experience"], "last": None}}
+    experience = saved.get("experience")
+    if experience is not None and experience["rounds"] is not None:
+        rounds = [0 if old is None else experience["rounds"][old] for old in follow]
+        saved = {**saved, "experience": {**experience, "rounds": rounds, "last": None}}
     if saved["dim"] is None or saved["server"] is None:
         return dict(saved)
     x, n = like.new_zeros(saved["dim"]).cpu(), len(follow)

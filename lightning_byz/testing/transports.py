@@ -113,14 +113,16 @@ def _resumed(
     make: Callable[[], Transport], rank: int, processes: int, file: Path
 ) -> list[dict[str, Any]]:
     """What ends a run that is not interrupted, and one that goes on from what it saved."""
-    ends = []
+    ends, own = [], dict[int, dict[str, Tensor]]()
     for interrupted in (False, True):
         transport = make()
         transport.connect(rank, processes, 1, torch.device("cpu"))
         exchange, x = Exchange(_LEARNS, transport, seed=5), torch.zeros(_DIM)
         if interrupted:
-            saved = torch.load(file, weights_only=True)
-            exchange.load(saved, {}, x)
+            saved, everybody = torch.load(file, weights_only=True), range(transport.n)
+            for again in (saved, None):  # what was loaded is saved as it was
+                state = again or exchange.server_state()
+                exchange.load(state, {w: own.get(w, {}) for w in everybody}, x)
         estimates = []
         while exchange.step < _LAST:
             said = []
@@ -133,7 +135,7 @@ def _resumed(
             assert estimate is not None
             estimates.append(estimate.clone())
             if exchange.step == _SAVED and not interrupted:
-                state = exchange.server_state()
+                state, own = exchange.server_state(), exchange.worker_states()
                 if rank == 0:
                     torch.save(state, file)
                 dist.barrier()
