@@ -608,7 +608,7 @@ def test_a_lying_replica_costs_less_than_two_points(tmp_path: Path) -> None:
     for found in together(
         tmp_path, 6, lambda rank: weights(trained((3, 2, 1), spectral(), module(), **lying()))
     ):
-        assert honest > 78
+        assert honest > 75
         assert honest - accuracy(found) < 2
         assert honest - undefended > 10
 
