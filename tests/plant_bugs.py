@@ -1238,6 +1238,13 @@ BUGS = [
         "heterogeneity",
     ),
     Bug(
+        "workers of whom most may lie are compared",
+        "engine/heterogeneity.py",
+        "len(now) > max(2, 2 * (outcome.rule.f or 0))",
+        "len(now) > 2",
+        "heterogeneity",
+    ),
+    Bug(
         "other columns are compared",
         "engine/heterogeneity.py",
         " and torch.equal(last.columns, index)",

@@ -285,6 +285,18 @@ def test_workers_that_begin_later_or_come_seldom_do_not_change_it() -> None:
     assert other.heterogeneity.value == pytest.approx(0.5, abs=0.05)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("f", [1, 3])
+def test_workers_of_whom_most_may_lie_are_not_compared(f: int) -> None:
+    """Three speak in both rounds of a pair."""
+    exchange, used = alone(RobustSGD(CoordinateMedian(f=f))), torch.ones(1)
+    for step in range(2):
+        rows = torch.randn(N, D, generator=torch.Generator().manual_seed(step))
+        rows[slice(7, N) if step == 0 else slice(0, 4)] = torch.nan
+        exchange.run([Contribution(Gradients(row), used) for row in rows], rows[5])
+    assert exchange.heterogeneity is not None
+    assert exchange.heterogeneity.estimates == (1 if f == 1 else 0)
+
+
 def test_a_run_of_other_workers_keeps_the_estimate_but_no_rows() -> None:
     algorithm = RobustSGD(Mean(), worker_momentum=0.5)
     exchange, other = alone(algorithm), alone(algorithm, N + 1)

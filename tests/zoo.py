@@ -7,7 +7,7 @@ A new rule, compressor, attack or algorithm adds its line here and is tested by 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -178,6 +178,17 @@ def nnm(rule: Aggregator, times: int = 1) -> Chain:
     return Chain(pre=(NNM(),) * times, rule=rule)
 
 
+SPECTRAL = RuleCase(
+    "spectral_filter",
+    SpectralFilter(f=2),
+    partial(oracles.spectral_filter, share=0.15, norm_floor=0.2),
+    (1.3649693418939184, -1.4818570784283391, 1.472167712841813),
+    exact_ties=False,
+    unique_from=(3, 1),
+    tolerance=1e-6,
+    translation_equivariant=False,
+)
+
 RULES = [
     RuleCase("mean", Mean(), oracles.mean, (7 / 6, -23 / 18, 5 / 3), robust=False),
     RuleCase("median", CoordinateMedian(f=2), oracles.median, (1.5, -1.0, 2.0)),
@@ -298,16 +309,7 @@ RULES = [
         tolerance=1e-6,
         translation_equivariant=False,
     ),
-    RuleCase(
-        "spectral_filter",
-        SpectralFilter(f=2),
-        partial(oracles.spectral_filter, share=0.15, norm_floor=0.2),
-        (1.3649693418939184, -1.4818570784283391, 1.472167712841813),
-        exact_ties=False,
-        unique_from=(3, 1),
-        tolerance=1e-6,
-        translation_equivariant=False,
-    ),
+    SPECTRAL,
     RuleCase(
         "spectral_filter_tight",
         SpectralFilter(f=2, share=0.01, norm_floor=0.9),
@@ -318,16 +320,8 @@ RULES = [
         tolerance=1e-6,
         translation_equivariant=False,
     ),
-    RuleCase(  # nobody knows how unlike data are
-        "by_heterogeneity",
-        ByHeterogeneity(f=2),
-        partial(oracles.spectral_filter, share=0.15, norm_floor=0.2),
-        (1.3649693418939184, -1.4818570784283391, 1.472167712841813),
-        exact_ties=False,
-        unique_from=(3, 1),
-        tolerance=1e-6,
-        translation_equivariant=False,
-    ),
+    # nobody knows how unlike data are
+    replace(SPECTRAL, name="by_heterogeneity", rule=ByHeterogeneity(f=2)),
     RuleCase(
         "dnc",
         DnC(f=2),

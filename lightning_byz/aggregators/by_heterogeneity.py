@@ -70,11 +70,9 @@ class ByHeterogeneity(WeightedAggregator):
                 f"{sorted(given)}. Give it once."
             )
         for f in given:
-            self._set(f=f, alike=self.alike.with_f(f), unlike=self.unlike.with_f(f))
-
-    def _set(self, **fields: object) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, "f", f)
+            object.__setattr__(self, "alike", self.alike.with_f(f))
+            object.__setattr__(self, "unlike", self.unlike.with_f(f))
 
     @property
     def asks_first_for(self) -> Literal["norms", "products"]:
