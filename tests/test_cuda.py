@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from harness import assert_close
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from models import Plain, loader
+from ports import own_port
 from zoo import ALGORITHMS, COMPRESSORS, RULES, rows_for
 
 from lightning_byz import (
@@ -193,9 +193,7 @@ def rank_main(rank: int, port: int, folder: Path, work: Callable[[int, Path], An
 
 def in_ranks(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
     """What each of three ranks makes of its number."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = own_port()
     context = multiprocessing.get_context("spawn")
     children = [
         context.Process(target=rank_main, args=(rank, port, folder, work)) for rank in range(RANKS)

@@ -22,6 +22,7 @@ from harness import QUIET, Report, assert_close, assert_equal, averaging, fit, f
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from models import GAN, Plain, blobs, loader
+from ports import own_port
 from ranks import Ranks
 from zoo import ALGORITHMS, rows_for
 
@@ -695,7 +696,7 @@ if __name__ == "__main__":
     }
     command = [sys.executable, str(script), str(Path(__file__).parent)]
     settings = {
-        "env": {**clean, "OMP_NUM_THREADS": "1"},
+        "env": {**clean, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(own_port())},
         "capture_output": True,
         "text": True,
         "timeout": 500,
