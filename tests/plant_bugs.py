@@ -703,9 +703,16 @@ BUGS = [
     Bug(
         "a tie is a minus",
         "aggregators/majority_vote.py",
+        "tie=1.0 if",
+        "tie=-1.0 if",
+        "aggregators rules",
+    ),
+    Bug(
+        "a tie among those that vote is a minus",
+        "aggregators/majority_vote.py",
         "torch.where(vote == 0, 1, vote)",
         "torch.where(vote == 0, -1, vote)",
-        "aggregators rules",
+        "papers",
     ),
     Bug(
         "shares do not go with their rows",
