@@ -2627,7 +2627,7 @@ BUGS = [
         "engine/worker_side.py",
         "taken = bool(round.cohort[worker]) and comes(round, worker)",
         "taken = bool(round.cohort[worker])",
-        "stragglers",
+        "exchange",
     ),
     Bug(
         "a key speaks for any rank",

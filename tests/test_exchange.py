@@ -54,6 +54,7 @@ from lightning_byz.compressors import QSGD, Contractive, Field, Identity, PerTen
 from lightning_byz.data.batches import BatchSplitter, batch_size, split_batch
 from lightning_byz.engine.exchange import Exchange
 from lightning_byz.engine.outcome import NO_LOSS, Contribution
+from lightning_byz.engine.simulation import Simulation
 from lightning_byz.numerics.finite import all_finite
 from lightning_byz.numerics.memory import TensorPool
 from lightning_byz.numerics.rows import Rows
@@ -133,6 +134,26 @@ def test_absent_workers_are_silent_and_the_rule_sees_the_others():
     assert outcome.round.present.tolist() == [True, False, True, False, True]
     assert torch.equal(outcome.estimate, grads[[0, 2, 4]].median(0).values)
     assert not outcome.rows.dense()[[1, 3]].any()
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [RobustSGD(CoordinateMedian(f=2), worker_momentum=0.9), ByzEF21SGDM(CoordinateMedian(f=2))],
+)
+def test_whose_message_never_arrives_is_silent_whatever_its_gradient(algorithm):
+    """Also once all workers' messages come from one call."""
+    late = torch.zeros(N, dtype=torch.float64)
+    exchange, other = (Exchange(algorithm, connected(), 0) for _ in range(2))
+    exchange.simulation = Simulation()
+    never = late.index_fill(0, torch.tensor(3), torch.inf)
+    exchange.simulation.delays.append(lambda step: never if step in (2, 4) else late)
+    for step in range(6):
+        outcome = exchange.run(contributions(grads_of(step)), LIKE)
+        absent = (3,) if step in (2, 4) else ()
+        expected = other.run(contributions(grads_of(step), absent=absent), LIKE)
+        assert outcome.silent == list(absent)
+        assert torch.equal(outcome.estimate, expected.estimate)
+        assert same(frozen(exchange), frozen(other))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -412,6 +412,46 @@ def test_what_is_sent_holds_no_aggregate(transport: Any, tmp_path: Path) -> None
         torch.testing.assert_close(kept, zeroed, rtol=1e-5, atol=1e-7)
 
 
+class Both(Plain):
+    """One loss for two optimizers, by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seen: list[list[torch.Tensor]] = []
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.net[i].parameters(), 0.1) for i in (0, 2)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        self.zero_grad()
+        self.manual_backward(loss_of(self.net, batch))
+        self.seen.append([p.grad.clone() for p in self.parameters()])
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+@processes
+@pytest.mark.parametrize("remembers", [False, True])
+def test_groups_wait_for_their_optimizers_only_where_earlier_gradients_are_remembered(
+    remembers: bool, tmp_path: Path
+) -> None:
+    """Else the gradient is everybody's where backward has ended, as under DDP."""
+    strategy = ByzantineRobustStrategy(
+        RobustSGD(Mean(), worker_momentum=0.9 if remembers else 0.0),
+        num_byzantine=0,
+        start_method="fork",
+    )
+    first, second = fit(
+        tmp_path, Both(), strategy, devices=2, data=loader(24), extra=lambda _, m: m.seen
+    )
+    assert len(first["extra"]) >= 4
+    for mine, theirs in zip(first["extra"], second["extra"], strict=True):
+        equal = [torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)]
+        assert equal == [not remembers] * 4
+    assert_equal(first, second)
+
+
 class Keeps(Plain):
     """Keeps all gradients, without a copy."""
 

@@ -600,15 +600,19 @@ def test_mixed_rows_are_the_product_of_weights_and_rows(d, threads, aligned):
 
 @pytest.mark.parametrize("d", [8 * 8192 + 10, 9 * 8192, 32 * 8192 + 1, 40 * 8192 + 3])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-def test_a_last_batch_with_fewer_matrices_than_threads_adds_nothing_of_an_earlier_one(d, threads):
+@pytest.mark.parametrize("made", [contextlib.nullcontext, kernels.switched_off])
+def test_a_last_batch_with_fewer_matrices_than_threads_adds_nothing_of_an_earlier_one(
+    d, threads, made
+):
     # copied, for its rows begin anywhere
     x = torch.randn(5, d + 1, generator=torch.Generator().manual_seed(1))[:, 1:]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        rows = Rows(x)
-        mixed = rows.mix(torch.eye(5, dtype=torch.float64).roll(1, 0)).dense()
-        gram = rows.gram()
+        with made():
+            rows = Rows(x)
+            mixed = rows.mix(torch.eye(5, dtype=torch.float64).roll(1, 0)).dense()
+            gram = rows.gram()
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(gram, x.double() @ x.double().T, rtol=1e-4, atol=1e-2)
