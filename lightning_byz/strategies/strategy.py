@@ -34,6 +34,7 @@ from lightning_byz.strategies.gradient_sync import (
     gradient_groups,
 )
 from lightning_byz.strategies.local_steps import LocalSteps, OuterOptimizer
+from lightning_byz.strategies.log_lines import show_log
 from lightning_byz.strategies.mesh_processes import MeshProcesses
 from lightning_byz.strategies.model_hooks import ModelHooks
 from lightning_byz.strategies.model_shards import ModelShards
@@ -159,6 +160,7 @@ class RobustStrategy(ModelHooks):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
+        show_log()
         check_arguments(
             algorithm,
             transport,
