@@ -5,8 +5,12 @@ backward does.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,6 +18,7 @@ import pytest
 import torch
 from harness import assert_close, assert_equal, cpu_amp, fit
 from models import Plain, loader, loss_of
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_byz import (
@@ -35,8 +40,10 @@ from lightning_byz.lightning import (
     RobustnessMonitor,
     SuspicionMonitor,
 )
+from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.overlap import Overlap
 from lightning_byz.transports import Transport
+from lightning_byz.transports.meeting import RankLostError
 
 pytestmark = pytest.mark.processes
 MEDIAN = RobustSGD(CoordinateMedian())
@@ -107,7 +114,7 @@ def run(
 
     def gradient(self: Overlap) -> Any:
         if self._upload is not None:
-            gone.append(self._upload.uplink.sent)
+            gone.append(self._sent)
         return wanted(self)
 
     strategy = ByzantineRobustStrategy(algorithm, transport, start_method="fork", seed=5)
@@ -297,3 +304,135 @@ def test_a_module_keeps_no_hook_of_a_run_that_is_over(tmp_path: Path) -> None:
 def test_a_bucket_holds_something(size: Any) -> None:
     with pytest.raises(ValueError, match="bucket_size"):
         Sharded(bucket_size=size)
+
+
+class Gathers(Plain):
+    """Ranks gather something in the middle of a backward pass."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        def met(gradient: torch.Tensor) -> None:
+            ranks = self.all_gather(torch.tensor(float(self.global_rank)))
+            assert ranks.tolist() == [0.0, 1.0, 2.0]
+
+        hidden = self.net[0](batch[0])
+        hidden.register_hook(met)
+        return loss_of(self.net[1:], [hidden, batch[1]])
+
+
+def test_ranks_may_exchange_something_else_during_backward(tmp_path: Path) -> None:
+    after = run(tmp_path / "after", Gathers, MEDIAN, Sharded(overlap=False))
+    during = run(tmp_path / "during", Gathers, MEDIAN, Sharded(bucket_size=1))
+    for a, b in zip(after, during, strict=True):
+        assert_equal(a, b)
+    assert min(during[0]["extra"][0]) >= 1
+
+
+# -- the thread ------------------------------------------------------------------------------------
+
+
+class Upload:
+    """Takes the buckets of some layers as `BucketedMessages` does, once it may."""
+
+    def __init__(self, layers: int) -> None:
+        self.left = [(30 * i, 30 * i + 30) for i in reversed(range(layers))]
+        self.may, self.fails = threading.Event(), False
+        self.sent: list[torch.Tensor] = []
+        self.threads: list[int] = []
+        self.opened: list[int] = []  # how many were sent before
+
+    def open(self, x: torch.Tensor, spend: bool) -> Upload:
+        self.opened.append(len(self.sent))
+        return self
+
+    def send(self, grads: list[torch.Tensor]) -> None:
+        assert self.may.wait(100)
+        if self.fails:
+            self.fails = False
+            raise RankLostError("rank 1")
+        assert not torch.is_grad_enabled()
+        self.sent.append(grads[0].clone())
+        self.threads.append(threading.get_ident())
+
+
+class Waiting(deque):
+    """Lets an upload go on when somebody waits for it."""
+
+    def __init__(self, upload: Upload) -> None:
+        super().__init__()
+        self.upload, self.most = upload, 0
+
+    def append(self, future: Any) -> None:
+        super().append(future)
+        self.most = max(self.most, len(self))
+
+    def popleft(self) -> Any:
+        self.upload.may.set()
+        return super().popleft()
+
+
+class Layers:
+    """Some layers whose buckets an upload takes, and a pass through all but the first ``skip``."""
+
+    def __init__(self, count: int = 4, skip: int = 0) -> None:
+        self.upload, self.skip = Upload(count), skip
+        self.net = nn.Sequential(*(nn.Linear(5, 5) for _ in range(count)))
+        layout = FlatParameters(list(self.net.parameters()))
+        algorithm = SimpleNamespace(coordinate_wise=True)
+        exchange = SimpleNamespace(algorithm=algorithm, open=self.upload.open)
+        self.overlap = Overlap(layout, exchange)  # type: ignore[arg-type]
+        self.overlap._under_way = self.waiting = Waiting(self.upload)
+        self.watched = [
+            layout.watch(p, partial(self.overlap.arrived, i, p))
+            for i, p in enumerate(layout.parameters)
+        ]
+
+    def backward(self) -> None:
+        with self.overlap.during_backward():
+            self.net[self.skip :](torch.randn(3, 5)).square().sum().backward()
+
+    def assert_sent(self, sent: list[torch.Tensor]) -> None:
+        """They are the gradient's buckets, as far as those were full."""
+        whole = self.overlap.gradient()
+        assert whole is not None and len(sent) == len(self.net) - self.skip
+        for (first, last), bucket in zip(self.upload.left, sent, strict=False):
+            assert bucket.any() and torch.equal(bucket, whole[first:last])
+
+
+@pytest.mark.parametrize(("count", "skip", "behind"), [(4, 0, 3), (4, 1, 3), (9, 0, 3), (2, 1, 1)])
+def test_backward_goes_on_while_buckets_are_sent(count: int, skip: int, behind: int) -> None:
+    """The thread may be behind, but not by many; what it has sent is the gradient all the same."""
+    layers = Layers(count, skip)
+    layers.backward()
+    here = threading.get_ident()
+    if skip:  # the last bucket is never full, so that nobody has waited
+        assert layers.upload.sent == []
+    layers.overlap.gradient()
+    assert layers.waiting.most == behind
+    assert [t == here for t in layers.upload.threads] == [False] * (count - 1) + [True] * (not skip)
+    layers.assert_sent(layers.upload.sent)
+    assert all(p.grad is None for p in layers.net.parameters())
+
+
+def test_what_the_thread_meets_is_raised_where_backward_ends() -> None:
+    """Nothing is sent in the place of what could not be."""
+    layers = Layers()
+    layers.upload.fails = True
+    with pytest.raises(RankLostError, match="rank 1"):
+        layers.backward()
+    with pytest.raises(RuntimeError, match="broken off"):
+        layers.overlap.gradient()
+    assert layers.upload.sent == []
+
+
+def test_a_pass_that_is_broken_off_leaves_nothing_to_the_next() -> None:
+    layers = Layers()
+    stop = layers.net[0].register_forward_hook(
+        lambda _, inputs, out: out.register_hook(lambda gradient: 1 / 0) and None
+    )
+    with pytest.raises(ZeroDivisionError):
+        layers.backward()
+    assert layers.upload.sent == []  # not yet
+    stop.remove()
+    layers.backward()
+    assert layers.upload.opened == [0, 3]
+    layers.assert_sent(layers.upload.sent[3:])

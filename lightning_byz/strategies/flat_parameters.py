@@ -86,22 +86,22 @@ class FlatParameters:
         """
         flat = self.like() if out is None else out
         for piece, p in zip(torch.split(flat, self.sizes), self.parameters, strict=True):
-            self.read_gradient(p, piece)
+            self.read_gradient(p.grad, piece)
         return flat.mul_(scale) if scale != 1 else flat
 
     @staticmethod
     @torch.no_grad()
-    def read_gradient(p: Tensor, out: Tensor) -> None:
-        """One parameter's gradient as a vector, into ``out``; 0 if it has none."""
-        if p.grad is None:
+    def read_gradient(gradient: Tensor | None, out: Tensor) -> None:
+        """One parameter's gradient as a vector, into ``out``; 0 if there is none."""
+        if gradient is None:
             out.zero_()
-        elif p.grad.is_sparse:
+        elif gradient.is_sparse:
             raise ValueError(
-                f"Gradients should be dense. Found a sparse one of shape {list(p.grad.shape)}. "
+                f"Gradients should be dense. Found a sparse one of shape {list(gradient.shape)}. "
                 "Set sparse=False in the embedding that makes it."
             )
         else:
-            out.view(p.shape).copy_(p.grad)
+            out.view(gradient.shape).copy_(gradient)
 
     @torch.no_grad()
     def read_parameters(self) -> Tensor:

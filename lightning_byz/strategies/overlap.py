@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
@@ -19,6 +21,11 @@ from lightning_byz.transports import Transport
 
 log = logging.getLogger("lightning_byz")
 
+_BACKLOG = 2
+"""Buckets that may wait for the thread that sends them; backward waits for it then, so that few
+gradients are held twice.
+"""
+
 
 class Overlap:
     """Reads the only local worker's gradients as backward makes them, and sends its message's
@@ -26,10 +33,12 @@ class Overlap:
 
     Backward fills the vector from its end, roughly: the last parameters get their gradients first.
     Buckets leave in one order, which all ranks share, so that a parameter without a gradient holds
-    its bucket and all later ones back until `gradient` is asked for. What has been read of
-    ``p.grad`` is released at once: the estimate will take its place. If the algorithm wants whole
-    vectors, nothing is sent, but gradients are read while they are in a cache, and their memory
-    serves for the next ones.
+    its bucket and all later ones back until `gradient` is asked for. What has come in ``p.grad`` is
+    taken out of it at once: the estimate will take its place. On a CPU a thread reads and sends
+    buckets, so that they take no time of the backward pass where there is a core for it; on an
+    accelerator backward itself runs beside this process. If the algorithm wants whole vectors,
+    nothing is sent, but gradients are read while they are in a cache, and their memory serves for
+    the next ones.
 
     Args:
         layout: the parameters.
@@ -48,19 +57,30 @@ class Overlap:
         """Whether gradients have been read of which `gradient` has not been asked for."""
         self._late = False
         self._stream: Any = None  # of the accelerator, on which the backward pass was called
-        self._written: set[int] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        if layout.device.type == "cpu":
+            self._thread = ThreadPoolExecutor(1, "lightning_byz buckets")
+        self._under_way: deque[Future[None]] = deque()  # what the thread has to do
+        self._here: set[int] = set()  # parameters whose gradients have come
+        self._unread: list[tuple[int, Tensor]] = []  # of them, by parameter, those to be read
+        self._read: set[int] = set()
+        self._failed = False
+        self._sent = 0  # buckets, also those that the thread has still to send
         self._buckets: list[tuple[int, int]] = []
-        self._touched: list[list[int]] = []  # by parameter, the buckets that it lies in
+        # by parameter, the buckets that it lies in
+        self._touched: list[list[int]] = [[] for _ in layout.sizes]
         self._missing: list[int] = []  # by bucket, how many of its parameters have no gradient yet
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
         """The last backward pass before the exchange."""
+        self._settle()  # a pass that was broken off may have left something
         in_pieces = self.exchange.algorithm.coordinate_wise and not self.broken
         self._upload = self.exchange.open(self.layout.blank(), spend=True) if in_pieces else None
         device = self.layout.device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._written, self._late = set(), False
+        self._here, self._unread, self._read = set(), [], set()
+        self._sent, self._late, self._failed = 0, False, False
         self._plan([] if self._upload is None else self._upload.left)
         self.began = True
         yield
@@ -78,28 +98,63 @@ class Overlap:
             for b in touched:
                 self._missing[b] += 1
 
-    @torch.no_grad()
     def arrived(self, i: int, parameter: Tensor) -> None:
         """The gradient of the i-th parameter is there."""
-        again = i in self._written
-        if (
-            again
-            and self._upload is not None
-            and any(b < self._upload.uplink.sent for b in self._touched[i])
-        ):
+        again = i in self._here
+        if again and any(b < self._sent for b in self._touched[i]):
             self._late = True
             return
-        with self._on_one_stream(parameter.grad):
-            row = self._write(i, parameter)
-            parameter.grad = None
-            if again or self._upload is None:
-                return
-            for b in self._touched[i]:
-                self._missing[b] -= 1
-            uplink = self._upload.uplink
-            while uplink.sent < len(self._buckets) and self._missing[uplink.sent] == 0:
-                first, last = self._buckets[uplink.sent]
-                self._upload.send([row[first:last]])
+        assert parameter.grad is not None
+        self._here.add(i)
+        self._unread.append((i, parameter.grad))
+        parameter.grad = None
+        for b in () if again else self._touched[i]:
+            self._missing[b] -= 1
+        first = self._sent
+        while self._sent < len(self._buckets) and self._missing[self._sent] == 0:
+            self._sent += 1
+        full = self._buckets[first : self._sent]
+        if self._upload is None or self._thread is None or self._sent == len(self._buckets):
+            self._settle()  # backward has nothing left to do beside the last bucket
+            with self._on_one_stream(self._unread[-1][1]):
+                self._take(self._unread, full)
+        elif full:
+            while len(self._under_way) > _BACKLOG:
+                self._under_way.popleft().result()
+            self._under_way.append(self._thread.submit(self._take, self._unread, full))
+        else:
+            return
+        self._unread = []
+
+    def _settle(self) -> None:
+        """Waits until the thread has done what it has to do, and raises what it has met."""
+        while self._under_way:
+            self._under_way.popleft().result()
+
+    @torch.no_grad()
+    def _take(
+        self, gradients: Sequence[tuple[int, Tensor]], buckets: Sequence[tuple[int, int]]
+    ) -> None:
+        """Reads gradients, by parameter, and sends the buckets that are full by now.
+
+        Raises:
+            RuntimeError: once that has failed: buckets have one order.
+        """
+        if self._failed:
+            raise RuntimeError("This step's message is broken off by the error before this one.")
+        self._failed = True
+        row = self.layout.rows(1)[0]
+        for i, gradient in gradients:
+            place = row[self._starts[i] : self._starts[i + 1]]
+            if i in self._read:
+                place.view(gradient.shape).add_(gradient)
+            else:
+                self.layout.read_gradient(gradient, place)
+            self._read.add(i)
+        for first, last in buckets:
+            assert self._upload is not None
+            self._upload.send([row[first:last]])
+        self._failed = False
 
     def _on_one_stream(self, gradient: Tensor | None) -> AbstractContextManager[object]:
         """A bucket holds gradients that autograd may have made on several streams of an
@@ -116,27 +171,19 @@ class Overlap:
             gradient.record_stream(self._stream)  # its memory is not to be used again before
         return torch.cuda.stream(self._stream)
 
-    def _write(self, i: int, parameter: Tensor) -> Tensor:
-        row = self.layout.rows(1)[0]
-        place = row[self._starts[i] : self._starts[i + 1]]
-        if i in self._written:
-            place.view(parameter.shape).add_(parameter.grad)  # type: ignore[arg-type]
-        else:
-            self.layout.read_gradient(parameter, place)
-        self._written.add(i)
-        return row
-
     def used(self) -> Tensor:
         """``[P]`` bool: the parameters that have a gradient."""
         return self.layout.used() | torch.tensor(
-            [i in self._written for i in range(len(self.layout.parameters))], dtype=torch.bool
+            [i in self._here for i in range(len(self.layout.parameters))], dtype=torch.bool
         )
 
     def gradient(self) -> Tensor | None:
         """The whole gradient ``[d]``, after a backward pass that was overlapped; None if there is
         none, or another one than was sent.
         """
-        self._upload, self.began = None, False
+        self._settle()
+        self._take(self._unread, [])
+        self._upload, self.began, self._unread = None, False, []
         if not bool(self.used().any()):
             return None
         if self._late:
@@ -149,10 +196,13 @@ class Overlap:
                 stacklevel=2,
             )
             return None
+        row = self.layout.rows(1)[0]
         for i, parameter in enumerate(self.layout.parameters):
-            if i not in self._written:
-                self._write(i, parameter)
-        return self.layout.rows(1)[0]
+            if i not in self._here:
+                self.layout.read_gradient(
+                    parameter.grad, row[self._starts[i] : self._starts[i + 1]]
+                )
+        return row
 
 
 def may_overlap(strategy: Any, transport: Transport) -> bool:

@@ -159,6 +159,7 @@ class Collective(Transport):
         outgoing: Sequence[Sequence[Tensor]],
         incoming: Sequence[Sequence[Tensor]],
         lane: int = 0,
+        tag: int | None = None,
     ) -> list[Request]:
         """The same, begun, of tensors on the backend's device.
 
@@ -166,12 +167,15 @@ class Collective(Transport):
             outgoing: as in `_swap`.
             incoming: as in `_swap`.
             lane: 0, 1 or 2; keeps apart what is on its way at the same time, on gloo.
+            tag: of the place that these messages belong to, which has been said; None: of this
+                rank's place, which is said before.
 
         Returns:
             requests, and of which rank: for `Meeting.wait`.
         """
-        self._meeting.say()
-        tag = self._meeting.tag + lane
+        if tag is None:
+            self._meeting.say()
+            tag = self._meeting.tag
         operations: list[tuple[int, Any, Tensor]] = []
         for distance in range(1, self.world_size):
             source, target = (
@@ -189,7 +193,10 @@ class Collective(Transport):
         operations = [(self._members[rank], begin, tensor) for rank, begin, tensor in operations]
         with self._meeting.naming_lost_ranks():
             if self._gloo:
-                return [(rank, begin(tensor, rank, tag=tag)) for rank, begin, tensor in operations]
+                return [
+                    (rank, begin(tensor, rank, tag=tag + lane))
+                    for rank, begin, tensor in operations
+                ]
             works = dist.batch_isend_irecv(
                 [dist.P2POp(begin, tensor, rank, self._group) for rank, begin, tensor in operations]
             )

@@ -452,9 +452,11 @@ class _Uplink(Uplink):
         self.places = [
             list(zip(lengths[first], lengths[last], strict=True)) for first, last in ends
         ]
+        self._tag: int | None = None
         if transport._gloo:  # a sender need not wait for a receiver whose backward pass is slower
             for bucket, requests in enumerate(self.requests):
                 requests += transport._start_swap([[]] * world, self._expected(bucket), _UP)
+            self._tag = transport._meeting.tag  # a thread that sends asks for nothing else
 
     def _expected(self, bucket: int) -> list[list[Tensor]]:
         """What arrives of a bucket, by rank."""
@@ -484,7 +486,7 @@ class _Uplink(Uplink):
             out.copy_(tensor)
         nothing: list[list[Tensor]] = [[]] * transport.world_size
         self.requests[self.sent] += transport._start_swap(
-            outgoing, nothing if transport._gloo else expected, _UP
+            outgoing, nothing if transport._gloo else expected, _UP, self._tag
         )
         self.kept.append(shares)
         self.sent += 1
