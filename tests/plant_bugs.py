@@ -2261,7 +2261,7 @@ BUGS = [
     Bug(
         "parameters without a gradient keep the last one",
         "strategies/overlap.py",
-        "if i not in self._written:",
+        "if i not in self._here:",
         "if False:",
         "overlap",
     ),

@@ -59,7 +59,7 @@ class SuspicionMonitorCallback(_Base):
 
     Args:
         every_n_steps: two of so many rounds are looked at. None: as many as the workers' momenta
-            take to fade to 5 % (30 for 0.9; 30 for algorithms whose memory fades in another way; 2
+            take to fade to 5 % (29 for 0.9; 30 for algorithms whose memory fades in another way; 2
             without memory), for the test takes what a row holds for fresh.
         false_alarm_rate: the probability that a run of honest workers ever accuses one, at most;
             shared among the run's optimizers.
