@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,6 +51,39 @@ def resnet18() -> nn.Module:
 def images() -> Samples:
     """Of 32 x 32, of ten classes."""
     return torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+
+
+class _Wait(torch.autograd.Function):
+    """Whose backward pass waits, and gives gradients that are there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float, gradients: Any, *weights: Tensor) -> Tensor:
+        ctx.seconds, ctx.gradients = seconds, gradients
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        time.sleep(ctx.seconds)
+        return gradient, None, None, *ctx.gradients
+
+
+class Elsewhere(nn.Module):
+    """Layers of ResNet-18's sizes whose backward pass takes 130 ms and no processor: as if every
+    rank had a core, or a device, beside the one that exchanges.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 10)
+        layers = [list(module.parameters(recurse=False)) for module in resnet18().modules()]
+        self.layers = nn.ModuleList(nn.ParameterList(layer) for layer in layers if layer)
+        self.gradients = [[torch.randn_like(p) for p in layer] for layer in self.layers]
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = self.head(images.mean((2, 3)))
+        for layer, gradients in zip(self.layers, self.gradients, strict=True):
+            z = _Wait.apply(z, 0.13 / len(self.layers), gradients, *layer)
+        return z
 
 
 class Transformer(nn.Module):
@@ -175,6 +209,7 @@ def transitions() -> Samples:
 
 TASKS: dict[str, Task] = {
     "resnet18": Task(lambda: Classifier(resnet18()), images),
+    "resnet18 elsewhere": Task(lambda: Classifier(Elsewhere()), images),
     "transformer": Task(lambda: Classifier(Transformer()), sentences),
     "logistic regression": Task(lambda: Classifier(logistic_regression()), features),
     "34 small layers": Task(lambda: Classifier(small_layers()), features),

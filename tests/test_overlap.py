@@ -40,6 +40,7 @@ from lightning_byz.lightning import (
     RobustnessMonitor,
     SuspicionMonitor,
 )
+from lightning_byz.strategies import overlap
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.overlap import Overlap
 from lightning_byz.transports import Transport
@@ -361,8 +362,8 @@ class Waiting(deque):
         super().__init__()
         self.upload, self.most = upload, 0
 
-    def append(self, future: Any) -> None:
-        super().append(future)
+    def append(self, job: Any) -> None:
+        super().append(job)
         self.most = max(self.most, len(self))
 
     def popleft(self) -> Any:
@@ -399,8 +400,13 @@ class Layers:
 
 
 @pytest.mark.parametrize(("count", "skip", "behind"), [(4, 0, 3), (4, 1, 3), (9, 0, 3), (2, 1, 1)])
-def test_backward_goes_on_while_buckets_are_sent(count: int, skip: int, behind: int) -> None:
-    """The thread may be behind, but not by many; what it has sent is the gradient all the same."""
+def test_backward_goes_on_while_buckets_are_sent(
+    count: int, skip: int, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread may be behind, by 360 bytes here; what it has sent is the gradient all the
+    same.
+    """
+    monkeypatch.setattr(overlap, "_BACKLOG", 360)
     layers = Layers(count, skip)
     layers.backward()
     here = threading.get_ident()

@@ -21,9 +21,9 @@ from lightning_byz.transports import Transport
 
 log = logging.getLogger("lightning_byz")
 
-_BACKLOG = 2
-"""Buckets that may wait for the thread that sends them; backward waits for it then, so that few
-gradients are held twice.
+_BACKLOG = 2**24
+"""Bytes of gradients that may wait for the thread; backward waits for it then, so that few are held
+twice.
 """
 
 
@@ -60,7 +60,8 @@ class Overlap:
         self._thread: ThreadPoolExecutor | None = None
         if layout.device.type == "cpu":
             self._thread = ThreadPoolExecutor(1, "lightning_byz buckets")
-        self._under_way: deque[Future[None]] = deque()  # what the thread has to do
+        # what the thread has to do, and the bytes of its gradients
+        self._under_way: deque[tuple[Future[None], int]] = deque()
         self._here: set[int] = set()  # parameters whose gradients have come
         self._unread: list[tuple[int, Tensor]] = []  # of them, by parameter, those to be read
         self._read: set[int] = set()
@@ -119,17 +120,20 @@ class Overlap:
             with self._on_one_stream(self._unread[-1][1]):
                 self._take(self._unread, full)
         elif full:
-            while len(self._under_way) > _BACKLOG:
-                self._under_way.popleft().result()
-            self._under_way.append(self._thread.submit(self._take, self._unread, full))
+            nbytes = sum(gradient.nbytes for _, gradient in self._unread)
+            self._settle(_BACKLOG - nbytes)
+            self._under_way.append((self._thread.submit(self._take, self._unread, full), nbytes))
         else:
             return
         self._unread = []
 
-    def _settle(self) -> None:
-        """Waits until the thread has done what it has to do, and raises what it has met."""
-        while self._under_way:
-            self._under_way.popleft().result()
+    def _settle(self, most: int = -1) -> None:
+        """Waits until the thread has so few bytes to read, or nothing to do, and raises what it has
+        met.
+        """
+        while self._under_way and sum(nbytes for _, nbytes in self._under_way) > most:
+            future, _ = self._under_way.popleft()
+            future.result()
 
     @torch.no_grad()
     def _take(
