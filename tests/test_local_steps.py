@@ -821,6 +821,20 @@ def test_refused_arguments() -> None:
         LocalSteps(2, checkpoints="every")
     with pytest.raises(ValueError, match="Found no `local_steps`"):
         ByzantineRobustStrategy(outer_optimizer=FEDAVG)
+    with pytest.raises(ValueError, match="`outer_optimizer` should make.*Found 'sgd'"):
+        ByzantineRobustStrategy(local_steps=2, outer_optimizer="sgd")  # type: ignore[arg-type]
+
+
+def test_an_outer_optimizer_that_cannot_be_made_leaves_no_hook(tmp_path: Path) -> None:
+    """Else every later optimizer of the process would fail."""
+
+    def fails(parameters: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    strategy = ByzantineRobustStrategy(workers_per_process=2, local_steps=2, outer_optimizer=fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        fit(tmp_path, Plain(), strategy, data=loader(8))
+    fit(tmp_path, Plain(), "auto", data=loader(8))
 
 
 class TwoOptimizers(Manual):

@@ -143,6 +143,20 @@ def test_an_honest_run_accuses_nobody(tmp_path: Path) -> None:
     assert report["extra"]["accused"] == [[]]
 
 
+def test_who_has_no_batch_is_not_accused(tmp_path: Path) -> None:
+    """The last batch of every epoch has samples for five of six workers."""
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        plain_momentum_free(6),
+        data=loader(24, blobs(24 * 3 + 5)),
+        callbacks=[SuspicionMonitor(every_n_steps=2)],
+        extra=suspicions,
+        max_epochs=12,
+    )
+    assert report["steps"] == 48 and report["extra"]["accused"] == [[]]
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize("transport", [AllGather(), Sharded()], ids=lambda t: type(t).__name__)
 def test_on_ranks_all_agree(transport: Any, tmp_path: Path) -> None:

@@ -152,6 +152,23 @@ def test_the_same_training(options: dict[str, bool], kwargs: dict[str, Any]) -> 
     compare(lambda: Model(**options), **kwargs)
 
 
+class Scaled(Model):
+    """A scalar parameter, as a temperature is, and an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.zeros(0, 3))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        scaled = batch[0] * self.scale + self.nothing.sum()
+        return super().training_step([scaled, batch[1]], batch_idx)
+
+
+def test_parameters_may_be_numbers_or_empty() -> None:
+    compare(Scaled)
+
+
 def test_chunks_of_workers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers_at_once, "_ROOM", 2 * 227 + 1)  # two workers at a time
     compare(lambda: Model(norm=True, metric=True))

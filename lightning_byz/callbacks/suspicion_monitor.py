@@ -227,8 +227,10 @@ class SuspicionMonitorCallback(_Base):
                     )
         if step % every > 1:
             return
-        cohort = outcome.round.cohort
-        self.tests[index].observe(self._rows(index, outcome), cohort)
+        assert outcome.round.cohort is not None
+        here = outcome.round.cohort.clone()
+        here[sorted(outcome.idle)] = False  # who has no batch has nothing to be judged by
+        self.tests[index].observe(self._rows(index, outcome), here)
         if trainer.loggers:
             scores = torch.stack([test.scores for test in self.tests]).max(0).values
             values = {

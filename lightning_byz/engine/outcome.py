@@ -49,6 +49,7 @@ class Outcome(NamedTuple):
         seconds: how long the server waited for messages, by the algorithm's simulated clock.
         reason: why there is no estimate; empty otherwise.
         quarantined: the workers whose messages were left out, whatever they held.
+        idle: the workers of the cohort that said that they had nothing: no batch, or no loss.
     """
 
     round: Round
@@ -62,6 +63,7 @@ class Outcome(NamedTuple):
     seconds: float = 0.0
     reason: str = ""
     quarantined: frozenset[int] = frozenset()
+    idle: frozenset[int] = frozenset()
 
     @property
     def rows(self) -> Rows:

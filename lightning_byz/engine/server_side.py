@@ -155,6 +155,7 @@ class ServerSide:
             0,
             seconds,
             quarantined=quarantined,
+            idle=frozenset(idle.nonzero().flatten().tolist()),
         )
         answer: Payload | None = None
         try:

@@ -77,4 +77,10 @@ class LocalSteps:
                     "`local_steps`. Give their number, or leave outer_optimizer out."
                 )
             return None
+        if outer_optimizer is not None and not callable(outer_optimizer):
+            raise ValueError(
+                "`outer_optimizer` should make an optimizer of parameters: "
+                "functools.partial(torch.optim.SGD, lr=0.7), say. Found "
+                f"{outer_optimizer!r}."
+            )
         return local_steps if isinstance(local_steps, LocalSteps) else LocalSteps(local_steps)

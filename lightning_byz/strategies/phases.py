@@ -54,8 +54,8 @@ class PhaseSync(Sync):
         self._first = [copied(optimizer.state) for optimizer in self.optimizers]
         self._stepping = False
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._hook = register_optimizer_step_pre_hook(self._before_step)
         self.forget()
+        self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def forget(self) -> None:
         self.steps = [0] * len(self.optimizers)

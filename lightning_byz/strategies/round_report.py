@@ -61,8 +61,11 @@ class RoundReport:
         for worker in outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
-                came = comes(outcome.round, worker)
-                why = transport.why_silent(worker) if came else "did not come"
+                why = transport.why_silent(worker)
+                if worker in outcome.idle:
+                    why = "had no batch, or no loss,"
+                if not comes(outcome.round, worker):
+                    why = "did not come"
                 warn(
                     f"byzantine_robust: worker {worker} {why} in step {outcome.round.step}; the "
                     f"step went on without it. This was time {count}."

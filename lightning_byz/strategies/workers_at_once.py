@@ -268,7 +268,7 @@ class WorkersAtOnce(WorkersInTurn):
         left, used = iter(done.stacked.gradients), iter(self._used[done.pattern])
         for group in groups:
             assert group.layout is not None
-            gradients, mine = [next(left).flatten(1) for _ in group.layout.parameters], next(used)
+            gradients, mine = _flat(left, group.layout.parameters), next(used)
             if len(done.here) == self.count and all(row is None for row in group.rows):
                 rows = group.layout.rows(self.count)
                 torch.cat(gradients, 1, out=rows)
@@ -313,7 +313,7 @@ class WorkersAtOnce(WorkersInTurn):
         left, first = iter(done.stacked.gradients), done.here[0]
         for group in groups:
             assert group.layout is not None
-            gradients = [next(left).flatten(1) for _ in group.layout.parameters]
+            gradients = _flat(left, group.layout.parameters)
             flags = group.used[first]
             for place, i in enumerate(done.here):
                 row, mine = group.rows[i], group.used[i]
@@ -381,6 +381,14 @@ def _any(gradient: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.bool, device=gradient.device)
     low, high = torch.aminmax(gradient)
     return (low != 0) | (high != 0)
+
+
+def _flat(stacked: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The next gradients, by parameter, as ``[m, numel]``; a parameter may be 0-d, or empty."""
+    return [
+        gradient.reshape(len(gradient), p.numel())
+        for p, gradient in zip(parameters, stacked, strict=False)
+    ]
 
 
 def _row(
