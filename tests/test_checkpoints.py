@@ -263,6 +263,36 @@ def test_a_checkpoint_of_plain_lightning_starts_the_algorithm_afresh(tmp_path: P
     assert report["steps"] == 20
 
 
+class Reversed(Plain):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([*self.parameters()][::-1], lr=0.1)
+
+
+@pytest.mark.parametrize("module", [Plain, Reversed])
+def test_a_checkpoint_of_an_earlier_version_is_taken_where_orders_are_the_same(
+    module: type[Plain], tmp_path: Path
+) -> None:
+    """Its vectors were in the order of the optimizer's parameters, not of the module's."""
+    checkpoint = ModelCheckpoint(tmp_path)
+    strategy = strategy_of("momentum", 1)
+    fit(tmp_path, module(), strategy, enable_checkpointing=True, callbacks=[checkpoint])
+    saved = torch.load(checkpoint.best_model_path, weights_only=False)
+    assert saved["lightning_byz"]["version"] == 2
+    saved["lightning_byz"]["version"] = 1
+    torch.save(saved, tmp_path / "old.ckpt")
+    warned: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lightning_byz.strategies.checkpoint.warn", warned.append)
+        (new,), (old,) = (
+            fit(tmp_path, module(), strategy_of("momentum", 1), ckpt_path=path, max_epochs=2)
+            for path in (checkpoint.best_model_path, str(tmp_path / "old.ckpt"))
+        )
+    afresh = module is Reversed
+    assert ["of an earlier version" in text for text in warned] == [True] * afresh
+    goes_on = [torch.equal(value, old["weights"][name]) for name, value in new["weights"].items()]
+    assert all(goes_on) != afresh
+
+
 @pytest.mark.processes
 def test_state_is_per_optimizer(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path)

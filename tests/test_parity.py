@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from harness import assert_close, assert_equal, averaging, cpu_amp, fit, forked_ddp
 from models import GAN, Manual, Plain
+
+from lightning_byz import AllGather, Sharded
+from lightning_byz.lightning import ByzantineRobustStrategy, ReplicaCheck
 
 pytestmark = pytest.mark.processes
 RANKS = 3
@@ -81,6 +85,43 @@ def test_mean_is_ddp(case: str, tmp_path: Path) -> None:
         not torch.equal(start[name], value.float())
         for name, value in runs["byz"][0]["weights"].items()
     ), "it did not train"
+
+
+class Shuffled(Plain):
+    """An optimizer that has the parameters in an order of this rank's own, as where its groups are
+    made from sets of names; or in the module's.
+    """
+
+    def __init__(self, shuffles: bool = True) -> None:
+        super().__init__()
+        self.shuffles = shuffles
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = list(self.parameters())
+        if self.shuffles:
+            random.Random(self.global_rank).shuffle(parameters)
+        groups = [{"params": parameters[i::2], "weight_decay": 0.1} for i in (0, 1)]
+        return torch.optim.AdamW(groups, lr=0.01)
+
+
+@pytest.mark.parametrize("local_steps", [None, 2])
+@pytest.mark.parametrize("transport", [AllGather, Sharded])
+def test_ranks_may_have_parameters_in_unlike_orders(
+    transport: Any, local_steps: int | None, tmp_path: Path
+) -> None:
+    """The same training as with one order, and states that `ReplicaCheck` finds equal."""
+    runs = []
+    for shuffles in (True, False):
+        torch.manual_seed(1)
+        module = Shuffled(shuffles)
+        strategy = ByzantineRobustStrategy(
+            transport=transport(), start_method="fork", local_steps=local_steps
+        )
+        callbacks = [] if local_steps else [ReplicaCheck(every_n_steps=1)]
+        data = Plain().train_dataloader()
+        runs.append(fit(tmp_path, module, strategy, devices=RANKS, data=data, callbacks=callbacks))
+    for shuffled, plain in zip(*runs, strict=True):
+        assert_equal(shuffled, plain)
 
 
 def test_samples_of_ranks_are_disjoint(tmp_path: Path) -> None:

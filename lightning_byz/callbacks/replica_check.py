@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_byz.diagnostics.alerts import gathered
 from lightning_byz.diagnostics.replicas import ReplicasCallback, named
 from lightning_byz.diagnostics.worker_placement import Whereabouts
+from lightning_byz.strategies.gradient_sync import in_module_order
 from lightning_byz.types import keyed_seed
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,7 +61,7 @@ class ReplicaCheckCallback(ReplicasCallback):
         self._step = step  # batches of one accumulation window see the same step
         self.checks += 1
         own = torch.tensor(
-            [checksum(pl_module.parameters()), checksum(_states(trainer.optimizers))],
+            [checksum(pl_module.parameters()), checksum(_states(pl_module, trainer.optimizers))],
             dtype=torch.int64,
         )
         sums = [tuple(other.tolist()) for other in gathered(own)]
@@ -94,13 +95,14 @@ def minority(sums: list[tuple[int, ...]]) -> tuple[list[int], str]:
     return odd, " and ".join(parts)
 
 
-def _states(optimizers: Any) -> Iterator[Tensor]:
-    """All tensors of the optimizers' states, in the order of their parameters."""
+def _states(module: Any, optimizers: Any) -> Iterator[Tensor]:
+    """All tensors of the optimizers' states, in the order of the module's parameters: an optimizer
+    may have them in another one on every rank.
+    """
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state.get(p, {})
-                yield from (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
+        for p in in_module_order(module, optimizer)():
+            state = optimizer.state.get(p, {})
+            yield from (state[key] for key in sorted(state) if isinstance(state[key], Tensor))
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lightning_byz.strategies import random_states, resuming_with_others
+from lightning_byz.strategies.gradient_sync import parameters_of
 from lightning_byz.strategies.validate import warn
 
 log = logging.getLogger("lightning_byz")
@@ -33,7 +35,7 @@ def run_state(
         filepath: where the checkpoint is written; None: nowhere.
     """
     return {
-        "version": 1,
+        "version": 2,
         "n": strategy.n,
         "workers_per_process": strategy.workers_per_process,
         "mesh": strategy.processes.mesh_sizes,
@@ -77,6 +79,17 @@ def restore(strategy: Any, saved: Mapping[str, Any] | None, filepath: Any) -> No
                 "The checkpoint holds no state of byzantine_robust: the algorithm starts afresh "
                 "from its weights."
             )
+        return
+    if saved["version"] == 1 and any(
+        any(map(operator.is_not, parameters_of(optimizer), group.parameters()))
+        for optimizer, group in zip(strategy.optimizers, strategy.groups, strict=False)
+    ):
+        strategy.forget()
+        warn(
+            "byzantine_robust: the checkpoint is of an earlier version, whose vectors were in the "
+            "order of the optimizer's parameters. Here that is another order than the module's: "
+            "the algorithm starts afresh from the weights."
+        )
         return
     if len(saved["server"]) not in (len(strategy.optimizers), len(strategy.exchanges)):
         raise ValueError(

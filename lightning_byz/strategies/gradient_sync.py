@@ -17,6 +17,7 @@ follows. Three things put that off:
 from __future__ import annotations
 
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -585,6 +586,27 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [p for part in optimizer.param_groups for p in part["params"]]
 
 
+def in_module_order(module: Any, optimizer: Optimizer) -> Callable[[], list[Tensor]]:
+    """All parameters of an optimizer, in the order in which the module has them, and after them
+    those that it has not.
+
+    An optimizer's own order may be another one in every process, as where its groups were made from
+    sets of names. DDP does not mind that.
+    """
+    known: list[Tensor] = []
+    ordered: list[Tensor] = []
+
+    def parameters() -> list[Tensor]:
+        now = parameters_of(optimizer)
+        if len(now) != len(known) or any(map(operator.is_not, now, known)):
+            places = {id(p): i for i, p in enumerate(module.parameters())}
+            known[:] = now
+            ordered[:] = sorted(now, key=lambda p: places.get(id(p), len(places)))
+        return ordered
+
+    return parameters
+
+
 def gradient_groups(
     module: Any,
     optimizers: Sequence[Optimizer],
@@ -604,7 +626,7 @@ def gradient_groups(
     groups = []
     for i, optimizer in enumerate(optimizers):
         name = f"optimizer {i} ({type(optimizer).__name__})"
-        parameters = partial(parameters_of, optimizer)
+        parameters = in_module_order(module, optimizer)
         groups.append(GradientGroup(name, parameters, exchange(i, name), flat=flat))
     inside = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
     rest = [
