@@ -8,6 +8,7 @@ import copy
 import functools
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -1080,3 +1081,45 @@ def test_a_rank_without_a_batch_goes_along_and_shows_the_loss_before(tmp_path) -
         extra=lambda trainer, module: module.ended,
     )
     assert [report["extra"] for report in reports] == [[3.0, 6.0, 9.0], [3.0, 3.0, 6.0]]
+
+
+class Unlike(Plain):
+    """A model that is another one on rank 1: from the start, or from some step on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def configure_model(self) -> None:
+        if self.global_rank == 1:
+            if self.how == "wider":
+                self.net[2] = nn.Linear(16, 4)
+            if self.how == "more":
+                self.more = nn.Linear(2, 2)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        frozen = {"frozen": (1, (0,)), "frozen apart": (1, (0, 2))}.get(self.how)
+        if frozen is not None and batch_idx == frozen[0]:
+            layer = frozen[1][self.global_rank % len(frozen[1])]
+            if self.global_rank == 1 or len(frozen[1]) > 1:
+                self.net[layer].requires_grad_(False)
+
+
+@processes
+@pytest.mark.parametrize("transport", [AllGather, Sharded])
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("wider", "rank 1 at 'a model of 244 numbers in 4 tensors"),
+        ("more", "rank 1 at 'a model of 233 numbers in 6 tensors"),
+        ("frozen", "d = 51"),
+        ("frozen apart", "d = 176"),
+    ],
+)
+def test_ranks_with_unlike_models_are_named(
+    how: str, said: str, transport: Any, tmp_path: Path
+) -> None:
+    """They would add up what does not belong together, or wait for ever."""
+    strategy = averaging(start_method="fork", transport=transport())
+    with pytest.raises(Exception, match=f"out of step.*{re.escape(said)}"):
+        fit(tmp_path, Unlike(how), strategy, devices=RANKS, data=loader(8))

@@ -162,7 +162,7 @@ class Exchange:
             spend: as in `run`.
         """
         workers, _ = self._sides(x)
-        self._meet()
+        self._meet(len(x))
         self._opened = self._bucketed(workers, self.next_round(x), x, spend)
         return self._opened
 
@@ -172,10 +172,12 @@ class Exchange:
         whole = self.simulation.forges  # who lies sees the others' whole messages first
         return None if whole else workers.bucketed(self.transport, round, x, spend)
 
-    @property
-    def place(self) -> str:
-        """The coming round, in words that are the same on all ranks."""
-        return f"round {self.step} of {self.name}"
+    def place(self, dim: int) -> str:
+        """The coming round, in words that are the same on all ranks. ``dim``: d, which is to be
+        theirs too, unless they hold parts.
+        """
+        size = "" if self.transport.has_parts else f", d = {dim}"
+        return f"round {self.step} of {self.name}{size}"
 
     def announce(self) -> None:
         """All ranks have just met, and said that the coming round is what they do next."""
@@ -186,9 +188,9 @@ class Exchange:
         """Whether all ranks are known to come to the coming round."""
         return self._announced == self.step
 
-    def _meet(self) -> None:
+    def _meet(self, dim: int) -> None:
         if not self.announced:
-            self.transport.meet(self.place)
+            self.transport.meet(self.place(dim))
 
     @torch.no_grad()
     def run(
@@ -216,7 +218,7 @@ class Exchange:
         """
         workers, server = self._sides(x)
         if self._opened is None:
-            self._meet()
+            self._meet(len(x))
         round = self._agreed(self.next_round(x), trusted)
         codec, down = self.algorithm.codec(round), self.algorithm.downlink(round)
         buckets = self._opened or self._bucketed(workers, round, x, spend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -320,11 +321,15 @@ class TorchProcesses(Processes):
 
     @torch.no_grad()
     def share_model(self, module: Any) -> None:
-        for tensor in shared_tensors(module):
-            shared = tensor.detach().clone(memory_format=torch.contiguous_format)
-            dist.broadcast(shared, src=0)
-            if self.strategy.global_rank != 0 and not torch.equal(shared, tensor):
-                tensor.copy_(shared)
+        tensors = shared_tensors(module)
+        numbers = sum(tensor.numel() for tensor in tensors)
+        kinds = zlib.crc32(repr([(*t.shape, t.dtype) for t in tensors]).encode())
+        with self._met(f"a model of {numbers} numbers in {len(tensors)} tensors ({kinds:08x})"):
+            for tensor in tensors:
+                shared = tensor.detach().clone(memory_format=torch.contiguous_format)
+                dist.broadcast(shared, src=0)
+                if self.strategy.global_rank != 0 and not torch.equal(shared, tensor):
+                    tensor.copy_(shared)
 
     def move_on(self) -> None:
         """Those that wait with a checkpoint learn that this process has passed their place."""

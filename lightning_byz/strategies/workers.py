@@ -204,7 +204,7 @@ class LocalWorkers(ABC):
         last = trainer.is_last_batch and trainer.max_epochs != -1
         ends = ", the last one of its epoch" if last else ""
         follows = strategy.lightning_module.automatic_optimization and not strategy.sync.blocked
-        next_ = f", then {exchange.place}" if follows else ""
+        next_ = f", then {exchange.place(self._dim)}" if follows else ""
         exchange.transport.meet(f"{self._place}{ends}{next_}")
         if follows:  # so that ranks need not meet again
             exchange.announce()
@@ -219,6 +219,12 @@ class LocalWorkers(ABC):
         self._hear = log_all
         if not (follows and self.hears_later):
             self.hear()
+
+    @property
+    def _dim(self) -> int:
+        """Size of the vector that the coming round is about."""
+        layout = self.strategy.groups[0].layout
+        return 0 if layout is None else layout.dim
 
     @property
     def _place(self) -> str:

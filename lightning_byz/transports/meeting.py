@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_SIZE = 96
+_SIZE = 160
 """Bytes of what a rank says of its place."""
 _ATTACHED = 2048 - _SIZE
 """Bytes that may travel with it."""
@@ -186,9 +186,9 @@ class Meeting:
         gone = f"; {_ranks(sorted(lost))} did not answer" if lost else ""
         raise OutOfStepError(
             f"Ranks are out of step, as with uneven numbers of batches: {found}{gone}. All should "
-            "be at the same place before they exchange anything. Give every rank the same number "
-            "of batches, and let all ranks, or none, take part in each backward pass, optimizer "
-            "step, barrier and reduction."
+            "be at the same place before they exchange anything. Give every rank the same model "
+            "and number of batches, and let all ranks, or none, take part in each backward pass, "
+            "optimizer step, barrier and reduction."
         )
 
     def wait(self, requests: Iterable[Request]) -> None:
