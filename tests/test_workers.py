@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from harness import assert_close, assert_equal, averaging, cpu_amp, fit
-from models import Manual, Plain, blobs
+from harness import QUIET, assert_close, assert_equal, averaging, cpu_amp, fit
+from models import Manual, Plain, blobs, loader, loss_of
 from torch.utils.data import DataLoader
 
 from lightning_byz import (
@@ -305,3 +306,75 @@ def test_weights_that_cannot_work_are_refused_before_the_first_step(
 def test_weights_are_positive_numbers() -> None:
     with pytest.raises(ValueError, match="positive numbers"):
         ByzantineRobustStrategy(worker_weights=[1.0, 0.0])
+
+
+class InPlace(Plain):
+    """Changes its batch in place, before autograd saves it."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x.mul_(0.5)
+        loss = loss_of(self.net, [x, y])
+        self.log("loss", loss)
+        return loss
+
+
+@pytest.mark.parametrize("vectorize", ["auto", False])
+def test_a_step_may_change_its_batch_in_place(vectorize: Any, tmp_path: Path) -> None:
+    runs = []
+    for strategy in ("auto", averaging(workers_per_process=4, vectorize=vectorize)):
+        L.seed_everything(1, verbose=False)
+        runs += fit(tmp_path, InPlace(), strategy, data=loader(24))
+    assert_close(*runs)
+
+
+# -- what a training step returns and logs ---------------------------------------------------------
+
+
+class Returns(Plain):
+    def __init__(self, make: Callable[[torch.Tensor], Any], **logged: Any) -> None:
+        super().__init__()
+        self.make, self.logged = make, logged
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> Any:
+        loss = loss_of(self.net, batch)
+        if self.logged:
+            self.log(value=loss, **self.logged)
+        return self.make(loss)
+
+
+@pytest.mark.parametrize("vectorize", ["auto", False])
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda loss: {"x": loss}, "a dict whose 'loss' is None"),
+        (lambda loss: {}, "a dict whose 'loss' is None"),
+        (lambda loss: {"loss": 1.5}, "a dict whose 'loss' is 1.5"),
+        (float, r"\d"),
+        (lambda loss: (loss, 1), r"\(tensor"),
+    ],
+    ids=["no loss", "empty", "a number in a dict", "a number", "a tuple"],
+)
+def test_a_step_that_returns_no_loss_is_refused(make: Any, found: str, vectorize: Any) -> None:
+    """It would train nothing."""
+    strategy = ByzantineRobustStrategy(workers_per_process=3, vectorize=vectorize)
+    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=strategy)
+    with pytest.raises(TypeError, match=f"should return a loss.*Found {found}"):
+        trainer.fit(Returns(make), loader())
+
+
+@pytest.mark.parametrize(
+    ("logged", "message"),
+    [
+        ({"name": "x", "on_step": False, "on_epoch": False}, "on a step or on an epoch.*'x'"),
+        ({"name": "x/dataloader_idx_0"}, "should not contain '/dataloader_idx_'"),
+        ({"name": "two\nlines"}, "should be printable"),
+    ],
+    ids=["nowhere", "dataloader", "two lines"],
+)
+def test_what_nobody_should_log_is_refused(logged: dict[str, Any], message: str) -> None:
+    """Else the others would take all that this worker logs for its silence."""
+    strategy = ByzantineRobustStrategy(workers_per_process=3)
+    trainer = L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=strategy)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Returns(lambda loss: loss, **logged), loader())

@@ -455,7 +455,10 @@ def _sliced(tensor: Tensor, first: int, last: int) -> Tensor:
         )
     if tensor.layout == torch.sparse_coo:
         return tensor.index_select(0, torch.arange(first, last, device=tensor.device))
-    return tensor[first:last]
+    part = tensor[first:last]
+    # Autograd counts changes in place of all views together: a worker that changes its part would
+    # spoil what it has saved of the others'.
+    return part.data if type(part) is Tensor and not part.requires_grad else part
 
 
 def _rebuilt(item: Any, entries: Mapping[Any, Any]) -> Any:

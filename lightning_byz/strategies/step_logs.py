@@ -25,7 +25,14 @@ from lightning_byz.strategies.reductions import (
     reduction,
 )
 from lightning_byz.transports import Transport
-from lightning_byz.transports.parsing import FLAGS, Refusals, StepRow, logged_names, step_row
+from lightning_byz.transports.parsing import (
+    FLAGS,
+    Refusals,
+    StepRow,
+    check_logged,
+    logged_names,
+    step_row,
+)
 
 
 class Call(NamedTuple):
@@ -231,7 +238,12 @@ class StepLogs:
     def _note_kwargs(self, call: Call) -> None:
         """How a value is logged here. Lightning wants it to be logged in one way, so a way that was
         learned from others stays.
+
+        Raises:
+            RefusedError: if nobody should log this: the others would take it for silence.
         """
+        if call.name not in self._kwargs:
+            check_logged(call.name, _plain(call.kwargs))
         if call.name not in self._learned:
             self._kwargs[call.name] = call.kwargs
 

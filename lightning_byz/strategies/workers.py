@@ -182,6 +182,13 @@ class LocalWorkers(ABC):
         self.attributes.show()
         losses = [out.get("loss") if isinstance(out, Mapping) else out for out in outputs]
         if module.automatic_optimization:
+            for out, loss in zip(outputs, losses, strict=True):
+                if out is not None and not isinstance(loss, Tensor):
+                    found = f"a dict whose 'loss' is {loss!r}" if out is not loss else repr(out)
+                    raise TypeError(
+                        "training_step should return a loss, a dict with the key 'loss', or None, "
+                        f"which skips the step. Found {found[:200]}."
+                    )
             for log, loss in zip(logs, losses, strict=True):
                 log.loss = loss.detach().mean() if isinstance(loss, Tensor) else None
         self._losses = [loss if isinstance(loss, Tensor) else None for loss in losses]

@@ -161,11 +161,16 @@ def logged_names(data: bytes) -> dict[str, dict[str, Any]]:
     if not isinstance(said, dict):
         raise RefusedError(f"Names should be a JSON object. Found {type(said).__name__}.")
     for name, arguments in said.items():
-        _check_logged(name, arguments)
+        check_logged(name, arguments)
     return said
 
 
-def _check_logged(name: str, arguments: Any) -> None:
+def check_logged(name: str, arguments: Any) -> None:
+    """One logged value.
+
+    Raises:
+        RefusedError: if nobody should log this.
+    """
     shown = repr(name[:80])
     if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
         raise RefusedError(
