@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import warnings
@@ -44,7 +45,11 @@ from lightning_byz import (
     SignFlip,
     TrimmedMean,
 )
-from lightning_byz.lightning import ByzantineRobustStrategy, ByzantineWorkers
+from lightning_byz.lightning import (
+    ByzantineRobustStrategy,
+    ByzantineWorkers,
+    RobustnessMonitor,
+)
 from lightning_byz.strategies.resolve import resolve_algorithm
 
 
@@ -125,6 +130,40 @@ def test_silence_is_named_in_the_log() -> None:
         L.Trainer(**QUIET, devices=1, max_epochs=1, strategy=in_process(vectorize=False)).fit(
             Faulty("nan"), loader()
         )
+
+
+class Taught(Plain):
+    """A teacher that is in no optimizer, and that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            aim = self.teacher(batch[0])
+        return (self.net(batch[0]) - aim.roll(1, 1)).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+
+def test_parameters_that_nobody_uses_make_nobody_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their round is no skipped step, and monitors tell of the other one."""
+    caplog.set_level(logging.INFO, "lightning_byz")
+    (report,) = fit(
+        tmp_path,
+        Taught(),
+        in_process(),
+        data=loader(),
+        callbacks=[RobustnessMonitor(every_n_steps=1)],
+        extra=lambda trainer, _: dict(trainer.strategy.report.silences),
+    )
+    assert report["extra"] == {}
+    assert "is skipped" not in caplog.text
+    assert report["metrics"]["byz/silent"] == 0 and report["metrics"]["byz/bytes_down"] > 0
 
 
 class AlwaysNan(Plain):

@@ -15,7 +15,7 @@ from lightning_byz.aggregators import Aggregator, TooFewRowsError, WeightedAggre
 from lightning_byz.aggregators.chain import Chain
 from lightning_byz.algorithms import Algorithm
 from lightning_byz.engine.exchange import Exchange
-from lightning_byz.engine.outcome import Outcome
+from lightning_byz.engine.outcome import NO_LOSS, Outcome
 from lightning_byz.metrics import worst_relative_error
 from lightning_byz.numerics.rows import Rows
 from lightning_byz.types import Round
@@ -77,7 +77,7 @@ def worker_weights(seen: Aggregated, n: int) -> Tensor | None:
 
 class RoundLog:
     """What a callback logs of rounds: measured where the server's half runs, logged at the batch's
-    end.
+    end. Of a step's rounds the last one counts in which somebody had a gradient.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,9 @@ class RoundLog:
         for exchange in exchanges:
 
             def note(outcome: Outcome, exchange: Exchange = exchange) -> None:
-                self._values.update(measure(outcome, exchange))
+                values = measure(outcome, exchange)
+                if outcome.reason != NO_LOSS or not self._values:
+                    self._values.update(values)
 
             exchange.observers.append(note)
 

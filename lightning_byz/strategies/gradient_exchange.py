@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lightning_byz.engine.outcome import NO_LOSS
 from lightning_byz.strategies.gradient_sync import GradientGroup
 from lightning_byz.strategies.workers import parameters_of_round
 
@@ -57,7 +58,7 @@ def exchange_gradients(
     workers.buffers.merge(exchange.transport, touched, outcome.round.present, f)
     group.clear_rows()
     workers.extra.forget()
-    if not overflow:
+    if not overflow and (group.of_optimizer or outcome.reason != NO_LOSS):
         strategy.report.count(outcome)
 
 

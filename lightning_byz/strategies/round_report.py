@@ -57,8 +57,8 @@ class RoundReport:
             self.note_heterogeneity(exchange.heterogeneity, outcome.rule)
 
     def note_silence(self, outcome: Outcome, transport: Transport) -> None:
-        """Logs who was silent, the 1st, 10th, 100th, ... time."""
-        for worker in outcome.silent:
+        """Logs who was silent while others spoke, the 1st, 10th, 100th, ... time."""
+        for worker in () if outcome.reason == NO_LOSS else outcome.silent:
             count = self.silences[worker] = self.silences.get(worker, 0) + 1
             if count in (1, 10, 100, 1000, 10_000, 100_000):
                 why = transport.why_silent(worker)
