@@ -13,10 +13,39 @@ from torch.utils.data import DataLoader
 
 from lightning_byz.strategies.private_names import (
     bring_no_weights,
+    forward_hooks,
     give_mesh,
     has_hooks,
     logging_in,
+    of_last_worker,
 )
+
+
+def test_hooks_of_forward_passes_are_counted() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Tanh())
+    assert forward_hooks(net) == 0
+    net[0].register_forward_hook(lambda *of: None)
+    net.register_forward_pre_hook(lambda *of: None)
+    assert forward_hooks(net) == 2
+
+
+def test_tensors_that_have_escaped_from_a_pass_are_found() -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.extend([x, x.sum(), torch.func.vmap(lambda y: kept.append(y * 2) or y)(x)])
+        return x
+
+    x = torch.arange(6.0).view(3, 2)
+    torch.func.vmap(keep)(x)
+    found = [of_last_worker(tensor) for tensor in kept]
+    assert [value.tolist() for value in found if value is not None] == [
+        10.0,
+        [4.0, 5.0],
+        9.0,
+        [4.0, 5.0],
+    ]
+    assert of_last_worker(x) is None
 
 
 def test_hooks_on_a_parameter_are_found() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torchmetrics
 from harness import QUIET
+from lightning.pytorch.callbacks import ModelPruning
 from models import blobs, loader, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -292,6 +295,82 @@ class Hooked(Model):
     def __init__(self) -> None:
         super().__init__()
         self.net[0].weight.register_hook(lambda gradient: 2 * gradient)
+
+
+class Keeps(Model):
+    """A step that keeps a tensor somewhere, which is looked at once it has ended."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.seen = where, list[Tensor]()
+        self.kept: Any = {
+            "a dict": {"last": torch.zeros(())},
+            "a deque": deque([torch.zeros(())] * 2, maxlen=2),
+            "a list of a dict": {"losses": [torch.zeros(())]},
+            "an object": SimpleNamespace(last=torch.zeros(())),
+            "a hook's": {"last": None},
+        }[where]
+        if where == "a hook's":
+            keep = self.kept.__setitem__
+            self.net[0].register_forward_hook(lambda *of: keep("last", of[2].detach().mean()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        out = super().training_step(batch, batch_idx)
+        last = out["loss"].detach()
+        if self.where == "a dict":
+            self.kept["last"] = last
+        elif self.where == "a deque":
+            self.kept.append(last)
+        elif self.where == "a list of a dict":
+            self.kept["losses"][0] = last
+        elif self.where == "an object":
+            self.kept.last = self.kept.last / 2 + last
+        return out
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        kept = self.kept
+        if self.where != "an object":
+            self.seen.append(
+                {
+                    "a deque": lambda: kept[-1],
+                    "a list of a dict": lambda: kept["losses"][0],
+                }.get(self.where, lambda: kept["last"])()
+                * 1.0
+            )
+
+
+@pytest.mark.filterwarnings("ignore:byzantine_robust. training_step changes")
+@pytest.mark.parametrize(
+    "where", ["a dict", "a deque", "a list of a dict", "an object", "a hook's"]
+)
+def test_a_step_that_keeps_tensors_is_done_in_turn(
+    where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the trial has left behind is of the last worker, as in turn."""
+    runs = []
+    for vectorize in (False, "auto"):
+        L.seed_everything(1, verbose=False)
+        runs.append(Keeps(where))
+        with caplog.at_level(logging.INFO, "lightning_byz"):
+            trainer = trained(runs[-1], vectorize)
+    assert not at_once(trainer)
+    assert "tensors are kept in kept" in caplog.text
+    for a, b in zip(runs[0].seen, runs[1].seen, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, runs[0].parameters(), runs[1].parameters()))
+
+
+def test_pruned_models_are_computed_in_turn() -> None:
+    """Their layers' hooks assign weights."""
+    runs = []
+    for vectorize in (False, "auto"):
+        L.seed_everything(1, verbose=False)
+        runs.append(Model())
+        prune = ModelPruning("l1_unstructured", amount=0.3, parameter_names=["weight"])
+        trainer = trained(runs[-1], vectorize, callbacks=[prune])
+    assert not at_once(trainer)
+    assert all(map(torch.equal, runs[0].parameters(), runs[1].parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:byzantine_robust. training_step changes")

@@ -4,12 +4,16 @@ would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_byz.strategies.private_names import of_last_worker
 
 _MISSING = object()
 
@@ -130,6 +134,57 @@ class WorkerAttributes:
         self._shown = dict(self._own[0]) if len(self._own) > 1 else {}
         for (part, name), value in self._shown.items():
             setattr(part, name, value)
+
+
+_DEPTH, _ITEMS = 4, 1000
+"""How deep containers and objects are looked into, and how many of their last items."""
+
+
+def put_back(module: nn.Module) -> list[str]:
+    """Puts the last worker's tensors where one pass over all workers has left its own: in
+    attributes of modules, and in containers and objects there. A later step could not read those.
+
+    Returns:
+        where.
+    """
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def look(name: str, value: Any, put: Callable[[Any], None], depth: int) -> None:
+        if isinstance(value, Tensor):
+            mine = of_last_worker(value)
+            if mine is not None:
+                found.append(name)
+                put(mine)
+            return
+        if depth == 0 or id(value) in seen or isinstance(value, (nn.Module, type)):
+            return
+        seen.add(id(value))
+        for part, item, place in _items(value):
+            look(f"{name}{part}", item, place, depth - 1)
+
+    usual = vars(nn.Module())
+    for prefix, part in module.named_modules():
+        for name, value in list(vars(part).items()):
+            if name not in usual and name != "_trainer":
+                where = f"{prefix}.{name}".lstrip(".")
+                look(where, value, partial(vars(part).__setitem__, name), _DEPTH)
+    return found
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
+    """The last entries of a container or an object: their names, what they hold, and what replaces
+    that.
+    """
+    if isinstance(value, dict):
+        for key in [*value][-_ITEMS:]:
+            yield f"[{key!r}]", value[key], partial(value.__setitem__, key)
+    elif isinstance(value, (list, deque)):
+        for i in range(max(0, len(value) - _ITEMS), len(value)):
+            yield f"[{i}]", value[i], partial(value.__setitem__, i)
+    elif hasattr(value, "__dict__"):
+        for name, item in [*vars(value).items()][-_ITEMS:]:
+            yield f".{name}", item, partial(setattr, value, name)
 
 
 class ChangesByHand:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -20,6 +21,28 @@ def has_hooks(parameter: Tensor) -> bool:
     """Whether a parameter has hooks on its gradient; torch has no public way to ask."""
     hooks, after = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
     return bool(hooks) or bool(after)
+
+
+def forward_hooks(module: nn.Module) -> int:
+    """How many hooks the forward passes of a module's parts call; torch has no public way to
+    ask.
+    """
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+def of_last_worker(tensor: Tensor) -> Tensor | None:
+    """What a tensor that has escaped from a `torch.func.vmap` over workers holds for the last of
+    them; None: it is none. torch has no public way to ask.
+    """
+    functorch, found, dims = torch._C._functorch, tensor, list[int]()
+    while functorch.is_functorch_wrapped_tensor(found):
+        dims.append(functorch.maybe_get_bdim(found))
+        found = functorch.get_unwrapped(found)
+    if not dims:
+        return None
+    for dim in reversed(dims):
+        found = found if dim < 0 else found.select(dim, -1)
+    return found
 
 
 def give_mesh(module: Any, mesh: DeviceMesh) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_byz.strategies import random_states
 from lightning_byz.strategies.gradient_sync import GradientGroup
-from lightning_byz.strategies.module_attributes import ChangesByHand
+from lightning_byz.strategies.module_attributes import ChangesByHand, put_back
 from lightning_byz.strategies.overlap import is_lightnings
-from lightning_byz.strategies.private_names import has_hooks
+from lightning_byz.strategies.private_names import forward_hooks, has_hooks
 from lightning_byz.strategies.stacked_pass import NotStackableError, Stacked, StackedPass, stack
 from lightning_byz.strategies.step_logs import WorkerLog
 from lightning_byz.strategies.validate import UnsupportedSetupError
@@ -110,6 +110,7 @@ class WorkersAtOnce(WorkersInTurn):
         super().__init__(strategy, training_step)
         self._vectorize = vectorize
         self.decided: bool | None = None
+        self._hooks: int | None = None  # on the module's parts, when it was decided
         self._pass = StackedPass(strategy.lightning_module, self.buffers, training_step)
         self._by_hand: list[str] = []
         self._first: list[WorkerLog] = []  # of those that took part in the first step
@@ -189,6 +190,10 @@ class WorkersAtOnce(WorkersInTurn):
     ) -> tuple[list[Any], list[WorkerLog]]:
         self._done, self._in_turn = None, None
         here = [i for i, part in enumerate(parts) if part is not None]
+        hooks = forward_hooks(self.strategy.lightning_module)
+        if self._hooks not in (None, hooks) and self.decided:
+            self.decided = None  # new ones may keep tensors, as those of pruning do
+        self._hooks = hooks
         if self.decided is False or not here:
             return super()._forward(parts, rest, kwargs)
         step = _Step(here, [parts[i] for i in here], rest, kwargs)
@@ -294,6 +299,9 @@ class WorkersAtOnce(WorkersInTurn):
                 reason = self._difference(groups, factor, done, looped)
             finally:
                 self.buffers.put(looped)
+                kept = put_back(self.strategy.lightning_module)
+            if kept and reason is None:
+                reason = f"tensors are kept in {', '.join(kept[:3])}"
         self._decide(reason)
         if reason is None:
             self._note_used(groups, done.pattern)
