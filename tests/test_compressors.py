@@ -585,6 +585,7 @@ def test_whatever_is_valid_can_be_decoded_and_says_what_it_claims(index, values)
         ({"ratio": 1.5}, r"in \(0, 1\]"),
         ({"ratio": -0.1}, r"in \(0, 1\]"),
         ({"k": 0}, "at least 1"),
+        ({"k": 2.5}, "an integer of at least 1. Found k=2.5"),
     ],
 )
 def test_wrong_settings_are_refused(kind, settings, message):

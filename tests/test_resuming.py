@@ -180,7 +180,13 @@ def test_random_states_follow_whole_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("workers", "match"),
-    [([0, 0], "each once"), ([-1], "each once"), ([True], "each once"), (["a"], "each once")],
+    [
+        ([0, 0], "each once"),
+        ([-1], "each once"),
+        ([True], "each once"),
+        (["a"], "each once"),
+        (3, "Found 3"),
+    ],
 )
 def test_what_no_list_of_workers_is(workers: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):

@@ -144,12 +144,12 @@ def test_an_honest_run_accuses_nobody(tmp_path: Path) -> None:
 
 
 def test_who_has_no_batch_is_not_accused(tmp_path: Path) -> None:
-    """The last batch of every epoch has samples for five of six workers."""
+    """The last batch of every epoch has samples for five of six workers; who gets which is drawn."""
     (report,) = fit(
         tmp_path,
         Plain(),
         plain_momentum_free(6),
-        data=loader(24, blobs(24 * 3 + 5)),
+        data=loader(24, blobs(24 * 3 + 5), shuffle=True),
         callbacks=[SuspicionMonitor(every_n_steps=2)],
         extra=suspicions,
         max_epochs=12,

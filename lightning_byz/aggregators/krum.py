@@ -82,9 +82,10 @@ class MultiKrum(WeightedAggregator):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_definition(self.definition)
-        if self.m is not None and self.m < 1:
+        if self.m is not None and (not isinstance(self.m, int) or self.m < 1):
             raise ValueError(
-                f"`m`, the number of rows to average, should be at least 1. Found m={self.m}."
+                "`m`, the number of rows to average, should be an integer of at least 1. Found "
+                f"m={self.m!r}."
             )
 
     def most_f(self, n: int) -> int:

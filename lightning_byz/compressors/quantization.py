@@ -122,8 +122,10 @@ class QSGD(Compressor):
     levels: int = 7
 
     def __post_init__(self) -> None:
-        if not 1 <= self.levels <= 127:
-            raise ValueError(f"`levels` should be in 1 .. 127. Found levels={self.levels}.")
+        if not isinstance(self.levels, int) or not 1 <= self.levels <= 127:
+            raise ValueError(
+                f"`levels` should be an integer in 1 .. 127. Found levels={self.levels!r}."
+            )
 
     @property
     def width(self) -> int:

@@ -135,8 +135,8 @@ class _Sparse(Compressor):
                 f"`ratio` should be in (0, 1]. Found ratio={self.ratio}. {name}(ratio=0.01) keeps "
                 "1%."
             )
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"`k` should be at least 1. Found k={self.k}.")
+        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+            raise ValueError(f"`k` should be an integer of at least 1. Found k={self.k!r}.")
 
     def count(self, dim: int) -> int:
         """K for vectors of ``dim`` numbers."""

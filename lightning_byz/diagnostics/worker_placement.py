@@ -23,15 +23,17 @@ class Whereabouts(NamedTuple):
         rank: of its process.
         host: name of its machine.
         device: such as "cuda:2 NVIDIA H200 GPU-1b4e28ba-...", or "cpu".
+        alone: it is the only worker of its process, which is named by its rank.
     """
 
     worker: int
     rank: int
     host: str
     device: str
+    alone: bool = True
 
     def __str__(self) -> str:
-        worker = "" if self.worker == self.rank else f"worker {self.worker}, "
+        worker = "" if self.alone else f"worker {self.worker}, "
         return f"{worker}rank {self.rank} on host {self.host}, device {self.device}"
 
 
@@ -65,7 +67,7 @@ def whereabouts(
         said = "?\n?" if data is None else text(bytes(data.tolist()), _LENGTH)  # it goes into logs
         host, name = (line.replace("\n", "?") for line in said.partition("\n")[::2])
         places += [
-            Whereabouts(rank * workers_per_process + i, rank, host, name)
+            Whereabouts(rank * workers_per_process + i, rank, host, name, workers_per_process == 1)
             for i in range(workers_per_process)
         ]
     return places

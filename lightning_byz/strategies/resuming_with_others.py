@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ on with; None: it is new.
 
 def check_argument(workers: Sequence[int | None] | None) -> None:
     """Raises ValueError unless ``resume_workers`` names workers, each once."""
-    named = [worker for worker in workers or () if worker is not None]
-    numbers = all(
+    given = workers if isinstance(workers, Iterable) else [workers]
+    named = [worker for worker in given if worker is not None]
+    numbers = (workers is None or given is workers) and all(
         isinstance(worker, int) and not isinstance(worker, bool) and worker >= 0 for worker in named
     )
     if not numbers or len(set(named)) < len(named):
         raise ValueError(
             "`resume_workers` should name workers of the run that wrote the checkpoint, each once, "
-            f"and None for a new one: resume_workers=[0, 2, 3]. Found {list(workers or ())}."
+            f"and None for a new one: resume_workers=[0, 2, 3]. Found {workers!r}."
         )
 
 

@@ -168,6 +168,7 @@ class RobustStrategy(ModelHooks):
             num_byzantine,
             max_skipped_steps,
             worker_weights,
+            aggregated_buffers,
             vectorize,
             of_ddp,
         )

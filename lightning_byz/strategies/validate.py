@@ -54,6 +54,7 @@ def check_arguments(
     num_byzantine: Any,
     max_skipped_steps: Any,
     worker_weights: Sequence[float] | None,
+    aggregated_buffers: Any,
     vectorize: Any,
     of_ddp: Mapping[str, Any],
 ) -> None:
@@ -83,15 +84,23 @@ def check_arguments(
         ("max_skipped_steps", max_skipped_steps, 0),
     ):
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        if value is not None and not fits:
+        if not fits and (value is not None or name != "num_byzantine"):
             raise ValueError(
                 f"`{name}` should be an integer of at least {least}. Found {name}={value!r}."
             )
-    weights = () if worker_weights is None else worker_weights
-    if not all(0 < float(weight) < float("inf") for weight in weights):
+    try:
+        weights = [*map(float, () if worker_weights is None else worker_weights)]
+    except (TypeError, ValueError):
+        weights = [-1.0]
+    if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(
             "`worker_weights` should be positive numbers, one for each worker. Found "
-            f"{list(weights)}."
+            f"{worker_weights!r}."
+        )
+    if isinstance(aggregated_buffers, str):
+        raise ValueError(
+            "`aggregated_buffers` should be a list of names or patterns. Found "
+            f"{aggregated_buffers!r}. Write [{aggregated_buffers!r}]."
         )
 
 
