@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def put_back(module: nn.Module) -> list[str]:
                 found.append(name)
                 put(mine)
             return
-        if depth == 0 or id(value) in seen or isinstance(value, (nn.Module, type)):
+        if depth == 0 or id(value) in seen or isinstance(value, (nn.Module, ModuleType, type)):
             return
         seen.add(id(value))
         for part, item, place in _items(value):
