@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from models import blobs, loader, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, default_collate
 from zoo import ALGORITHMS, AlgorithmCase
 
 from lightning_byz import (
@@ -170,6 +171,46 @@ class Scaled(Model):
 
 def test_parameters_may_be_numbers_or_empty() -> None:
     compare(Scaled)
+
+
+def test_inputs_may_require_gradients() -> None:
+    data = DataLoader(blobs(), 24, collate_fn=lambda rows: wants_gradient(default_collate(rows)))
+    compare(Model, data=data)
+
+
+def wants_gradient(batch: list[Tensor]) -> list[Tensor]:
+    return [batch[0].requires_grad_(), batch[1]]
+
+
+class Masked(Model):
+    """Twelve heads, of which a step's losses use some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(10, 3) for _ in range(12))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        used = [float(batch_idx % 512 >> i & 1) for i in range(12)]
+        x = batch[0] + sum(
+            use * head(batch[0]).sum() for use, head in zip(used, self.heads, strict=True)
+        )
+        return super().training_step([x, batch[1]], batch_idx)
+
+
+def test_where_other_parameters_are_used_in_every_step_nothing_grows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runs = []
+    with caplog.at_level(logging.INFO, "lightning_byz"):
+        for vectorize in (False, "auto"):
+            L.seed_everything(1, verbose=False)
+            runs.append(Masked())
+            trainer = trained(runs[-1], vectorize, data=loader(24, blobs(24 * 50)), max_epochs=1)
+    assert not at_once(trainer)
+    assert "losses use other parameters in every step" in caplog.text
+    assert trainer.strategy.local_workers.state()["at_once"]["used"] == []
+    for a, b in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_chunks_of_workers_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,12 @@ def local_workers(strategy: Any, training_step: Callable[..., Any]) -> LocalWork
     return WorkersAtOnce(strategy, training_step, strategy.vectorize)
 
 
+_PATTERNS = 32
+"""Sets of parameters without a gradient, of which each costs a step in turn; where there are more,
+workers are computed one after the other.
+"""
+
+
 class WorkersAtOnce(WorkersInTurn):
     """Several workers of one process, in one pass (`torch.func.vmap`).
 
@@ -166,6 +172,8 @@ class WorkersAtOnce(WorkersInTurn):
 
     def _decide(self, reason: str | None) -> None:
         self.decided = reason is None
+        if not self.decided:
+            self._used.clear()
         if reason is None:
             more = (
                 " Random operations, such as dropout, draw from one stream for all of them."
@@ -212,9 +220,13 @@ class WorkersAtOnce(WorkersInTurn):
         try:
             done = self._in_one_pass(step)
         except Exception as error:
+            put_back(self.strategy.lightning_module)
             self._decide(_said(error))
             return super()._forward(parts, rest, kwargs)
         if done.pattern not in self._used:
+            if self._vectorize == "auto" and len(self._used) >= _PATTERNS:
+                self._decide("losses use other parameters in every step")
+                return super()._forward(parts, rest, kwargs)
             self.buffers.put(before)
             self._in_turn = done.pattern
             return super()._forward(parts, rest, kwargs)
@@ -394,7 +406,7 @@ def _any(gradient: Tensor) -> Tensor:
 def _flat(stacked: Iterator[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """The next gradients, by parameter, as ``[m, numel]``; a parameter may be 0-d, or empty."""
     return [
-        gradient.reshape(len(gradient), p.numel())
+        gradient.detach().reshape(len(gradient), p.numel())
         for p, gradient in zip(parameters, stacked, strict=False)
     ]
 
