@@ -637,3 +637,41 @@ def test_signsgd_with_two_workers_still_sends_signs(tmp_path: Path) -> None:
         max_steps=1,
     )
     torch.testing.assert_close((model.layer.weight - before).abs(), torch.full_like(before, 0.01))
+
+
+class InPlace(Plain):
+    """Takes its batch apart, and scales its inputs: in place, or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.in_place:
+            y = batch.pop("y")
+            return F.cross_entropy(self.net(batch["x"].mul_(1.5)), y)
+        return F.cross_entropy(self.net(batch["x"] * 1.5), batch["y"])
+
+    def train_dataloader(self) -> DataLoader:
+        def named(rows: Any) -> dict[str, torch.Tensor]:
+            return dict(zip("xy", torch.utils.data.default_collate(rows), strict=True))
+
+        return DataLoader(blobs(), batch_size=24, collate_fn=named)
+
+
+@pytest.mark.parametrize("devices", BOTH)
+@pytest.mark.parametrize(
+    "algorithm",
+    [ByzVRDM21(Mean()), ByzVRMarinaPP(Mean(), p=0.5), DStar(DeviationFilter())],
+    ids=["vrdm21", "marina", "dstar"],
+)
+def test_a_step_may_change_its_batch(algorithm: Any, devices: int, tmp_path: Path) -> None:
+    """Every pass over it sees it as it was."""
+    runs = []
+    for in_place in (False, True):
+        L.seed_everything(1, verbose=False)
+        x, y = (torch.stack(column) for column in zip(*[blobs()[i] for i in range(8)], strict=True))
+        trusted = {"x": x, "y": y} if isinstance(algorithm, DStar) else None
+        run = strategy(algorithm, devices, trusted_data=trusted)
+        runs.append(fit(tmp_path, InPlace(in_place), run, devices=devices, max_epochs=2)[0])
+    assert_equal(*runs)

@@ -461,6 +461,14 @@ def _sliced(tensor: Tensor, first: int, last: int) -> Tensor:
     return part.data if type(part) is Tensor and not part.requires_grad else part
 
 
+def copied(batch: Any) -> Any:
+    """A batch whose tensors and containers may be changed: the same objects otherwise."""
+    if isinstance(batch, Tensor):
+        return batch.detach().clone().requires_grad_(batch.requires_grad)
+    children = _children(batch)
+    return _rebuilt(batch, {at: copied(item) for at, item in children}) if children else batch
+
+
 def _rebuilt(item: Any, entries: Mapping[Any, Any]) -> Any:
     """A container of the same type, with other values in the same places; see `_children`."""
     if isinstance(item, Mapping):

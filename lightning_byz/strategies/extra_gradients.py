@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_byz.data.batches import BatchSplitter
+from lightning_byz.data.batches import BatchSplitter, copied
 from lightning_byz.strategies import random_states
 from lightning_byz.strategies.flat_parameters import FlatParameters
 from lightning_byz.strategies.module_attributes import WorkerAttributes
@@ -235,7 +235,8 @@ class QuietPasses:
             layout: the parameters.
             worker: index of the local worker whose buffers the pass is to see.
             key: of torch's random stream inside: the same key, the same dropout masks.
-            args: of the training step: batch, index, ...
+            args: of the training step: batch, index, ...; the batch is copied, as a step may change
+                it, and others are to see it as it was.
             kwargs: of the training step.
         """
         parameters = list(self.module.parameters())
@@ -250,7 +251,7 @@ class QuietPasses:
                 _metrics_kept(self.module),
                 random_states.worker_rng(self.device, *key),
             ):
-                output = self.training_step(*args, **kwargs)
+                output = self.training_step(copied(args[0]), *args[1:], **kwargs)
                 loss = output.get("loss") if isinstance(output, dict) else output
                 if not isinstance(loss, Tensor):
                     return None
