@@ -280,3 +280,12 @@ def test_what_the_monitor_refuses(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="should be at least 1"):
         RobustnessMonitor(every_n_steps=0)
+
+
+def test_a_new_run_counts_from_nothing(tmp_path: Path) -> None:
+    monitor, totals = RobustnessMonitor(every_n_steps=1), []
+    for _ in range(2):
+        strategy = ByzantineRobustStrategy(workers_per_process=4)
+        (report,) = fit(tmp_path, Plain(), strategy, data=loader(24), callbacks=[monitor])
+        totals.append(report["metrics"]["byz/total_bytes_up"])
+    assert totals[0] == totals[1] > 0

@@ -331,3 +331,14 @@ def test_ranks_without_a_common_form_of_batch_are_told(monkeypatch: pytest.Monke
             torch.device("cpu"),
             Refusals("batches"),
         )
+
+
+def test_where_half_of_the_ranks_have_no_batch_nothing_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None batches are no fault of a run."""
+    Header(monkeypatch, [0] * 6, ranks=2)
+    batch = {"x": torch.zeros(4, 3), "y": torch.zeros(4)}
+    for subject in (0, 1):
+        shared = shared_batch(batch, subject, torch.device("cpu"), Refusals("batches"))
+        assert shared == (None, set())

@@ -164,7 +164,7 @@ def shared_batch(
         the batch, and the ranks, the same everywhere, whose own are made like those of most ranks:
         of the same number of tensors, of the same dtypes and numbers of dimensions, not `_MUCH`
         times as large as the median rank's. Others are left out: the batch is None on these ranks,
-        and on all ranks if the subject is among them.
+        and on all ranks if the subject is among them, or if half of the ranks have no batch.
 
     Raises:
         ValueError: on all ranks, if no more than half of the batches are made of the same number of
@@ -173,6 +173,8 @@ def shared_batch(
     leaves: list[Tensor] = []
     apply_to_collection(batch, Tensor, leaves.append)
     headers = gathered(leaf_header(leaves, _LEAVES))
+    if 2 * sum(int(header[0]) == 0 for header in headers) >= len(headers):
+        return None, set()
     said = [
         refusals.read(rank, read_leaves, header.tolist(), _LARGEST)
         for rank, header in enumerate(headers)

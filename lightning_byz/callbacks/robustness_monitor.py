@@ -90,6 +90,8 @@ class RobustnessMonitorCallback(_Base):
                 f"Trainer(strategy='byzantine_robust'). Found {type(trainer.strategy).__name__}. "
                 "To watch the workers of plain DDP, use ShadowMode."
             )
+        if trainer.global_step == 0:
+            self._totals = dict.fromkeys(_TOTALS, 0.0)
         n = trainer.strategy.n
         outside = [worker for worker in self.byzantine or () if not 0 <= worker < n]
         if outside:
