@@ -1207,9 +1207,11 @@ def test_packed_sequences_are_cut_by_sequences(sort):
     assert [(part.sorted_indices is None) for part, _ in cut] == [sort, sort]
 
 
-def test_nested_and_sparse_tensors_are_cut():
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_nested_and_sparse_tensors_are_cut(layout):
     nested = torch.nested.nested_tensor(sequences([3, 1, 4, 2]), layout=torch.jagged)
-    sparse = torch.eye(4).to_sparse()
+    sparse = torch.eye(4).to_sparse(layout=layout)
     first, second = split_batch({"n": nested, "s": sparse}, 2)
     assert [len(sequence) for part in (first, second) for sequence in part["n"].unbind()] == [
         3,
@@ -1217,6 +1219,7 @@ def test_nested_and_sparse_tensors_are_cut():
         4,
         2,
     ]
+    assert first["s"].layout == layout
     assert torch.equal(torch.cat([first["s"].to_dense(), second["s"].to_dense()]), torch.eye(4))
 
 
