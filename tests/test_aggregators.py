@@ -969,3 +969,15 @@ def test_pre_aggregations_of_a_matrix_give_a_matrix():
         NNM(f=2)(x)
     far = torch.cat([x.double(), torch.full((2, 3), 1e300, dtype=torch.float64)])
     torch.testing.assert_close(NNM(f=2)(far)[:3], x.double().mean(0).expand(3, -1))
+
+
+@each(RULES)
+@pytest.mark.parametrize(
+    "present",
+    [torch.ones(3, dtype=torch.bool), torch.ones(9), [True] * 9],
+    ids=["of too few", "numbers", "a list"],
+)
+def test_who_counts_is_said_of_every_row(case, present):
+    """Else others would be left out than those that were meant."""
+    with pytest.raises(ValueError, match=r"`present` should say of each row.*\[9\]"):
+        case.rule.with_f(1)(rows_for(9, 20), present)

@@ -208,6 +208,20 @@ class Aggregator(Rule):
             self.check_shares(rows.shares)
         if present is None:
             present = rows.finite(by=self.asks_first_for)
+        elif (
+            not isinstance(present, Tensor)
+            or present.dtype != torch.bool
+            or present.shape != (len(rows),)
+        ):
+            found = (
+                f"{present.dtype} {list(present.shape)}"
+                if isinstance(present, Tensor)
+                else repr(present)
+            )
+            raise ValueError(
+                "`present` should say of each row whether it counts: a tensor of torch.bool "
+                f"[{len(rows)}]. Found {found}."
+            )
         rule, rows = self._hearing(rows, present)
         assert rule.f is not None
         return rule, rows if rule.coordinate_wise else rows.in_range(rule.f)

@@ -457,7 +457,11 @@ def _sliced(tensor: Tensor, first: int, last: int) -> Tensor:
     if tensor.layout == torch.sparse_coo:
         return tensor.index_select(0, rows)
     if tensor.layout in (torch.sparse_csr, torch.sparse_csc):
-        return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)
+        return (
+            tensor.to_sparse(layout=torch.sparse_coo)
+            .index_select(0, rows)
+            .to_sparse(layout=tensor.layout)
+        )
     part = tensor[first:last]
     # Autograd counts changes in place of all views together: a worker that changes its part would
     # spoil what it has saved of the others'.
