@@ -38,7 +38,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         except build.NoCompilerError as error:
             self.app.display_warning(
                 f"lightning-byz is built without compiled kernels, because {error}. Medians "
-                "and trimmed means run at a tenth of their speed, other rules at half of it."
+                "and trimmed means take four to nine times as long, other rules about twice."
             )
             return
         if version != "editable":

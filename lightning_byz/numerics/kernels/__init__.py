@@ -4,8 +4,8 @@ to a point (``distances.c``).
 
 `build` compiles them with the package. Where no C compiler was there, PyTorch's operations take
 their place. Order statistics of rows, and their weighted sums, then have the same bits; order
-statistics are made at a tenth of the speed. All else, order statistics of mixtures among it, is the
-same to rounding, at a half of the speed.
+statistics take four to nine times as long. All else, order statistics of mixtures among it, is the
+same to rounding, and takes about twice as long.
 """
 
 from __future__ import annotations
@@ -227,9 +227,10 @@ def _library(dtype: str) -> Any:
                 log.info(f"lightning_byz: {path.name} cannot be loaded: {error}")
     if dtype == "float32":
         log.info(
-            "lightning_byz: rules run without compiled kernels, medians and trimmed means at a "
-            "tenth of their speed, because no C compiler was there when the package was installed, "
-            "or its sources have changed since. Install gcc or clang, and then the package again."
+            "lightning_byz: rules run without compiled kernels, so that medians and trimmed means "
+            "take four to nine times as long, because no C compiler was there when the package "
+            "was installed, or its sources have changed since. Install gcc or clang, and then the "
+            "package again."
         )
     return None
 
