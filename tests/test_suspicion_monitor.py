@@ -344,3 +344,19 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         SuspicionMonitor(every_n_steps=1)
     with pytest.raises(ValueError, match="Only a worker in quarantine"):
         SuspicionMonitor(quarantine=True).reinstate(3)
+
+
+def test_in_process_workers_are_named_by_their_number(tmp_path: Path) -> None:
+    """They all are of rank 0."""
+    (report,) = fit(
+        tmp_path,
+        Plain(),
+        plain_momentum_free(3),
+        data=data(),
+        callbacks=[SuspicionMonitor()],
+        extra=lambda trainer, _: [str(place) for place in trainer.callbacks[0].places],
+        max_steps=1,
+    )
+    assert [place.split(" on ")[0] for place in report["extra"]] == [
+        f"worker {worker}, rank 0" for worker in range(3)
+    ]
