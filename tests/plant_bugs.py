@@ -2308,6 +2308,13 @@ BUGS = [
         "strategy",
     ),
     Bug(
+        "a pass that does not count leaves its statistics",
+        "strategies/workers_at_once.py",
+        "            self.buffers.put(before)\n            if self._vectorize",
+        "            if self._vectorize",
+        "workers_at_once",
+    ),
+    Bug(
         "nobody waits for buckets that are being sent",
         "strategies/overlap.py",
         "        self._settle()\n        self._take(self._unread, [])\n",

@@ -626,3 +626,9 @@ def test_the_largest_of_a_difference_are_found_without_storing_it(codec):
     y = x / 2 + noise / 5  # near x, as a mirror is: the largest of x are others
     for found, expected in zip(codec.encode_difference(x, y), codec.encode(x - y), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_numbers_may_be_numpys():
+    """As where they are computed from sizes."""
+    assert TopK(k=np.int64(3)).encode(torch.arange(5.0), torch.Generator())[0].numel() == 3
+    assert QSGD(levels=np.int32(4)).levels == 4

@@ -310,15 +310,12 @@ RULES = [
         translation_equivariant=False,
     ),
     SPECTRAL,
-    RuleCase(
-        "spectral_filter_tight",
-        SpectralFilter(f=2, share=0.01, norm_floor=0.9),
-        partial(oracles.spectral_filter, share=0.01, norm_floor=0.9),
-        (1.6288908334211853, -1.6610336156119476, 1.7466633755469985),
-        exact_ties=False,
-        unique_from=(3, 1),
-        tolerance=1e-6,
-        translation_equivariant=False,
+    replace(
+        SPECTRAL,
+        name="spectral_filter_tight",
+        rule=SpectralFilter(f=2, share=0.01, norm_floor=0.9),
+        oracle=partial(oracles.spectral_filter, share=0.01, norm_floor=0.9),
+        frozen=(1.6288908334211853, -1.6610336156119476, 1.7466633755469985),
     ),
     # nobody knows how unlike data are
     replace(SPECTRAL, name="by_heterogeneity", rule=ByHeterogeneity(f=2)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class MultiKrum(WeightedAggregator):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_definition(self.definition)
-        if self.m is not None and (not isinstance(self.m, int) or self.m < 1):
+        if self.m is not None and (not isinstance(self.m, Integral) or self.m < 1):
             raise ValueError(
                 "`m`, the number of rows to average, should be an integer of at least 1. Found "
                 f"m={self.m!r}."

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ class QSGD(Compressor):
     levels: int = 7
 
     def __post_init__(self) -> None:
-        if not isinstance(self.levels, int) or not 1 <= self.levels <= 127:
+        if not isinstance(self.levels, Integral) or not 1 <= self.levels <= 127:
             raise ValueError(
                 f"`levels` should be an integer in 1 .. 127. Found levels={self.levels!r}."
             )

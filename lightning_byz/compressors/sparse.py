@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,7 @@ class _Sparse(Compressor):
                 f"`ratio` should be in (0, 1]. Found ratio={self.ratio}. {name}(ratio=0.01) keeps "
                 "1%."
             )
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+        if self.k is not None and (not isinstance(self.k, Integral) or self.k < 1):
             raise ValueError(f"`k` should be an integer of at least 1. Found k={self.k!r}.")
 
     def count(self, dim: int) -> int:

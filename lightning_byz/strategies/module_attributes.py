@@ -185,7 +185,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
             yield f"[{i}]", value[i], partial(value.__setitem__, i)
     elif hasattr(value, "__dict__"):
         for name, item in [*vars(value).items()][-_ITEMS:]:
-            yield f".{name}", item, partial(setattr, value, name)
+            yield f".{name}", item, partial(vars(value).__setitem__, name)
 
 
 class ChangesByHand:

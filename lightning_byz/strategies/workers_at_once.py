@@ -224,11 +224,11 @@ class WorkersAtOnce(WorkersInTurn):
             self._decide(_said(error))
             return super()._forward(parts, rest, kwargs)
         if done.pattern not in self._used:
+            self.buffers.put(before)
             if self._vectorize == "auto" and len(self._used) >= _PATTERNS:
                 self._decide("losses use other parameters in every step")
-                return super()._forward(parts, rest, kwargs)
-            self.buffers.put(before)
-            self._in_turn = done.pattern
+            else:
+                self._in_turn = done.pattern
             return super()._forward(parts, rest, kwargs)
         self._done = done
         size = self.batches.size(step.parts[0])  # they have one form
